@@ -1,1 +1,15 @@
-//! Shared memory of rdsock.
+//! Shared memory of rdsock: what two ends of a stream, a tenant and the daemon say to each other.
+//!
+//! The counterpart of everything here is a process that is not trusted. The crate is loaded into
+//! every program (it is the core of the shim), so it depends on `libc` at most, never allocates,
+//! never panics and never blocks.
+
+pub mod bell;
+pub mod control;
+pub mod layout;
+pub mod lock;
+pub mod queue;
+pub mod reason;
+pub mod ring;
+pub mod sync;
+pub mod wake;

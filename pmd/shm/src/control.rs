@@ -1,0 +1,351 @@
+//! Messages between a shim (or the command-line tool) and the daemon.
+//!
+//! The control socket is `SOCK_SEQPACKET`: one datagram is one message, fds travel beside it
+//! (`SCM_RIGHTS`). Requests that need no fd go through the tenant's queue ([`crate::queue`])
+//! instead, without a system call while the daemon is awake.
+//! Every message starts with a [`Head`]; the parser checks magic, version, kind and exact length.
+
+use crate::layout::VERSION;
+
+/// First word of each message.
+pub const MAGIC: u32 = u32::from_le_bytes(*b"rdsk");
+
+/// Kinds of message. The direction is in the name's comment: T tenant, D daemon, C tool.
+pub mod kind {
+    /// T→D, fds: tenant memory, bell board. Body: [`super::Hello`].
+    pub const HELLO: u16 = 1;
+    /// D→T. Body: [`super::Welcome`].
+    pub const WELCOME: u16 = 2;
+    /// D→any: refused, the connection is closed behind it. Body: [`super::Refused`].
+    pub const REFUSED: u16 = 3;
+    /// T→D: look at your queue. No body.
+    pub const KICK: u16 = 4;
+    /// D→T, fds: stream memory, end page, peer's bell board. Body: [`super::Promote`].
+    pub const PROMOTE: u16 = 5;
+    /// T→D: is this inherited socket a stream? Body: [`super::Lookup`].
+    pub const LOOKUP: u16 = 6;
+    /// D→T: answer to LOOKUP: no.
+    pub const NOT_FOUND: u16 = 7;
+    /// T→D, fd: one end of a SEQPACKET socket pair: a forked child that may no longer reach the
+    /// socket's path asks for a control connection of its own. No body.
+    pub const ADOPT: u16 = 8;
+    /// D→T: why an announced connection stays on the kernel for now. Body: [`super::Verdict`].
+    pub const VERDICT: u16 = 9;
+    /// C→D: a question. Body: [`super::Query`].
+    pub const QUERY: u16 = 10;
+    /// D→C: a piece of the answer, JSON text behind the head; the last piece is empty.
+    pub const ANSWER: u16 = 11;
+}
+
+/// Start of each message.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// [`MAGIC`].
+    pub magic: u32,
+    /// [`VERSION`], lower half.
+    pub version: u16,
+    /// One of [`kind`].
+    pub kind: u16,
+}
+
+/// Plain old data: any bytes are a value, and every byte of a value is initialised.
+///
+/// # Safety
+/// `repr(C)`, made of integers only, without padding.
+pub unsafe trait Pod: Copy {}
+
+macro_rules! pod {
+    ($(#[$doc:meta])* $name:ident, $size:literal { $($(#[$fdoc:meta])* $field:ident : $ty:ty,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name { $($(#[$fdoc])* pub $field: $ty,)* }
+        const _: () = assert!(std::mem::size_of::<$name>() == $size && $size == 0 $(+ std::mem::size_of::<$ty>())*);
+        // SAFETY: `repr(C)`, integers only; the assertion above shows that there is no padding.
+        unsafe impl Pod for $name {}
+    };
+}
+
+// SAFETY: `repr(C)`, integers only, 4 + 2 + 2 bytes without padding.
+unsafe impl Pod for Head {}
+
+pod! {
+    /// A tenant introduces itself. Who it is, the daemon asks the kernel (`SO_PEERCRED`).
+    Hello, 16 {
+        /// Bytes of the tenant memory.
+        memory_size: u64,
+        /// Bytes of the bell board.
+        bell_size: u64,
+    }
+}
+pod! {
+    /// The daemon accepts a tenant.
+    Welcome, 8 {
+        /// The daemon's number of the tenant.
+        tenant: u64,
+    }
+}
+pod! {
+    /// The daemon refuses.
+    Refused, 8 {
+        /// Why, one of [`refusal`].
+        code: u32,
+        /// What the daemon expected, where a number says it (a version, a size, a limit).
+        expected: u32,
+    }
+}
+pod! {
+    /// A stream for an announced connection, or the answer to a LOOKUP.
+    Promote, 40 {
+        /// The tenant's connection record.
+        conn: u32,
+        /// Its generation; a tenant ignores a stale one.
+        generation: u32,
+        /// The daemon's number of the stream.
+        stream_id: u64,
+        /// Bytes of each ring, a power of two.
+        ring_size: u64,
+        /// Offset of ring 0 in the stream's memory.
+        data_offset: u64,
+        /// 0 or 1: which end the tenant is.
+        end: u32,
+        /// 1 when the memory is of huge pages.
+        huge: u32,
+    }
+}
+pod! {
+    /// Is this inherited socket an end of a stream?
+    Lookup, 24 {
+        /// The tenant's connection record.
+        conn: u32,
+        /// Its generation.
+        generation: u32,
+        /// The socket's cookie (`SO_COOKIE`).
+        cookie: u64,
+        /// The tenant's fd.
+        fd: i32,
+        /// 0.
+        reserved: u32,
+    }
+}
+pod! {
+    /// Why a connection is not promoted for now.
+    Verdict, 16 {
+        /// The tenant's connection record.
+        conn: u32,
+        /// Its generation.
+        generation: u32,
+        /// A [`crate::reason::Reason`].
+        reason: u32,
+        /// 0.
+        reserved: u32,
+    }
+}
+pod! {
+    /// A question of the command-line tool.
+    Query, 8 {
+        /// One of [`question`].
+        what: u32,
+        /// A process, or 0 for all.
+        pid: u32,
+    }
+}
+
+/// Codes of [`Refused`].
+pub mod refusal {
+    /// Another version of shim and daemon.
+    pub const VERSION: u32 = 1;
+    /// The message is not one the daemon knows, or has a wrong length.
+    pub const MALFORMED: u32 = 2;
+    /// An fd is missing, not a sealed memfd, or of a wrong size.
+    pub const MEMORY: u32 = 3;
+    /// The policy excludes this user.
+    pub const POLICY: u32 = 4;
+    /// Too many tenants.
+    pub const LIMIT: u32 = 5;
+}
+
+/// Questions of [`Query`].
+pub mod question {
+    /// Each TCP connection of each tenant, and why.
+    pub const WHY: u32 = 1;
+    /// Counters.
+    pub const STAT: u32 = 2;
+}
+
+pod! {
+    /// What a tenant asks through its queue. One size for all; unused fields are 0.
+    Request, 120 {
+        /// One of [`request`].
+        what: u32,
+        /// The tenant's connection record.
+        conn: u32,
+        /// Its generation.
+        generation: u32,
+        /// The tenant's fd.
+        fd: i32,
+        /// `SO_COOKIE` of the socket.
+        cookie: u64,
+        /// `SO_NETNS_COOKIE` of the socket.
+        netns: u64,
+        /// The stream, for [`request::CLOSED`] and the like.
+        stream_id: u64,
+        /// Local address; IPv4 as a v4-mapped IPv6 address.
+        local: [u8; 16],
+        /// Peer address, likewise.
+        peer: [u8; 16],
+        /// Local port, host order.
+        local_port: u32,
+        /// Peer port, host order.
+        peer_port: u32,
+        /// 1 when this end called `connect`, 0 when it came from `accept`, 2 when unknown
+        /// (inherited over `exec`): then the other end must know. In HOLDS: which end.
+        active: u32,
+        /// ANNOUNCE: 1 when other processes may hold the socket too (it lived through a fork or
+        /// exec); the daemon promotes only when it finds a single holder. LEFT: a reason.
+        extra: u32,
+        /// 0.
+        reserved: [u64; 4],
+    }
+}
+
+/// Values of [`Request::what`].
+pub mod request {
+    /// The tenant holds this connection and would take a stream for it. May be sent again with a
+    /// new generation, which replaces the old announcement.
+    pub const ANNOUNCE: u32 = 1;
+    /// The tenant no longer holds this connection (closed, or no stream wanted any more).
+    pub const CLOSED: u32 = 2;
+    /// The stream of the connection was left for the kernel or broken.
+    pub const LEFT: u32 = 3;
+    /// A PROMOTE could not be followed (no memory, stale). The daemon forgets the stream.
+    pub const DECLINED: u32 = 4;
+    /// A process holds a stream by inheritance (fork or exec): `stream_id`, `active` its end.
+    pub const HOLDS: u32 = 5;
+    /// A PROMOTE was followed: the end is mapped and installed.
+    pub const MAPPED: u32 = 6;
+}
+
+/// The bytes of a value.
+pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: a Pod has no padding, so all its bytes are initialised; the borrow keeps it alive.
+    unsafe { std::slice::from_raw_parts((value as *const T).cast(), std::mem::size_of::<T>()) }
+}
+
+/// A value from bytes of exactly its size.
+pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() != std::mem::size_of::<T>() {
+        return None;
+    }
+    // SAFETY: the length was checked, any bytes are a value of a Pod, and the read is unaligned.
+    Some(unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// The head of a message of this version.
+pub fn head(kind: u16) -> Head {
+    Head {
+        magic: MAGIC,
+        version: VERSION as u16,
+        kind,
+    }
+}
+
+/// Why a datagram is not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParseError {
+    /// Shorter than a head, or another magic. Consequence: refused as malformed.
+    NotAMessage,
+    /// Another version. Consequence: refused, told the version expected.
+    Version(u16),
+}
+
+/// Splits a datagram into its kind and body.
+pub fn parse(datagram: &[u8]) -> Result<(u16, &[u8]), ParseError> {
+    const HEAD: usize = std::mem::size_of::<Head>();
+    if datagram.len() < HEAD {
+        return Err(ParseError::NotAMessage);
+    }
+    let (head, body) = datagram.split_at(HEAD);
+    let Some(head) = from_bytes::<Head>(head) else {
+        return Err(ParseError::NotAMessage);
+    };
+    if head.magic != MAGIC {
+        return Err(ParseError::NotAMessage);
+    }
+    if u32::from(head.version) != VERSION {
+        return Err(ParseError::Version(head.version));
+    }
+    Ok((head.kind, body))
+}
+
+/// A message in a fixed buffer, to be sent as one datagram.
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    bytes: [u8; 128],
+    len: usize,
+}
+
+impl Message {
+    /// A message without a body.
+    pub fn empty(kind: u16) -> Self {
+        let mut message = Message {
+            bytes: [0; 128],
+            len: 0,
+        };
+        message.push(bytes_of(&head(kind)));
+        message
+    }
+
+    /// A message with a body.
+    pub fn new<T: Pod>(kind: u16, body: &T) -> Self {
+        let mut message = Self::empty(kind);
+        message.push(bytes_of(body));
+        message
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        let end = self.len + bytes.len();
+        if let Some(place) = self.bytes.get_mut(self.len..end) {
+            place.copy_from_slice(bytes);
+            self.len = end;
+        }
+    }
+
+    /// The datagram.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or(&[])
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_round_trip() {
+        let promote = Promote {
+            conn: 7,
+            generation: 3,
+            stream_id: 9,
+            ring_size: 4096,
+            data_offset: 4096,
+            end: 1,
+            huge: 0,
+        };
+        let message = Message::new(kind::PROMOTE, &promote);
+        let (kind, body) = parse(message.as_bytes()).unwrap();
+        assert_eq!(kind, super::kind::PROMOTE);
+        assert_eq!(from_bytes::<Promote>(body), Some(promote));
+        assert_eq!(from_bytes::<Promote>(&body[1..]), None);
+    }
+
+    #[test]
+    fn garbage_is_told_apart_from_another_version() {
+        assert_eq!(parse(b""), Err(ParseError::NotAMessage));
+        assert_eq!(parse(b"GET / HTTP/1.1"), Err(ParseError::NotAMessage));
+        let mut message = Message::empty(kind::KICK).as_bytes().to_vec();
+        message[4] = 99;
+        assert_eq!(parse(&message), Err(ParseError::Version(99)));
+    }
+}

@@ -1,0 +1,419 @@
+//! The layout of every structure that rdsock keeps in shared memory, in one file.
+//!
+//! Who writes which word stands beside it. A reader treats a word that another process writes as
+//! hostile: it loads it once, checks it, and uses the copy. All structures are `repr(C)`, hold no
+//! pointers and no fd numbers of another process, and have their offsets asserted below.
+//! `docs/shared-memory.md` draws the same picture for people.
+
+use crate::sync::{AtomicI32, AtomicU32, AtomicU64};
+
+/// Version of every layout in this file and of the control messages; both sides must agree.
+pub const VERSION: u32 = 1;
+
+/// First word of a [`StreamHeader`].
+pub const STREAM_MAGIC: u64 = u64::from_le_bytes(*b"rdsockST");
+/// First word of an [`EndPage`].
+pub const END_MAGIC: u64 = u64::from_le_bytes(*b"rdsockEN");
+/// First word of a [`TenantHeader`].
+pub const TENANT_MAGIC: u64 = u64::from_le_bytes(*b"rdsockTN");
+/// First word of a [`BellBoard`].
+pub const BELL_MAGIC: u64 = u64::from_le_bytes(*b"rdsockBL");
+
+/// Value of [`Producer::switch_at`] until the sender has moved its direction to the ring.
+pub const NOT_SWITCHED: u64 = u64::MAX;
+
+/// Smallest ring, in bytes.
+pub const MIN_RING: u64 = 4096;
+/// Largest ring, in bytes.
+pub const MAX_RING: u64 = 1 << 30;
+
+/// Marks that a producer leaves for its consumer, in [`Producer::mark`].
+pub mod mark {
+    /// The direction ends at `head`, as after `shutdown(SHUT_WR)` or the last close.
+    pub const FIN: u32 = 1;
+    /// The ring ends at `head`; the rest comes on the anchor.
+    pub const END: u32 = 2;
+    /// The connection is broken: the other end reports ECONNRESET.
+    pub const RESET: u32 = 4;
+}
+
+/// Bits of the words that ask the other end for something: [`Ask::want`].
+pub mod want {
+    /// Set the asker's bit on its bell board.
+    pub const BELL: u32 = 1;
+    /// Send one byte on the anchor.
+    pub const WAKE: u32 = 2;
+    /// The other end is now ringing: it has taken BELL or WAKE and has not finished.
+    pub const RINGING: u32 = 4;
+    /// The asker has left the rings for ever and reads and writes the anchor. Sticky.
+    pub const DEMOTED: u32 = 8;
+    /// The asker has closed its last descriptor. Sticky.
+    pub const CLOSED: u32 = 16;
+}
+
+/// What the producer of a direction tells its consumer. One cache line, written by the producer.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Producer {
+    /// Position after the last published byte.
+    pub head: AtomicU64,
+    /// Position that lies at offset 0 of the ring. Changes only while the ring is empty.
+    pub origin: AtomicU64,
+    /// Position of the first byte that went to the ring, or [`NOT_SWITCHED`].
+    pub switch_at: AtomicU64,
+    /// Bits of [`mark`].
+    pub mark: AtomicU32,
+    /// Wake bytes that this end has sent on the anchor; counted before each is sent.
+    pub wakes: AtomicU32,
+}
+
+/// What the consumer of a direction tells its producer. One cache line, written by the consumer.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Consumer {
+    /// Position after the last consumed byte.
+    pub tail: AtomicU64,
+    /// 1 when the consumer knows its position on the anchor, so that the producer may switch.
+    pub ready: AtomicU32,
+    _pad: u32,
+    /// With [`want::DEMOTED`]: where the consumer left the ring; the producer sends the rest of
+    /// the ring again on the anchor, from here.
+    pub stop: AtomicU64,
+}
+
+/// A request to the other end, on a line of its own: it is read after every publication, and
+/// written only by an end that goes to sleep.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Ask {
+    /// Bits of [`want`]. The asker sets; the asked end clears BELL and WAKE, and sets and clears
+    /// RINGING.
+    pub want: AtomicU32,
+    /// The asker's bell number and bit, as made by [`crate::bell::Place::to_word`].
+    pub place: AtomicU32,
+}
+
+/// One direction of a stream.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Direction {
+    /// Written by the producer.
+    pub producer: Producer,
+    /// Written by the consumer.
+    pub consumer: Consumer,
+    /// Asked by the consumer, which waits for bytes.
+    pub bytes: Ask,
+    /// Asked by the producer, which waits for space.
+    pub space: Ask,
+}
+
+/// The start of a stream's memory, shared by its two ends and nobody else.
+///
+/// Behind it, at `data_offset`, lie the two rings of `ring_size` bytes each: first the ring of
+/// direction 0. Direction `d` is produced by end `d` and consumed by end `1 - d`; end 0 is the
+/// one that called `connect`.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct StreamHeader {
+    /// [`STREAM_MAGIC`]. This and the next five are written by the daemon before it hands out
+    /// the memory; the ends use the copies in their PROMOTE message, never these.
+    pub magic: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// `size_of::<StreamHeader>()`.
+    pub header_size: u32,
+    /// The daemon's number of the stream.
+    pub stream_id: u64,
+    /// Bytes of each ring, a power of two.
+    pub ring_size: u64,
+    /// Offset of the first ring.
+    pub data_offset: u64,
+    _pad: [u64; 11],
+    /// The two directions.
+    pub directions: [Direction; 2],
+}
+
+/// The sending half of one end: state that the processes holding this end share (after `fork`),
+/// and that the other end cannot see.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct TxState {
+    /// Owner of this half, see [`crate::lock`].
+    pub lock: AtomicU64,
+    /// Position after the last byte that was reserved and written.
+    pub head: AtomicU64,
+    /// Own copy of [`Producer::origin`].
+    pub origin: AtomicU64,
+    /// The consumer's tail when last looked at.
+    pub seen_tail: AtomicU64,
+    /// [`phase`] of this direction.
+    pub phase: AtomicU32,
+    /// Threads and processes inside a kernel send on the anchor.
+    pub in_kernel: AtomicU32,
+    /// `shutdown(SHUT_WR)` was called.
+    pub shut: AtomicU32,
+    /// Largest offset written since memory was last given back.
+    pub high_water: AtomicU32,
+}
+
+/// The receiving half of one end. See [`TxState`].
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct RxState {
+    /// Owner of this half, see [`crate::lock`].
+    pub lock: AtomicU64,
+    /// Position after the last byte given to the program.
+    pub tail: AtomicU64,
+    /// The producer's head when last looked at.
+    pub seen_head: AtomicU64,
+    /// [`phase`] of this direction.
+    pub phase: AtomicU32,
+    /// Threads and processes inside a kernel receive on the anchor.
+    pub in_kernel: AtomicU32,
+    /// Wake bytes of the other end that were taken off the anchor.
+    pub drained: AtomicU32,
+    /// `shutdown(SHUT_RD)` was called.
+    pub shut: AtomicU32,
+    /// What the anchor told last: bits of [`anchor`].
+    pub anchor: AtomicU32,
+    _pad: u32,
+}
+
+/// Where the bytes of a direction travel, in [`TxState::phase`] and [`RxState::phase`].
+pub mod phase {
+    /// On the anchor, as since birth.
+    pub const ANCHOR: u32 = 0;
+    /// Receiver: on the anchor up to `switch_at`, then on the ring. Not used by senders.
+    pub const SWITCHING: u32 = 1;
+    /// On the ring.
+    pub const RING: u32 = 2;
+    /// On the anchor again, for ever.
+    pub const DEMOTED: u32 = 3;
+    /// Broken: ECONNRESET.
+    pub const RESET: u32 = 4;
+}
+
+/// What an end has seen on its anchor, in [`RxState::anchor`].
+pub mod anchor {
+    /// The peer's FIN.
+    pub const EOF: u32 = 1;
+    /// An error was reported and taken; later calls see end of file.
+    pub const ERROR: u32 = 2;
+}
+
+/// State of one end, in memory of its own: the other end must not be able to write it.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct EndPage {
+    /// [`END_MAGIC`].
+    pub magic: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// 0 or 1.
+    pub end: u32,
+    /// The daemon's number of the stream.
+    pub stream_id: u64,
+    /// Processes that hold this end.
+    pub holders: AtomicU32,
+    /// 1 while the open file description is O_NONBLOCK.
+    pub nonblock: AtomicU32,
+    /// Why the stream was demoted or reset: a [`crate::reason::Reason`], 0 for none.
+    pub reason: AtomicU32,
+    /// 1 once the end was set up by the first process that mapped it.
+    pub installed: AtomicU32,
+    _pad: [u64; 11],
+    /// Sending half.
+    pub tx: TxState,
+    /// Receiving half.
+    pub rx: RxState,
+}
+
+/// Requests that fit into a tenant's queue. A power of two.
+pub const QUEUE_SLOTS: usize = 256;
+/// Connections that a tenant can describe.
+pub const CONN_RECORDS: usize = 65536;
+
+/// One request of a tenant to the daemon: see [`crate::queue`].
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct QueueSlot {
+    /// Position + 1 when the slot is full.
+    pub sequence: AtomicU64,
+    /// The request, as words of [`crate::control::Request`].
+    pub words: [AtomicU64; 15],
+}
+
+/// What a tenant says of one of its TCP connections, for `rdsock why`.
+#[repr(C, align(32))]
+#[derive(Debug)]
+pub struct ConnRecord {
+    /// The tenant's fd, -1 when the record is free.
+    pub fd: AtomicI32,
+    /// A [`crate::reason::State`].
+    pub state: AtomicU32,
+    /// A [`crate::reason::Reason`].
+    pub reason: AtomicU32,
+    /// Counts the uses of this record.
+    pub generation: AtomicU32,
+    /// The stream, 0 for none.
+    pub stream_id: AtomicU64,
+    _pad: u64,
+}
+
+/// A tenant's memory, shared with the daemon alone. Made by the shim.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct TenantHeader {
+    /// [`TENANT_MAGIC`].
+    pub magic: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// `size_of::<TenantMemory>()`.
+    pub size: u32,
+    _pad0: [u64; 14],
+    /// Written by the daemon: messages that it has sent on the control socket.
+    pub messages: AtomicU64,
+    _pad1: [u64; 15],
+    /// Written by the daemon: 1 while it sleeps and wants a KICK after a request.
+    pub daemon_sleeps: AtomicU32,
+    /// Written by the daemon: requests taken off the queue.
+    pub taken: AtomicU32,
+    _pad2: [u64; 15],
+    /// Written by the tenant: counters for `rdsock stat`, by [`Counter`].
+    pub counters: [AtomicU64; 16],
+}
+
+/// Index into [`TenantHeader::counters`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Counter {
+    /// Streams that this tenant mapped.
+    Promoted = 0,
+    /// Streams that it left for the kernel.
+    Demoted = 1,
+    /// Streams that it broke because shared memory or the anchor held what it must not hold.
+    Reset = 2,
+    /// Wake bytes sent.
+    Wakes = 3,
+    /// Times it slept in the kernel for a stream.
+    Sleeps = 4,
+    /// Bells rung.
+    Bells = 5,
+    /// Announcements that found the queue full.
+    QueueFull = 6,
+}
+
+/// The whole of a tenant's memory.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct TenantMemory {
+    /// Identity, message count, counters.
+    pub header: TenantHeader,
+    /// Requests to the daemon.
+    pub queue: [QueueSlot; QUEUE_SLOTS],
+    /// One record for each TCP connection.
+    pub conns: [ConnRecord; CONN_RECORDS],
+}
+
+/// Bells of a tenant: one for each epoll instance that holds streams.
+pub const BELLS: usize = 64;
+/// Streams that one bell can tell apart.
+pub const BELL_BITS: usize = 4096;
+
+/// The readiness bitmap of one epoll instance. The tenant's peers set bits, the tenant takes them.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Bell {
+    /// Bit `w` is set after a bit of `words[w]` was set.
+    pub summary: AtomicU64,
+    /// Threads asleep in the kernel on this epoll instance; whoever sets a bit while this is not
+    /// 0 also sends a wake byte. Written by the tenant.
+    pub sleepers: AtomicU32,
+    _pad: u32,
+    _pad1: [u64; 14],
+    /// One bit for each stream.
+    pub words: [AtomicU64; BELL_BITS / 64],
+}
+
+/// All bells of a tenant: memory that every peer of the tenant maps.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct BellBoard {
+    /// [`BELL_MAGIC`].
+    pub magic: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// `size_of::<BellBoard>()`.
+    pub size: u32,
+    _pad: [u64; 14],
+    /// The bells.
+    pub bells: [Bell; BELLS],
+}
+
+/// Offset of the first ring in a stream's memory of ordinary pages; with huge pages the rings
+/// follow directly, too, since all of it is one mapping.
+pub const DATA_OFFSET: u64 = 4096;
+
+/// Bytes of a stream's memory with rings of `ring_size` bytes, before rounding to huge pages.
+pub const fn stream_bytes(ring_size: u64) -> u64 {
+    DATA_OFFSET + 2 * ring_size
+}
+
+#[cfg(not(loom))]
+mod assertions {
+    use super::*;
+    use std::mem::{offset_of, size_of};
+
+    const _: () = {
+        assert!(size_of::<Producer>() == 128);
+        assert!(offset_of!(Producer, head) == 0);
+        assert!(offset_of!(Producer, origin) == 8);
+        assert!(offset_of!(Producer, switch_at) == 16);
+        assert!(offset_of!(Producer, mark) == 24);
+        assert!(offset_of!(Producer, wakes) == 28);
+        assert!(size_of::<Consumer>() == 128);
+        assert!(offset_of!(Consumer, tail) == 0);
+        assert!(offset_of!(Consumer, ready) == 8);
+        assert!(offset_of!(Consumer, stop) == 16);
+        assert!(size_of::<Ask>() == 128);
+        assert!(offset_of!(Ask, want) == 0);
+        assert!(offset_of!(Ask, place) == 4);
+        assert!(size_of::<Direction>() == 512);
+        assert!(offset_of!(Direction, producer) == 0);
+        assert!(offset_of!(Direction, consumer) == 128);
+        assert!(offset_of!(Direction, bytes) == 256);
+        assert!(offset_of!(Direction, space) == 384);
+        assert!(size_of::<StreamHeader>() == 1152);
+        assert!(size_of::<StreamHeader>() as u64 <= DATA_OFFSET);
+        assert!(offset_of!(StreamHeader, magic) == 0);
+        assert!(offset_of!(StreamHeader, version) == 8);
+        assert!(offset_of!(StreamHeader, header_size) == 12);
+        assert!(offset_of!(StreamHeader, stream_id) == 16);
+        assert!(offset_of!(StreamHeader, ring_size) == 24);
+        assert!(offset_of!(StreamHeader, data_offset) == 32);
+        assert!(offset_of!(StreamHeader, directions) == 128);
+        assert!(size_of::<TxState>() == 128);
+        assert!(offset_of!(TxState, phase) == 32);
+        assert!(size_of::<RxState>() == 128);
+        assert!(offset_of!(RxState, phase) == 24);
+        assert!(size_of::<EndPage>() == 384);
+        assert!(offset_of!(EndPage, holders) == 24);
+        assert!(offset_of!(EndPage, tx) == 128);
+        assert!(offset_of!(EndPage, rx) == 256);
+        assert!(size_of::<QueueSlot>() == 128);
+        assert!(size_of::<ConnRecord>() == 32);
+        assert!(offset_of!(ConnRecord, stream_id) == 16);
+        assert!(offset_of!(TenantHeader, messages) == 128);
+        assert!(offset_of!(TenantHeader, daemon_sleeps) == 256);
+        assert!(offset_of!(TenantHeader, taken) == 260);
+        assert!(offset_of!(TenantHeader, counters) == 384);
+        assert!(size_of::<TenantHeader>() == 512);
+        assert!(offset_of!(TenantMemory, queue) == 512);
+        assert!(offset_of!(TenantMemory, conns) == 512 + 128 * QUEUE_SLOTS);
+        assert!(size_of::<Bell>() == 640);
+        assert!(offset_of!(Bell, sleepers) == 8);
+        assert!(offset_of!(Bell, words) == 128);
+        assert!(offset_of!(BellBoard, bells) == 128);
+        assert!(BELL_BITS / 64 <= 64);
+    };
+}
