@@ -209,14 +209,10 @@ impl<'a> Proof<'a> {
         connected: &Value,
     ) -> Result<Self> {
         let pids = [pid(listening)?, pid(connected)?];
+        for pid in pids {
+            check_shim(pid, path)?;
+        }
         if !path.is_rdsock() {
-            for pid in pids {
-                if is_shimmed(&pid.to_string())? {
-                    return Err(Error::Peer(format!(
-                        "process {pid} has {SHIM} loaded: this would not measure the kernel"
-                    )));
-                }
-            }
             return Ok(Self::Kernel);
         }
         let rdsock = ground
@@ -263,6 +259,19 @@ impl<'a> Proof<'a> {
                 before,
             } => why::check_after(rdsock, &ends, demand, before),
         }
+    }
+}
+
+/// The shim must be loaded exactly where the row will say so.
+fn check_shim(pid: u32, path: Path) -> Result<()> {
+    match (path.is_rdsock(), is_shimmed(&pid.to_string())?) {
+        (true, false) => Err(Error::NotAccelerated(format!(
+            "process {pid} runs without {SHIM}"
+        ))),
+        (false, true) => Err(Error::Peer(format!(
+            "process {pid} has {SHIM} loaded: this would not measure the kernel"
+        ))),
+        _ => Ok(()),
     }
 }
 

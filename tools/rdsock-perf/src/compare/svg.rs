@@ -4,21 +4,22 @@
 
 use super::rows::{Row, Rows};
 use crate::error::{Error, Result};
-use crate::plan::Mode;
+use crate::plan::{Mode, Wait};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::error::Error as StdError;
-use std::path::Path;
 
 /// Width and height of one panel, in pixels.
 const PANEL: (u32, u32) = (960, 540);
+/// Room for the legend at the right of a panel, in pixels.
+const LEGEND: u32 = 190;
 /// Points of a curve for each power of ten.
 const STEPS: u32 = 24;
 
 type Drawn = std::result::Result<(), Box<dyn StdError>>;
 
 /// Draws all rows that have latencies; round trips first, else connections.
-pub fn draw(file: &Path, rows: &Rows) -> Result<()> {
+pub fn draw(file: &std::path::Path, rows: &Rows) -> Result<()> {
     let panels = panels(rows);
     let height = PANEL.1 * panels.len().max(1) as u32;
     let area = SVGBackend::new(file, (PANEL.0, height)).into_drawing_area();
@@ -67,6 +68,7 @@ fn draw_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Draw
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 20))
         .margin(12)
+        .margin_right(LEGEND)
         .x_label_area_size(44)
         .y_label_area_size(76)
         .build_cartesian_2d(
@@ -80,27 +82,26 @@ fn draw_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Draw
         .x_label_formatter(&|rarity| percentile_label(*rarity))
         .y_label_formatter(&|ns| time_label(*ns))
         .draw()?;
-    for (index, (row, points)) in panel.iter().zip(curves).enumerate() {
-        let color = Palette99::pick(index).to_rgba();
-        let width = if row.wait == crate::plan::Wait::Spin {
-            2
-        } else {
-            1
-        };
+    for (row, points) in panel.iter().zip(curves) {
+        let style = style(row);
         chart
-            .draw_series(LineSeries::new(points, color.stroke_width(width)))?
+            .draw_series(LineSeries::new(points, style))?
             .label(format!("{} {}", row.path, row.wait))
-            .legend(move |(x, y)| {
-                PathElement::new([(x, y), (x + 18, y)], color.stroke_width(width))
-            });
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
     }
+    let beside_the_curves =
+        SeriesLabelPosition::Coordinate(chart.plotting_area().dim_in_pixel().0 as i32 + 6, 0);
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.3))
+        .position(beside_the_curves)
         .draw()?;
     Ok(())
+}
+
+/// One colour for each path; thin where calls block.
+fn style(row: &Row) -> ShapeStyle {
+    let color = Palette99::pick(row.path as usize).to_rgba();
+    color.stroke_width(if row.wait == Wait::Spin { 3 } else { 1 })
 }
 
 /// Points (one sample in so many is slower, latency in nanoseconds), as far as the samples carry.
@@ -133,7 +134,7 @@ fn time_label(ns: f64) -> String {
 mod tests {
     use super::super::rows::tests::rows;
     use super::*;
-    use crate::plan::{Path, Wait};
+    use crate::plan::Path;
 
     #[test]
     fn labels() {

@@ -35,11 +35,15 @@ pub fn draw(rows: &Rows) -> String {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
+    let mut mode = rows.rows.first().map(|row| row.mode);
     for row in &rows.rows {
+        if mode.replace(row.mode) != Some(row.mode) {
+            table.add_row([""]);
+        }
         table.add_row(line(rows, row));
     }
     format!(
-        "{table}\n\
+        "{table}\n\n\
          × tcp, × unix: times better than that path in the same way of waiting (p50 in rtt, MB/s in bw, else per s)\n\
          p50/line: round trip in cache-line round trips; of ring: p50 (rtt) or throughput as a part of a bare ring's"
     )

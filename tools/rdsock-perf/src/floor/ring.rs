@@ -34,7 +34,7 @@ const ONE_WAY_SIZES: [usize; 8] = [
 ];
 /// Ring sizes for round trips: request and reply want few lines.
 const ROUND_TRIP_SIZES: [usize; 2] = [1 << 10, 16 << 10];
-/// Largest piece that the consumer copies out at once, as the largest receive call of the sockets' server.
+/// Least bytes that the consumer copies out at once, where there are so many; as the sockets' server does.
 const PIECE: usize = 64 << 10;
 
 /// Measures each suitable ring size for a share of the time; the best is the result.
@@ -47,10 +47,10 @@ pub fn run(plan: &FloorPlan, clock: &Clock) -> Result<Outcome> {
     let mut sizes: Vec<usize> = sizes
         .iter()
         .copied()
-        .filter(|&size| size >= 2 * plan.size)
+        .filter(|&size| size >= plan.size)
         .collect();
     if sizes.is_empty() {
-        sizes.push((2 * plan.size).next_power_of_two());
+        sizes.push(plan.size.next_power_of_two());
     }
     let time = plan
         .seconds
@@ -129,7 +129,7 @@ fn one_way(plan: &FloorPlan, bytes: usize, time: Duration, clock: &Clock) -> Res
     let consumer = Fork::start(|| {
         let _ = core_pin::pin(Some(plan.cores.server));
         let mut from = ring.consumer();
-        let mut piece = vec![0; PIECE];
+        let mut piece = vec![0; PIECE.max(plan.size)];
         let first = clock.now();
         while clock.now() - first < warmup {
             from.pop_some(&mut piece);
