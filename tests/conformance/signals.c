@@ -1,0 +1,373 @@
+/*
+ * Signals that arrive in the middle of socket calls.
+ */
+#include "sockconf.h"
+#include <setjmp.h>
+
+static volatile sig_atomic_t hits;
+static int live_fd;
+
+static void count_hit(int signal_no)
+{
+    (void)signal_no;
+    hits++;
+}
+
+static void handle(int signal_no, void (*handler)(int), int flags)
+{
+    struct sigaction action = {.sa_handler = handler, .sa_flags = flags};
+    hits = 0;
+    MUST(sigaction(signal_no, &action, NULL));
+}
+
+/* Sends SIGUSR1 to the thread that started it, again and again, so that one surely hits a blocked call. */
+struct pest {
+    pthread_t thread, target;
+    atomic_int stop;
+    int first_ms, period_us;
+};
+
+static void *pester(void *arg)
+{
+    struct pest *p = arg;
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    sleep_ms(p->first_ms);
+    while (!atomic_load(&p->stop)) {
+        pthread_kill(p->target, SIGUSR1);
+        usleep((useconds_t)p->period_us);
+    }
+    return NULL;
+}
+
+static void pest_start(struct pest *p, int first_ms, int period_us)
+{
+    *p = (struct pest){.target = pthread_self(), .first_ms = first_ms, .period_us = period_us};
+    EQ(pthread_create(&p->thread, NULL, pester, p), 0);
+}
+
+static void pest_stop(struct pest *p)
+{
+    atomic_store(&p->stop, 1);
+    EQ(pthread_join(p->thread, NULL), 0);
+}
+
+/* The call fails with EINTR after at least one signal. */
+#define INTERRUPTED(expression)                                                                \
+    do {                                                                                       \
+        struct pest pest_;                                                                     \
+        hits = 0;                                                                              \
+        pest_start(&pest_, 40, 20000);                                                         \
+        ERR(expression, EINTR);                                                                \
+        EQ(hits > 0, 1);                                                                       \
+        pest_stop(&pest_);                                                                     \
+    } while (0)
+
+CASE(eintr_receive)
+{
+    struct duo d = duo_open(0);
+    char got[8];
+    struct iovec in = {got, sizeof got};
+    struct msghdr msg = {.msg_iov = &in, .msg_iovlen = 1};
+    struct mmsghdr many = {.msg_hdr = msg};
+    handle(SIGUSR1, count_hit, 0);
+    INTERRUPTED(recv(d.fd, got, sizeof got, 0));
+    INTERRUPTED(read(d.fd, got, sizeof got));
+    INTERRUPTED(readv(d.fd, &in, 1));
+    INTERRUPTED(recvmsg(d.fd, &msg, 0));
+    INTERRUPTED(recvfrom(d.fd, got, sizeof got, MSG_PEEK, NULL, NULL));
+    INTERRUPTED(recvmmsg(d.fd, &many, 1, 0, NULL));
+    p_send(&d, "fine");
+    WANT(d.fd, "fine");
+}
+
+CASE(eintr_waits)
+{
+    struct duo d = duo_open(0);
+    int set = (int)MUST(epoll_create1(0));
+    struct epoll_event event = {.events = EPOLLIN};
+    MUST(epoll_ctl(set, EPOLL_CTL_ADD, d.fd, &event));
+    struct pollfd watch = {.fd = d.fd, .events = POLLIN};
+    struct timeval limit = {10, 0};
+    fd_set in;
+    for (int restart = 0; restart < 2; restart++) { /* these are never started again, whatever the handler asks */
+        handle(SIGUSR1, count_hit, restart ? SA_RESTART : 0);
+        INTERRUPTED(poll(&watch, 1, 10000));
+        INTERRUPTED(poll(&watch, 1, -1));
+        INTERRUPTED(ppoll(&watch, 1, NULL, NULL));
+        INTERRUPTED(epoll_wait(set, &event, 1, 10000));
+        INTERRUPTED(epoll_wait(set, &event, 1, -1));
+        INTERRUPTED(epoll_pwait(set, &event, 1, -1, NULL));
+        FD_ZERO(&in);
+        FD_SET(d.fd, &in);
+        limit = (struct timeval){10, 0};
+        INTERRUPTED(select(d.fd + 1, &in, NULL, NULL, &limit));
+        EQ(FD_ISSET(d.fd, &in) != 0, 1); /* untouched */
+        INTERRUPTED(pselect(d.fd + 1, &in, NULL, NULL, NULL, NULL));
+    }
+    p_send(&d, "fine");
+    WANT(d.fd, "fine");
+}
+
+CASE(restart_receive)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    char got[8];
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    for (int i = 0; i < 3; i++) {
+        hits = 0;
+        pest_start(&pest, 10, 10000);
+        p_start(&d, do_send_later, 150);
+        EQ(i == 0 ? recv(d.fd, got, sizeof got, 0) : i == 1 ? read(d.fd, got, sizeof got)
+                                                            : recv(d.fd, got, 4, MSG_WAITALL), 4);
+        pest_stop(&pest);
+        EQ(p_finish(&d), 0);
+        CHECK(hits > 0, "expected signals during the wait, saw none");
+        EQ(memcmp(got, "late", 4), 0);
+    }
+}
+
+CASE(time_limit_is_not_restarted)
+{
+    struct duo d = duo_open(0);
+    char got[8];
+    struct timeval limit = {8, 0};
+    MUST(setsockopt(d.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit));
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    INTERRUPTED(recv(d.fd, got, sizeof got, 0)); /* with a time limit set: EINTR even so */
+}
+
+CASE(eintr_send)
+{
+    struct duo d = duo_open(0);
+    handle(SIGUSR1, count_hit, 0);
+    size_t sent = fill(d.fd);
+    INTERRUPTED(send(d.fd, "x", 1, 0));
+    INTERRUPTED(write(d.fd, "x", 1));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    size_t size = 64 << 20;
+    char *big = malloc(size);
+    pattern(0, 0, big, size);
+    struct pest pest;
+    pest_start(&pest, 60, 20000);
+    ssize_t part = send(d.fd, big, size, 0); /* something went already: that is the answer */
+    pest_stop(&pest);
+    CHECK(part > 0 && (size_t)part < size, "expected part of 64 MiB, saw %zd", part);
+    EQ(p_do(&d, do_recv_pattern, part), 0);
+}
+
+CASE(eintr_waitall_is_partial)
+{
+    struct duo d = duo_open(0);
+    char got[16];
+    struct pest pest;
+    handle(SIGUSR1, count_hit, 0);
+    p_send(&d, "12345");
+    AWAIT_BYTES(d.fd, 5);
+    pest_start(&pest, 40, 20000);
+    EQ(recv(d.fd, got, 10, MSG_WAITALL), 5);
+    pest_stop(&pest);
+    p_send(&d, "rest");
+    WANT(d.fd, "rest");
+}
+
+CASE(eintr_accept)
+{
+    struct sockaddr_storage at;
+    socklen_t len;
+    int listener = listen_on(0, &at, &len);
+    handle(SIGUSR1, count_hit, 0);
+    INTERRUPTED(accept(listener, NULL, NULL));
+    INTERRUPTED(accept4(listener, NULL, NULL, SOCK_CLOEXEC));
+}
+
+static void write_in_handler(int signal_no)
+{
+    (void)signal_no;
+    if (write(live_fd, "handler.", 8) == 8)
+        hits++;
+}
+
+CASE(handler_writes_to_the_socket)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    live_fd = d.fd;
+    handle(SIGUSR1, write_in_handler, 0);
+    for (int i = 0; i < 20; i++) {
+        char got[8];
+        hits = 0;
+        pest_start(&pest, 3, 3000);
+        ERR(recv(d.fd, got, sizeof got, 0), EINTR);
+        pest_stop(&pest);
+        for (int k = 0; k < hits; k++)
+            P_WANT(&d, "handler.");
+    }
+}
+
+static char handler_got[64];
+
+static void read_in_handler(int signal_no)
+{
+    (void)signal_no;
+    int kept = errno;
+    ssize_t n = recv(live_fd, handler_got + hits, 1, MSG_DONTWAIT);
+    if (n == 1)
+        hits++;
+    errno = kept;
+}
+
+CASE(handler_reads_another_socket)
+{
+    struct duo d = duo_open(0), e = duo_more(&d, 0);
+    struct pest pest;
+    live_fd = e.fd;
+    handle(SIGUSR1, read_in_handler, SA_RESTART);
+    p_send(&e, "0123456789abcdefghij");
+    AWAIT_BYTES(e.fd, 20);
+    pest_start(&pest, 0, 2000);
+    p_start(&d, do_echo, 0);
+    for (int i = 0; i < 2000 || hits < 20; i++) {
+        unsigned char out = (unsigned char)i, in = 0;
+        EQ(send(d.fd, &out, 1, 0), 1);
+        EQ(recv(d.fd, &in, 1, 0), 1);
+        EQ(in, out);
+    }
+    pest_stop(&pest);
+    MUST(shutdown(d.fd, SHUT_WR));
+    WANT_EOF(d.fd);
+    p_finish(&d);
+    EQ(memcmp(handler_got, "0123456789abcdefghij", 20), 0);
+}
+
+static sigjmp_buf back;
+
+static void jump_out(int signal_no)
+{
+    (void)signal_no;
+    hits++;
+    siglongjmp(back, 1);
+}
+
+CASE(jump_out_of_a_blocked_call)
+{
+    struct duo d = duo_open(0);
+    int set = (int)MUST(epoll_create1(0));
+    struct epoll_event event = {.events = EPOLLIN};
+    MUST(epoll_ctl(set, EPOLL_CTL_ADD, d.fd, &event));
+    handle(SIGALRM, jump_out, 0);
+    hits = 0;
+    for (volatile int i = 0; i < 40; i++) {
+        struct itimerval soon = {.it_value = {0, 10000}};
+        char got[8];
+        if (sigsetjmp(back, 1) == 0) {
+            setitimer(ITIMER_REAL, &soon, NULL);
+            switch (i % 4) {
+            case 0:
+                recv(d.fd, got, sizeof got, 0) < 0 ? (void)0 : abort();
+                break;
+            case 1:
+                events_of(d.fd, POLLIN, -1);
+                break;
+            case 2:
+                epoll_wait(set, &event, 1, -1);
+                break;
+            default:
+                if (read(d.fd, got, sizeof got) >= 0)
+                    abort();
+            }
+            fail(HERE, "expected a jump, saw call %d return", i % 4);
+        }
+        EQ(hits, i + 1);
+        p_send(&d, "still");
+        AWAIT(d.fd, POLLIN);
+        EQ(epoll_wait(set, &event, 1, 1000), 1);
+        WANT(d.fd, "still");
+        PUT(d.fd, "alive");
+        P_WANT(&d, "alive");
+    }
+}
+
+CASE(signal_storm_during_transfer, .seconds = 60)
+{
+    struct duo d = duo_open(0);
+    struct itimerval every = {.it_interval = {0, 500}, .it_value = {0, 500}};
+    handle(SIGALRM, count_hit, SA_RESTART);
+    MUST(setitimer(ITIMER_REAL, &every, NULL));
+    p_start(&d, do_send_chunks, 24 << 20);
+    RECV_PATTERN(d.fd, 24 << 20);
+    EQ(p_finish(&d), 0);
+    p_start(&d, do_recv_pattern, 24 << 20);
+    SEND_PATTERN(d.fd, 24 << 20);
+    EQ(p_finish(&d), 0);
+    handle(SIGALRM, count_hit, 0); /* and when EINTR comes through: the loops try again */
+    p_start(&d, do_send_chunks, 24 << 20);
+    RECV_PATTERN(d.fd, 24 << 20);
+    EQ(p_finish(&d), 0);
+    p_start(&d, do_recv_pattern, 24 << 20);
+    SEND_PATTERN(d.fd, 24 << 20);
+    EQ(p_finish(&d), 0);
+    every = (struct itimerval){0};
+    MUST(setitimer(ITIMER_REAL, &every, NULL));
+    CHECK(hits > 0, "expected signals, saw none");
+}
+
+CASE(sigio)
+{
+    struct duo d = duo_open(0);
+    handle(SIGIO, count_hit, 0);
+    MUST(fcntl(d.fd, F_SETOWN, getpid()));
+    EQ(fcntl(d.fd, F_GETOWN), getpid());
+    MUST(fcntl(d.fd, F_SETFL, O_ASYNC | O_NONBLOCK));
+    EQ(fcntl(d.fd, F_GETFL), O_RDWR | O_ASYNC | O_NONBLOCK);
+    for (int i = 0; i < 20; i++) {
+        hits = 0;
+        p_send(&d, "x");
+        for (int k = 0; k < 2000 && !hits; k++)
+            sleep_ms(1);
+        CHECK(hits > 0, "expected SIGIO for message %d, saw none", i);
+        WANT(d.fd, "x");
+    }
+    MUST(fcntl(d.fd, F_SETFL, 0));
+    p_send(&d, "y");
+    WANT(d.fd, "y");
+}
+
+CASE(child_ends_while_receiving)
+{
+    struct duo d = duo_open(0);
+    char got[8];
+    handle(SIGCHLD, count_hit, 0);
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        sleep_ms(60);
+        _exit(3);
+    }
+    ERR(recv(d.fd, got, sizeof got, 0), EINTR);
+    wait_child(HERE, pid, 3);
+    p_send(&d, "on");
+    WANT(d.fd, "on");
+}
+
+CASE(stop_and_continue)
+{
+    struct duo d = duo_open(0);
+    pid_t here = getpid();
+    char got[8];
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        for (int i = 0; i < 5; i++) {
+            sleep_ms(30);
+            kill(here, SIGSTOP);
+            sleep_ms(20);
+            kill(here, SIGCONT);
+        }
+        _exit(0);
+    }
+    p_start(&d, do_send_later, 400);
+    EQ(recv(d.fd, got, 4, 0), 4); /* no handler: a stop is not an interruption */
+    p_finish(&d);
+    WAIT_CHILD(pid);
+}
