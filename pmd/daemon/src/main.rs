@@ -1,2 +1,29 @@
-//! Placeholder.
-fn main() {}
+//! `rdsockd`, the rdsock daemon. See `lib.rs`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use rdsockd::args::Args;
+use rdsockd::daemon::Daemon;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let config = match args.config() {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("rdsockd: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    if args.check_config {
+        return ExitCode::SUCCESS;
+    }
+    rdsockd::log::start(&config);
+    match Daemon::new(args, config).and_then(Daemon::run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

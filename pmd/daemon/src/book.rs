@@ -1,0 +1,422 @@
+//! The book of who announced what and who holds which stream: matching, holders, accounts.
+//!
+//! A state machine without I/O and clock: the daemon verifies what tenants say before it comes
+//! here, and carries out what follows from it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use rdsock_shm::reason::Reason;
+
+/// The daemon's number of a tenant.
+pub type TenantId = u64;
+
+/// A connection record of a tenant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Conn {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Number of the record.
+    pub number: u32,
+    /// Its use.
+    pub generation: u32,
+}
+
+/// A connection as one of its ends sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// Inode of the network namespace in which the socket was found.
+    pub netns: u64,
+    /// This end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
+}
+
+impl Route {
+    /// As the other end sees it.
+    pub fn reversed(self) -> Self {
+        Route {
+            netns: self.netns,
+            local: self.peer,
+            peer: self.local,
+        }
+    }
+}
+
+/// Which end called `connect`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The other one: this came from `accept`.
+    Passive,
+    /// This one.
+    Active,
+    /// Not known: inherited over `exec`.
+    Unknown,
+}
+
+/// A connection that a tenant was found to hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Announced {
+    /// Whose.
+    pub conn: Conn,
+    /// The tenant's fd.
+    pub fd: i32,
+    /// The tenant's process.
+    pub pid: i32,
+    /// The tenant's user.
+    pub uid: u32,
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// Inode of the socket.
+    pub inode: u64,
+    /// Where it leads.
+    pub route: Route,
+    /// Which end it is.
+    pub role: Role,
+}
+
+/// What becomes of an announcement.
+#[derive(Debug)]
+pub enum Announcement {
+    /// It waits for the other end.
+    Waits,
+    /// The other end waited, and does so no longer.
+    Matches(Announced),
+    /// Not for now.
+    Refused(Reason),
+}
+
+/// A tenant that holds an end.
+#[derive(Clone, Copy, Debug)]
+pub struct Holder {
+    /// By which of its connections.
+    pub conn: Conn,
+    /// It said that it has mapped the stream.
+    pub mapped: bool,
+}
+
+/// One end of a stream.
+#[derive(Debug)]
+pub struct End {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The socket's inode.
+    pub inode: u64,
+    /// Process of the tenant that announced it.
+    pub pid: i32,
+    /// User of that tenant.
+    pub uid: u32,
+    /// Where the socket leads.
+    pub route: Route,
+    /// Who holds it.
+    pub holders: Vec<Holder>,
+}
+
+/// A stream and who holds it. `M` is its memory.
+#[derive(Debug)]
+pub struct Stream<M> {
+    /// The two ends; end 0 called `connect`.
+    pub ends: [End; 2],
+    /// The user whose account it is on: that of the end that called `connect`, since the other
+    /// end has no say in who connects to it.
+    pub payer: u32,
+    /// Bytes of its memory.
+    pub bytes: u64,
+    /// Its memory.
+    pub memory: M,
+}
+
+impl<M> Stream<M> {
+    /// True when no tenant is known to hold either end.
+    pub fn is_abandoned(&self) -> bool {
+        self.ends.iter().all(|end| end.holders.is_empty())
+    }
+}
+
+/// What a user has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Streams.
+    pub streams: u64,
+    /// Bytes of their memory.
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Seat {
+    Waiting(Route),
+    Holding { stream: u64, end: usize },
+}
+
+/// The book. See the module's text.
+#[derive(Debug)]
+pub struct Book<M> {
+    waiting: HashMap<Route, Announced>,
+    seats: HashMap<TenantId, HashMap<u32, (u32, Seat)>>,
+    streams: HashMap<u64, Stream<M>>,
+    cookies: HashMap<u64, (u64, usize)>,
+    accounts: HashMap<u32, Account>,
+}
+
+impl<M> Default for Book<M> {
+    fn default() -> Self {
+        Book {
+            waiting: HashMap::new(),
+            seats: HashMap::new(),
+            streams: HashMap::new(),
+            cookies: HashMap::new(),
+            accounts: HashMap::new(),
+        }
+    }
+}
+
+/// Orders two ends so that the first is the one that called `connect`. `None` when they disagree,
+/// or neither knows.
+pub fn order(a: Announced, b: Announced) -> Option<[Announced; 2]> {
+    match (a.role, b.role) {
+        (Role::Active, Role::Passive | Role::Unknown) | (Role::Unknown, Role::Passive) => {
+            Some([a, b])
+        }
+        (Role::Passive, Role::Active | Role::Unknown) | (Role::Unknown, Role::Active) => {
+            Some([b, a])
+        }
+        _ => None,
+    }
+}
+
+impl<M> Book<M> {
+    /// A tenant announces a connection that it was found to hold. The caller has released the
+    /// connection record's earlier use ([`Book::release`]).
+    pub fn announce(&mut self, announced: Announced) -> Announcement {
+        let conn = announced.conn;
+        if let Some((stream, end)) = self.cookies.get(&announced.cookie).copied()
+            && let Some(stream) = self.streams.get(&stream)
+            && stream
+                .ends
+                .get(end)
+                .is_some_and(|end| !end.holders.is_empty())
+        {
+            // Somebody has the stream of this very socket: two streams would split its bytes.
+            return Announcement::Refused(Reason::Shared);
+        }
+        if let Some(earlier) = self.waiting.get(&announced.route).copied() {
+            if earlier.cookie == announced.cookie && earlier.conn.tenant != conn.tenant {
+                return Announcement::Refused(Reason::Shared);
+            }
+            self.remove_waiting(&announced.route);
+        }
+        let reversed = announced.route.reversed();
+        if self
+            .waiting
+            .get(&reversed)
+            .is_some_and(|other| other.cookie != announced.cookie)
+            && let Some(other) = self.remove_waiting(&reversed)
+        {
+            return Announcement::Matches(other);
+        }
+        self.waiting.insert(announced.route, announced);
+        self.sit(conn, Seat::Waiting(announced.route));
+        Announcement::Waits
+    }
+
+    fn sit(&mut self, conn: Conn, seat: Seat) {
+        let seats = self.seats.entry(conn.tenant).or_default();
+        seats.insert(conn.number, (conn.generation, seat));
+    }
+
+    fn remove_waiting(&mut self, route: &Route) -> Option<Announced> {
+        let announced = self.waiting.remove(route)?;
+        self.stand(announced.conn);
+        Some(announced)
+    }
+
+    fn stand(&mut self, conn: Conn) -> Option<(u32, Seat)> {
+        let seats = self.seats.get_mut(&conn.tenant)?;
+        let seat = seats.remove(&conn.number);
+        if seats.is_empty() {
+            self.seats.remove(&conn.tenant);
+        }
+        seat
+    }
+
+    /// Enters a stream for two ends, the first being the one that called `connect`.
+    pub fn open(&mut self, id: u64, ends: [Announced; 2], bytes: u64, memory: M) {
+        let payer = ends[0].uid;
+        for (index, end) in ends.iter().enumerate() {
+            let seat = Seat::Holding {
+                stream: id,
+                end: index,
+            };
+            self.sit(end.conn, seat);
+            self.cookies.insert(end.cookie, (id, index));
+        }
+        let ends = ends.map(|end| End {
+            cookie: end.cookie,
+            inode: end.inode,
+            pid: end.pid,
+            uid: end.uid,
+            route: end.route,
+            holders: vec![Holder {
+                conn: end.conn,
+                mapped: false,
+            }],
+        });
+        let account = self.accounts.entry(payer).or_default();
+        account.streams += 1;
+        account.bytes += bytes;
+        let stream = Stream {
+            ends,
+            payer,
+            bytes,
+            memory,
+        };
+        self.streams.insert(id, stream);
+    }
+
+    /// A further tenant holds an end, by inheritance.
+    pub fn hold(&mut self, id: u64, end: usize, conn: Conn) {
+        let Some(place) = self
+            .streams
+            .get_mut(&id)
+            .and_then(|stream| stream.ends.get_mut(end))
+        else {
+            return;
+        };
+        place.holders.push(Holder { conn, mapped: true });
+        self.sit(conn, Seat::Holding { stream: id, end });
+    }
+
+    /// A tenant says that it has mapped the stream of a connection. True when that was news.
+    pub fn mapped(&mut self, conn: Conn) -> bool {
+        let Some((id, end)) = self.seat_of(conn) else {
+            return false;
+        };
+        self.streams
+            .get_mut(&id)
+            .and_then(|stream| stream.ends.get_mut(end))
+            .and_then(|end| end.holders.iter_mut().find(|holder| holder.conn == conn))
+            .is_some_and(|holder| !std::mem::replace(&mut holder.mapped, true))
+    }
+
+    /// The stream and end that a connection holds.
+    pub fn seat_of(&self, conn: Conn) -> Option<(u64, usize)> {
+        match self.seats.get(&conn.tenant)?.get(&conn.number)? {
+            (generation, Seat::Holding { stream, end }) if *generation == conn.generation => {
+                Some((*stream, *end))
+            }
+            _ => None,
+        }
+    }
+
+    /// A connection is given up, whatever it was. `any` generation, or only the one given.
+    /// Returns the stream that it held.
+    pub fn release(&mut self, conn: Conn, any: bool) -> Option<u64> {
+        let (generation, _) = self.seats.get(&conn.tenant)?.get(&conn.number)?;
+        if !any && *generation != conn.generation {
+            return None;
+        }
+        let (generation, seat) = self.stand(conn)?;
+        let conn = Conn { generation, ..conn };
+        match seat {
+            Seat::Waiting(route) => {
+                self.waiting.remove(&route);
+                None
+            }
+            Seat::Holding { stream, end } => {
+                let holders = &mut self.streams.get_mut(&stream)?.ends.get_mut(end)?.holders;
+                holders.retain(|holder| holder.conn != conn);
+                Some(stream)
+            }
+        }
+    }
+
+    /// A tenant has gone. Returns the streams that it held.
+    pub fn tenant_gone(&mut self, tenant: TenantId) -> Vec<u64> {
+        let numbers: Vec<u32> = match self.seats.get(&tenant) {
+            Some(seats) => seats.keys().copied().collect(),
+            None => return Vec::new(),
+        };
+        let conn = |number| Conn {
+            tenant,
+            number,
+            generation: 0,
+        };
+        let mut streams: Vec<u64> = numbers
+            .into_iter()
+            .filter_map(|number| self.release(conn(number), true))
+            .collect();
+        streams.sort_unstable();
+        streams.dedup();
+        streams
+    }
+
+    /// Removes a stream and takes it off its payer's account. Its holders keep nothing.
+    pub fn close(&mut self, id: u64) -> Option<Stream<M>> {
+        let stream = self.streams.remove(&id)?;
+        for end in &stream.ends {
+            if self
+                .cookies
+                .get(&end.cookie)
+                .is_some_and(|(owner, _)| *owner == id)
+            {
+                self.cookies.remove(&end.cookie);
+            }
+            for holder in &end.holders {
+                self.stand(holder.conn);
+            }
+        }
+        if let Some(account) = self.accounts.get_mut(&stream.payer) {
+            account.streams -= 1;
+            account.bytes -= stream.bytes;
+            if account.streams == 0 {
+                self.accounts.remove(&stream.payer);
+            }
+        }
+        Some(stream)
+    }
+
+    /// The stream and end of the socket with this cookie.
+    pub fn by_cookie(&self, cookie: u64) -> Option<(u64, usize)> {
+        self.cookies.get(&cookie).copied()
+    }
+
+    /// A stream.
+    pub fn stream(&self, id: u64) -> Option<&Stream<M>> {
+        self.streams.get(&id)
+    }
+
+    /// All streams.
+    pub fn streams(&self) -> impl Iterator<Item = (u64, &Stream<M>)> {
+        self.streams.iter().map(|(id, stream)| (*id, stream))
+    }
+
+    /// What a user has.
+    pub fn account(&self, uid: u32) -> Account {
+        self.accounts.get(&uid).copied().unwrap_or_default()
+    }
+
+    /// All users that have streams.
+    pub fn accounts(&self) -> impl Iterator<Item = (u32, Account)> {
+        self.accounts.iter().map(|(uid, account)| (*uid, *account))
+    }
+
+    /// Announcements that wait for their other end.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Where a connection leads, when the tenant announced it.
+    pub fn route_of(&self, conn: Conn) -> Option<Route> {
+        match self.seats.get(&conn.tenant)?.get(&conn.number)? {
+            (generation, _) if *generation != conn.generation => None,
+            (_, Seat::Waiting(route)) => Some(*route),
+            (_, Seat::Holding { stream, end }) => {
+                Some(self.streams.get(stream)?.ends.get(*end)?.route)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+use super::*;
+
+const CLIENT: TenantId = 1;
+const SERVER: TenantId = 2;
+
+fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
+    let (client, server) = ("127.0.0.1:50000", "127.0.0.1:80");
+    let (local, peer) = match role {
+        Role::Active => (client, server),
+        _ => (server, client),
+    };
+    Announced {
+        conn: Conn {
+            tenant,
+            number,
+            generation: 1,
+        },
+        fd: 3,
+        pid: 10,
+        uid: tenant as u32,
+        cookie: 100 + tenant,
+        inode: 200 + tenant,
+        route: Route {
+            netns: 1,
+            local: local.parse().unwrap(),
+            peer: peer.parse().unwrap(),
+        },
+        role,
+    }
+}
+
+fn open(book: &mut Book<()>) {
+    let (client, server) = (
+        announced(CLIENT, 7, Role::Active),
+        announced(SERVER, 9, Role::Passive),
+    );
+    assert!(matches!(book.announce(server), Announcement::Waits));
+    let Announcement::Matches(other) = book.announce(client) else {
+        panic!("the other end waits");
+    };
+    assert_eq!(other.conn, server.conn);
+    book.open(5, order(client, other).unwrap(), 1000, ());
+}
+
+#[test]
+fn two_ends_become_a_stream_and_leave_nothing_behind() {
+    let mut book = Book::default();
+    open(&mut book);
+    let one = Account {
+        streams: 1,
+        bytes: 1000,
+    };
+    assert_eq!(book.account(CLIENT as u32), one);
+    assert_eq!(book.account(SERVER as u32), Account::default());
+    assert_eq!(book.waiting(), 0);
+    assert_eq!(book.tenant_gone(CLIENT), [5]);
+    assert!(!book.stream(5).unwrap().is_abandoned());
+    assert_eq!(
+        book.release(announced(SERVER, 9, Role::Passive).conn, false),
+        Some(5)
+    );
+    assert!(book.stream(5).unwrap().is_abandoned());
+    assert!(book.close(5).is_some());
+    assert_eq!(book.account(CLIENT as u32), Account::default());
+    assert!(book.seats.is_empty() && book.cookies.is_empty() && book.accounts.is_empty());
+}
+
+#[test]
+fn both_ends_in_one_process() {
+    let mut book = Book::<()>::default();
+    let a = announced(1, 1, Role::Active);
+    let b = Announced {
+        cookie: 7,
+        ..announced(1, 2, Role::Passive)
+    };
+    assert!(matches!(book.announce(a), Announcement::Waits));
+    let Announcement::Matches(other) = book.announce(b) else {
+        panic!("the other end waits");
+    };
+    book.open(1, order(other, b).unwrap(), 1, ());
+    assert_eq!(book.tenant_gone(1), [1]);
+    assert!(book.stream(1).unwrap().is_abandoned());
+}
+
+#[test]
+fn a_socket_that_is_held_elsewhere_gets_no_second_stream() {
+    let mut book = Book::default();
+    open(&mut book);
+    let child = Announced {
+        cookie: 100 + SERVER,
+        ..announced(3, 0, Role::Passive)
+    };
+    assert!(matches!(
+        book.announce(child),
+        Announcement::Refused(Reason::Shared)
+    ));
+    book.hold(5, 1, child.conn);
+    book.tenant_gone(SERVER);
+    book.tenant_gone(CLIENT);
+    assert!(!book.stream(5).unwrap().is_abandoned());
+    assert_eq!(book.seat_of(child.conn), Some((5, 1)));
+    book.tenant_gone(3);
+    assert!(book.stream(5).unwrap().is_abandoned());
+}
+
+#[test]
+fn an_announcement_that_waits_is_replaced_or_taken_back() {
+    let mut book = Book::<()>::default();
+    let first = announced(CLIENT, 7, Role::Active);
+    assert!(matches!(book.announce(first), Announcement::Waits));
+    assert_eq!(book.release(first.conn, true), None);
+    assert_eq!(book.waiting(), 0);
+    // The same addresses, but a new socket: the earlier one can't exist any more.
+    assert!(matches!(book.announce(first), Announcement::Waits));
+    let later = Announced {
+        cookie: 999,
+        ..announced(3, 0, Role::Active)
+    };
+    assert!(matches!(book.announce(later), Announcement::Waits));
+    assert_eq!(book.waiting(), 1);
+    assert!(!book.seats.contains_key(&CLIENT));
+    let stale = Conn {
+        generation: 2,
+        ..later.conn
+    };
+    book.release(stale, false);
+    assert_eq!(book.waiting(), 1);
+}
+
+#[test]
+fn roles_must_agree() {
+    let with = |a, b| {
+        let ends = (announced(1, 0, a), announced(2, 0, b));
+        order(ends.0, ends.1).map(|[first, _]| first.conn.tenant)
+    };
+    assert_eq!(with(Role::Active, Role::Passive), Some(1));
+    assert_eq!(with(Role::Passive, Role::Unknown), Some(2));
+    assert_eq!(with(Role::Unknown, Role::Active), Some(2));
+    assert_eq!(with(Role::Unknown, Role::Unknown), None);
+    assert_eq!(with(Role::Active, Role::Active), None);
+    assert_eq!(with(Role::Passive, Role::Passive), None);
+}

@@ -1,0 +1,188 @@
+//! The configuration file. `docs/configuration.md` describes each key for people.
+
+use std::path::{Path, PathBuf};
+
+use rdsock_shm::layout::{MAX_RING, MIN_RING};
+use serde::Deserialize;
+
+use crate::memory::HugePages;
+use crate::policy::Policy;
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people and the journal.
+    Text,
+    /// One JSON object for each line.
+    Json,
+}
+
+/// All keys, with their defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where the control socket is made.
+    pub socket: Option<PathBuf>,
+    /// Bytes of each ring.
+    pub ring_size: u64,
+    /// When streams are made of huge pages.
+    pub huge_pages: HugePages,
+    /// Streams of one user.
+    pub max_streams_per_user: u64,
+    /// Bytes of stream memory of one user.
+    pub max_bytes_per_user: u64,
+    /// Attached processes.
+    pub max_tenants: u64,
+    /// Attached processes of one user.
+    pub max_tenants_per_user: u64,
+    /// Ends the daemon when nothing has used it for so long; 0 for never.
+    pub idle_exit_seconds: u64,
+    /// How a log line looks.
+    pub log_format: LogFormat,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// Who may be accelerated.
+    pub policy: Policy,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            socket: None,
+            ring_size: 4 << 20,
+            huge_pages: HugePages::Auto,
+            max_streams_per_user: 16_384,
+            max_bytes_per_user: 256 << 30,
+            max_tenants: 8_192,
+            max_tenants_per_user: 4_096,
+            idle_exit_seconds: 0,
+            log_format: LogFormat::Text,
+            log_level: LogLevel::Info,
+            policy: Policy::default(),
+        }
+    }
+}
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("can't read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The text is no configuration: the message names line, key and what was expected.
+    #[error("{path}: {message}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Line, key, expectation.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text).map_err(|message| ConfigError::Parse {
+            path: path.to_owned(),
+            message,
+        })
+    }
+
+    /// Parses the text of a file. The error names the line, the key and what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
+        let wrong = |key: &str, expected: String| {
+            let line = line_of(text, key);
+            Err(format!("line {line}: key `{key}`: expected {expected}"))
+        };
+        if !config.ring_size.is_power_of_two() || !(MIN_RING..=MAX_RING).contains(&config.ring_size)
+        {
+            return wrong(
+                "ring_size",
+                format!("a power of two from {MIN_RING} to {MAX_RING}"),
+            );
+        }
+        if config
+            .socket
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute())
+        {
+            return wrong("socket", "an absolute path".into());
+        }
+        for (key, value) in [
+            ("max_tenants", config.max_tenants),
+            ("max_tenants_per_user", config.max_tenants_per_user),
+        ] {
+            if value == 0 {
+                return wrong(key, "at least 1".into());
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// Number of the line that sets a top-level key.
+fn line_of(text: &str, key: &str) -> usize {
+    let sets = |line: &str| {
+        line.trim_start()
+            .strip_prefix(key)
+            .is_some_and(|rest| rest.trim_start().starts_with('='))
+    };
+    text.lines().position(sets).map_or(1, |index| index + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_holds_every_key_at_its_default() {
+        let example = include_str!("../../../docs/rdsockd.example.toml");
+        let set = Config::parse(example).unwrap();
+        let mut default = Config::default();
+        default.socket = set.socket.clone();
+        assert_eq!(format!("{set:?}"), format!("{default:?}"));
+    }
+
+    #[test]
+    fn errors_name_the_line_and_the_key() {
+        let unknown = Config::parse("ring_size = 4096\nrings = 3\n").unwrap_err();
+        assert!(
+            unknown.contains("line 2") && unknown.contains("rings"),
+            "{unknown}"
+        );
+        let size = Config::parse("\n\nring_size = 5000\n").unwrap_err();
+        assert!(
+            size.contains("line 3") && size.contains("power of two"),
+            "{size}"
+        );
+        let kind = Config::parse("huge_pages = \"yes\"\n").unwrap_err();
+        assert!(kind.contains("line 1") && kind.contains("auto"), "{kind}");
+        let glob = Config::parse("[policy]\ndeny_programs = [\"a[\"]\n").unwrap_err();
+        assert!(glob.contains("line 2"), "{glob}");
+        assert!(Config::parse("socket = \"here\"").is_err());
+        assert!(Config::parse("max_tenants = 0").is_err());
+    }
+}

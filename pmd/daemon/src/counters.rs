@@ -1,0 +1,46 @@
+//! What the daemon counts.
+
+use serde::Serialize;
+
+/// Counted since the daemon's start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Processes that attached.
+    pub attached: u64,
+    /// Processes that left.
+    pub detached: u64,
+    /// Processes that were refused, for whatever cause.
+    pub refused: u64,
+    /// Messages that were none, or made no sense where they came.
+    pub malformed: u64,
+    /// Messages of another version.
+    pub wrong_version: u64,
+    /// Memory that was not what it must be.
+    pub bad_memory: u64,
+    /// Requests in a tenant's queue that made no sense.
+    pub bad_requests: u64,
+    /// Messages that a process sent on a connection of another one.
+    pub stray: u64,
+    /// Connections announced.
+    pub announced: u64,
+    /// Announcements that the kernel did not confirm.
+    pub unverified: u64,
+    /// Announcements turned down for another reason.
+    pub turned_down: u64,
+    /// Streams made.
+    pub streams_opened: u64,
+    /// Streams whose memory was given back.
+    pub streams_closed: u64,
+    /// Streams of huge pages.
+    pub streams_huge: u64,
+    /// Streams that an end could not map.
+    pub declined: u64,
+    /// Streams that an end left for the kernel.
+    pub left: u64,
+    /// Streams handed to a process that inherited the socket.
+    pub inherited: u64,
+    /// Tenants that were cut off because they did not read.
+    pub cut_off: u64,
+    /// Questions answered.
+    pub questions: u64,
+}

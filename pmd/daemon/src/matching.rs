@@ -1,0 +1,535 @@
+//! From announcements to streams: verifies, matches, makes, hands out, and gives back.
+
+use std::cmp::Reverse;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rdsock_shm::control::{Lookup, Message, Promote, Request, kind};
+use rdsock_shm::layout::DATA_OFFSET;
+use rdsock_shm::reason::Reason;
+use tracing::{debug, warn};
+
+use crate::book::{Announced, Announcement, Conn, Role, Route, TenantId, order};
+use crate::channel::Outgoing;
+use crate::daemon::{Daemon, Due, End};
+use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
+use crate::process::{OtherHolder, other_holder, socket_inode};
+
+/// How long a stream is kept for a process that runs another program now (exec) and may ask for
+/// it again, even when the kernel has dropped the connection.
+const EXEC_GRACE: Duration = Duration::from_secs(2);
+/// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
+const FIRST_LOOK: Duration = Duration::from_millis(50);
+const LAST_LOOK: Duration = Duration::from_secs(30);
+/// Longest search for other holders of one socket.
+const SEARCH: Duration = Duration::from_millis(20);
+
+/// A stream's memory and what is needed to hand it out again.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    stream: Rc<OwnedFd>,
+    ends: [Rc<OwnedFd>; 2],
+    /// The bell boards of the tenants that announced the two ends.
+    bells: [Rc<OwnedFd>; 2],
+    ring_size: u64,
+    /// Made of huge pages.
+    pub huge: bool,
+}
+
+impl Memory {
+    fn new(fds: StreamFds, bells: [Rc<OwnedFd>; 2], ring_size: u64) -> Self {
+        Memory {
+            stream: Rc::new(fds.stream),
+            ends: fds.ends.map(Rc::new),
+            bells,
+            ring_size,
+            huge: fds.huge,
+        }
+    }
+
+    /// Both directions, as the ends have left them.
+    pub fn directions(&self) -> io::Result<[DirectionView; 2]> {
+        DirectionView::read_both(&self.stream)
+    }
+}
+
+/// Time that a tenant may make the daemon spend on searching `/proc`: a twentieth of all time.
+#[derive(Debug)]
+pub(crate) struct SearchBudget {
+    next: Instant,
+}
+
+impl Default for SearchBudget {
+    fn default() -> Self {
+        SearchBudget {
+            next: Instant::now(),
+        }
+    }
+}
+
+impl SearchBudget {
+    const SHARE: u32 = 20;
+    /// Saved up at most.
+    const SAVED: Duration = Duration::from_secs(1);
+
+    fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
+        let start = Instant::now();
+        if self.next > start {
+            return None;
+        }
+        let result = search();
+        let earliest = start.checked_sub(Self::SAVED).unwrap_or(start);
+        self.next = self.next.max(earliest) + start.elapsed() * Self::SHARE;
+        Some(result)
+    }
+}
+
+/// Whether huge pages can be had, looked up now and then and warned of once.
+#[derive(Debug, Default)]
+pub(crate) struct HugeSupply {
+    dry_until: Option<Instant>,
+    warned: bool,
+}
+
+impl HugeSupply {
+    const PAUSE: Duration = Duration::from_secs(1);
+
+    fn wanted(&self, policy: HugePages, now: Instant) -> bool {
+        policy != HugePages::Never && self.dry_until.is_none_or(|until| now >= until)
+    }
+
+    fn none_left(&mut self, policy: HugePages, now: Instant) {
+        self.dry_until = Some(now + Self::PAUSE);
+        if !std::mem::replace(&mut self.warned, true) || policy == HugePages::Always {
+            warn!(
+                "no huge pages for a stream: ordinary pages are used, which costs a little speed; \
+                 reserve some with `sysctl vm.nr_hugepages=N`, or set huge_pages = \"never\""
+            );
+        }
+    }
+}
+
+/// What a request says of a connection, with its numbers in range.
+struct Claim {
+    conn: Conn,
+    fd: i32,
+    cookie: u64,
+    netns_cookie: u64,
+    local: SocketAddr,
+    peer: SocketAddr,
+    role: Role,
+    maybe_shared: bool,
+}
+
+impl Claim {
+    fn parse(conn: Conn, request: &Request) -> Option<Self> {
+        let address = |ip: [u8; 16], port: u32| {
+            let ip = IpAddr::V6(Ipv6Addr::from(ip)).to_canonical();
+            Some(SocketAddr::new(ip, port.try_into().ok()?))
+        };
+        let role = match request.active {
+            0 => Role::Passive,
+            1 => Role::Active,
+            2 => Role::Unknown,
+            _ => return None,
+        };
+        Some(Claim {
+            conn,
+            fd: request.fd,
+            cookie: request.cookie,
+            netns_cookie: request.netns,
+            local: address(request.local, request.local_port)?,
+            peer: address(request.peer, request.peer_port)?,
+            role,
+            maybe_shared: request.extra != 0,
+        })
+    }
+}
+
+impl Daemon {
+    /// A tenant holds a connection, or says so.
+    pub(crate) fn on_announce(&mut self, conn: Conn, request: &Request) -> Result<(), End> {
+        self.counters.announced += 1;
+        if let Some(stream) = self.book.release(conn, true) {
+            self.on_abandoned(stream, false);
+        }
+        let Some(claim) = Claim::parse(conn, request) else {
+            self.counters.bad_requests += 1;
+            return self.turn_down(conn, Reason::Unverified);
+        };
+        if !self
+            .config
+            .policy
+            .allows_ports(claim.local.port(), claim.peer.port())
+        {
+            return self.turn_down(conn, Reason::Policy);
+        }
+        let announced = match self.verify(&claim) {
+            Ok(announced) => announced,
+            Err(reason) => {
+                self.counters.unverified += 1;
+                debug!(?conn, fd = claim.fd, "not verified: {}", reason.text());
+                return self.send(conn.tenant, Self::verdict(conn, reason));
+            }
+        };
+        if claim.maybe_shared && self.is_shared(&announced) {
+            return self.turn_down(conn, Reason::Shared);
+        }
+        self.find_other_end(announced)
+    }
+
+    fn turn_down(&mut self, conn: Conn, reason: Reason) -> Result<(), End> {
+        self.counters.turned_down += 1;
+        debug!(?conn, "turned down: {}", reason.text());
+        self.send(conn.tenant, Self::verdict(conn, reason))
+    }
+
+    /// Asks the kernel whether the tenant holds this very connection.
+    fn verify(&mut self, claim: &Claim) -> Result<Announced, Reason> {
+        let tenant = claim.conn.tenant;
+        self.follow_netns(tenant, claim.netns_cookie);
+        let connection = self.connections.get(&tenant).ok_or(Reason::Unverified)?;
+        let own = connection.tenant.as_ref().and_then(|tenant| tenant.netns);
+        let own = own.ok_or(Reason::OtherNamespace)?;
+        let (netns, diag) = self
+            .namespaces
+            .locate(claim.netns_cookie, own)
+            .ok_or(Reason::OtherNamespace)?;
+        let inode = socket_inode(connection.peer.pid, claim.fd).ok_or(Reason::Unverified)?;
+        let found = diag
+            .find(claim.local, claim.peer, claim.cookie)
+            .map_err(|error| {
+                warn!("sock_diag: {error}");
+                Reason::Unverified
+            })?
+            .ok_or(Reason::Unverified)?;
+        // The process is looked at last: while it lives, its id named it all the time.
+        if found.inode != inode || !found.established || !connection.peer.is_alive() {
+            return Err(Reason::Unverified);
+        }
+        Ok(Announced {
+            conn: claim.conn,
+            fd: claim.fd,
+            pid: connection.peer.pid,
+            uid: connection.peer.uid,
+            cookie: claim.cookie,
+            inode,
+            route: Route {
+                netns,
+                local: claim.local,
+                peer: claim.peer,
+            },
+            role: claim.role,
+        })
+    }
+
+    /// When a socket is in no namespace that is known, its process may have moved since it
+    /// attached.
+    fn follow_netns(&mut self, id: TenantId, cookie: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
+            return;
+        };
+        let known = tenant
+            .netns
+            .is_some_and(|own| self.namespaces.locate(cookie, own).is_some());
+        if known {
+            return;
+        }
+        let now = self.namespaces.enter(pid).ok();
+        if let Some(before) = std::mem::replace(&mut tenant.netns, now) {
+            self.namespaces.leave(before);
+        }
+    }
+
+    /// Does an announcement that was true still hold?
+    fn still_holds(&self, announced: &Announced) -> bool {
+        let Some(connection) = self.connections.get(&announced.conn.tenant) else {
+            return false;
+        };
+        let route = announced.route;
+        let found = self.namespaces.diag(route.netns).and_then(|diag| {
+            diag.find(route.local, route.peer, announced.cookie)
+                .ok()
+                .flatten()
+        });
+        found.is_some_and(|found| found.established && found.inode == announced.inode)
+            && socket_inode(connection.peer.pid, announced.fd) == Some(announced.inode)
+            && connection.peer.is_alive()
+    }
+
+    /// Does another process hold the socket, too? When in doubt, yes: the shim asks again.
+    fn is_shared(&mut self, announced: &Announced) -> bool {
+        let Some(connection) = self.connections.get_mut(&announced.conn.tenant) else {
+            return true;
+        };
+        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
+            return true;
+        };
+        let found = tenant
+            .search
+            .run(|| other_holder(pid, announced.inode, SEARCH));
+        found != Some(OtherHolder::Nobody)
+    }
+
+    fn find_other_end(&mut self, announced: Announced) -> Result<(), End> {
+        let conn = announced.conn;
+        loop {
+            let other = match self.book.announce(announced) {
+                Announcement::Waits => return Ok(()),
+                Announcement::Refused(reason) => return self.turn_down(conn, reason),
+                Announcement::Matches(other) => other,
+            };
+            // It may have been closed, and its addresses used again by somebody else, since it
+            // was announced.
+            if !self.still_holds(&other) {
+                self.counters.unverified += 1;
+                self.tell(other.conn, conn, Reason::Unverified)?;
+                continue;
+            }
+            return match self.make(announced, other) {
+                Ok(()) => self.hand_out(announced, other),
+                Err(reason) => {
+                    self.counters.turned_down += 2;
+                    debug!(?conn, other = ?other.conn, "turned down: {}", reason.text());
+                    self.tell(other.conn, conn, reason)?;
+                    self.send(conn.tenant, Self::verdict(conn, reason))
+                }
+            };
+        }
+    }
+
+    /// Sends a verdict to another connection than the one being served, maybe of the same tenant.
+    fn tell(&mut self, whom: Conn, served: Conn, reason: Reason) -> Result<(), End> {
+        let verdict = Self::verdict(whom, reason);
+        if whom.tenant == served.tenant {
+            return self.send(whom.tenant, verdict);
+        }
+        self.send_to_other(whom.tenant, verdict);
+        Ok(())
+    }
+
+    /// Makes the stream of two ends that were found to hold the same connection.
+    fn make(&mut self, a: Announced, b: Announced) -> Result<(), Reason> {
+        let ends = order(a, b).ok_or(Reason::Foreign)?;
+        let ring_size = self.config.ring_size;
+        let account = self.book.account(ends[0].uid);
+        let bytes = rounded(ring_size, 4096);
+        if account.streams >= self.config.max_streams_per_user
+            || account.bytes.saturating_add(bytes) > self.config.max_bytes_per_user
+            || !self.has_stream_descriptors()
+        {
+            let cause = "a limit of its user is reached: streams stay on the kernel";
+            self.log_refusal(cause, ends[0].uid, 0);
+            return Err(Reason::Limit);
+        }
+        let mut bells = Vec::new();
+        for end in &ends {
+            bells.push(
+                self.tenant(end.conn.tenant)
+                    .ok_or(Reason::Unverified)?
+                    .bells
+                    .clone(),
+            );
+        }
+        let Ok(bells) = <[Rc<OwnedFd>; 2]>::try_from(bells) else {
+            return Err(Reason::Unverified);
+        };
+        let id = self.next_stream;
+        let (policy, now) = (self.config.huge_pages, Instant::now());
+        let try_huge = self.huge.wanted(policy, now);
+        let fds = make_stream(id, ring_size, try_huge).map_err(|error| {
+            warn!("can't make a stream's memory: {error}");
+            Reason::NoMemory
+        })?;
+        if try_huge && !fds.huge {
+            self.huge.none_left(policy, now);
+        }
+        self.next_stream += 1;
+        self.counters.streams_opened += 1;
+        self.counters.streams_huge += u64::from(fds.huge);
+        debug!(stream = id, route = ?ends[0].route, "opened");
+        let bytes = fds.bytes;
+        self.book
+            .open(id, ends, bytes, Memory::new(fds, bells, ring_size));
+        Ok(())
+    }
+
+    /// Sends both tenants their end of the stream that was just made.
+    fn hand_out(&mut self, served: Announced, other: Announced) -> Result<(), End> {
+        if let Some(message) = self.promotion(other.conn) {
+            if other.conn.tenant == served.conn.tenant {
+                self.send(other.conn.tenant, message)?;
+            } else {
+                self.send_to_other(other.conn.tenant, message);
+            }
+        }
+        match self.promotion(served.conn) {
+            Some(message) => self.send(served.conn.tenant, message),
+            None => Ok(()),
+        }
+    }
+
+    /// The PROMOTE message for a connection that holds an end.
+    fn promotion(&self, conn: Conn) -> Option<Outgoing> {
+        let (stream_id, end) = self.book.seat_of(conn)?;
+        let memory = &self.book.stream(stream_id)?.memory;
+        let promote = Promote {
+            conn: conn.number,
+            generation: conn.generation,
+            stream_id,
+            ring_size: memory.ring_size,
+            data_offset: DATA_OFFSET,
+            end: end as u32,
+            huge: memory.huge.into(),
+        };
+        let fds = [
+            &memory.stream,
+            memory.ends.get(end)?,
+            memory.bells.get(1 - end)?,
+        ];
+        Some(Outgoing {
+            bytes: Message::new(kind::PROMOTE, &promote).as_bytes().to_vec(),
+            fds: fds.map(Rc::clone).to_vec(),
+        })
+    }
+
+    /// A process asks whether a socket that it inherited is a stream.
+    pub(crate) fn on_lookup(&mut self, id: TenantId, lookup: Lookup) -> Result<(), End> {
+        let conn = Conn {
+            tenant: id,
+            number: lookup.conn,
+            generation: lookup.generation,
+        };
+        let found = self.book.by_cookie(lookup.cookie);
+        if let Some((stream, end)) = found
+            && self.may_hold(id, lookup.fd, stream, end)
+        {
+            self.take_seat(conn, stream, end);
+            self.counters.inherited += 1;
+            if let Some(message) = self.promotion(conn) {
+                return self.send(id, message);
+            }
+        }
+        self.send(id, Message::empty(kind::NOT_FOUND).into())
+    }
+
+    /// A process holds an end by inheritance.
+    pub(crate) fn on_holds(&mut self, conn: Conn, request: &Request) {
+        let (stream, end) = (request.stream_id, request.active as usize);
+        if end > 1 || !self.may_hold(conn.tenant, request.fd, stream, end) {
+            self.counters.unverified += 1;
+            return;
+        }
+        self.take_seat(conn, stream, end);
+    }
+
+    fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) {
+        if self.book.seat_of(conn) == Some((stream, end)) {
+            return;
+        }
+        // The new seat first, so that a stream that only moves is not found abandoned.
+        let before = self.book.release(conn, true);
+        self.book.hold(stream, end, conn);
+        if let Some(before) = before {
+            self.on_abandoned(before, false);
+        }
+    }
+
+    /// Does this tenant hold the socket of that end, and is it the user that announced it?
+    fn may_hold(&self, id: TenantId, fd: i32, stream: u64, end: usize) -> bool {
+        let (Some(connection), Some(stream)) =
+            (self.connections.get(&id), self.book.stream(stream))
+        else {
+            return false;
+        };
+        let Some(end) = stream.ends.get(end) else {
+            return false;
+        };
+        let same_process = end.pid == connection.peer.pid;
+        (connection.peer.uid == end.uid || same_process)
+            && socket_inode(connection.peer.pid, fd) == Some(end.inode)
+            && self
+                .socket_is(end.route, end.cookie)
+                .is_none_or(|inode| inode == end.inode)
+            && connection.peer.is_alive()
+    }
+
+    /// Inode of the socket with these addresses and this cookie; 0 when no process holds it.
+    fn socket_is(&self, route: Route, cookie: u64) -> Option<u64> {
+        let diag = self.namespaces.diag(route.netns)?;
+        let found = diag.find(route.local, route.peer, cookie).ok()??;
+        Some(found.inode)
+    }
+
+    /// A tenant gave up a connection.
+    pub(crate) fn give_up(&mut self, conn: Conn) {
+        if let Some(stream) = self.book.release(conn, false) {
+            self.on_abandoned(stream, false);
+        }
+    }
+
+    /// A tenant could not map its stream: the other end shall not wait for it.
+    pub(crate) fn on_declined(&mut self, conn: Conn) {
+        let Some((id, end)) = self.book.seat_of(conn) else {
+            return self.give_up(conn);
+        };
+        let others: Vec<Conn> = self
+            .book
+            .stream(id)
+            .and_then(|stream| stream.ends.get(1 - end))
+            .map(|end| end.holders.iter().map(|holder| holder.conn).collect())
+            .unwrap_or_default();
+        self.close_stream(id);
+        for other in others.into_iter().filter(|other| *other != conn) {
+            self.send_to_other(other.tenant, Self::verdict(other, Reason::PeerDemoted));
+        }
+    }
+
+    /// A holder of a stream is gone; `alive` when its process lives and may ask for it again.
+    pub(crate) fn on_abandoned(&mut self, id: u64, alive: bool) {
+        if !self
+            .book
+            .stream(id)
+            .is_some_and(|stream| stream.is_abandoned())
+        {
+            return;
+        }
+        if alive {
+            self.due
+                .push(Reverse((Instant::now() + EXEC_GRACE, Due::Stream(id, 0))));
+        } else {
+            self.check_stream(id, 0);
+        }
+    }
+
+    /// Gives an abandoned stream back, unless a process that the daemon does not know (a child
+    /// that has not attached, a program between exec and attach) still holds one of its sockets.
+    pub(crate) fn check_stream(&mut self, id: u64, times: u32) {
+        let Some(stream) = self.book.stream(id).filter(|stream| stream.is_abandoned()) else {
+            return;
+        };
+        let held = stream
+            .ends
+            .iter()
+            .any(|end| self.socket_is(end.route, end.cookie) == Some(end.inode));
+        if !held {
+            return self.close_stream(id);
+        }
+        let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
+        self.due
+            .push(Reverse((Instant::now() + wait, Due::Stream(id, times + 1))));
+    }
+
+    fn close_stream(&mut self, id: u64) {
+        if self.book.close(id).is_some() {
+            self.counters.streams_closed += 1;
+            debug!(stream = id, "closed");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Network namespaces of tenants: one netlink socket for each, kept while a tenant lives there.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+
+use crate::diag::Diag;
+use crate::process::netns_inode;
+
+/// The namespaces that tenants live in, by inode. An open netlink socket keeps its namespace,
+/// and so the inode's number, from being used again.
+#[derive(Debug)]
+pub struct Namespaces {
+    home: u64,
+    open: HashMap<u64, Namespace>,
+}
+
+#[derive(Debug)]
+struct Namespace {
+    diag: Diag,
+    cookie: u64,
+    tenants: usize,
+}
+
+impl Namespaces {
+    /// Knows the daemon's own namespace, and none other yet.
+    pub fn new() -> io::Result<Self> {
+        let home = netns_inode(std::process::id() as i32)?;
+        let mut namespaces = Namespaces {
+            home,
+            open: HashMap::new(),
+        };
+        namespaces.insert(home, Diag::new()?);
+        Ok(namespaces)
+    }
+
+    fn insert(&mut self, inode: u64, diag: Diag) {
+        let namespace = Namespace {
+            cookie: diag.netns_cookie(),
+            diag,
+            tenants: 0,
+        };
+        self.open.insert(inode, namespace);
+    }
+
+    /// A tenant came: opens its namespace if need be. Returns the namespace's inode.
+    pub fn enter(&mut self, pid: i32) -> io::Result<u64> {
+        let inode = netns_inode(pid)?;
+        if !self.open.contains_key(&inode) {
+            self.insert(inode, open_in(pid)?);
+        }
+        if let Some(namespace) = self.open.get_mut(&inode) {
+            namespace.tenants += 1;
+        }
+        Ok(inode)
+    }
+
+    /// A tenant of the namespace left.
+    pub fn leave(&mut self, inode: u64) {
+        let Some(namespace) = self.open.get_mut(&inode) else {
+            return;
+        };
+        namespace.tenants = namespace.tenants.saturating_sub(1);
+        if namespace.tenants == 0 && inode != self.home {
+            self.open.remove(&inode);
+        }
+    }
+
+    /// The namespace that a tenant says its socket is in: the one with this cookie, or, on
+    /// kernels without cookies, the tenant's own. What the tenant says is only a hint where to
+    /// look: the socket is then found there, or not.
+    pub fn locate(&self, cookie: u64, own: u64) -> Option<(u64, &Diag)> {
+        let own_entry = self.open.get(&own);
+        if let Some(namespace) = own_entry
+            && (namespace.cookie == cookie || namespace.cookie == 0 || cookie == 0)
+        {
+            return Some((own, &namespace.diag));
+        }
+        self.open
+            .iter()
+            .find(|(_, namespace)| namespace.cookie == cookie && cookie != 0)
+            .map(|(inode, namespace)| (*inode, &namespace.diag))
+    }
+
+    /// The netlink socket of a namespace.
+    pub fn diag(&self, inode: u64) -> Option<&Diag> {
+        self.open.get(&inode).map(|namespace| &namespace.diag)
+    }
+}
+
+/// A netlink socket in the network namespace of a process, made by a thread that moves there.
+fn open_in(pid: i32) -> io::Result<Diag> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    let thread =
+        thread::Builder::new()
+            .name("netns".into())
+            .spawn(move || -> io::Result<Diag> {
+                setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+                Diag::new()
+            })?;
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+}

@@ -1,0 +1,271 @@
+//! Honest tenants: two ends are matched, and what they leave is given back.
+
+mod tenant;
+
+use std::fs::File;
+use std::mem::offset_of;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use rdsock_shm::control::{Lookup, Message, Promote, kind, request as what};
+use rdsock_shm::layout::{
+    BELL_MAGIC, DATA_OFFSET, Direction, END_MAGIC, EndPage, NOT_SWITCHED, Producer, STREAM_MAGIC,
+    StreamHeader,
+};
+use rdsock_shm::reason::Reason;
+use rdsock_shm::sync::Ordering;
+use tenant::{Answer, Daemon, Tenant, announcement, cookie, request, tcp_pair, tcp_pair_at};
+
+const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
+
+fn word(file: &File, at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, at as u64).unwrap();
+    u64::from_ne_bytes(bytes)
+}
+
+fn half(file: &File, at: usize) -> u32 {
+    word(file, at) as u32
+}
+
+/// Checks the memory of one end; returns (stream memory, end page, bell board).
+fn check(promote: &Promote, fds: Vec<std::os::fd::OwnedFd>, end: u32) -> [File; 3] {
+    let files: [File; 3] = fds
+        .into_iter()
+        .map(File::from)
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+    let [stream, page, bells] = &files;
+    assert_eq!(promote.end, end);
+    assert_eq!(
+        (promote.ring_size, promote.data_offset, promote.huge),
+        (65536, DATA_OFFSET, 0)
+    );
+    assert_eq!(stream.metadata().unwrap().len(), 4096 + 2 * 65536);
+    assert_eq!(word(stream, 0), STREAM_MAGIC);
+    assert_eq!(
+        word(stream, offset_of!(StreamHeader, stream_id)),
+        promote.stream_id
+    );
+    assert_eq!(word(stream, offset_of!(StreamHeader, ring_size)), 65536);
+    for direction in 0..2 {
+        let at = offset_of!(StreamHeader, directions) + direction * size_of::<Direction>();
+        assert_eq!(
+            word(stream, at + offset_of!(Producer, switch_at)),
+            NOT_SWITCHED
+        );
+        assert_eq!(word(stream, at), 0);
+    }
+    assert_eq!(page.metadata().unwrap().len(), 4096);
+    assert_eq!(word(page, 0), END_MAGIC);
+    assert_eq!(half(page, offset_of!(EndPage, end)), end);
+    assert_eq!(half(page, offset_of!(EndPage, holders)), 1);
+    assert_eq!(
+        word(page, offset_of!(EndPage, stream_id)),
+        promote.stream_id
+    );
+    assert_eq!(word(bells, 0), BELL_MAGIC);
+    let sealed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    for file in [stream, page] {
+        assert_eq!(fcntl(file, FcntlArg::F_GET_SEALS).unwrap(), sealed);
+    }
+    files
+}
+
+#[test]
+fn two_tenants_get_a_stream() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair();
+    server.announce(9, 4, &accepted, 0);
+    client.announce(7, 3, &connector, 1);
+    let (to_client, fds) = client.promote();
+    assert_eq!((to_client.conn, to_client.generation), (7, 3));
+    let client_files = check(&to_client, fds, 0);
+    let (to_server, fds) = server.promote();
+    assert_eq!((to_server.conn, to_server.generation), (9, 4));
+    let server_files = check(&to_server, fds, 1);
+    assert_eq!(to_client.stream_id, to_server.stream_id);
+
+    // One memory for both, a page for each, and the other's bells.
+    client_files[0].write_all_at(b"x", 5000).unwrap();
+    assert_eq!(half(&server_files[0], 5000) as u8, b'x');
+    client_files[1].write_all_at(b"x", 100).unwrap();
+    assert_eq!(half(&server_files[1], 100) as u8, 0);
+    client_files[2].write_all_at(b"x", 1000).unwrap();
+    assert_eq!(half(&server.memory.bells, 1000) as u8, b'x');
+
+    // Each message was counted before it was sent.
+    assert_eq!(
+        client.memory.header().messages.load(Ordering::Acquire),
+        client.received
+    );
+
+    let why = client.ask(rdsock_shm::control::question::WHY);
+    assert_eq!(why["tenants"].as_array().unwrap().len(), 2);
+
+    client.ask_for(&request(what::MAPPED, 7, 3));
+    drop(connector);
+    client.ask_for(&request(what::CLOSED, 7, 3));
+    daemon.wait_until("the server still has it", |stat| stat["streams_now"] == 1);
+    drop(accepted);
+    server.ask_for(&request(what::CLOSED, 9, 4));
+    daemon.wait_until("the stream is reaped", |stat| stat["streams_now"] == 0);
+    assert_eq!(daemon.stat()["users"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn ipv6_and_v4_mapped_connections_too() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair_at("[::1]:0");
+    client.announce(0, 1, &connector, 1);
+    server.announce(0, 1, &accepted, 0);
+    client.promote();
+    server.promote();
+    let listener = std::net::TcpListener::bind("[::]:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let connector = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    client.announce(1, 1, &connector, 1);
+    server.announce(1, 1, &accepted, 0);
+    assert_eq!(client.promote().0.conn, 1);
+    assert_eq!(server.promote().0.conn, 1);
+}
+
+#[test]
+fn a_program_that_talks_to_itself() {
+    let daemon = Daemon::start(SMALL);
+    let mut tenant = Tenant::attach(&daemon);
+    let (connector, accepted) = tcp_pair();
+    tenant.announce(1, 1, &connector, 1);
+    // A new announcement of the same connection replaces the old one.
+    tenant.announce(1, 2, &connector, 1);
+    tenant.announce(2, 1, &accepted, 2);
+    let mut got = [tenant.promote().0, tenant.promote().0];
+    got.sort_by_key(|promote| promote.conn);
+    assert_eq!(
+        got.map(|promote| (promote.conn, promote.generation, promote.end)),
+        [(1, 2, 0), (2, 1, 1)]
+    );
+    drop(tenant);
+    drop((connector, accepted));
+    daemon.wait_until("reaped", |stat| stat["streams_now"] == 0);
+}
+
+#[test]
+fn ends_that_disagree_stay_on_the_kernel() {
+    let daemon = Daemon::start(SMALL);
+    let mut tenant = Tenant::attach(&daemon);
+    let (connector, accepted) = tcp_pair();
+    for (a, b) in [(2, 2), (1, 1), (0, 0)] {
+        tenant.announce(1, 1, &connector, a);
+        tenant.announce(2, 1, &accepted, b);
+        for _ in 0..2 {
+            assert_eq!(tenant.verdict().reason, Reason::Foreign as u32);
+        }
+    }
+}
+
+#[test]
+fn limits_and_ports_keep_connections_on_the_kernel() {
+    let daemon =
+        Daemon::start("ring_size = 65536\nmax_streams_per_user = 1\n[policy]\ndeny_ports = [9]\n");
+    let mut tenant = Tenant::attach(&daemon);
+    let pairs = [tcp_pair(), tcp_pair()];
+    tenant.announce(1, 1, &pairs[0].0, 1);
+    tenant.announce(2, 1, &pairs[0].1, 0);
+    tenant.promote();
+    tenant.promote();
+    tenant.announce(3, 1, &pairs[1].0, 1);
+    tenant.announce(4, 1, &pairs[1].1, 0);
+    assert_eq!(tenant.verdict().reason, Reason::Limit as u32);
+    assert_eq!(tenant.verdict().reason, Reason::Limit as u32);
+    let mut to_port_9 = announcement(5, 1, &pairs[1].0, 1);
+    to_port_9.peer_port = 9;
+    tenant.ask_for(&to_port_9);
+    let verdict = tenant.verdict();
+    assert_eq!((verdict.conn, verdict.reason), (5, Reason::Policy as u32));
+}
+
+#[test]
+fn an_inherited_socket_is_found_again() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair();
+    client.announce(1, 1, &connector, 1);
+    server.announce(1, 1, &accepted, 0);
+    let (first, _) = server.promote();
+    client.promote();
+    // As after exec: the control connection is gone, the process and its socket live.
+    drop(server);
+    drop(client);
+    daemon.wait_until("both left", |stat| {
+        stat["tenants"].as_array().unwrap().is_empty()
+    });
+    assert_eq!(daemon.stat()["streams_now"], 1);
+    let mut server = Tenant::attach(&daemon);
+    let mut look = |cookie, fd| {
+        let lookup = Lookup {
+            conn: 5,
+            generation: 8,
+            cookie,
+            fd,
+            reserved: 0,
+        };
+        server.send(Message::new(kind::LOOKUP, &lookup).as_bytes(), &[]);
+        server.receive()
+    };
+    let fd = accepted.as_raw_fd();
+    let not_found = |answer| matches!(answer, Answer::Message(kind::NOT_FOUND, ..));
+    assert!(not_found(look(1, fd)));
+    assert!(not_found(look(cookie(&accepted), connector.as_raw_fd())));
+    assert!(not_found(look(cookie(&accepted), 0)));
+    let Answer::Message(kind::PROMOTE, body, fds) = look(cookie(&accepted), fd) else {
+        panic!("not found");
+    };
+    let again: Promote = rdsock_shm::control::from_bytes(&body).unwrap();
+    assert_eq!((again.conn, again.generation), (5, 8));
+    assert_eq!(again.stream_id, first.stream_id);
+    check(&again, fds, 1);
+    // A socket that has a holder gets no second stream.
+    server.announce(6, 1, &accepted, 0);
+    assert_eq!(server.verdict().reason, Reason::Shared as u32);
+    drop(server);
+    drop((connector, accepted));
+    daemon.wait_until("reaped", |stat| stat["streams_now"] == 0);
+}
+
+#[test]
+fn an_end_that_declines_frees_the_other() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair();
+    client.announce(1, 1, &connector, 1);
+    server.announce(1, 1, &accepted, 0);
+    client.promote();
+    server.promote();
+    client.ask_for(&request(what::DECLINED, 1, 1));
+    assert_eq!(server.verdict().reason, Reason::PeerDemoted as u32);
+    assert_eq!(daemon.stat()["streams_now"], 0);
+    // And both may try again.
+    client.announce(1, 2, &connector, 1);
+    server.announce(1, 2, &accepted, 0);
+    assert_eq!(client.promote().0.generation, 2);
+}
+
+#[test]
+fn a_daemon_that_was_killed_is_followed_by_another() {
+    let mut daemon = Daemon::start(SMALL);
+    let mut tenant = Tenant::attach(&daemon);
+    daemon.kill_and_restart();
+    assert!(matches!(tenant.receive(), Answer::Closed));
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair();
+    client.announce(1, 1, &connector, 1);
+    server.announce(1, 1, &accepted, 0);
+    client.promote();
+    server.promote();
+}
