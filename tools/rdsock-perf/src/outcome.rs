@@ -34,6 +34,9 @@ pub struct Outcome {
     /// Bytes of the shared ring, for the path floor-ring.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub ring_bytes: Option<u64>,
+    /// How often another program took the core away from one of the two processes; filled in by `compare`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub preempted: Option<u64>,
     /// The clock of the side that measured.
     pub clock: Facts,
     /// All samples: (nanoseconds, how many).
@@ -65,6 +68,7 @@ impl Outcome {
             p999_ns: percentiles.map(|p| p.p999),
             max_ns: percentiles.map(|p| p.max),
             ring_bytes: None,
+            preempted: None,
             clock: clock.facts(),
             histogram: samples.buckets(),
         }
@@ -87,6 +91,7 @@ impl Outcome {
             p999_ns: None,
             max_ns: None,
             ring_bytes: None,
+            preempted: None,
             clock: clock.facts(),
             histogram: Buckets::new(),
         }

@@ -58,6 +58,8 @@ struct Each {
     mb_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     ring_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preempted: Option<u64>,
 }
 
 /// The text of the file.
@@ -96,6 +98,7 @@ fn json_row(row: &Row) -> JsonRow {
         per_s: run.per_s,
         mb_s: run.mb_s,
         ring_bytes: run.ring_bytes,
+        preempted: run.preempted,
     });
     JsonRow {
         path: row.path,

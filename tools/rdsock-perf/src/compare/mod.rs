@@ -5,9 +5,11 @@
 //! probed and printed, since on virtual machines it moves.
 
 mod child;
+mod ground;
 mod interrupt;
 mod json;
 mod machine;
+mod proof;
 mod ratio;
 mod rows;
 mod run_floor;
@@ -22,9 +24,9 @@ use crate::error::{Doing, Error, Result};
 use crate::floor::line;
 use crate::outcome::Outcome;
 use crate::plan::{Cell, ComparePlan, Path, Wait};
+use ground::Ground;
 use indicatif::{ProgressBar, ProgressStyle};
 use rows::{Probe, Rows};
-use run_sockets::Ground;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -59,8 +61,11 @@ pub fn run(plan: &ComparePlan) -> Result<()> {
             measure_round(plan, &ground, cell, round, &clock, &bar, &mut rows)?;
         }
     }
-    bar.finish();
+    drop(bar);
     println!("{}", table::draw(&rows));
+    for line in table::disturbances(&rows) {
+        println!("{line}");
+    }
     for LeftOut { path, reason } in &ground.left_out {
         println!("left out: {path}: {reason}");
     }
@@ -169,8 +174,10 @@ impl Progress {
     fn say(&self, line: &str) {
         self.bar.suspend(|| eprintln!("{line}"));
     }
+}
 
-    fn finish(&self) {
+impl Drop for Progress {
+    fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
 }

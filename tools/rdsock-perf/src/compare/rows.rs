@@ -98,6 +98,15 @@ impl Row {
         self.median(|run| run.mb_s)
     }
 
+    /// How often other programs took a core away, for each second that was measured.
+    pub fn preempted_per_s(&self) -> Option<f64> {
+        let times: Option<u64> = self.runs.iter().map(|run| run.preempted).sum();
+        let seconds: f64 = self.runs.iter().map(|run| run.seconds).sum();
+        times
+            .filter(|_| seconds > 0.0)
+            .map(|times| times as f64 / seconds)
+    }
+
     /// The latency samples of all runs together.
     pub fn latencies(&self) -> Latencies {
         let mut all = Latencies::preallocated();
@@ -137,6 +146,7 @@ pub mod tests {
             p999_ns: p50_ns.map(|ns| ns * 3),
             max_ns: p50_ns.map(|ns| ns * 4),
             ring_bytes: None,
+            preempted: None,
             clock: Facts {
                 source: Source::Tsc,
                 cost_ns: 10.0,

@@ -4,7 +4,7 @@
 
 use super::rows::{Row, Rows};
 use crate::error::{Error, Result};
-use crate::plan::{Mode, Wait};
+use crate::plan::{Mode, Path, Wait};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::error::Error as StdError;
@@ -55,20 +55,24 @@ fn draw_panels(area: &DrawingArea<SVGBackend<'_>, Shift>, panels: &[Vec<&Row>]) 
 }
 
 fn draw_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Drawn {
+    let (left, right) = area.split_horizontally(PANEL.0 - LEGEND);
+    draw_curves(&left, panel)?;
+    draw_legend(&right, panel)
+}
+
+fn draw_curves(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Drawn {
     let curves: Vec<Vec<(f64, f64)>> = panel.iter().map(|row| curve(row)).collect();
     let all = || curves.iter().flatten();
     let rarest = all().map(|point| point.0).fold(100.0, f64::max);
     let lowest = all().map(|point| point.1).fold(f64::INFINITY, f64::min);
     let highest = all().map(|point| point.1).fold(lowest * 10.0, f64::max);
-    let (mode, size) = (panel[0].mode, panel[0].size);
-    let title = match mode {
-        Mode::Rtt => format!("round trip of {size} bytes"),
+    let title = match panel[0].mode {
+        Mode::Rtt => format!("round trip of {} bytes", panel[0].size),
         _ => "connect, accept, close".into(),
     };
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 20))
         .margin(12)
-        .margin_right(LEGEND)
         .x_label_area_size(44)
         .y_label_area_size(76)
         .build_cartesian_2d(
@@ -83,24 +87,33 @@ fn draw_panel(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Draw
         .y_label_formatter(&|ns| time_label(*ns))
         .draw()?;
     for (row, points) in panel.iter().zip(curves) {
-        let style = style(row);
-        chart
-            .draw_series(LineSeries::new(points, style))?
-            .label(format!("{} {}", row.path, row.wait))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+        chart.draw_series(LineSeries::new(points, style(row)))?;
     }
-    let beside_the_curves =
-        SeriesLabelPosition::Coordinate(chart.plotting_area().dim_in_pixel().0 as i32 + 6, 0);
-    chart
-        .configure_series_labels()
-        .position(beside_the_curves)
-        .draw()?;
+    Ok(())
+}
+
+/// One line for each curve.
+fn draw_legend(area: &DrawingArea<SVGBackend<'_>, Shift>, panel: &[&Row]) -> Drawn {
+    let font = ("sans-serif", 13).into_font().color(&BLACK);
+    for (index, row) in panel.iter().enumerate() {
+        let y = 44 + 20 * index as i32;
+        area.draw(&PathElement::new([(4, y), (28, y)], style(row)))?;
+        area.draw_text(&format!("{} {}", row.path, row.wait), &font, (34, y - 7))?;
+    }
     Ok(())
 }
 
 /// One colour for each path; thin where calls block.
 fn style(row: &Row) -> ShapeStyle {
-    let color = Palette99::pick(row.path as usize).to_rgba();
+    let color = match row.path {
+        Path::FloorCacheline => RGBColor(0x99, 0x99, 0x99),
+        Path::FloorRing => RGBColor(0x44, 0x44, 0x44),
+        Path::TcpLoopback => RGBColor(0xd5, 0x5e, 0x00),
+        Path::TcpVeth => RGBColor(0xcc, 0x79, 0xa7),
+        Path::Unix => RGBColor(0x00, 0x72, 0xb2),
+        Path::RdsockLocal => RGBColor(0x00, 0x9e, 0x73),
+        Path::RdsockAdaptive => RGBColor(0x56, 0xb4, 0xe9),
+    };
     color.stroke_width(if row.wait == Wait::Spin { 3 } else { 1 })
 }
 
@@ -134,7 +147,6 @@ fn time_label(ns: f64) -> String {
 mod tests {
     use super::super::rows::tests::rows;
     use super::*;
-    use crate::plan::Path;
 
     #[test]
     fn labels() {

@@ -49,6 +49,26 @@ pub fn draw(rows: &Rows) -> String {
     )
 }
 
+/// A core taken away so often in a second makes a row doubtful.
+const DOUBTFUL_PER_S: f64 = 20.0;
+
+/// A line for each row that other programs disturbed.
+pub fn disturbances(rows: &Rows) -> Vec<String> {
+    let often = rows
+        .rows
+        .iter()
+        .filter_map(|row| Some((row, row.preempted_per_s()?)));
+    often
+        .filter(|&(_, per_s)| per_s > DOUBTFUL_PER_S)
+        .map(|(row, per_s)| {
+            format!(
+                "disturbed: {} {} {}: other programs took a core away {per_s:.0} times a second",
+                row.mode, row.path, row.wait
+            )
+        })
+        .collect()
+}
+
 /// The fields of one row.
 fn line(rows: &Rows, row: &Row) -> [String; 14] {
     let better = |path, wait| {

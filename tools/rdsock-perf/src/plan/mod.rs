@@ -1,78 +1,22 @@
 //! From flags to a checked plan: after this, nothing can turn out to be nonsense.
 
+mod cells;
+mod cores;
+mod kinds;
+
+pub use cells::Cell;
+pub use cores::Cores;
+pub use kinds::{Mode, Path, Wait};
+
 use crate::address::Address;
 use crate::cli::{self, ClientFlags, Command, CompareFlags, Flags, FloorFlags, ServerFlags};
 use crate::core_pin;
 use crate::error::{Doing, Error, Result};
-use crate::wire::LARGEST;
+use cells::{cells, parse_size};
 use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
-
-/// What is measured.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Round trips of one message
-    Rtt = 0,
-    /// Small messages one way, one send call each, counted at the receiver
-    Rate = 1,
-    /// Bulk one way, counted at the receiver
-    Bw = 2,
-    /// Connections: connect, accept, close
-    Cps = 3,
-}
-
-/// How both ends wait.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Wait {
-    /// Blocking calls
-    Block = 0,
-    /// Non-blocking calls in a loop
-    Spin = 1,
-}
-
-/// What carries the bytes in a comparison.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Path {
-    /// Two threads bouncing a cache line
-    FloorCacheline,
-    /// A bare shared-memory ring between two processes
-    FloorRing,
-    /// Kernel TCP over 127.0.0.1
-    TcpLoopback,
-    /// Kernel TCP between two network namespaces (needs root)
-    TcpVeth,
-    /// UNIX stream sockets
-    Unix,
-    /// The same programs under rdsock; no spinning inside it where wait is block
-    RdsockLocal,
-    /// Blocking calls under rdsock with its default, adaptive spinning
-    RdsockAdaptive,
-}
-
-/// Writes the name that the flags use.
-macro_rules! display_as_flag {
-    ($($kind:ty),*) => {$(
-        impl fmt::Display for $kind {
-            fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-                out.pad(self.to_possible_value().expect("no value is skipped").get_name())
-            }
-        }
-    )*};
-}
-display_as_flag!(Mode, Wait, Path);
 
 /// What this process is to do.
 pub enum Plan {
@@ -135,20 +79,6 @@ pub struct ComparePlan {
     pub nagle: bool,
     pub json: Option<PathBuf>,
     pub svg: Option<PathBuf>,
-}
-
-/// One mode with one message size; 0 in mode cps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cell {
-    pub mode: Mode,
-    pub size: u64,
-}
-
-/// Two different cores: server and client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cores {
-    pub server: usize,
-    pub client: usize,
 }
 
 /// A checked `floor`.
@@ -311,101 +241,6 @@ impl FloorPlan {
     }
 }
 
-impl Cores {
-    /// The cores named as "A,B", else the first two of `allowed`.
-    fn choose(named: Option<&str>, allowed: &[usize]) -> Result<Self> {
-        let cores = match named {
-            None => allowed.to_vec(),
-            Some(text) => text
-                .split(',')
-                .map(|core| {
-                    core.trim().parse().map_err(|_| {
-                        Error::Usage(format!("--cores {text}: expected two numbers, as in 0,1"))
-                    })
-                })
-                .collect::<Result<Vec<usize>>>()?,
-        };
-        match cores[..] {
-            [server, client, ..] if named.is_none() || cores.len() == 2 => {
-                if server == client {
-                    return Err(Error::Usage("--cores must name two different cores".into()));
-                }
-                match cores.iter().take(2).find(|core| !allowed.contains(core)) {
-                    Some(core) => Err(Error::Usage(format!(
-                        "core {core} is not allowed; allowed are {allowed:?}"
-                    ))),
-                    None => Ok(Self { server, client }),
-                }
-            }
-            _ if named.is_none() => Err(Error::Usage(format!(
-                "a comparison needs two cores, and this process may use only {allowed:?}"
-            ))),
-            _ => Err(Error::Usage(
-                "--cores: expected two numbers, as in 0,1".into(),
-            )),
-        }
-    }
-}
-
-impl fmt::Display for Cores {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "{},{}", self.server, self.client)
-    }
-}
-
-/// Modes and sizes in the order of the table; the sizes that suit each mode, or its default.
-fn cells(modes: &[Mode], sizes: &[u64]) -> Vec<Cell> {
-    const MIDDLE: u64 = 4096;
-    let mut modes = modes.to_vec();
-    modes.sort_unstable();
-    modes.dedup();
-    let mut cells = Vec::new();
-    for mode in modes {
-        let suits = |size: &u64| match mode {
-            Mode::Rtt => true,
-            Mode::Rate => *size <= MIDDLE,
-            Mode::Bw => *size >= MIDDLE,
-            Mode::Cps => false,
-        };
-        let default = match mode {
-            Mode::Rtt | Mode::Rate => 64,
-            Mode::Bw => 65536,
-            Mode::Cps => 0,
-        };
-        let mut chosen: Vec<u64> = sizes.iter().copied().filter(suits).collect();
-        chosen.sort_unstable();
-        chosen.dedup();
-        if chosen.is_empty() {
-            chosen.push(default);
-        }
-        cells.extend(chosen.into_iter().map(|size| Cell { mode, size }));
-    }
-    cells
-}
-
-/// A size in bytes: a number, then perhaps k or M (powers of two), with or without iB.
-fn parse_size(text: &str) -> Result<u64> {
-    let refused = || {
-        Error::Usage(format!(
-            "{text:?} is not a size: expected bytes, as 64, 64k or 1M, from 1 to 256M"
-        ))
-    };
-    let lower = text.trim().to_ascii_lowercase();
-    let digits = lower.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let unit = match &lower[digits.len()..] {
-        "" | "b" => 1,
-        "k" | "kb" | "kib" => 1 << 10,
-        "m" | "mb" | "mib" => 1 << 20,
-        _ => return Err(refused()),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(unit))
-        .filter(|size| (1..=LARGEST).contains(size))
-        .ok_or_else(refused)
-}
-
 /// A time of at most one day.
 fn duration(flag: &str, seconds: f64) -> Result<Duration> {
     if seconds > 0.0 && seconds <= 86_400.0 {
@@ -459,46 +294,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes() {
-        assert_eq!(parse_size("64").unwrap(), 64);
-        assert_eq!(parse_size("64k").unwrap(), 65536);
-        assert_eq!(parse_size("1MiB").unwrap(), 1 << 20);
-        for wrong in ["", "0", "k", "-1", "1.5k", "64q", "1000000000M", "257M"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn each_mode_takes_the_sizes_that_suit_it() {
-        let all = [Mode::Rtt, Mode::Rate, Mode::Bw, Mode::Cps];
-        let pairs = |sizes: &[u64]| {
-            cells(&all, sizes)
-                .iter()
-                .map(|cell| (cell.mode, cell.size))
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(
-            pairs(&[]),
-            [
-                (Mode::Rtt, 64),
-                (Mode::Rate, 64),
-                (Mode::Bw, 65536),
-                (Mode::Cps, 0)
-            ]
-        );
-        assert_eq!(
-            pairs(&[1 << 20, 16]),
-            [
-                (Mode::Rtt, 16),
-                (Mode::Rtt, 1 << 20),
-                (Mode::Rate, 16),
-                (Mode::Bw, 1 << 20),
-                (Mode::Cps, 0)
-            ]
-        );
-    }
-
-    #[test]
     fn compare_defaults() {
         let plan = compare(&[]).unwrap();
         assert_eq!(
@@ -549,7 +344,6 @@ mod tests {
         assert!(client(&["--rate-limit", "0"]).is_err());
         assert!(client(&["--rate-limit", "5", "--mode", "cps"]).is_err());
         assert!(client(&["no-port"]).is_err());
-        assert!(Cores::choose(None, &[3]).is_err());
     }
 
     #[test]
