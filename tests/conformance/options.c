@@ -289,14 +289,14 @@ CASE(options_in_the_middle)
 CASE(small_buffers_set_early)
 {
     struct duo d = duo_open(COLD);
-    set_int(d.fd, SOL_SOCKET, SO_SNDBUF, 4096);
-    set_int(d.fd, SOL_SOCKET, SO_RCVBUF, 4096);
+    set_int(d.fd, SOL_SOCKET, SO_SNDBUF, 16384);
+    set_int(d.fd, SOL_SOCKET, SO_RCVBUF, 16384);
     duo_warm(&d);
-    p_start(&d, do_send_pattern, 2 << 20);
-    RECV_PATTERN(d.fd, 2 << 20);
+    p_start(&d, do_send_pattern, 512 << 10);
+    RECV_PATTERN(d.fd, 512 << 10);
     EQ(p_finish(&d), 0);
-    p_start(&d, do_recv_pattern, 2 << 20);
-    SEND_PATTERN(d.fd, 2 << 20);
+    p_start(&d, do_recv_pattern, 512 << 10);
+    SEND_PATTERN(d.fd, 512 << 10);
     EQ(p_finish(&d), 0);
 }
 
@@ -378,7 +378,7 @@ CASE(tcp_info)
 CASE(fcntl_and_ioctl)
 {
     struct duo d = duo_open(0);
-    EQ(fcntl(d.fd, F_GETFD), settings.swap ? 0 : 0);
+    EQ(fcntl(d.fd, F_GETFD), 0);
     MUST(fcntl(d.fd, F_SETFD, FD_CLOEXEC));
     EQ(fcntl(d.fd, F_GETFD), FD_CLOEXEC);
     MUST(ioctl(d.fd, FIONCLEX));
