@@ -14,7 +14,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{SockFlag, accept4};
 use rdsock_shm::control::{Message, Refused, kind, refusal};
-use sd_notify::NotifyState;
 use tracing::{debug, error, info, warn};
 
 use crate::args::Args;
@@ -26,6 +25,7 @@ use crate::endpoint::{Endpoint, EndpointError};
 use crate::log::Throttle;
 use crate::matching::Memory;
 use crate::namespaces::Namespaces;
+use crate::notify::notify;
 use crate::process::{self, Peer};
 use crate::tenants::Tenant;
 
@@ -225,7 +225,7 @@ impl Daemon {
     pub fn run(mut self) -> Result<(), DaemonError> {
         let path = self.endpoint.path().display().to_string();
         info!(socket = path, pid = std::process::id(), "ready");
-        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        if let Err(error) = notify("READY=1") {
             warn!("can't notify the service manager: {error}");
         }
         let mut events = [EpollEvent::empty(); 64];
@@ -253,7 +253,7 @@ impl Daemon {
     }
 
     fn stop(&self, why: &str) {
-        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        let _ = notify("STOPPING=1");
         info!(
             why,
             tenants = self.tenants(),

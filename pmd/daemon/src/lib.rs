@@ -21,6 +21,7 @@ pub mod log;
 mod matching;
 pub mod memory;
 pub mod namespaces;
+pub mod notify;
 pub mod policy;
 pub mod process;
 mod tenants;

@@ -1,0 +1,201 @@
+//! Starts a daemon for this user, once, however many programs are started at the same time.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, PipeReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::geteuid;
+
+use super::find::{connect_to, user_sockets};
+
+/// A daemon that was started for a program ends when it was unused for so long.
+const IDLE_EXIT: &str = "60";
+/// Time for a daemon to come up.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A log that has grown beyond this starts anew.
+const LONG_LOG: u64 = 1 << 20;
+
+/// Why there is no daemon.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Neither beside this program nor in the path.
+    #[error("rdsockd is neither beside rdsock nor in $PATH")]
+    NotFound,
+    /// The directory is not ours alone.
+    #[error("{0} must be a directory of this user that nobody else can write to")]
+    Directory(PathBuf),
+    /// It ended, or does not come up.
+    #[error("rdsockd does not come up: see {log}{last}")]
+    Failed {
+        /// Its log.
+        log: PathBuf,
+        /// The last line there.
+        last: String,
+    },
+    /// The system said no.
+    #[error("{0} {1}: {2}")]
+    Io(&'static str, PathBuf, io::Error),
+}
+
+/// Starts a daemon, or finds the one that somebody else has just started. Returns its socket.
+pub fn start() -> Result<PathBuf, StartError> {
+    let program = find_program().ok_or(StartError::NotFound)?;
+    let mut result = Err(StartError::NotFound);
+    for socket in user_sockets() {
+        result = start_at(&program, &socket);
+        if result.is_ok() {
+            return Ok(socket);
+        }
+    }
+    result.map(|()| PathBuf::new())
+}
+
+/// `rdsockd` beside this program, else in the path.
+fn find_program() -> Option<PathBuf> {
+    let beside = std::env::current_exe().ok()?.with_file_name("rdsockd");
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(beside)
+        .chain(std::env::split_paths(&paths).map(|dir| dir.join("rdsockd")))
+        .find(|path| path.is_file())
+}
+
+fn start_at(program: &Path, socket: &Path) -> Result<(), StartError> {
+    let dir = socket.parent().unwrap_or(Path::new("/"));
+    make_directory(dir)?;
+    let lock_path = with_suffix(socket, ".start");
+    let lock = open_private(&lock_path, false)
+        .map_err(|error| StartError::Io("can't open", lock_path.clone(), error))?;
+    // Released at the end of this function, or with this process.
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, error)| StartError::Io("can't lock", lock_path, error.into()))?;
+    if connect_to(socket).is_ok() {
+        return Ok(());
+    }
+    let log_path = dir.join("rdsockd.log");
+    let grown = std::fs::metadata(&log_path).is_ok_and(|meta| meta.len() > LONG_LOG);
+    let log = open_private(&log_path, grown)
+        .map_err(|error| StartError::Io("can't open", log_path.clone(), error))?;
+    let (ready, alive) = spawn(program, socket, log)
+        .map_err(|error| StartError::Io("can't start", program.to_owned(), error))?;
+    if is_up(&ready, &alive) {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&log_path).unwrap_or_default();
+    Err(StartError::Failed {
+        last: text
+            .lines()
+            .last()
+            .map(|line| format!(": {line}"))
+            .unwrap_or_default(),
+        log: log_path,
+    })
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+fn open_private(path: &Path, truncate: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW);
+    match truncate {
+        true => options.write(true).truncate(true).open(path),
+        false => options.append(true).open(path),
+    }
+}
+
+fn make_directory(dir: &Path) -> Result<(), StartError> {
+    let mode = if geteuid().is_root() { 0o755 } else { 0o700 };
+    let made = DirBuilder::new().recursive(true).mode(mode).create(dir);
+    made.map_err(|error| StartError::Io("can't make the directory", dir.to_owned(), error))?;
+    let meta = std::fs::symlink_metadata(dir)
+        .map_err(|error| StartError::Io("can't look at", dir.to_owned(), error))?;
+    let writable = meta.mode() & 0o022 != 0 && meta.mode() & libc::S_ISVTX == 0;
+    let owned = meta.uid() == geteuid().as_raw() || meta.uid() == 0;
+    if !meta.is_dir() || writable || !owned {
+        return Err(StartError::Directory(dir.to_owned()));
+    }
+    Ok(())
+}
+
+/// Starts the daemon as nobody's child in a session of its own, so that the program that this
+/// process becomes finds no child that it did not make. Returns where it says that it is ready,
+/// and a pipe that ends with it.
+fn spawn(program: &Path, socket: &Path, log: File) -> io::Result<(UnixDatagram, PipeReader)> {
+    let name = format!("rdsock-start-{}", std::process::id());
+    let ready = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    let (alive, held) = io::pipe()?;
+    let mut command = Command::new(program);
+    command
+        .arg("--socket")
+        .arg(socket)
+        .args(["--idle-exit", IDLE_EXIT])
+        .env_remove("LD_PRELOAD")
+        .env_remove("RDSOCK_SOCKET")
+        .env("NOTIFY_SOCKET", format!("@{name}"))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(OwnedFd::from(held))
+        .stderr(log);
+    // SAFETY: between fork and exec only system calls that are safe after fork.
+    unsafe { command.pre_exec(detach) };
+    command.spawn()?.wait()?;
+    Ok((ready, alive))
+}
+
+fn detach() -> io::Result<()> {
+    nix::unistd::setsid()?;
+    // SAFETY: this process has one thread (it is between fork and exec); the parent ends at once
+    // without running anything.
+    unsafe {
+        match libc::fork() {
+            -1 => return Err(io::Error::last_os_error()),
+            0 => {}
+            _ => libc::_exit(0),
+        }
+        // The caller's other descriptors (a terminal, a pipe that somebody reads) stay with it.
+        libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
+    }
+    Ok(())
+}
+
+fn is_up(ready: &UnixDatagram, alive: &PipeReader) -> bool {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let mut fds = [
+            PollFd::new(ready.as_fd(), PollFlags::POLLIN),
+            PollFd::new(alive.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut fds, timeout) {
+            Ok(0) => return false,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(_) => return false,
+            Ok(_) => {}
+        }
+        if fds[0].any().unwrap_or(false) {
+            let mut text = [0; 256];
+            let len = ready.recv(&mut text).unwrap_or(0);
+            if text.get(..len).unwrap_or(&[]).starts_with(b"READY=1") {
+                return true;
+            }
+        } else {
+            return false;
+        }
+    }
+}

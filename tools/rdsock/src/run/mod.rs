@@ -1,0 +1,148 @@
+//! `rdsock run`: sets up the environment and becomes the program.
+
+mod library;
+mod program;
+mod signals;
+
+use std::ffi::{CString, OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use nix::errno::Errno;
+
+use crate::cli::RunArgs;
+use crate::daemon;
+use library::find_library;
+use program::{Loads, loads_libraries};
+
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
+
+fn warn(text: impl std::fmt::Display) {
+    eprintln!("rdsock: {text}: the program runs over the kernel");
+}
+
+/// Runs the program. Returns only when that fails.
+pub fn run(args: RunArgs) -> ExitCode {
+    let Some(name) = args.command.first() else {
+        return ExitCode::from(2);
+    };
+    let path = match program::resolve(name) {
+        Ok(path) => path,
+        Err(error) => return fail(name, error),
+    };
+    let added = prepare(&path, &args).unwrap_or_default();
+    signals::restore();
+    fail(name, exec(&path, &args.command, &environment(added)))
+}
+
+/// Says why a program can't be run, as a shell does.
+fn fail(name: &OsStr, error: Errno) -> ExitCode {
+    let name = name.display();
+    if error == Errno::ENOENT {
+        eprintln!("rdsock: {name}: not found");
+        return ExitCode::from(NOT_FOUND);
+    }
+    eprintln!("rdsock: {name}: can't be executed: {}", error.desc());
+    ExitCode::from(NOT_EXECUTABLE)
+}
+
+/// What accelerates the program, as variables of its environment; `None`, with one warning, when
+/// something is missing.
+fn prepare(path: &Path, args: &RunArgs) -> Option<Vec<(&'static str, OsString)>> {
+    if let Loads::No(why) = loads_libraries(path) {
+        warn(format_args!(
+            "{} {why}, so the shim can't be loaded into it",
+            path.display()
+        ));
+    }
+    let Some(library) = find_library() else {
+        warn("librdsock.so is neither beside rdsock nor in ../lib/rdsock (set $RDSOCK_LIB)");
+        return None;
+    };
+    let socket = match daemon::find() {
+        Some((path, _)) => path,
+        None if args.no_daemon => {
+            warn("no daemon runs");
+            return None;
+        }
+        None => daemon::start()
+            .inspect_err(|error| {
+                warn(format_args!(
+                    "no daemon runs and none could be started: {error}"
+                ));
+            })
+            .ok()?,
+    };
+    let preload = preload(library, std::env::var_os("LD_PRELOAD"));
+    let mut added = vec![("LD_PRELOAD", preload), ("RDSOCK_SOCKET", socket.into())];
+    if let Some(spin) = args.spin_us {
+        added.push(("RDSOCK_SPIN_US", spin.to_string().into()));
+    }
+    Some(added)
+}
+
+/// The library, in front of what is preloaded already.
+fn preload(library: PathBuf, before: Option<OsString>) -> OsString {
+    let mut list = library.clone().into_os_string();
+    let before = before.unwrap_or_default();
+    let separates = |byte: &u8| matches!(byte, b':' | b' ');
+    for other in before.as_bytes().split(separates) {
+        if !other.is_empty() && other != library.as_os_str().as_bytes() {
+            list.push(":");
+            list.push(OsStr::from_bytes(other));
+        }
+    }
+    list
+}
+
+/// This process's environment with some variables set anew.
+fn environment(added: Vec<(&'static str, OsString)>) -> Vec<CString> {
+    let kept = std::env::vars_os().filter(|(name, _)| !added.iter().any(|(new, _)| name == new));
+    let added = added
+        .iter()
+        .map(|(name, value)| (OsString::from(name), value.clone()));
+    kept.chain(added)
+        .filter_map(|(mut name, value)| {
+            name.push("=");
+            name.push(value);
+            CString::new(name.into_vec()).ok()
+        })
+        .collect()
+}
+
+/// Becomes the program; returns why not. Done by hand, since the standard library's way would
+/// also reset the signal mask.
+fn exec(path: &Path, command: &[OsString], environment: &[CString]) -> Errno {
+    let strings = |words: &[OsString]| -> Result<Vec<CString>, Errno> {
+        let string = |word: &OsString| CString::new(word.as_bytes()).map_err(|_| Errno::EINVAL);
+        words.iter().map(string).collect()
+    };
+    let (path, mut arguments) = match (CString::new(path.as_os_str().as_bytes()), strings(command))
+    {
+        (Ok(path), Ok(arguments)) => (path, arguments),
+        _ => return Errno::EINVAL,
+    };
+    let Err(error) = nix::unistd::execve(&path, &arguments, environment);
+    if error != Errno::ENOEXEC {
+        return error;
+    }
+    // A script without a first line that names its interpreter: the shell's.
+    arguments.splice(..1, [c"sh".to_owned(), path]);
+    let Err(error) = nix::unistd::execve(c"/bin/sh", &arguments, environment);
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shim_comes_before_what_is_preloaded_already() {
+        let list = |before: &str| preload("/l.so".into(), Some(before.into()));
+        assert_eq!(list(""), "/l.so");
+        assert_eq!(list("/a.so /b.so"), "/l.so:/a.so:/b.so");
+        assert_eq!(list("/a.so:/l.so"), "/l.so:/a.so");
+    }
+}

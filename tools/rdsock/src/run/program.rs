@@ -1,0 +1,172 @@
+//! Finds a program, and tells whether the dynamic loader will load the shim into it.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use elf::ElfStream;
+use elf::abi::PT_INTERP;
+use elf::endian::AnyEndian;
+use elf::file::Class;
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access, getegid, geteuid};
+
+/// The file that a command's name means, found as a shell does.
+pub fn resolve(name: &OsStr) -> Result<PathBuf, Errno> {
+    if name.is_empty() {
+        return Err(Errno::ENOENT);
+    }
+    if name.as_bytes().contains(&b'/') {
+        return executable(Path::new(name)).map(|()| name.into());
+    }
+    let paths = std::env::var_os("PATH").unwrap_or("/bin:/usr/bin".into());
+    let mut failure = Errno::ENOENT;
+    for dir in std::env::split_paths(&paths) {
+        let path = dir.join(name);
+        match executable(&path) {
+            Ok(()) => return Ok(path),
+            Err(Errno::EACCES) => failure = Errno::EACCES,
+            Err(_) => {}
+        }
+    }
+    Err(failure)
+}
+
+fn executable(path: &Path) -> Result<(), Errno> {
+    access(path, AccessFlags::F_OK)?;
+    if path.is_dir() {
+        return Err(Errno::EACCES);
+    }
+    access(path, AccessFlags::X_OK)
+}
+
+/// Whether a program loads preloaded libraries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Loads {
+    /// It does.
+    Yes,
+    /// It does not, for this reason.
+    No(&'static str),
+    /// That can't be seen.
+    Unknown,
+}
+
+/// Looks at a program's file; at its interpreter's for a script.
+pub fn loads_libraries(path: &Path) -> Loads {
+    looks(path, 4)
+}
+
+fn looks(path: &Path, depth: u32) -> Loads {
+    let Ok(mut file) = File::open(path) else {
+        return Loads::Unknown;
+    };
+    if let Some(interpreter) = interpreter(&mut file) {
+        // A script's own set-user-id bits count for nothing.
+        return match depth {
+            0 => Loads::Unknown,
+            _ => looks(Path::new(&interpreter), depth - 1),
+        };
+    }
+    if gains_rights(path) {
+        return Loads::No("is set-user-id, set-group-id or has capabilities");
+    }
+    let Ok(elf) = ElfStream::<AnyEndian, _>::open_stream(file) else {
+        return Loads::Unknown;
+    };
+    if elf.ehdr.class != Class::ELF64 {
+        return Loads::No("is a 32-bit program");
+    }
+    match elf
+        .segments()
+        .iter()
+        .any(|segment| segment.p_type == PT_INTERP)
+    {
+        true => Loads::Yes,
+        false => Loads::No("is statically linked"),
+    }
+}
+
+/// The program that a script's first line names.
+fn interpreter(file: &mut File) -> Option<String> {
+    use std::io::{Seek, SeekFrom};
+    let mut start = [0; 256];
+    let len = file.read(&mut start).ok()?;
+    file.seek(SeekFrom::Start(0)).ok()?;
+    let line = start.get(..len)?.strip_prefix(b"#!")?;
+    let line = line.split(|byte| *byte == b'\n').next()?;
+    let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
+    let interpreter = words.next()?;
+    if !interpreter.ends_with("/env") {
+        return Some(interpreter.to_owned());
+    }
+    let name = words.find(|word| !word.starts_with('-') && !word.contains('='))?;
+    Some(resolve(OsStr::new(name)).ok()?.to_str()?.to_owned())
+}
+
+/// Does executing this file give rights that the caller lacks, so that the loader ignores
+/// LD_PRELOAD?
+fn gains_rights(path: &Path) -> bool {
+    let Ok(meta) = std::fs::metadata(path) else {
+        return false;
+    };
+    let user = meta.mode() & libc::S_ISUID != 0 && meta.uid() != geteuid().as_raw();
+    let group = meta.mode() & (libc::S_ISGID | libc::S_IXGRP) == libc::S_ISGID | libc::S_IXGRP
+        && meta.gid() != getegid().as_raw();
+    user || group || (has_capabilities(path) && !geteuid().is_root())
+}
+
+fn has_capabilities(path: &Path) -> bool {
+    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
+    let name = c"security.capability".as_ptr();
+    // SAFETY: two strings that end in 0; a size of 0 asks for the length only.
+    unsafe { libc::getxattr(path.as_ptr(), name, std::ptr::null_mut(), 0) > 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn names_are_found_as_in_a_shell() {
+        assert!(resolve(OsStr::new("sh")).is_ok());
+        assert_eq!(
+            resolve(OsStr::new("no-such-program-here")),
+            Err(Errno::ENOENT)
+        );
+        assert_eq!(resolve(OsStr::new("/no/such/program")), Err(Errno::ENOENT));
+        assert_eq!(resolve(OsStr::new("/etc/passwd")), Err(Errno::EACCES));
+        assert_eq!(resolve(OsStr::new("/")), Err(Errno::EACCES));
+    }
+
+    #[test]
+    fn scripts_are_followed_to_their_interpreter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("script");
+        let mut file = File::create(&path).unwrap();
+        file.write_all(b"#!/usr/bin/env -S sh -x\n").unwrap();
+        assert_eq!(loads_libraries(&path), Loads::Yes);
+        let set_user = std::fs::Permissions::from_mode(0o4755);
+        std::fs::set_permissions(&path, set_user).unwrap();
+        assert_eq!(loads_libraries(&path), Loads::Yes);
+    }
+
+    #[test]
+    fn a_file_without_an_interpreter_is_static() {
+        // Our own program header table, cut down to a file that says nothing of a loader.
+        let mut bytes = std::fs::read("/proc/self/exe").unwrap();
+        bytes[56] = 0; // e_phnum
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("static");
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(loads_libraries(&path), Loads::No("is statically linked"));
+        assert_eq!(loads_libraries(Path::new("/proc/self/exe")), Loads::Yes);
+        assert_eq!(loads_libraries(Path::new("/etc/passwd")), Loads::Unknown);
+    }
+}
