@@ -3,6 +3,7 @@
 
 use serde_json::Value;
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
@@ -295,23 +296,30 @@ fn no_child_outlives_a_comparison_that_is_stopped() {
     if !has_two_cores() || !Path::new("/proc/self/task").exists() {
         return;
     }
-    for (signal, code) in [("-TERM", Some(130)), ("-INT", Some(130)), ("-KILL", None)] {
+    // "-" before the pid means the whole process group, as Ctrl-C on a terminal does.
+    for (signal, group, code) in [
+        ("-TERM", "", Some(130)),
+        ("-INT", "", Some(130)),
+        ("-INT", "-", Some(130)),
+        ("-KILL", "", None),
+    ] {
         let mut command = compare_for("30", &["--paths", "tcp-loopback", "--only", "rtt"]);
-        let mut process = command
+        command
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .process_group(0);
+        let mut process = command.spawn().unwrap();
         wait_for("two children", || children(process.id()).len() == 2);
         let alive = children(process.id());
+        let target = format!("{group}{}", process.id());
         assert!(
             Command::new("kill")
-                .args([signal, &process.id().to_string()])
+                .args([signal, "--", &target])
                 .status()
                 .unwrap()
                 .success()
         );
-        assert_eq!(process.wait().unwrap().code(), code, "{signal}");
+        assert_eq!(process.wait().unwrap().code(), code, "{signal} {target}");
         wait_for("the children to be gone", || {
             let is_gone = |pid: &u32| {
                 let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

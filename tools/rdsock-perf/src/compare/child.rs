@@ -30,7 +30,7 @@ impl Child {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        // SAFETY: between fork and exec only prctl and sigprocmask-free calls run, which are async-signal-safe.
+        // SAFETY: between fork and exec only prctl is called, which is async-signal-safe and allocates nothing.
         unsafe {
             command.pre_exec(|| {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as usize);
@@ -114,6 +114,7 @@ impl Child {
                 Err(RecvTimeoutError::Disconnected) => {
                     let how = match self.wait(Duration::from_secs(1)) {
                         Ok(status) => status.to_string(),
+                        Err(Error::Interrupted) => return Err(Error::Interrupted),
                         Err(_) => "it closed its output".into(),
                     };
                     return Err(self.failure(&format!("ended without {what:?} ({how})")));

@@ -128,6 +128,8 @@ fn measure(
         _ => run_sockets::run(plan, ground, cell, path, wait),
     };
     measured.map_err(|error| match error {
+        // Ctrl-C reaches the children as well, and their end is only a consequence.
+        _ if interrupt::check().is_err() => Error::Interrupted,
         Error::Peer(text) => Error::Peer(format!("{} over {path} ({wait}): {text}", cell.mode)),
         other => other,
     })

@@ -3,8 +3,8 @@
 use super::child::Child;
 use crate::error::{Error, Result};
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Names of our namespaces: prefix, pid of the comparison, then `-s` or `-c`.
 const PREFIX: &str = "rdsock-perf-";
@@ -98,8 +98,19 @@ fn ip(arguments: &[&str]) -> Result<()> {
 /// Removes a namespace, also after Ctrl-C, when [`ip`] refuses to wait.
 fn delete(namespace: &str) {
     let mut command = Command::new("ip");
-    command.args(["netns", "delete", namespace]);
-    let _ = command.output();
+    command
+        .args(["netns", "delete", namespace])
+        .stderr(Stdio::null());
+    let Ok(mut process) = command.spawn() else {
+        return;
+    };
+    let end = Instant::now() + LIMIT;
+    while matches!(process.try_wait(), Ok(None)) {
+        if Instant::now() >= end {
+            let _ = process.kill();
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Removes namespaces of comparisons that were killed.
