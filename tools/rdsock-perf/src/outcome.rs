@@ -34,7 +34,7 @@ pub struct Outcome {
     /// Bytes of the shared ring, for the path floor-ring.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub ring_bytes: Option<u64>,
-    /// How often another program took the core away from one of the two processes; filled in by `compare`.
+    /// How often the kernel ran something else on the core of one of the two processes; filled in by `compare`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub preempted: Option<u64>,
     /// The clock of the side that measured.

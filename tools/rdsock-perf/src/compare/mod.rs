@@ -63,7 +63,7 @@ pub fn run(plan: &ComparePlan) -> Result<()> {
     }
     drop(bar);
     println!("{}", table::draw(&rows));
-    for line in table::disturbances(&rows) {
+    if let Some(line) = table::disturbances(&rows) {
         println!("{line}");
     }
     for LeftOut { path, reason } in &ground.left_out {

@@ -98,7 +98,7 @@ impl Row {
         self.median(|run| run.mb_s)
     }
 
-    /// How often other programs took a core away, for each second that was measured.
+    /// How often the kernel ran something else on one of the two cores, for each second that was measured.
     pub fn preempted_per_s(&self) -> Option<f64> {
         let times: Option<u64> = self.runs.iter().map(|run| run.preempted).sum();
         let seconds: f64 = self.runs.iter().map(|run| run.seconds).sum();

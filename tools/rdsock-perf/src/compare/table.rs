@@ -52,21 +52,18 @@ pub fn draw(rows: &Rows) -> String {
 /// A core taken away so often in a second makes a row doubtful.
 const DOUBTFUL_PER_S: f64 = 20.0;
 
-/// A line for each row that other programs disturbed.
-pub fn disturbances(rows: &Rows) -> Vec<String> {
-    let often = rows
-        .rows
-        .iter()
-        .filter_map(|row| Some((row, row.preempted_per_s()?)));
-    often
-        .filter(|&(_, per_s)| per_s > DOUBTFUL_PER_S)
-        .map(|(row, per_s)| {
-            format!(
-                "disturbed: {} {} {}: other programs took a core away {per_s:.0} times a second",
-                row.mode, row.path, row.wait
-            )
-        })
-        .collect()
+/// A line that names the rows during which something else ran on the two cores, if there are any.
+pub fn disturbances(rows: &Rows) -> Option<String> {
+    let often = rows.rows.iter().filter_map(|row| {
+        let per_s = row
+            .preempted_per_s()
+            .filter(|&per_s| per_s > DOUBTFUL_PER_S)?;
+        Some(format!("{} {} {} {per_s:.0}", row.mode, row.path, row.wait))
+    });
+    let named = often.collect::<Vec<_>>().join(", ");
+    (!named.is_empty()).then(|| {
+        format!("disturbed, as something else ran on the two cores, so often a second: {named}")
+    })
 }
 
 /// The fields of one row.
@@ -157,6 +154,19 @@ mod tests {
         assert_eq!(significant(123.4), "123");
         assert_eq!(significant(2.5), "2.50");
         assert_eq!(significant(0.0123), "0.0123");
+    }
+
+    #[test]
+    fn disturbed_rows_are_named() {
+        let mut rows = rows(&[
+            (Path::Unix, Mode::Rtt, Wait::Spin, 64, Some(1), 1.0),
+            (Path::TcpLoopback, Mode::Rtt, Wait::Block, 64, Some(1), 1.0),
+        ]);
+        assert_eq!(disturbances(&rows), None);
+        rows.rows[0].runs[0].preempted = Some(19);
+        rows.rows[1].runs[0].preempted = Some(300);
+        let text = disturbances(&rows).unwrap();
+        assert!(text.ends_with(": rtt tcp-loopback block 300"), "{text}");
     }
 
     #[test]
