@@ -194,6 +194,7 @@ static struct duo link_open(struct peer *peer, int flags)
 }
 
 struct duo duo_open(int flags) { return link_open(peer_start(), flags); }
+struct duo duo_prepare(void) { return (struct duo){.peer = peer_start(), .fd = -1, .at = 0}; }
 struct duo duo_more(const struct duo *d, int flags) { return link_open(d->peer, flags); }
 
 /* ---- Warming up ---- */

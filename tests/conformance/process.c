@@ -319,6 +319,47 @@ CASE(spawn_unread) { talk_to_copy(0, "copy-dynamic", SPAWN, true); }
 CASE(spawn_empty_environment) { talk_to_copy(0, "copy-dynamic", SPAWN_EMPTY, true); }
 CASE(spawn_static) { talk_to_copy(0, "copy-static", SPAWN, true); }
 
+/* The process that made the connection becomes another program itself, with no fork in between. */
+static void become_copy(const char *name, bool empty, bool unread)
+{
+    struct duo prepared = duo_prepare();
+    int gone[2];
+    char byte;
+    MUST(pipe2(gone, O_CLOEXEC));
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        char path[PATH_MAX + 32], *argv[] = {path, NULL}, *none[] = {NULL};
+        struct duo d = duo_more(&prepared, 0);
+        if (unread) {
+            p_send(&d, "before exec ");
+            AWAIT_BYTES(d.fd, 12);
+        }
+        MUST(dup2(d.fd, 0));
+        MUST(dup2(d.fd, 1));
+        MUST(close(d.fd));
+        snprintf(path, sizeof path, "%s/%s", settings.folder, name);
+        execve(path, argv, empty ? none : environ);
+        fail(HERE, "expected another program, saw %s", strerror(errno));
+    }
+    MUST(close(gone[1]));
+    EQ(read(gone[0], &byte, 1), 0); /* the exec has happened, and the orders are ours to give */
+    if (unread)
+        P_WANT(&prepared, "BEFORE EXEC ");
+    for (int i = 0; i < 30; i++) {
+        p_send(&prepared, "spoken aloud");
+        P_WANT(&prepared, "SPOKEN ALOUD");
+    }
+    p_shutdown(&prepared, SHUT_WR);
+    P_WANT_EOF(&prepared);
+    WAIT_CHILD(pid);
+}
+
+CASE(become_dynamic) { become_copy("copy-dynamic", false, false); }
+CASE(become_dynamic_unread) { become_copy("copy-dynamic", false, true); }
+CASE(become_dynamic_empty_environment) { become_copy("copy-dynamic", true, true); }
+CASE(become_static) { become_copy("copy-static", false, false); }
+CASE(become_static_unread) { become_copy("copy-static", false, true); }
+
 CASE(exec_closes_marked_descriptors)
 {
     struct duo d = duo_open(0), e = duo_more(&d, 0);
@@ -490,9 +531,7 @@ CASE(setuid_nobody, .root = true, .process = true)
 CASE(chroot_and_setuid, .root = true, .process = true)
 {
     struct duo d = duo_open(0);
-    char folder[] = "/tmp/sockconf-XXXXXX";
-    CHECK(mkdtemp(folder), "expected a folder, saw %s", strerror(errno));
-    MUST(chroot(folder));
+    MUST(chroot(settings.folder));
     MUST(chdir("/"));
     struct duo e = duo_more(&d, COLD);
     MUST(setuid(65534));

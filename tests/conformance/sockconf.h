@@ -140,6 +140,7 @@ enum { COLD = 1, V6 = 2, MAPPED = 4, NONBLOCK = 8 };
 
 struct duo duo_open(int flags);                     /* a new puppet and a connection to it */
 struct duo duo_more(const struct duo *d, int flags); /* one more connection to the same puppet */
+struct duo duo_prepare(void);                       /* a new puppet without a connection: fd is -1 */
 void duo_warm(const struct duo *d);                 /* what duo_open does unless COLD */
 void duo_warm_all(const struct duo *d, int count);  /* the same for many connections at once */
 pid_t peer_pid(const struct duo *d);                /* 0 if the puppet is a thread */
