@@ -1,1 +1,24 @@
-//! The preload shim.
+//! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
+//!
+//! `calls.rs` holds the functions that programs call, thin wrappers all; `io.rs`, `poll.rs` and
+//! `epoll.rs` do what they do on a stream; `wait.rs` sleeps and wakes; `demote.rs` goes back to the
+//! kernel; `tenant.rs` talks to the daemon; `process.rs` follows fork and exec. The shim never
+//! panics, never allocates from the heap, never takes a lock that it would hold while it sleeps,
+//! and leaves every call that it does not understand to libc.
+
+mod calls;
+mod clock;
+mod conn;
+mod demote;
+mod epoll;
+mod io;
+mod options;
+mod poll;
+mod process;
+mod ready;
+mod real;
+mod stream;
+mod sys;
+mod syscalls;
+mod tenant;
+mod wait;

@@ -152,8 +152,10 @@ pub struct TxState {
     pub in_kernel: AtomicU32,
     /// `shutdown(SHUT_WR)` was called.
     pub shut: AtomicU32,
-    /// Largest offset written since memory was last given back.
-    pub high_water: AtomicU32,
+    /// Threads that sleep for space in the kernel.
+    pub waiters: AtomicU32,
+    /// Wake bytes of the other end after which the latest of them last looked.
+    pub acknowledged: AtomicU32,
 }
 
 /// The receiving half of one end. See [`TxState`].
@@ -176,7 +178,10 @@ pub struct RxState {
     pub shut: AtomicU32,
     /// What the anchor told last: bits of [`anchor`].
     pub anchor: AtomicU32,
-    _pad: u32,
+    /// Threads that sleep for bytes in the kernel.
+    pub waiters: AtomicU32,
+    /// Wake bytes of the other end after which the latest of them last looked.
+    pub acknowledged: AtomicU32,
 }
 
 /// Where the bytes of a direction travel, in [`TxState::phase`] and [`RxState::phase`].

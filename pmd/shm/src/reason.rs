@@ -95,6 +95,8 @@ coded! {
         Foreign = 24, "the connection was not opened by this program, or not by calls the shim sees";
         /// The call is not carried by rings.
         Call = 25, "a call that rings do not carry was used";
+        /// The other end broke the stream, or closed it with unread bytes.
+        PeerReset = 26, "the other end broke the stream";
     }
 }
 

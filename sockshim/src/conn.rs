@@ -1,0 +1,465 @@
+//! Which of the process's fds are TCP connections: the fd table, and one [`Conn`] for each open
+//! connection. Private to the process; a forked child gets a copy.
+//!
+//! A lookup is two loads. The tables are reserved address space, touched only where used, so
+//! nothing here allocates and everything may be used in a signal handler.
+
+use crate::stream::Stream;
+use crate::sys;
+use crate::tenant::Offer;
+use libc::c_int;
+use rdsock_shm::reason::{Reason, State};
+use std::cell::UnsafeCell;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+
+/// fds that the table covers; higher ones are never accelerated.
+pub const FDS: usize = 1 << 20;
+/// Connections at once.
+pub const CONNS: usize = rdsock_shm::layout::CONN_RECORDS;
+
+/// What an fd is, as the table has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing of ours.
+    Other,
+    /// A TCP connection, or a TCP socket that may become one.
+    Conn(usize),
+    /// An epoll instance.
+    Epoll(usize),
+    /// The shim's own descriptor: the program must not see it.
+    Internal,
+}
+
+impl Kind {
+    fn to_word(self) -> u32 {
+        match self {
+            Kind::Other => 0,
+            Kind::Conn(index) => (1 << 30) | index as u32,
+            Kind::Epoll(index) => (2 << 30) | index as u32,
+            Kind::Internal => 3 << 30,
+        }
+    }
+
+    #[inline]
+    fn from_word(word: u32) -> Self {
+        let index = (word & ((1 << 30) - 1)) as usize;
+        match word >> 30 {
+            0 => Kind::Other,
+            1 => Kind::Conn(index),
+            2 => Kind::Epoll(index),
+            _ => Kind::Internal,
+        }
+    }
+}
+
+/// Who opened the connection.
+pub mod born {
+    /// By `accept`.
+    pub const PASSIVE: u32 = 0;
+    /// By `connect`.
+    pub const ACTIVE: u32 = 1;
+    /// Inherited over exec.
+    pub const UNKNOWN: u32 = 2;
+    /// A socket that is not (yet) connected.
+    pub const NOT_YET: u32 = 3;
+}
+
+/// Where a connection stands in this process.
+pub mod phase {
+    /// Kernel TCP; may be announced.
+    pub const KERNEL: u32 = 0;
+    /// The daemon knows it.
+    pub const ANNOUNCED: u32 = 1;
+    /// A stream is being mapped: nobody may enter the kernel with it.
+    pub const INSTALLING: u32 = 2;
+    /// A stream is mapped.
+    pub const MAPPED: u32 = 3;
+    /// Kernel TCP for ever.
+    pub const NEVER: u32 = 4;
+}
+
+/// One TCP socket of this process, under one or more fds.
+#[repr(align(128))]
+#[derive(Debug)]
+pub struct Conn {
+    /// 0 free, 1 in use, 2 being taken down.
+    occupied: AtomicU32,
+    /// Entries of the fd table.
+    pub refs: AtomicU32,
+    /// Calls that use it now.
+    pub users: AtomicU32,
+    /// One of [`phase`].
+    pub phase: AtomicU32,
+    /// One of [`born`].
+    pub born: AtomicU32,
+    /// Counts announcements, so that a late answer is recognised.
+    pub generation: AtomicU32,
+    /// Send and receive calls so far, to tell a connection that lasts.
+    pub calls: AtomicU32,
+    /// 1 when other processes may hold it too.
+    pub shared: AtomicU32,
+    /// Kernel receives under way, before a stream is mapped.
+    pub in_rx: AtomicU32,
+    /// Kernel sends under way, likewise.
+    pub in_tx: AtomicU32,
+    /// How well spinning has paid: see [`crate::wait`].
+    pub spin_score: AtomicU32,
+    /// 1 when `poll` or `epoll` has seen something on the anchor since it was last looked at.
+    pub look: AtomicU32,
+    /// 1 when a send found the ring full and did not wait: an edge for EPOLLET when space comes.
+    pub wants_space: AtomicU32,
+    /// One of its fds.
+    pub fd: AtomicI32,
+    /// When the anchor was last looked at, in ticks.
+    pub looked_at: AtomicU64,
+    /// First of its epoll registrations, 0 for none: see [`crate::epoll`].
+    pub registrations: AtomicU32,
+    /// A [`Reason`].
+    pub reason: AtomicU32,
+    /// The program's own TCP_NODELAY (bit 0) and TCP_CORK (bit 1): the anchor of a stream always
+    /// has the first and never the second, so that wake bytes leave at once.
+    pub options: AtomicU32,
+    /// 1 while an offer of the daemon waits for the kernel calls to end. Under the tenant's lock.
+    pub offered: AtomicU32,
+    offer: UnsafeCell<MaybeUninit<Offer>>,
+    stream: UnsafeCell<MaybeUninit<Stream>>,
+}
+
+// SAFETY: all fields are atomics but `stream`, which is written only in phase INSTALLING and
+// after the last user has gone, and `offer`, which is used under the tenant's lock.
+unsafe impl Sync for Conn {}
+
+impl Conn {
+    /// The stream, in phase MAPPED.
+    #[inline]
+    pub fn stream(&self) -> Option<&Stream> {
+        if self.phase.load(Acquire) != phase::MAPPED {
+            return None;
+        }
+        // SAFETY: written before the phase became MAPPED, and not again while there are users.
+        Some(unsafe { (*self.stream.get()).assume_init_ref() })
+    }
+
+    /// # Safety
+    /// The phase is INSTALLING, and the caller is the one who set it.
+    pub unsafe fn set_stream(&self, stream: Stream) {
+        // SAFETY: nobody reads in this phase.
+        unsafe { *self.stream.get() = MaybeUninit::new(stream) };
+    }
+
+    /// Keeps an offer until the kernel calls under way have ended.
+    ///
+    /// # Safety
+    /// The caller holds the tenant's lock.
+    pub unsafe fn set_offer(&self, offer: Offer) {
+        // SAFETY: only the lock's holder uses it.
+        unsafe { *self.offer.get() = MaybeUninit::new(offer) };
+        self.offered.store(1, Release);
+    }
+
+    /// Takes the offer that waits.
+    ///
+    /// # Safety
+    /// The caller holds the tenant's lock.
+    pub unsafe fn take_offer(&self) -> Option<Offer> {
+        if self.offered.swap(0, AcqRel) == 0 {
+            return None;
+        }
+        // SAFETY: written before `offered` was set, and only the lock's holder uses it.
+        Some(unsafe { (*self.offer.get()).assume_init_read() })
+    }
+
+    /// Keeps the connection on the kernel for ever.
+    pub fn keep_on_kernel(&self, index: usize, reason: Reason) {
+        for from in [phase::KERNEL, phase::ANNOUNCED] {
+            if self
+                .phase
+                .compare_exchange(from, phase::NEVER, AcqRel, Acquire)
+                .is_ok()
+            {
+                self.tell(index, State::Kernel, reason);
+                if from == phase::ANNOUNCED {
+                    crate::tenant::withdraw(index, self);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Records state and reason, for `rdsock why`.
+    pub fn tell(&self, index: usize, state: State, reason: Reason) {
+        self.reason.store(reason as u32, Relaxed);
+        if let Some(record) = crate::tenant::record(index) {
+            record.state.store(state as u32, Relaxed);
+            record.reason.store(reason as u32, Relaxed);
+            record
+                .generation
+                .store(self.generation.load(Relaxed), Relaxed);
+            record.fd.store(self.fd.load(Relaxed), Relaxed);
+        }
+    }
+}
+
+static TABLE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+static POOL: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
+/// Where the search for a free connection starts.
+static NEXT: AtomicU32 = AtomicU32::new(0);
+/// One more than the highest connection number ever used.
+static HIGH: AtomicU32 = AtomicU32::new(0);
+static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Reserves the tables. Without them (no address space) every fd is the kernel's.
+pub fn start() {
+    if let Some(pool) = sys::map(-1, CONNS * std::mem::size_of::<Conn>()) {
+        POOL.store(pool.cast(), Release);
+        if let Some(table) = sys::map(-1, FDS * 4) {
+            TABLE.store(table.cast(), Release);
+        }
+    }
+    // SAFETY: the name is a C string; the symbol, where glibc has it, is a char.
+    let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };
+    SINGLE_THREADED.store(flag.cast(), Relaxed);
+}
+
+/// True while the process has never had a second thread.
+#[inline]
+pub fn is_single_threaded() -> bool {
+    let flag = SINGLE_THREADED.load(Relaxed);
+    // SAFETY: glibc's flag, written only before a thread is made.
+    !flag.is_null() && unsafe { flag.read_volatile() } != 0
+}
+
+#[inline]
+fn entry(fd: c_int) -> Option<&'static AtomicU32> {
+    let table = TABLE.load(Relaxed);
+    if (fd as u32 as usize) >= FDS || table.is_null() {
+        return None;
+    }
+    // SAFETY: the table has FDS zeroed words and is never unmapped.
+    Some(unsafe { &*table.add(fd as usize) })
+}
+
+/// What an fd is.
+#[inline]
+pub fn kind(fd: c_int) -> Kind {
+    entry(fd).map_or(Kind::Other, |word| Kind::from_word(word.load(Acquire)))
+}
+
+/// Says what an fd is; what it was.
+pub fn set_kind(fd: c_int, kind: Kind) -> Kind {
+    entry(fd).map_or(Kind::Other, |word| {
+        Kind::from_word(word.swap(kind.to_word(), AcqRel))
+    })
+}
+
+/// A connection of the pool.
+pub fn at(index: usize) -> Option<&'static Conn> {
+    let pool = POOL.load(Relaxed);
+    if index >= CONNS || pool.is_null() {
+        return None;
+    }
+    // SAFETY: the pool has CONNS zeroed entries, which is a valid state of a Conn, and is
+    // never unmapped.
+    Some(unsafe { &*pool.add(index) })
+}
+
+/// A connection in use by the current call; its stream stays mapped until this is dropped.
+#[derive(Debug)]
+pub struct Use {
+    /// The connection.
+    pub conn: &'static Conn,
+    /// Its number.
+    pub index: usize,
+}
+
+impl Drop for Use {
+    #[inline]
+    fn drop(&mut self) {
+        let users = &self.conn.users;
+        let left = if is_single_threaded() {
+            let left = users.load(Relaxed).wrapping_sub(1);
+            users.store(left, Relaxed);
+            left
+        } else {
+            users.fetch_sub(1, AcqRel) - 1
+        };
+        if left == 0 && self.conn.refs.load(Acquire) == 0 {
+            free(self.index, self.conn);
+        }
+    }
+}
+
+/// The connection behind an fd, kept from going away.
+#[inline]
+pub fn of(fd: c_int) -> Option<Use> {
+    let word = entry(fd)?;
+    let value = word.load(Acquire);
+    if value >> 30 != 1 {
+        return None;
+    }
+    use_if(word, value)
+}
+
+#[inline]
+fn use_if(word: &AtomicU32, value: u32) -> Option<Use> {
+    let Kind::Conn(index) = Kind::from_word(value) else {
+        return None;
+    };
+    let conn = at(index)?;
+    if is_single_threaded() {
+        conn.users.store(conn.users.load(Relaxed) + 1, Relaxed);
+    } else {
+        conn.users.fetch_add(1, SeqCst);
+    }
+    let held = Use { conn, index };
+    // The fd may have been closed before the use was counted.
+    if word.load(SeqCst) != value {
+        return None;
+    }
+    Some(held)
+}
+
+/// The connection with this number, if it is in use.
+pub fn by_index(index: usize) -> Option<Use> {
+    let conn = at(index)?;
+    conn.users.fetch_add(1, SeqCst);
+    let held = Use { conn, index };
+    (conn.refs.load(SeqCst) != 0).then_some(held)
+}
+
+/// Tracks a new TCP socket. Nothing is done when the pool is full: it stays the kernel's.
+pub fn track(fd: c_int, born: u32) -> Option<usize> {
+    entry(fd)?;
+    let start = NEXT.load(Relaxed) as usize;
+    for step in 0..CONNS {
+        let index = (start + step) % CONNS;
+        let conn = at(index)?;
+        if conn
+            .occupied
+            .compare_exchange(0, 1, AcqRel, Relaxed)
+            .is_err()
+        {
+            continue;
+        }
+        conn.refs.store(1, Relaxed);
+        NEXT.store((index + 1) as u32, Relaxed);
+        HIGH.fetch_max((index + 1) as u32, Relaxed);
+        conn.born.store(born, Relaxed);
+        conn.fd.store(fd, Relaxed);
+        for word in [
+            &conn.calls,
+            &conn.shared,
+            &conn.in_rx,
+            &conn.in_tx,
+            &conn.look,
+            &conn.registrations,
+            &conn.options,
+            &conn.wants_space,
+        ] {
+            word.store(0, Relaxed);
+        }
+        conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
+        conn.generation.fetch_add(1, Relaxed);
+        conn.phase.store(phase::KERNEL, Release);
+        conn.tell(index, State::Kernel, Reason::Young);
+        replace(fd, Kind::Conn(index));
+        return Some(index);
+    }
+    None
+}
+
+/// Puts a kind in the table and lets go of what stood there: an entry that is still set for a
+/// number that the kernel has just given out was closed behind the shim's back.
+pub fn replace(fd: c_int, kind: Kind) {
+    let old = set_kind(fd, kind);
+    let_go(fd, old);
+}
+
+/// Another fd for the same connection.
+pub fn add_ref(fd: c_int, index: usize) {
+    if let Some(conn) = at(index) {
+        conn.refs.fetch_add(1, AcqRel);
+        replace(fd, Kind::Conn(index));
+    }
+}
+
+/// An entry of the table is gone.
+pub fn let_go(fd: c_int, kind: Kind) {
+    match kind {
+        Kind::Conn(index) => {
+            let Some(conn) = at(index) else { return };
+            conn.users.fetch_add(1, SeqCst);
+            let held = Use { conn, index };
+            crate::epoll::forget_fd(conn, fd);
+            if conn.fd.load(Relaxed) == fd {
+                conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
+                if let Some(record) = crate::tenant::record(index) {
+                    record.fd.store(conn.fd.load(Relaxed), Relaxed);
+                }
+            }
+            conn.refs.fetch_sub(1, SeqCst);
+            drop(held);
+        }
+        Kind::Epoll(index) => crate::epoll::closed(index),
+        Kind::Other | Kind::Internal => {}
+    }
+}
+
+fn other_fd(index: usize) -> Option<c_int> {
+    let most = at(index)?.refs.load(Relaxed);
+    if most <= 1 {
+        return None;
+    }
+    let word = Kind::Conn(index).to_word();
+    (0..65536).find(|fd| entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word))
+}
+
+/// The last use of a connection without fds has ended.
+fn free(index: usize, conn: &Conn) {
+    // One of several that come here at once does it.
+    if conn
+        .occupied
+        .compare_exchange(1, 2, AcqRel, Relaxed)
+        .is_err()
+    {
+        return;
+    }
+    let phase = conn.phase.swap(phase::NEVER, AcqRel);
+    if let Some(record) = crate::tenant::record(index) {
+        record.fd.store(-1, Relaxed);
+        record.state.store(State::Kernel as u32, Relaxed);
+    }
+    match phase {
+        phase::ANNOUNCED => crate::tenant::withdraw(index, conn),
+        phase::MAPPED => {
+            // SAFETY: it was MAPPED, no fd leads here and no call uses it: nobody else reads it.
+            let stream = unsafe { (*conn.stream.get()).assume_init_read() };
+            crate::tenant::stream_closed(index, conn, &stream);
+            stream.unmap();
+        }
+        _ => {}
+    }
+    conn.occupied.store(0, Release);
+}
+
+/// Calls `found` with each fd that is a connection, below `limit`.
+pub fn each_fd(limit: c_int, mut found: impl FnMut(c_int, usize)) {
+    for fd in 0..limit.min(FDS as c_int) {
+        if let Kind::Conn(index) = kind(fd) {
+            found(fd, index);
+        }
+    }
+}
+
+/// Calls `found` with each connection that has an fd.
+pub fn each(mut found: impl FnMut(usize, &'static Conn)) {
+    let high = HIGH.load(Relaxed) as usize;
+    for index in 0..CONNS.min(high) {
+        if let Some(conn) = at(index)
+            && conn.refs.load(Acquire) != 0
+        {
+            found(index, conn);
+        }
+    }
+}

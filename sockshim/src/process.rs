@@ -1,0 +1,525 @@
+//! The life of the process: loading, fork, exec.
+
+use crate::conn::{self, Kind, born};
+use crate::{clock, demote, epoll, real, stream, sys, tenant, wait};
+use libc::{c_char, c_int};
+use rdsock_shm::reason::Reason;
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicU32, Ordering::*};
+
+/// Inherited descriptors that are looked at when a program starts.
+const INHERITED: usize = 256;
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static CONSTRUCTOR: extern "C" fn() = construct;
+
+static READY: AtomicU32 = AtomicU32::new(0);
+
+/// True once the constructor has run: before, everything is the kernel's.
+pub fn is_ready() -> bool {
+    READY.load(Acquire) != 0
+}
+
+extern "C" fn construct() {
+    real::resolve();
+    stream::note_pid();
+    clock::start();
+    let disabled = env(c"RDSOCK_DISABLE").is_some_and(|value| value != c"0" && value != c"");
+    let spin = env(c"RDSOCK_SPIN_US")
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.parse().ok());
+    wait::start(spin, cores());
+    tenant::start(env(c"RDSOCK_SOCKET"), disabled);
+    if !disabled {
+        conn::start();
+        epoll::start();
+        // SAFETY: the handlers are functions of this library, which is never unloaded before the
+        // process ends (it is preloaded).
+        unsafe {
+            libc::pthread_atfork(
+                Some(before_fork),
+                Some(after_fork_in_parent),
+                Some(after_fork_in_child),
+            )
+        };
+    }
+    READY.store(1, Release);
+    if !disabled {
+        adopt_inherited();
+    }
+}
+
+fn env(name: &CStr) -> Option<&'static CStr> {
+    // SAFETY: the constructor runs before the program can change its environment.
+    unsafe {
+        let value = libc::getenv(name.as_ptr());
+        (!value.is_null()).then(|| CStr::from_ptr(value))
+    }
+}
+
+fn cores() -> usize {
+    // SAFETY: a set of bits; zeroes are a value, and it is valid for writes of its size.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) != 0 {
+            return 2;
+        }
+        libc::CPU_COUNT(&set) as usize
+    }
+}
+
+/// Sockets that another program image has left to this one.
+fn adopt_inherited() {
+    let mut fds = [libc::pollfd {
+        fd: -1,
+        events: 0,
+        revents: 0,
+    }; INHERITED];
+    for (fd, entry) in fds.iter_mut().enumerate() {
+        entry.fd = fd as c_int;
+    }
+    sys::poll_now(&mut fds);
+    for entry in fds
+        .iter()
+        .filter(|entry| entry.revents & libc::POLLNVAL == 0)
+    {
+        let fd = entry.fd;
+        if !is_tcp(fd) {
+            continue;
+        }
+        const ESTABLISHED: u8 = 1;
+        const LISTEN: u8 = 10;
+        match crate::io::TcpInfo::of(fd).map(|info| info.state) {
+            Some(ESTABLISHED) => {
+                let twin = (0..fd).find(|other| {
+                    matches!(conn::kind(*other), Kind::Conn(_)) && is_same_socket(*other, fd)
+                });
+                if let Some(Kind::Conn(index)) = twin.map(conn::kind) {
+                    conn::add_ref(fd, index);
+                } else if let Some(index) = conn::track(fd, born::UNKNOWN) {
+                    if let Some(conn) = conn::at(index) {
+                        conn.shared.store(1, Relaxed);
+                    }
+                    tenant::look_up(index, fd);
+                }
+            }
+            Some(LISTEN) => {
+                conn::track(fd, born::NOT_YET);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn cookie(fd: c_int) -> Option<u64> {
+    sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+fn is_same_socket(a: c_int, b: c_int) -> bool {
+    cookie(a).is_some_and(|a| Some(a) == cookie(b))
+}
+
+/// True for a TCP socket over IPv4 or IPv6.
+pub fn is_tcp(fd: c_int) -> bool {
+    let option = |name| sys::getsockopt::<c_int>(fd, libc::SOL_SOCKET, name);
+    option(libc::SO_PROTOCOL) == Some(libc::IPPROTO_TCP)
+        && matches!(
+            option(libc::SO_DOMAIN),
+            Some(libc::AF_INET | libc::AF_INET6)
+        )
+}
+
+/// True in a `vfork` child and in one made by a raw `clone`: memory is (or was copied from) the
+/// parent's, and the shim's state is not this process's.
+pub fn is_foreign() -> bool {
+    sys::getpid() != stream::pid()
+}
+
+static LOCKED: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn before_fork() {
+    LOCKED.store(u32::from(tenant::before_fork()), Relaxed);
+}
+
+extern "C" fn after_fork_in_parent() {
+    if LOCKED.swap(0, Relaxed) != 0 {
+        tenant::after_fork_in_parent();
+    }
+}
+
+extern "C" fn after_fork_in_child() {
+    stream::note_pid();
+    epoll::after_fork_in_child();
+    tenant::after_fork_in_child();
+}
+
+fn is_kept_over_exec(fd: c_int) -> bool {
+    let flags = sys::fcntl(fd, libc::F_GETFD, 0);
+    flags >= 0 && flags & libc::FD_CLOEXEC as isize == 0
+}
+
+fn has_streams() -> bool {
+    let mut any = false;
+    conn::each(|_, conn| any |= conn.stream().is_some_and(demote::is_on_rings));
+    any
+}
+
+/// Before exec: streams that the new program would have as plain sockets leave the rings, unless it
+/// loads the shim and can ask the daemon for them.
+fn before_exec(loads_shim: bool) {
+    if !is_ready() || !has_streams() || loads_shim && tenant::is_attached() {
+        return;
+    }
+    // A vfork child may have the connection under a number that its parent does not know.
+    for fd in 0..INHERITED as c_int {
+        if !is_kept_over_exec(fd) {
+            continue;
+        }
+        if let Some(held) = conn::of(fd) {
+            demote::leave(&held, fd, Reason::Exec);
+        } else if is_foreign()
+            && let Some(wanted) = cookie(fd)
+        {
+            leave_by_cookie(wanted);
+        }
+    }
+}
+
+fn leave_by_cookie(wanted: u64) {
+    conn::each(|index, conn| {
+        let fd = conn.fd.load(Relaxed);
+        if conn.stream().is_some()
+            && cookie(fd) == Some(wanted)
+            && let Some(held) = conn::by_index(index)
+        {
+            demote::leave(&held, fd, Reason::Exec);
+        }
+    });
+}
+
+/// True when an environment names the shim.
+///
+/// # Safety
+/// `envp` is null or a null-terminated array of C strings.
+unsafe fn names_shim(envp: *const *const c_char) -> bool {
+    let mut at = envp;
+    // SAFETY: the caller vouches for the array.
+    unsafe {
+        while !at.is_null() && !(*at).is_null() {
+            let entry = CStr::from_ptr(*at).to_bytes();
+            if entry.starts_with(b"LD_PRELOAD=")
+                && entry.windows(12).any(|part| part == b"librdsock.so")
+            {
+                return true;
+            }
+            at = at.add(1);
+        }
+    }
+    false
+}
+
+/// True when the program at `path` has a dynamic loader that will load the shim: an ELF file with
+/// an interpreter and no set-user-id bit, or a script whose interpreter is one.
+fn is_dynamic(path: &CStr, depth: u32) -> bool {
+    let fd = sys::open_read(path.as_ptr()) as c_int;
+    if fd < 0 {
+        return false;
+    }
+    let answer = is_dynamic_file(fd, depth);
+    sys::close(fd);
+    answer
+}
+
+fn is_dynamic_file(fd: c_int, depth: u32) -> bool {
+    // SAFETY: integers; zeroes are a value, and fstat fills it.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    let mut bytes = [0_u8; 1024];
+    // SAFETY: both are valid for writes of their size.
+    let got = unsafe {
+        if libc::fstat(fd, &mut stat) != 0 || stat.st_mode & 0o6000 != 0 {
+            return false;
+        }
+        sys::pread(fd, bytes.as_mut_ptr(), bytes.len() - 1, Some(0))
+    };
+    if got < 64 && !bytes.starts_with(b"#!") {
+        return false;
+    }
+    if bytes.starts_with(b"#!") && depth == 0 {
+        let Some(line) = bytes.get_mut(2..) else {
+            return false;
+        };
+        let start = line.iter().position(|byte| *byte != b' ').unwrap_or(0);
+        let Some(word) = line.get_mut(start..) else {
+            return false;
+        };
+        let end = word
+            .iter()
+            .position(|byte| b" \t\n\0".contains(byte))
+            .unwrap_or(0);
+        if let Some(byte) = word.get_mut(end) {
+            *byte = 0;
+        }
+        return CStr::from_bytes_until_nul(word).is_ok_and(|path| is_dynamic(path, 1));
+    }
+    if !bytes.starts_with(b"\x7fELF\x02") {
+        return false;
+    }
+    // Elf64_Ehdr: e_phoff at 32, e_phentsize at 54, e_phnum at 56; p_type is a header's first word.
+    let word = |at: usize, len: usize| {
+        bytes.get(at..at + len).map_or(0, |bytes| {
+            bytes
+                .iter()
+                .rev()
+                .fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
+        })
+    };
+    const PT_INTERP: u64 = 3;
+    let (headers, size, count) = (
+        word(32, 8) as usize,
+        word(54, 2) as usize,
+        word(56, 2) as usize,
+    );
+    (0..count.min(64)).any(|i| headers < 1024 && word(headers + i * size, 4) == PT_INTERP)
+}
+
+/// # Safety
+/// As `execve`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rdsock_execve(
+    path: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+) -> c_int {
+    // SAFETY: the caller vouches for the strings.
+    unsafe {
+        if !path.is_null() {
+            before_exec(names_shim(envp) && is_dynamic(CStr::from_ptr(path), 0));
+        }
+        real::execve(path, argv, envp)
+    }
+}
+
+/// # Safety
+/// As `execvpe`.
+unsafe fn execvpe_with(
+    file: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+) -> c_int {
+    // SAFETY: the caller vouches for the strings.
+    unsafe {
+        if !file.is_null() {
+            before_exec(
+                names_shim(envp) && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0)),
+            );
+        }
+        real::execvpe(file, argv, envp)
+    }
+}
+
+/// Calls `test` with the file that `execvp` would take.
+fn in_path(file: &CStr, test: impl Fn(&CStr) -> bool) -> bool {
+    if file.to_bytes().contains(&b'/') {
+        return test(file);
+    }
+    // SAFETY: getenv's string is used at once.
+    let path = unsafe {
+        let value = libc::getenv(c"PATH".as_ptr());
+        if value.is_null() {
+            c"/bin:/usr/bin"
+        } else {
+            CStr::from_ptr(value)
+        }
+    };
+    for folder in path.to_bytes().split(|byte| *byte == b':') {
+        let mut buffer = [0_u8; 4096];
+        let parts = folder.iter().chain(b"/").chain(file.to_bytes());
+        for (to, from) in buffer.iter_mut().take(4095).zip(parts) {
+            *to = *from;
+        }
+        if let Ok(candidate) = CStr::from_bytes_until_nul(&buffer)
+            // SAFETY: a C string.
+            && unsafe { libc::access(candidate.as_ptr(), libc::X_OK) } == 0
+        {
+            return test(candidate);
+        }
+    }
+    false
+}
+
+unsafe extern "C" {
+    static environ: *const *const c_char;
+}
+
+/// # Safety
+/// As `execvp`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rdsock_execvp(file: *const c_char, argv: *const *const c_char) -> c_int {
+    // SAFETY: as the caller says; environ is libc's.
+    unsafe { execvpe_with(file, argv, environ) }
+}
+
+/// # Safety
+/// As `execve`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execve(
+    path: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe { rdsock_execve(path, argv, envp) }
+}
+
+/// # Safety
+/// As `execv`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execv(path: *const c_char, argv: *const *const c_char) -> c_int {
+    // SAFETY: as the caller says; environ is libc's.
+    unsafe { rdsock_execve(path, argv, environ) }
+}
+
+/// # Safety
+/// As `execvp`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execvp(file: *const c_char, argv: *const *const c_char) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe { rdsock_execvp(file, argv) }
+}
+
+/// # Safety
+/// As `execvpe`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execvpe(
+    file: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe { execvpe_with(file, argv, envp) }
+}
+
+/// # Safety
+/// As `fexecve`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fexecve(
+    fd: c_int,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe {
+        before_exec(names_shim(envp) && is_dynamic_file(fd, 0));
+        real::fexecve(fd, argv, envp)
+    }
+}
+
+macro_rules! jump {
+    ($($name:ident => $target:ident;)*) => {
+        $(
+            /// As the C function of this name; its variable arguments are gathered in C.
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            #[unsafe(no_mangle)]
+            #[unsafe(naked)]
+            pub extern "C" fn $name() {
+                unsafe extern "C" { fn $target(); }
+                #[cfg(target_arch = "x86_64")]
+                std::arch::naked_asm!("jmp {}", sym $target);
+                #[cfg(target_arch = "aarch64")]
+                std::arch::naked_asm!("b {}", sym $target);
+            }
+        )*
+    };
+}
+
+jump! {
+    execl => rdsock_execl;
+    execlp => rdsock_execlp;
+    execle => rdsock_execle;
+}
+
+/// Connections that a spawned program gets under another number by a file action.
+static ACTIONS: [AtomicU32; 16] = [const { AtomicU32::new(0) }; 16];
+
+/// # Safety
+/// As `posix_spawn_file_actions_adddup2`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
+    actions: *mut libc::c_void,
+    fd: c_int,
+    new: c_int,
+) -> c_int {
+    if let Kind::Conn(index) = conn::kind(fd) {
+        for place in &ACTIONS {
+            if place
+                .compare_exchange(0, index as u32 + 1, AcqRel, Relaxed)
+                .is_ok()
+            {
+                break;
+            }
+        }
+    }
+    // SAFETY: as the caller says.
+    unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) }
+}
+
+fn before_spawn(loads_shim: bool) {
+    if !is_ready() {
+        return;
+    }
+    for place in &ACTIONS {
+        let index = place.swap(0, AcqRel);
+        if index != 0
+            && !(loads_shim && tenant::is_attached())
+            && let Some(held) = conn::by_index(index as usize - 1)
+        {
+            let fd = held.conn.fd.load(Relaxed);
+            demote::leave(&held, fd, Reason::Exec);
+        }
+    }
+    before_exec(loads_shim);
+}
+
+/// # Safety
+/// As `posix_spawn`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn posix_spawn(
+    pid: *mut libc::pid_t,
+    path: *const c_char,
+    actions: *const libc::c_void,
+    attributes: *const libc::c_void,
+    argv: *const *mut c_char,
+    envp: *const *mut c_char,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe {
+        if !path.is_null() {
+            before_spawn(names_shim(envp.cast()) && is_dynamic(CStr::from_ptr(path), 0));
+        }
+        real::posix_spawn(pid, path, actions, attributes, argv, envp)
+    }
+}
+
+/// # Safety
+/// As `posix_spawnp`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn posix_spawnp(
+    pid: *mut libc::pid_t,
+    file: *const c_char,
+    actions: *const libc::c_void,
+    attributes: *const libc::c_void,
+    argv: *const *mut c_char,
+    envp: *const *mut c_char,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe {
+        if !file.is_null() {
+            before_spawn(
+                names_shim(envp.cast())
+                    && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0)),
+            );
+        }
+        real::posix_spawnp(pid, file, actions, attributes, argv, envp)
+    }
+}

@@ -1,0 +1,125 @@
+//! Readiness of a stream, in the bits of `poll` (those of `epoll` are the same).
+
+use crate::conn::Use;
+use crate::stream::Stream;
+use crate::{demote, sys};
+use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM, c_int};
+use rdsock_shm::layout::{anchor, mark, phase, want};
+use rdsock_shm::wake;
+use std::sync::atomic::Ordering::*;
+
+/// Bits that the receiving half decides.
+pub const IN: i16 = POLLIN | POLLRDNORM;
+/// Bits that the sending half decides.
+pub const OUT: i16 = POLLOUT | POLLWRNORM;
+
+/// The readiness of a connection, or `None` when it is the kernel's to tell.
+pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16) -> Option<i16> {
+    if demote::peer_has_left(stream) && !stream.has_bytes() {
+        demote::follow(held, stream, fd);
+    }
+    if held.conn.look.load(Relaxed) != 0 && held.conn.look.swap(0, AcqRel) != 0 {
+        let guard = stream.lock_rx();
+        if !guard.is_nested() && stream.rx().phase.load(Relaxed) == phase::RING {
+            guard.look(fd);
+        }
+    }
+    if !demote::is_on_rings(stream) {
+        return None;
+    }
+    let mut ready = 0;
+    if stream.is_reset() {
+        return Some(IN | OUT | POLLERR | POLLHUP | POLLRDHUP);
+    }
+    let seen = stream.rx().anchor.load(Acquire);
+    let marks = stream.incoming().producer.mark.load(Acquire);
+    let kernel = kernel_share(stream, fd, events);
+    if stream.rx().phase.load(Acquire) == phase::RING {
+        if marks & mark::END != 0 && !stream.has_bytes() {
+            // The next receive finds out what the anchor has.
+            ready |= sys::poll_one(fd, POLLIN, 0).max(0) as i16 & IN;
+        }
+        let ended = marks & (mark::FIN | mark::RESET) != 0
+            || seen != 0
+            || stream.rx().shut.load(Relaxed) != 0;
+        if stream.has_bytes() || ended {
+            ready |= IN;
+        }
+        if marks & mark::FIN != 0 || seen & anchor::EOF != 0 || stream.rx().shut.load(Relaxed) != 0
+        {
+            ready |= POLLRDHUP;
+        }
+    } else {
+        ready |= kernel & (IN | POLLRDHUP);
+    }
+    if stream.tx().phase.load(Acquire) == phase::RING {
+        if is_writable(stream) {
+            ready |= OUT;
+        }
+    } else {
+        ready |= kernel & OUT;
+    }
+    let shut = stream.tx().shut.load(Relaxed) != 0;
+    if shut {
+        ready |= OUT;
+    }
+    if seen & anchor::ERROR != 0 {
+        ready |= POLLERR | POLLHUP | OUT;
+    } else if ready & POLLRDHUP != 0 && shut {
+        ready |= POLLHUP;
+    }
+    Some(ready & (events | POLLERR | POLLHUP))
+}
+
+/// What the kernel says, where one direction is still (or again) on the anchor.
+fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
+    let mut ask = 0;
+    if stream.rx().phase.load(Acquire) != phase::RING {
+        ask |= events & (IN | POLLRDHUP);
+    }
+    if stream.tx().phase.load(Acquire) != phase::RING {
+        ask |= events & OUT;
+    }
+    if ask == 0 {
+        return 0;
+    }
+    let mut got = sys::poll_one(fd, ask, 0).max(0) as i16;
+    if stream.rx().phase.load(Acquire) == phase::SWITCHING && got & IN != 0 {
+        // The byte that is seen may be a wake byte; then the ring tells.
+        let at = stream.incoming().producer.switch_at.load(Acquire);
+        if at == stream.rx().tail.load(Relaxed)
+            && !stream.has_bytes_after(at)
+            && got & POLLRDHUP == 0
+            && stream.incoming().producer.mark.load(Acquire) == 0
+        {
+            got &= !IN;
+        }
+    } else if stream.rx().phase.load(Acquire) == phase::SWITCHING {
+        let at = stream.incoming().producer.switch_at.load(Acquire);
+        if at == stream.rx().tail.load(Relaxed) && stream.has_bytes_after(at) {
+            got |= events & IN;
+        }
+    }
+    got
+}
+
+/// As Linux: a third of the buffer is free.
+fn is_writable(stream: &Stream) -> bool {
+    crate::wait::sendable(stream, stream.ring_size() / 3)
+}
+
+/// Asks the other end for a sign (`how`: WAKE or BELL) when what `events` names comes.
+pub fn ask(stream: &Stream, events: i16, how: u32) {
+    if events & (IN | POLLRDHUP) != 0 {
+        wake::ask(&stream.incoming().bytes.want, how);
+    }
+    if events & OUT != 0 && stream.tx().phase.load(Relaxed) == phase::RING {
+        wake::ask(&stream.out().space.want, how);
+    }
+}
+
+/// Takes the requests back.
+pub fn unask(stream: &Stream) {
+    wake::unask(&stream.incoming().bytes.want, want::WAKE);
+    wake::unask(&stream.out().space.want, want::WAKE);
+}

@@ -1,0 +1,449 @@
+//! A mapped stream, as one end sees it: its halves, their locks, and how the other end is woken.
+
+use crate::sys;
+use libc::c_int;
+use rdsock_shm::bell::{self, Place};
+use rdsock_shm::layout::{
+    Ask, BellBoard, Counter, DATA_OFFSET, Direction, EndPage, MAX_RING, MIN_RING, RxState,
+    StreamHeader, TxState, anchor, mark, phase, want,
+};
+use rdsock_shm::lock::{self, Owner, Taken};
+use rdsock_shm::reason::Reason;
+use rdsock_shm::ring::{Receiver, RingMemory, Sender};
+use rdsock_shm::wake;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
+
+/// The byte that wakes the other end. Any other byte on the anchor of a promoted direction was
+/// sent behind the shim's back.
+pub const WAKE_BYTE: u8 = 0xA5;
+
+/// This process, for locks. Set by the constructor and in forked children.
+static PID: AtomicU32 = AtomicU32::new(0);
+
+/// Notes which process this is.
+pub fn note_pid() {
+    PID.store(sys::getpid(), Relaxed);
+}
+
+/// The process that owns the shim's private state. A `vfork` child sees its parent's.
+pub fn pid() -> u32 {
+    PID.load(Relaxed)
+}
+
+#[inline]
+fn me() -> Owner {
+    Owner::new(PID.load(Relaxed), sys::thread_pointer())
+}
+
+/// One end of a stream.
+#[derive(Debug)]
+pub struct Stream {
+    header: *mut StreamHeader,
+    mapped: usize,
+    end: *mut EndPage,
+    peer_bells: *mut BellBoard,
+    rings: [RingMemory; 2],
+    me: usize,
+    /// The daemon's number.
+    pub id: u64,
+}
+
+/// The bytes of an end page's mapping.
+const END_PAGE: usize = 4096;
+
+impl Stream {
+    /// Maps what the daemon has sent. `None` when it does not fit together or cannot be mapped.
+    pub fn map(
+        fds: [c_int; 3],
+        ring_size: u64,
+        data_offset: u64,
+        end: u32,
+        id: u64,
+    ) -> Option<Self> {
+        let sound = ring_size.is_power_of_two()
+            && (MIN_RING..=MAX_RING).contains(&ring_size)
+            && data_offset >= DATA_OFFSET
+            && data_offset <= MAX_RING
+            && data_offset % 64 == 0
+            && end < 2;
+        let [memory, page, bells] = fds;
+        let mapped = sys::file_size(memory)?;
+        if !sound
+            || mapped < data_offset + 2 * ring_size
+            || sys::file_size(page)? < END_PAGE as u64
+            || sys::file_size(bells)? < std::mem::size_of::<BellBoard>() as u64
+        {
+            return None;
+        }
+        let mapped = mapped as usize;
+        let header = sys::map(memory, mapped)?;
+        let Some(end_page) = sys::map(page, END_PAGE) else {
+            // SAFETY: just mapped, unused.
+            unsafe { sys::unmap(header, mapped) };
+            return None;
+        };
+        let Some(peer_bells) = sys::map(bells, std::mem::size_of::<BellBoard>()) else {
+            // SAFETY: just mapped, unused.
+            unsafe {
+                sys::unmap(header, mapped);
+                sys::unmap(end_page, END_PAGE);
+            }
+            return None;
+        };
+        sys::advise(header, mapped, libc::MADV_HUGEPAGE);
+        let ring = |number: u64| {
+            // SAFETY: the size was checked above; the mapping lives as long as the stream.
+            unsafe {
+                RingMemory::new(
+                    header.add((data_offset + number * ring_size) as usize),
+                    ring_size,
+                )
+            }
+        };
+        Some(Stream {
+            header: header.cast(),
+            mapped,
+            end: end_page.cast(),
+            peer_bells: peer_bells.cast(),
+            rings: [ring(0), ring(1)],
+            me: end as usize,
+            id,
+        })
+    }
+
+    /// Unmaps everything.
+    pub fn unmap(self) {
+        // SAFETY: the stream is consumed, and its users have gone.
+        unsafe {
+            sys::unmap(self.header.cast(), self.mapped);
+            sys::unmap(self.end.cast(), END_PAGE);
+            sys::unmap(self.peer_bells.cast(), std::mem::size_of::<BellBoard>());
+        }
+    }
+
+    /// State of this end, shared by the processes that hold it.
+    #[inline]
+    pub fn end(&self) -> &EndPage {
+        // SAFETY: mapped as long as the stream; all that changes in it is atomic.
+        unsafe { &*self.end }
+    }
+
+    #[inline]
+    fn direction(&self, number: usize) -> &Direction {
+        // SAFETY: mapped as long as the stream; every field of a Direction is atomic.
+        unsafe {
+            &*(&raw const (*self.header).directions)
+                .cast::<Direction>()
+                .add(number & 1)
+        }
+    }
+
+    /// The direction that this end produces.
+    #[inline]
+    pub fn out(&self) -> &Direction {
+        self.direction(self.me)
+    }
+
+    /// The direction that this end consumes.
+    #[inline]
+    pub fn incoming(&self) -> &Direction {
+        self.direction(1 - self.me)
+    }
+
+    /// The sending half's state.
+    #[inline]
+    pub fn tx(&self) -> &TxState {
+        &self.end().tx
+    }
+
+    /// The receiving half's state.
+    #[inline]
+    pub fn rx(&self) -> &RxState {
+        &self.end().rx
+    }
+
+    /// Bytes of each ring.
+    pub fn ring_size(&self) -> u64 {
+        self.rings[0].size()
+    }
+
+    /// Which end this is.
+    pub fn end_number(&self) -> u32 {
+        self.me as u32
+    }
+
+    /// Takes the sending half.
+    #[inline]
+    pub fn lock_tx(&self, fd: c_int) -> TxGuard<'_> {
+        let (taken, recovered) = take(&self.tx().lock);
+        let sender = Sender::new(
+            self.tx(),
+            self.out(),
+            self.rings[self.me],
+            taken == Taken::Nested,
+        );
+        if recovered {
+            sender.recover();
+        }
+        TxGuard {
+            stream: self,
+            sender,
+            taken,
+            fd,
+        }
+    }
+
+    /// Takes the receiving half.
+    #[inline]
+    pub fn lock_rx(&self) -> RxGuard<'_> {
+        let (taken, _) = take(&self.rx().lock);
+        let receiver = Receiver::new(
+            self.rx(),
+            self.incoming(),
+            self.rings[1 - self.me],
+            taken == Taken::Nested,
+        );
+        RxGuard {
+            stream: self,
+            receiver,
+            taken,
+        }
+    }
+
+    /// A look at the incoming ring without its lock, for readiness: bytes, or a violation.
+    #[inline]
+    pub fn has_bytes(&self) -> bool {
+        self.incoming().producer.head.load(Acquire) != self.rx().tail.load(Relaxed)
+    }
+
+    /// Answers what the other end asked, after a publication: rings its bell, sends its wake byte.
+    /// The bits that the other end had set.
+    #[cold]
+    pub fn answer(&self, fd: c_int, ask: &Ask) -> u32 {
+        let taken = wake::take(&ask.want);
+        if taken & (want::BELL | want::WAKE) != 0 && taken & (want::DEMOTED | want::CLOSED) == 0 {
+            let mut wake = taken & want::WAKE != 0;
+            if taken & want::BELL != 0
+                && let Some(place) = Place::from_word(ask.place.load(Relaxed))
+            {
+                crate::tenant::count(Counter::Bells);
+                // SAFETY: mapped as long as the stream, and the place was checked.
+                let bell = unsafe {
+                    &*(&raw const (*self.peer_bells).bells)
+                        .cast::<rdsock_shm::layout::Bell>()
+                        .add(place.bell)
+                };
+                wake |= bell::ring(bell, place.bit);
+            }
+            if wake {
+                self.send_wake(fd);
+            }
+            wake::rung(&ask.want);
+        }
+        taken
+    }
+
+    /// Sends one byte on the anchor.
+    pub fn send_wake(&self, fd: c_int) {
+        crate::tenant::count(Counter::Wakes);
+        let wakes = &self.out().producer.wakes;
+        wakes.fetch_add(1, AcqRel);
+        if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
+            // Not sent: the anchor is full of wake bytes that nobody took, or broken. Either wakes
+            // the other end as well.
+            wakes.fetch_sub(1, AcqRel);
+        }
+    }
+
+    /// Breaks the stream: both ends report ECONNRESET.
+    #[cold]
+    pub fn reset(&self, fd: c_int, reason: Reason) {
+        if self.rx().phase.swap(phase::RESET, AcqRel) == phase::RESET {
+            return;
+        }
+        self.tx().phase.store(phase::RESET, Release);
+        self.end().reason.store(reason as u32, Relaxed);
+        self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
+        crate::tenant::count(Counter::Reset);
+        crate::tenant::stream_left(fd, self, rdsock_shm::reason::State::Reset, reason);
+        // The other end may sleep; whatever it asked for, it gets a byte.
+        self.send_wake(fd);
+    }
+
+    /// Why the stream was reset, if it was.
+    pub fn is_reset(&self) -> bool {
+        self.rx().phase.load(Acquire) == phase::RESET
+    }
+}
+
+/// Takes a half's lock, whoever has it. True when it was taken from a dead process.
+#[inline]
+fn take(word: &AtomicU64) -> (Taken, bool) {
+    let me = me();
+    match lock::try_take(word, me) {
+        Ok(taken) => (taken, false),
+        Err(_) => take_slowly(word, me),
+    }
+}
+
+#[cold]
+fn take_slowly(word: &AtomicU64, me: Owner) -> (Taken, bool) {
+    let mut tries = 0_u32;
+    loop {
+        match lock::try_take(word, me) {
+            Ok(taken) => return (taken, false),
+            Err(owner) => {
+                tries = tries.wrapping_add(1);
+                if tries % 64 != 0 {
+                    std::hint::spin_loop();
+                } else {
+                    sys::sched_yield();
+                    if tries % 4096 == 0
+                        && !sys::process_exists(Owner::pid_of(owner))
+                        && lock::take_from_dead(word, owner, me)
+                    {
+                        return (Taken::Outer, true);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The sending half, held.
+#[derive(Debug)]
+pub struct TxGuard<'a> {
+    stream: &'a Stream,
+    /// The ring's producer.
+    pub sender: Sender<'a>,
+    taken: Taken,
+    fd: c_int,
+}
+
+impl TxGuard<'_> {
+    /// True when further up this thread's stack the half is held already.
+    pub fn is_nested(&self) -> bool {
+        self.taken == Taken::Nested
+    }
+}
+
+impl Drop for TxGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.taken == Taken::Outer {
+            // What a nested sender left behind since the last publication.
+            if self.stream.tx().phase.load(Relaxed) == phase::RING
+                && self.sender.head() != self.stream.out().producer.head.load(Relaxed)
+            {
+                self.sender.publish();
+                if wake::asked(&self.stream.out().bytes) != 0 {
+                    self.stream.answer(self.fd, &self.stream.out().bytes);
+                }
+            }
+            lock::release(&self.stream.tx().lock, self.taken);
+        }
+    }
+}
+
+/// The receiving half, held.
+#[derive(Debug)]
+pub struct RxGuard<'a> {
+    stream: &'a Stream,
+    /// The ring's consumer.
+    pub receiver: Receiver<'a>,
+    taken: Taken,
+}
+
+impl RxGuard<'_> {
+    /// True when further up this thread's stack the half is held already.
+    pub fn is_nested(&self) -> bool {
+        self.taken == Taken::Nested
+    }
+
+    /// Wake bytes that the other end has sent (or is sending) and that are still on the anchor.
+    pub fn outstanding(&self) -> u32 {
+        let sent = self.stream.incoming().producer.wakes.load(Acquire);
+        sent.wrapping_sub(self.stream.rx().drained.load(Relaxed))
+    }
+
+    /// Takes wake bytes off the anchor, as many as were counted and have arrived.
+    pub fn drain(&self, fd: c_int) {
+        loop {
+            let most = self.outstanding();
+            if most == 0 || most > i32::MAX as u32 {
+                return;
+            }
+            let mut bytes = [0; 64];
+            let Some(part) = bytes.get_mut(..(most as usize).min(64)) else {
+                return;
+            };
+            let got = sys::recv_now(fd, part, 0);
+            if got <= 0 {
+                self.note(got);
+                return;
+            }
+            let got = got as usize;
+            self.stream.rx().drained.fetch_add(got as u32, Relaxed);
+            if part.iter().take(got).any(|byte| *byte != WAKE_BYTE) {
+                self.stream.reset(fd, Reason::Bypass);
+                return;
+            }
+        }
+    }
+
+    /// Looks what the anchor has to say: end of file or an error is noted, bytes that nobody
+    /// counted break the stream.
+    pub fn look(&self, fd: c_int) {
+        self.drain(fd);
+        if self.outstanding() != 0 || self.stream.rx().anchor.load(Relaxed) != 0 {
+            return;
+        }
+        let got = sys::recv_now(fd, &mut [0], libc::MSG_PEEK);
+        // A byte here was sent before its count was read, or the rest of the stream comes on the
+        // anchor, or somebody slipped past.
+        if got > 0 {
+            let ended = self.stream.incoming().producer.mark.load(Acquire) & mark::END != 0;
+            if self.outstanding() == 0
+                && !ended
+                && self.stream.rx().phase.load(Relaxed) == phase::RING
+            {
+                self.stream.reset(fd, Reason::Bypass);
+            }
+        } else {
+            self.note(got);
+        }
+    }
+
+    fn note(&self, got: isize) {
+        const AGAIN: isize = -(libc::EAGAIN as isize);
+        const INTERRUPTED: isize = -(libc::EINTR as isize);
+        let bits = match got {
+            0 => anchor::EOF,
+            AGAIN | INTERRUPTED => return,
+            _ => anchor::EOF | anchor::ERROR,
+        };
+        self.stream.rx().anchor.fetch_or(bits, AcqRel);
+    }
+}
+
+impl Drop for RxGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.taken == Taken::Outer {
+            if self.stream.rx().phase.load(Relaxed) == phase::RING
+                && self.stream.rx().tail.load(Relaxed)
+                    != self.stream.incoming().consumer.tail.load(Relaxed)
+            {
+                self.receiver.publish();
+            }
+            lock::release(&self.stream.rx().lock, self.taken);
+        }
+    }
+}
+
+impl Stream {
+    /// True when the producer has published bytes behind `position`.
+    pub fn has_bytes_after(&self, position: u64) -> bool {
+        self.incoming().producer.head.load(Acquire) > position
+    }
+}

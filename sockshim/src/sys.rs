@@ -1,0 +1,407 @@
+//! System calls without libc: no cancellation point, no errno, no interposed symbol.
+//! A result below 0 is the negated error number.
+
+use libc::{c_int, c_void};
+
+/// # Safety
+/// As the system call `number` demands of its arguments.
+#[inline]
+pub unsafe fn call(number: libc::c_long, a: [usize; 6]) -> isize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let result: isize;
+        // SAFETY: the Linux system call convention; the kernel changes rax, rcx and r11 only.
+        unsafe {
+            std::arch::asm!("syscall", inlateout("rax") number as isize => result,
+                in("rdi") a[0], in("rsi") a[1], in("rdx") a[2], in("r10") a[3], in("r8") a[4],
+                in("r9") a[5], lateout("rcx") _, lateout("r11") _, options(nostack));
+        }
+        result
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        let result: isize;
+        // SAFETY: the Linux system call convention; the kernel changes x0 only.
+        unsafe {
+            std::arch::asm!("svc 0", in("x8") number, inlateout("x0") a[0] as isize => result,
+                in("x1") a[1], in("x2") a[2], in("x3") a[3], in("x4") a[4], in("x5") a[5],
+                options(nostack));
+        }
+        result
+    }
+}
+
+macro_rules! syscall {
+    ($number:ident $(, $arg:expr)*) => {{
+        #[allow(unused_mut)]
+        let mut args = [0_usize; 6];
+        let mut _n = 0;
+        $( if let Some(place) = args.get_mut(_n) { *place = $arg as usize; } _n += 1; )*
+        // SAFETY: the wrapper below that holds this call states or checks what the call needs.
+        unsafe { call(libc::$number, args) }
+    }};
+}
+
+/// The thread pointer: distinct for each thread of a process.
+#[inline]
+pub fn thread_pointer() -> u64 {
+    let value: u64;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the psABI keeps the thread pointer's own address at fs:0.
+    unsafe {
+        std::arch::asm!("mov {}, fs:0", out(reg) value, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: reading the register has no effect.
+    unsafe {
+        std::arch::asm!("mrs {}, tpidr_el0", out(reg) value, options(nostack, nomem, preserves_flags));
+    }
+    value
+}
+
+pub fn getpid() -> u32 {
+    syscall!(SYS_getpid) as u32
+}
+
+pub fn close(fd: c_int) -> isize {
+    syscall!(SYS_close, fd)
+}
+
+/// `MSG_DONTWAIT` receive into a buffer; `flags` are added.
+pub fn recv_now(fd: c_int, buf: &mut [u8], flags: c_int) -> isize {
+    syscall!(
+        SYS_recvfrom,
+        fd,
+        buf.as_mut_ptr(),
+        buf.len(),
+        flags | libc::MSG_DONTWAIT,
+        0,
+        0
+    )
+}
+
+/// # Safety
+/// `buf` is valid for writes of `len` bytes.
+pub unsafe fn recv_raw(fd: c_int, buf: *mut u8, len: usize, flags: c_int) -> isize {
+    syscall!(SYS_recvfrom, fd, buf, len, flags, 0, 0)
+}
+
+/// # Safety
+/// `buf` is valid for reads of `len` bytes.
+pub unsafe fn send_raw(fd: c_int, buf: *const u8, len: usize, flags: c_int) -> isize {
+    syscall!(SYS_sendto, fd, buf, len, flags, 0, 0)
+}
+
+pub fn send_now(fd: c_int, buf: &[u8]) -> isize {
+    // SAFETY: a slice is valid for its length.
+    unsafe {
+        send_raw(
+            fd,
+            buf.as_ptr(),
+            buf.len(),
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
+    }
+}
+
+/// # Safety
+/// `msg` points to a valid message header.
+pub unsafe fn sendmsg(fd: c_int, msg: *const libc::msghdr, flags: c_int) -> isize {
+    syscall!(SYS_sendmsg, fd, msg, flags)
+}
+
+/// # Safety
+/// `msg` points to a valid message header.
+pub unsafe fn recvmsg(fd: c_int, msg: *mut libc::msghdr, flags: c_int) -> isize {
+    syscall!(SYS_recvmsg, fd, msg, flags)
+}
+
+pub fn poll_now(fds: &mut [libc::pollfd]) -> isize {
+    let zero = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    syscall!(
+        SYS_ppoll,
+        fds.as_mut_ptr(),
+        fds.len(),
+        &raw const zero,
+        0,
+        0
+    )
+}
+
+/// Waits for a single fd, at most `ms` milliseconds.
+pub fn poll_one(fd: c_int, events: i16, ms: i64) -> isize {
+    let mut one = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    let limit = libc::timespec {
+        tv_sec: ms / 1000,
+        tv_nsec: ms % 1000 * 1_000_000,
+    };
+    let count = syscall!(SYS_ppoll, &raw mut one, 1, &raw const limit, 0, 0);
+    if count > 0 {
+        one.revents as isize
+    } else {
+        count
+    }
+}
+
+pub fn getsockopt<T>(fd: c_int, level: c_int, name: c_int) -> Option<T> {
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    let mut len = std::mem::size_of::<T>() as libc::socklen_t;
+    let result = syscall!(
+        SYS_getsockopt,
+        fd,
+        level,
+        name,
+        value.as_mut_ptr(),
+        &raw mut len
+    );
+    // SAFETY: zeroed, and callers ask for plain integers or structures of integers.
+    (result == 0).then(|| unsafe { value.assume_init() })
+}
+
+pub fn setsockopt<T>(fd: c_int, level: c_int, name: c_int, value: &T) -> isize {
+    syscall!(
+        SYS_setsockopt,
+        fd,
+        level,
+        name,
+        value as *const T,
+        std::mem::size_of::<T>()
+    )
+}
+
+/// `getsockname` or, with `peer`, `getpeername`.
+pub fn name_of(fd: c_int, peer: bool) -> Option<libc::sockaddr_storage> {
+    let mut name = std::mem::MaybeUninit::<libc::sockaddr_storage>::zeroed();
+    let mut len = std::mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    let result = if peer {
+        syscall!(SYS_getpeername, fd, name.as_mut_ptr(), &raw mut len)
+    } else {
+        syscall!(SYS_getsockname, fd, name.as_mut_ptr(), &raw mut len)
+    };
+    // SAFETY: zeroed, and made of integers.
+    (result == 0).then(|| unsafe { name.assume_init() })
+}
+
+/// An `ioctl` that stores an int.
+pub fn ioctl_int(fd: c_int, request: u64) -> Option<c_int> {
+    let mut value: c_int = 0;
+    (syscall!(SYS_ioctl, fd, request, &raw mut value) == 0).then_some(value)
+}
+
+pub fn fcntl(fd: c_int, command: c_int, arg: usize) -> isize {
+    syscall!(SYS_fcntl, fd, command, arg)
+}
+
+pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> isize {
+    syscall!(SYS_socket, domain, kind, protocol)
+}
+
+pub fn socketpair(kind: c_int) -> Option<[c_int; 2]> {
+    let mut fds = [-1; 2];
+    (syscall!(SYS_socketpair, libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) == 0).then_some(fds)
+}
+
+pub fn connect_unix(fd: c_int, address: &libc::sockaddr_un, len: usize) -> isize {
+    syscall!(SYS_connect, fd, address as *const libc::sockaddr_un, len)
+}
+
+pub fn memfd(name: &std::ffi::CStr, flags: u32) -> isize {
+    syscall!(SYS_memfd_create, name.as_ptr(), flags)
+}
+
+pub fn ftruncate(fd: c_int, len: usize) -> isize {
+    syscall!(SYS_ftruncate, fd, len)
+}
+
+pub fn file_size(fd: c_int) -> Option<u64> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: zeroed, and made of integers.
+    (syscall!(SYS_fstat, fd, stat.as_mut_ptr()) == 0)
+        .then(|| unsafe { stat.assume_init() }.st_size as u64)
+}
+
+/// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes that cost
+/// nothing until they are touched. `None` when the kernel refuses.
+pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {
+    let flags = if fd < 0 {
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
+    } else {
+        libc::MAP_SHARED
+    };
+    let at = syscall!(
+        SYS_mmap,
+        0,
+        len,
+        libc::PROT_READ | libc::PROT_WRITE,
+        flags,
+        fd,
+        0
+    );
+    (!(-4095..=0).contains(&at)).then_some(at as *mut u8)
+}
+
+/// # Safety
+/// Nothing uses the mapping any more.
+pub unsafe fn unmap(at: *mut u8, len: usize) {
+    syscall!(SYS_munmap, at, len);
+}
+
+pub fn advise(at: *mut u8, len: usize, advice: c_int) {
+    syscall!(SYS_madvise, at, len, advice);
+}
+
+pub fn epoll_create() -> isize {
+    syscall!(SYS_epoll_create1, libc::EPOLL_CLOEXEC)
+}
+
+pub fn epoll_ctl(epfd: c_int, op: c_int, fd: c_int, event: Option<&libc::epoll_event>) -> isize {
+    let event = event.map_or(std::ptr::null(), |event| event as *const libc::epoll_event);
+    syscall!(SYS_epoll_ctl, epfd, op, fd, event)
+}
+
+pub fn epoll_now(epfd: c_int, events: &mut [libc::epoll_event]) -> isize {
+    syscall!(
+        SYS_epoll_pwait,
+        epfd,
+        events.as_mut_ptr(),
+        events.len().min(i32::MAX as usize),
+        0,
+        0,
+        8
+    )
+}
+
+pub fn sched_yield() {
+    syscall!(SYS_sched_yield);
+}
+
+/// True when the process exists (it may belong to somebody else).
+pub fn process_exists(pid: u32) -> bool {
+    syscall!(SYS_kill, pid as c_int, 0) != -(libc::ESRCH as isize)
+}
+
+pub fn gettid() -> u32 {
+    syscall!(SYS_gettid) as u32
+}
+
+pub fn raise(signal: c_int) {
+    syscall!(SYS_tgkill, getpid(), gettid(), signal);
+}
+
+/// Blocks all signals of this thread; the mask before.
+pub fn block_signals() -> u64 {
+    let (all, mut old) = (u64::MAX, 0_u64);
+    syscall!(
+        SYS_rt_sigprocmask,
+        libc::SIG_SETMASK,
+        &raw const all,
+        &raw mut old,
+        8
+    );
+    old
+}
+
+pub fn restore_signals(mask: u64) {
+    syscall!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
+}
+
+/// Takes part in global expedited membarriers; true when the kernel has them.
+pub fn register_membarrier() -> bool {
+    const REGISTER_GLOBAL_EXPEDITED: usize = 1 << 2;
+    syscall!(SYS_membarrier, REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0
+}
+
+/// A full barrier on every thread of every process that takes part.
+pub fn membarrier() {
+    const GLOBAL_EXPEDITED: usize = 1 << 1;
+    syscall!(SYS_membarrier, GLOBAL_EXPEDITED, 0, 0);
+}
+
+/// # Safety
+/// `buf` is valid for writes of `len` bytes; `offset` is null or points to an offset.
+pub unsafe fn pread(fd: c_int, buf: *mut u8, len: usize, offset: Option<i64>) -> isize {
+    match offset {
+        Some(offset) => syscall!(SYS_pread64, fd, buf, len, offset),
+        None => syscall!(SYS_read, fd, buf, len),
+    }
+}
+
+/// # Safety
+/// `buf` is valid for reads of `len` bytes.
+pub unsafe fn write(fd: c_int, buf: *const u8, len: usize) -> isize {
+    syscall!(SYS_write, fd, buf, len)
+}
+
+pub fn punch_hole(fd: c_int, at: u64, len: u64) {
+    syscall!(
+        SYS_fallocate,
+        fd,
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        at,
+        len
+    );
+}
+
+/// Opens a path read-only, for looking at a program before exec.
+pub fn open_read(path: *const libc::c_char) -> isize {
+    syscall!(
+        SYS_openat,
+        libc::AT_FDCWD,
+        path,
+        libc::O_RDONLY | libc::O_CLOEXEC,
+        0
+    )
+}
+
+pub fn getrlimit_nofile() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 1024,
+        rlim_max: 1024,
+    };
+    syscall!(SYS_prlimit64, 0, libc::RLIMIT_NOFILE, 0, &raw mut limit);
+    limit.rlim_cur
+}
+
+pub fn getuid() -> u32 {
+    syscall!(SYS_getuid) as u32
+}
+
+/// Writes a line to stderr: the only thing the shim ever says, once per cause.
+pub fn warn(text: &str) {
+    for piece in ["rdsock: ", text, "\n"] {
+        // SAFETY: a string is valid for its length.
+        unsafe { write(2, piece.as_ptr(), piece.len()) };
+    }
+}
+
+/// Sets errno and gives -1 for a negated error number; other results pass through.
+#[inline]
+pub fn to_c(result: isize) -> isize {
+    if result < 0 && result >= -4095 {
+        set_errno(-result as c_int);
+        return -1;
+    }
+    result
+}
+
+pub fn set_errno(error: c_int) {
+    // SAFETY: libc's errno location is valid for the calling thread.
+    unsafe { *libc::__errno_location() = error };
+}
+
+pub fn errno() -> c_int {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() }
+}
+
+/// A pointer that cannot be the program's: null and the kernel's half.
+pub fn is_bad_pointer(at: *const c_void) -> bool {
+    (at as usize) < 4096 || (at as isize) < 0
+}

@@ -1,0 +1,71 @@
+//! `syscall`: programs that make socket calls by number get the same functions.
+
+use crate::{calls, demote, options, process, real, tenant};
+use libc::{c_int, c_long, c_ulong};
+use rdsock_shm::reason::Reason;
+
+/// # Safety
+/// As `syscall(2)`: its arguments come in registers (and the last on the stack), as in C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn syscall(
+    number: c_long,
+    a: c_ulong,
+    b: c_ulong,
+    c: c_ulong,
+    d: c_ulong,
+    e: c_ulong,
+    f: c_ulong,
+) -> c_long {
+    let fd = a as c_int;
+    // SAFETY: each function gets the arguments that the system call of this number has.
+    unsafe {
+        match number {
+            libc::SYS_read => calls::read(fd, b as _, c as _) as _,
+            libc::SYS_write => calls::write(fd, b as _, c as _) as _,
+            libc::SYS_readv => calls::readv(fd, b as _, c as _) as _,
+            libc::SYS_writev => calls::writev(fd, b as _, c as _) as _,
+            libc::SYS_recvfrom => calls::recvfrom(fd, b as _, c as _, d as _, e as _, f as _) as _,
+            libc::SYS_sendto => calls::sendto(fd, b as _, c as _, d as _, e as _, f as _) as _,
+            libc::SYS_recvmsg => calls::recvmsg(fd, b as _, c as _) as _,
+            libc::SYS_sendmsg => calls::sendmsg(fd, b as _, c as _) as _,
+            libc::SYS_recvmmsg => calls::recvmmsg(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_sendmmsg => calls::sendmmsg(fd, b as _, c as _, d as _) as _,
+            libc::SYS_sendfile => calls::sendfile(fd, b as _, c as _, d as _) as _,
+            libc::SYS_splice => calls::splice(fd, b as _, c as _, d as _, e as _, f as _) as _,
+            libc::SYS_socket => calls::socket(fd, b as _, c as _) as _,
+            libc::SYS_connect => calls::connect(fd, b as _, c as _) as _,
+            libc::SYS_listen => calls::listen(fd, b as _) as _,
+            libc::SYS_accept => calls::accept(fd, b as _, c as _) as _,
+            libc::SYS_accept4 => calls::accept4(fd, b as _, c as _, d as _) as _,
+            libc::SYS_shutdown => calls::shutdown(fd, b as _) as _,
+            libc::SYS_close => calls::close(fd) as _,
+            libc::SYS_close_range => calls::close_range(a as _, b as _, c as _) as _,
+            libc::SYS_dup => calls::dup(fd) as _,
+            libc::SYS_dup3 => calls::dup3(fd, b as _, c as _) as _,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_dup2 => calls::dup2(fd, b as _) as _,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_poll => calls::poll(a as _, b as _, c as _) as _,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_select => calls::select(fd, b as _, c as _, d as _, e as _) as _,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_epoll_wait => calls::epoll_wait(fd, b as _, c as _, d as _) as _,
+            libc::SYS_epoll_create1 => calls::epoll_create1(fd) as _,
+            libc::SYS_epoll_ctl => calls::epoll_ctl(fd, b as _, c as _, d as _) as _,
+            libc::SYS_epoll_pwait => calls::epoll_pwait(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_epoll_pwait2 => calls::epoll_pwait2(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_fcntl => options::fcntl(fd, b as _, c) as _,
+            libc::SYS_ioctl => options::ioctl(fd, b, c) as _,
+            libc::SYS_setsockopt => options::setsockopt(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_getsockopt => options::getsockopt(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_execve => process::rdsock_execve(a as _, b as _, c as _) as _,
+            libc::SYS_io_uring_setup => {
+                // What a ring of the kernel's does to a connection, the shim does not see.
+                demote::leave_all(Reason::IoUring);
+                tenant::disable();
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            _ => real::syscall(number, a, b, c, d, e, f),
+        }
+    }
+}

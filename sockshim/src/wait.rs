@@ -1,0 +1,233 @@
+//! Waiting for the other end: first by spinning, as far as that has paid so far, then asleep in the
+//! kernel on the program's own fd, so that signals, timeouts and the peer's death end the wait
+//! exactly as they end a wait for plain TCP.
+
+use crate::clock;
+use crate::conn::{self, Conn, Kind, Use};
+use crate::stream::{RxGuard, Stream};
+use crate::{real, sys};
+use libc::c_int;
+use rdsock_shm::layout::{Counter, anchor, phase, want};
+use rdsock_shm::wake;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
+
+/// Best [`Conn::spin_score`].
+pub const FULL_SCORE: u32 = 8;
+/// Of the waits of a connection whose spinning does not pay, one in so many tries it again.
+const PROBE_EVERY: u32 = 16;
+/// Microseconds of spinning before sleep, unless `RDSOCK_SPIN_US` says otherwise.
+const DEFAULT_SPIN_US: u64 = 50;
+/// Spins at first without giving the core away; later it yields in between.
+const YIELD_AFTER_US: u64 = 4;
+
+static SPIN_US: AtomicU64 = AtomicU64::new(DEFAULT_SPIN_US);
+static PROBES: AtomicU32 = AtomicU32::new(0);
+
+/// Sets the budget: from the environment, or 0 where there is one core only.
+pub fn start(configured: Option<u64>, cores: usize) {
+    let budget = if cores < 2 {
+        0
+    } else {
+        configured.unwrap_or(DEFAULT_SPIN_US).min(1_000_000)
+    };
+    SPIN_US.store(budget, Relaxed);
+}
+
+/// Spins until `ready` or until the budget is used. `score` learns from the result.
+#[inline]
+pub fn spin(score: &AtomicU32, ready: impl Fn() -> bool) -> bool {
+    let us = SPIN_US.load(Relaxed);
+    if us == 0 {
+        return false;
+    }
+    let points = score.load(Relaxed);
+    if points == 0 && !PROBES.fetch_add(1, Relaxed).is_multiple_of(PROBE_EVERY) {
+        return false;
+    }
+    let start = clock::ticks();
+    let (budget, quiet) = (clock::ticks_of(us), clock::ticks_of(YIELD_AFTER_US));
+    let mut turns = 0_u32;
+    loop {
+        if ready() {
+            score.store((points + 1).min(FULL_SCORE), Relaxed);
+            return true;
+        }
+        std::hint::spin_loop();
+        turns = turns.wrapping_add(1);
+        if turns % 16 == 0 {
+            let passed = clock::ticks().wrapping_sub(start);
+            if passed > budget {
+                score.store(points.saturating_sub(1), Relaxed);
+                return false;
+            }
+            if passed > quiet && turns % 32 == 0 {
+                sys::sched_yield();
+            }
+        }
+    }
+}
+
+/// True when the fd still names this connection, after a sleep.
+pub fn is_still(held: &Use, fd: c_int) -> bool {
+    conn::kind(fd) == Kind::Conn(held.index)
+}
+
+/// Something for a receiver to look at: bytes, a mark, an end, or a phase that is not the ring's.
+#[inline]
+pub fn receivable(stream: &Stream) -> bool {
+    stream.has_bytes()
+        || stream.incoming().producer.mark.load(Acquire) != 0
+        || stream.rx().shut.load(Relaxed) != 0
+        || stream.rx().anchor.load(Relaxed) != 0
+        || stream.rx().phase.load(Relaxed) != phase::RING
+}
+
+/// Something for a sender to look at.
+#[inline]
+pub fn sendable(stream: &Stream, enough: u64) -> bool {
+    let head = stream.tx().head.load(Relaxed) & !(1 << 63);
+    let tail = stream.out().consumer.tail.load(Acquire);
+    stream.ring_size().saturating_sub(head.saturating_sub(tail)) >= enough
+        || stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED) != 0
+        || stream.tx().shut.load(Relaxed) != 0
+        || stream.rx().anchor.load(Relaxed) != 0
+        || stream.tx().phase.load(Relaxed) != phase::RING
+}
+
+/// Sleeps until bytes may be there. The guard is released meanwhile. An error is negated.
+pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> Result<(), isize> {
+    let rx = stream.rx();
+    let wakes = stream.incoming().producer.wakes.load(Acquire);
+    rx.acknowledged.store(wakes, Relaxed);
+    if must_leave_to(&stream.tx().waiters, &stream.tx().acknowledged, wakes) {
+        drop(guard);
+        sys::sched_yield();
+        return Ok(());
+    }
+    guard.drain(fd);
+    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    if receivable(stream) {
+        wake::unask(&stream.incoming().bytes.want, want::WAKE);
+        return Ok(());
+    }
+    rx.waiters.fetch_add(1, AcqRel);
+    drop(guard);
+    let result = peek(fd);
+    rx.waiters.fetch_sub(1, AcqRel);
+    wake::unask(&stream.incoming().bytes.want, want::WAKE);
+    finish(held, stream, fd, result)
+}
+
+/// Sleeps until the anchor has something, while bytes may still come on it.
+pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    let result = peek(fd);
+    finish(held, stream, fd, result)
+}
+
+/// Sleeps until space may be there. An error is negated.
+pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    let tx = stream.tx();
+    tx.waiters.fetch_add(1, AcqRel);
+    let wakes = stream.incoming().producer.wakes.load(Acquire);
+    tx.acknowledged.store(wakes, Relaxed);
+    let enough = stream.ring_size() / 3;
+    let result = if sendable(stream, enough) {
+        0
+    } else if must_leave_to(&stream.rx().waiters, &stream.rx().acknowledged, wakes) {
+        sys::sched_yield();
+        0
+    } else {
+        stream.lock_rx().drain(fd);
+        wake::ask(&stream.out().space.want, want::WAKE);
+        let result = if sendable(stream, enough) {
+            1
+        } else {
+            sleep_for_send(fd)
+        };
+        wake::unask(&stream.out().space.want, want::WAKE);
+        result
+    };
+    tx.waiters.fetch_sub(1, AcqRel);
+    finish(held, stream, fd, if result == 0 { 1 } else { result })
+}
+
+/// Wake bytes may only be taken off the anchor when the other kind of sleeper on this end has
+/// looked since they came: it sleeps on the same anchor, and would sleep on. Bounded, since a
+/// sleeper may have been cancelled.
+fn must_leave_to(waiters: &AtomicU32, acknowledged: &AtomicU32, wakes: u32) -> bool {
+    static TURNS: AtomicU32 = AtomicU32::new(0);
+    waiters.load(Acquire) != 0
+        && acknowledged.load(Relaxed) != wakes
+        && !TURNS.fetch_add(1, Relaxed).is_multiple_of(1024)
+}
+
+/// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
+/// cancellation.
+fn peek(fd: c_int) -> isize {
+    crate::tenant::count(Counter::Sleeps);
+    let mut byte = 0_u8;
+    // SAFETY: one byte is valid for writes.
+    let got = unsafe { real::recv(fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK) };
+    if got < 0 {
+        -(sys::errno() as isize)
+    } else {
+        got
+    }
+}
+
+/// As [`peek`], with the send timeout where the program has set timeouts.
+fn sleep_for_send(fd: c_int) -> isize {
+    let limit = |name| {
+        let value: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, name);
+        value.map_or(0, |value| value.tv_sec * 1000 + value.tv_usec / 1000)
+    };
+    let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
+    if send == 0 && receive == 0 {
+        let got = peek(fd);
+        // The end of the other direction is looked at by the caller: report it as awake.
+        return if got == 0 { 1 } else { got };
+    }
+    crate::tenant::count(Counter::Sleeps);
+    let mut one = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let ms = if send == 0 {
+        -1
+    } else {
+        send.min(c_int::MAX as i64) as c_int
+    };
+    // SAFETY: one valid pollfd.
+    match unsafe { real::poll(&mut one, 1, ms) } {
+        0 => -(libc::EAGAIN as isize),
+        n if n < 0 => -(sys::errno() as isize),
+        _ => 1,
+    }
+}
+
+fn finish(held: &Use, stream: &Stream, fd: c_int, result: isize) -> Result<(), isize> {
+    held.conn.look.store(1, Relaxed);
+    if !is_still(held, fd) {
+        return Err(-(libc::EBADF as isize));
+    }
+    match -result as c_int {
+        libc::EINTR | libc::EAGAIN | libc::EBADF => return Err(result),
+        _ if result == 0 => {
+            stream.rx().anchor.fetch_or(anchor::EOF, AcqRel);
+        }
+        _ if result < 0 => {
+            stream
+                .rx()
+                .anchor
+                .fetch_or(anchor::EOF | anchor::ERROR, AcqRel);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Spins for bytes on behalf of a connection.
+pub fn spin_for_bytes(conn: &Conn, stream: &Stream) -> bool {
+    spin(&conn.spin_score, || receivable(stream))
+}
