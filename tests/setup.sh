@@ -49,7 +49,8 @@ if [ ! -e "$policy" ]; then
     chmod 755 "$policy"
     ours=yes
 fi
-trap '[ "$ours" = no ] || rm -f "$policy"' EXIT INT TERM
+trap '[ "$ours" = no ] || rm -f "$policy"' EXIT
+trap 'exit 130' INT TERM
 
 echo "tests/setup.sh: installing $packages"
 export DEBIAN_FRONTEND=noninteractive

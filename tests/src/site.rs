@@ -1,0 +1,178 @@
+//! A place to try a server and its clients: plain, or with either or both preloaded.
+
+use std::ffi::OsStr;
+use std::time::{Duration, Instant};
+
+use crate::daemon::Daemon;
+use crate::folder::Folder;
+use crate::program::{Program, Running};
+use crate::why::{self, Connection};
+
+/// Which ends are preloaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Both: connections go over rings.
+    Both,
+    /// The server: everything works, over the kernel.
+    ServerOnly,
+    /// The client: likewise.
+    ClientOnly,
+    /// Neither: shows that the test itself is right.
+    Neither,
+}
+
+/// A folder, a daemon where one is needed, and programs started as the mode says.
+#[derive(Debug)]
+pub struct Site {
+    /// Which ends are preloaded.
+    pub mode: Mode,
+    /// Files of the test.
+    pub folder: Folder,
+    daemon: Option<Daemon>,
+}
+
+/// What `rdsock why` said of a load while it ran.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// The most connections on rings at any moment, counted at the server.
+    pub on_rings: usize,
+    /// Times that it was asked.
+    pub asked: usize,
+    /// The last answer that had connections.
+    pub last: Vec<Connection>,
+}
+
+impl Site {
+    /// With a daemon of its own, unless neither end is preloaded.
+    pub fn new(mode: Mode) -> Self {
+        let daemon = (mode != Mode::Neither).then(|| Daemon::start("log_level = \"debug\"\n"));
+        Site {
+            mode,
+            folder: Folder::new(),
+            daemon,
+        }
+    }
+
+    fn program(&self, name: impl AsRef<OsStr>, preloaded: bool) -> Program {
+        let program = Program::new(name, self.folder.path());
+        match &self.daemon {
+            Some(daemon) if preloaded => program.preloaded(&daemon.socket()),
+            _ => program,
+        }
+    }
+
+    /// A server, preloaded if the mode says so.
+    pub fn server(&self, name: impl AsRef<OsStr>) -> Program {
+        self.program(name, matches!(self.mode, Mode::Both | Mode::ServerOnly))
+    }
+
+    /// A client, preloaded if the mode says so.
+    pub fn client(&self, name: impl AsRef<OsStr>) -> Program {
+        self.program(name, matches!(self.mode, Mode::Both | Mode::ClientOnly))
+    }
+
+    /// A program that is no end of the connections looked at.
+    pub fn plain(&self, name: impl AsRef<OsStr>) -> Program {
+        self.program(name, false)
+    }
+
+    /// Waits for a client's end and looks on meanwhile, through `rdsock why`, at the connections
+    /// to `port`; what it printed.
+    ///
+    /// # Panics
+    /// When the client fails or is late; when both ends are preloaded and fewer than `expected`
+    /// connections were ever on rings at once; when one end is plain and one was; when a
+    /// connection on the kernel has no reason.
+    pub fn finish(
+        &self,
+        client: Running,
+        port: u16,
+        expected: usize,
+        limit: Duration,
+    ) -> (String, Seen) {
+        let mut client = client;
+        let mut seen = Seen::default();
+        let end = Instant::now() + limit;
+        while client.ended().is_none() {
+            assert!(
+                Instant::now() < end,
+                "the client has not ended within {limit:?}"
+            );
+            if self.daemon.is_some() {
+                self.look(port, &mut seen);
+            }
+            // Often while nothing was seen yet: some loads are over in half a second.
+            let pause = if seen.on_rings < expected { 10 } else { 250 };
+            std::thread::sleep(Duration::from_millis(pause));
+        }
+        let output = client.finish(Duration::from_secs(1));
+        match self.mode {
+            Mode::Both => assert!(
+                seen.on_rings >= expected,
+                "expected {expected} connections to port {port} on rings, saw at most {} in {} \
+                 looks; last: {:#?}",
+                seen.on_rings,
+                seen.asked,
+                seen.last
+            ),
+            _ => assert_eq!(seen.on_rings, 0, "one end is plain: {:#?}", seen.last),
+        }
+        (output, seen)
+    }
+
+    fn look(&self, port: u16, seen: &mut Seen) {
+        let Some(daemon) = &self.daemon else { return };
+        let why = why::ask(&daemon.socket(), None);
+        seen.asked += 1;
+        let connections: Vec<Connection> = why
+            .connections
+            .into_iter()
+            .filter(|connection| connection.touches(port))
+            .collect();
+        for connection in &connections {
+            assert!(
+                connection.accelerated || connection.reason.is_some(),
+                "a connection on the kernel without a reason: {connection:#?}"
+            );
+        }
+        let ending = format!(":{port}");
+        let on_rings = connections
+            .iter()
+            .filter(|connection| connection.accelerated && connection.local.ends_with(&ending))
+            .count();
+        seen.on_rings = seen.on_rings.max(on_rings);
+        if !connections.is_empty() {
+            seen.last = connections;
+        }
+    }
+
+    /// The daemon, unless neither end is preloaded.
+    pub fn daemon(&mut self) -> Option<&mut Daemon> {
+        self.daemon.as_mut()
+    }
+}
+
+/// Makes four tests of a function that takes a [`Site`]: one for each [`Mode`].
+#[macro_export]
+macro_rules! in_each_mode {
+    ($($name:ident),* $(,)?) => { $(
+        mod $name {
+            #[test]
+            fn both() {
+                super::$name($crate::Site::new($crate::Mode::Both));
+            }
+            #[test]
+            fn server_only() {
+                super::$name($crate::Site::new($crate::Mode::ServerOnly));
+            }
+            #[test]
+            fn client_only() {
+                super::$name($crate::Site::new($crate::Mode::ClientOnly));
+            }
+            #[test]
+            fn neither() {
+                super::$name($crate::Site::new($crate::Mode::Neither));
+            }
+        }
+    )* };
+}
