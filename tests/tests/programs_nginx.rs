@@ -1,0 +1,241 @@
+//! nginx (two workers, sendfile on) with curl and wrk.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rdsock_tests::{Running, Site, folder, in_each_mode, place};
+
+const LIMIT: Duration = Duration::from_secs(120);
+const BIG: usize = 100 << 20;
+
+struct Nginx {
+    running: Running,
+    port: u16,
+    big: PathBuf,
+}
+
+/// Two workers that serve a folder with one big and one small file; as root they become another
+/// user, as nginx does by default.
+fn server(site: &Site) -> Nginx {
+    let port = place::free_port();
+    let big = site.folder.write_noise("big", BIG);
+    site.folder.write("small", "a small page, as most are\n");
+    let user = if place::is_root() {
+        "user nobody nogroup;"
+    } else {
+        ""
+    };
+    let here = site.folder.path().display();
+    let config = format!(
+        "{user}
+worker_processes 2;
+daemon off;
+pid {here}/nginx.pid;
+error_log stderr notice;
+events {{ worker_connections 1000; }}
+http {{
+    access_log off;
+    sendfile on;
+    tcp_nopush on;
+    keepalive_requests 1000000;
+    client_body_temp_path {here}/body;
+    proxy_temp_path {here}/proxy;
+    fastcgi_temp_path {here}/fastcgi;
+    uwsgi_temp_path {here}/uwsgi;
+    scgi_temp_path {here}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        root {here};
+    }}
+}}
+"
+    );
+    let config = site.folder.write("nginx.conf", &config);
+    let running = site
+        .server(place::command(&["nginx"]))
+        .arg("-p")
+        .arg(site.folder.path())
+        .arg("-c")
+        .arg(config)
+        .arg("-e")
+        .arg("stderr")
+        .start()
+        .wait_for_port(port);
+    Nginx { running, port, big }
+}
+
+fn big_file_by_checksum(site: Site) {
+    let nginx = server(&site);
+    let url = format!("http://127.0.0.1:{}/big", nginx.port);
+    // Slowed down a little, so that `rdsock why` can be asked while it runs.
+    let back = site.folder.at("slow");
+    let client = site
+        .client(place::command(&["curl"]))
+        .args("-sS --fail --limit-rate 120M -o")
+        .arg(&back)
+        .arg(&url)
+        .start();
+    site.finish(client, nginx.port, 1, LIMIT);
+    assert!(
+        folder::same_bytes(&nginx.big, &back),
+        "the file comes as it is"
+    );
+    let back = site.folder.at("fast");
+    for _ in 0..3 {
+        site.client(place::command(&["curl"]))
+            .args("-sS --fail -o")
+            .arg(&back)
+            .arg(&url)
+            .run(LIMIT);
+        assert!(
+            folder::same_bytes(&nginx.big, &back),
+            "the file comes as it is"
+        );
+    }
+}
+
+fn parallel_downloads_and_ranges(site: Site) {
+    let nginx = server(&site);
+    let url = format!("http://127.0.0.1:{}/big", nginx.port);
+    let mut curl = site
+        .client(place::command(&["curl"]))
+        .args("-sS --fail --parallel --parallel-immediate");
+    for part in 0..4 {
+        curl = curl
+            .arg("-o")
+            .arg(site.folder.at(&format!("part{part}")))
+            .arg(&url);
+    }
+    curl.run(LIMIT);
+    for part in 0..4 {
+        let back = site.folder.at(&format!("part{part}"));
+        assert!(
+            folder::same_bytes(&nginx.big, &back),
+            "each download is whole"
+        );
+    }
+    // One connection, many requests: half of the file in 50 pieces.
+    let mut curl = site.client(place::command(&["curl"])).args("-sS --fail");
+    for piece in 0..50 {
+        curl = curl
+            .arg("-r")
+            .arg(format!("{}-{}", piece << 20, ((piece + 1) << 20) - 1))
+            .arg("-o")
+            .arg(site.folder.at(&format!("piece{piece:02}")))
+            .arg(&url)
+            .arg("--next")
+            .args("-sS --fail");
+    }
+    curl.arg("-o").arg("/dev/null").arg(&url).run(LIMIT);
+    let whole = std::fs::read(&nginx.big).unwrap();
+    for piece in 0..50usize {
+        let back = std::fs::read(site.folder.at(&format!("piece{piece:02}"))).unwrap();
+        assert!(
+            back == whole[piece << 20..(piece + 1) << 20],
+            "piece {piece} is right"
+        );
+    }
+}
+
+/// Sum of wrk's socket errors, and its requests.
+fn wrk_figures(output: &str) -> (u64, u64) {
+    let numbers = |line: &str| -> Vec<u64> {
+        line.split(|c: char| !c.is_ascii_digit())
+            .filter_map(|word| word.parse().ok())
+            .collect()
+    };
+    let errors = output
+        .lines()
+        .find(|line| line.contains("Socket errors"))
+        .map_or(0, |line| numbers(line).iter().sum());
+    let requests = output
+        .lines()
+        .find(|line| line.contains("requests in"))
+        .and_then(|line| numbers(line).first().copied());
+    assert!(!output.contains("Non-2xx"), "wrk says:\n{output}");
+    (
+        errors,
+        requests.unwrap_or_else(|| panic!("wrk says:\n{output}")),
+    )
+}
+
+fn wrk_load(site: Site) {
+    let nginx = server(&site);
+    let client = site
+        .client(place::command(&["wrk"]))
+        .args(&format!(
+            "-t 2 -c 40 -d 3s http://127.0.0.1:{}/small",
+            nginx.port
+        ))
+        .start();
+    let (output, _) = site.finish(client, nginx.port, 30, LIMIT);
+    let (errors, requests) = wrk_figures(&output);
+    assert!(errors == 0 && requests > 1000, "wrk says:\n{output}");
+}
+
+fn reload_under_load(site: Site) {
+    const CONNECTIONS: u64 = 20;
+    const RELOADS: u64 = 4;
+    let nginx = server(&site);
+    let client = site
+        .client(place::command(&["wrk"]))
+        .args(&format!(
+            "-t 2 -c {CONNECTIONS} -d 4s http://127.0.0.1:{}/small",
+            nginx.port
+        ))
+        .start();
+    let back = site.folder.at("during");
+    for _ in 0..RELOADS {
+        std::thread::sleep(Duration::from_millis(300));
+        nginx.running.signal(Signal::SIGHUP);
+        // New connections are served by old and new workers alike, and long answers are finished.
+        site.client(place::command(&["curl"]))
+            .args("-sS --fail -o")
+            .arg(&back)
+            .arg(format!("http://127.0.0.1:{}/big", nginx.port))
+            .run(LIMIT);
+        assert!(
+            folder::same_bytes(&nginx.big, &back),
+            "the file comes as it is"
+        );
+    }
+    let (output, _) = site.finish(client, nginx.port, 1, LIMIT);
+    let (errors, requests) = wrk_figures(&output);
+    // A worker that retires closes idle connections: wrk counts each that it was about to use.
+    assert!(
+        errors <= CONNECTIONS * RELOADS && requests > 1000,
+        "wrk says:\n{output}"
+    );
+    assert!(
+        !nginx.running.output().contains("exited on signal"),
+        "no worker crashes"
+    );
+}
+
+fn graceful_end(site: Site) {
+    let mut nginx = server(&site);
+    let back = site.folder.at("last");
+    let client = site
+        .client(place::command(&["curl"]))
+        .args("-sS --fail --limit-rate 60M -o")
+        .arg(&back)
+        .arg(format!("http://127.0.0.1:{}/big", nginx.port))
+        .start();
+    std::thread::sleep(Duration::from_millis(400));
+    nginx.running.signal(Signal::SIGQUIT);
+    client.finish(LIMIT);
+    assert!(
+        folder::same_bytes(&nginx.big, &back),
+        "what was begun is finished"
+    );
+    assert!(nginx.running.wait(LIMIT).success());
+}
+
+in_each_mode!(
+    big_file_by_checksum,
+    parallel_downloads_and_ranges,
+    wrk_load,
+    reload_under_load,
+    graceful_end,
+);
