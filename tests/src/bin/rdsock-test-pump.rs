@@ -1,0 +1,164 @@
+//! A program for the fault tests: plain sockets, every byte checked, and one line for whatever
+//! happens to a connection. It knows nothing of rdsock.
+//!
+//! - `serve PORT` echoes on each connection.
+//! - `send PORT MEGABYTES MB_PER_S` sends a pattern at that rate and checks the echo of it.
+//! - `hold PORT COUNT SECONDS` opens connections, uses each a little, leaves them idle for so
+//!   long, and uses each again.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const BLOCK: usize = 64 << 10;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let number = |word: &str| word.parse::<u64>().expect("a number");
+    match words.as_slice() {
+        ["serve", port] => serve(number(port) as u16),
+        ["send", port, megabytes, rate] => {
+            send(number(port) as u16, number(megabytes) << 20, number(rate))
+        }
+        ["hold", port, count, seconds] => hold(number(port) as u16, number(count), number(seconds)),
+        _ => {
+            eprintln!("usage: serve PORT | send PORT MEGABYTES MB_PER_S | hold PORT COUNT SECONDS");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn connect(port: u16) -> TcpStream {
+    TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("the server listens")
+}
+
+fn serve(port: u16) -> ExitCode {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free");
+    println!("listening");
+    for connection in listener.incoming() {
+        let mut connection = match connection {
+            Ok(connection) => connection,
+            Err(error) => {
+                println!("accept: {:?}", error.kind());
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        let thread = std::thread::Builder::new().stack_size(256 << 10);
+        let echo = thread.spawn(move || {
+            let (bytes, end) = echo(&mut connection);
+            match end {
+                None => println!("ended after {bytes}"),
+                Some(kind) => println!("broke after {bytes}: {kind:?}"),
+            }
+        });
+        echo.expect("a thread can be started");
+    }
+    ExitCode::SUCCESS
+}
+
+/// Echoes until the end; bytes echoed, and the error if it was one.
+fn echo(connection: &mut TcpStream) -> (u64, Option<ErrorKind>) {
+    let mut block = vec![0; BLOCK];
+    let mut total = 0;
+    loop {
+        let length = match connection.read(&mut block) {
+            Ok(0) => return (total, None),
+            Ok(length) => length,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return (total, Some(error.kind())),
+        };
+        let filled = block.get(..length).unwrap_or_default();
+        if let Err(error) = connection.write_all(filled) {
+            return (total, Some(error.kind()));
+        }
+        total += length as u64;
+    }
+}
+
+/// Pattern bytes of a block that starts at this position, a multiple of 8.
+fn pattern(position: u64, block: &mut [u8]) {
+    for (index, word) in block.chunks_mut(8).enumerate() {
+        let number = (position / 8 + index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let bytes = (number ^ (number >> 31)).to_le_bytes();
+        for (to, from) in word.iter_mut().zip(bytes) {
+            *to = from;
+        }
+    }
+}
+
+fn send(port: u16, bytes: u64, rate: u64) -> ExitCode {
+    let mut connection = connect(port);
+    let mut writer = connection.try_clone().expect("a socket can be duplicated");
+    let writing = std::thread::spawn(move || {
+        let started = Instant::now();
+        let mut block = vec![0; BLOCK];
+        let mut done = 0;
+        while done < bytes {
+            pattern(done, &mut block);
+            if writer.write_all(&block).is_err() {
+                return; // the reader sees it too, and says it
+            }
+            done += block.len() as u64;
+            let due = Duration::from_secs_f64(done as f64 / (rate as f64 * 1e6));
+            std::thread::sleep(due.saturating_sub(started.elapsed()));
+        }
+        let _ = writer.shutdown(Shutdown::Write);
+    });
+    let mut got = vec![0; BLOCK];
+    let mut right = vec![0; BLOCK];
+    let mut done = 0;
+    while done < bytes {
+        if let Err(error) = connection.read_exact(&mut got) {
+            println!("broke at {done}: {:?}", error.kind());
+            return ExitCode::from(3);
+        }
+        pattern(done, &mut right);
+        if got != right {
+            println!("WRONG bytes at {done}");
+            return ExitCode::from(4);
+        }
+        done += got.len() as u64;
+        if done == 64 * BLOCK as u64 {
+            println!("begun");
+        }
+    }
+    let _ = writing.join();
+    match connection.read(&mut got) {
+        Ok(0) => {
+            println!("done {done}");
+            ExitCode::SUCCESS
+        }
+        other => {
+            println!("WRONG end: {other:?}");
+            ExitCode::from(4)
+        }
+    }
+}
+
+fn hold(port: u16, count: u64, seconds: u64) -> ExitCode {
+    let mut connections: Vec<TcpStream> = (0..count).map(|_| connect(port)).collect();
+    for round in 0..24 {
+        talk(&mut connections, round);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    println!("held");
+    std::thread::sleep(Duration::from_secs(seconds));
+    talk(&mut connections, 99);
+    println!("done {count}");
+    ExitCode::SUCCESS
+}
+
+fn talk(connections: &mut [TcpStream], round: u64) {
+    for (number, connection) in connections.iter_mut().enumerate() {
+        let out = (round << 32 | number as u64).to_le_bytes();
+        let mut back = [0; 8];
+        connection.write_all(&out).expect("the connection lives");
+        connection
+            .read_exact(&mut back)
+            .expect("the connection lives");
+        assert_eq!(back, out, "the echo is right");
+    }
+}
