@@ -126,8 +126,8 @@ impl Daemon {
             number,
             generation: record.generation,
         };
-        let route = self.book.route_of(conn);
-        let seat = self.book.seat_of(conn);
+        let (route, seat) = self.book.look(conn).unzip();
+        let seat = seat.flatten();
         let stream = seat.and_then(|(id, _)| self.book.stream(id));
         let end = seat.map(|(_, end)| end);
         let peer_pids = match (stream, end) {

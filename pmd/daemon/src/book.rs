@@ -299,6 +299,12 @@ impl<M> Book<M> {
             .is_some_and(|holder| !std::mem::replace(&mut holder.mapped, true))
     }
 
+    /// A connection is used for something new: whatever it was before is given up. Returns the
+    /// stream that it held.
+    pub fn replace(&mut self, conn: Conn) -> Option<u64> {
+        self.vacate(conn)
+    }
+
     /// The stream and end that a connection holds.
     pub fn seat_of(&self, conn: Conn) -> Option<(u64, usize)> {
         match self.seats.get(&conn.tenant)?.get(&conn.number)? {
@@ -309,13 +315,18 @@ impl<M> Book<M> {
         }
     }
 
-    /// A connection is given up, whatever it was. `any` generation, or only the one given.
-    /// Returns the stream that it held.
-    pub fn release(&mut self, conn: Conn, any: bool) -> Option<u64> {
+    /// A connection is given up, whatever it was; nothing happens when the generation that the
+    /// book has is later than the one given. Returns the stream that it held.
+    pub fn release(&mut self, conn: Conn) -> Option<u64> {
         let (generation, _) = self.seats.get(&conn.tenant)?.get(&conn.number)?;
-        if !any && *generation != conn.generation {
+        // Generations wrap.
+        if (conn.generation.wrapping_sub(*generation) as i32) < 0 {
             return None;
         }
+        self.vacate(conn)
+    }
+
+    fn vacate(&mut self, conn: Conn) -> Option<u64> {
         let (generation, seat) = self.stand(conn)?;
         let conn = Conn { generation, ..conn };
         match seat {
@@ -344,7 +355,7 @@ impl<M> Book<M> {
         };
         let mut streams: Vec<u64> = numbers
             .into_iter()
-            .filter_map(|number| self.release(conn(number), true))
+            .filter_map(|number| self.vacate(conn(number)))
             .collect();
         streams.sort_unstable();
         streams.dedup();
@@ -406,13 +417,15 @@ impl<M> Book<M> {
         self.waiting.len()
     }
 
-    /// Where a connection leads, when the tenant announced it.
-    pub fn route_of(&self, conn: Conn) -> Option<Route> {
+    /// Where a connection leads, and the stream and end that it holds, if the tenant announced
+    /// it.
+    pub fn look(&self, conn: Conn) -> Option<(Route, Option<(u64, usize)>)> {
         match self.seats.get(&conn.tenant)?.get(&conn.number)? {
             (generation, _) if *generation != conn.generation => None,
-            (_, Seat::Waiting(route)) => Some(*route),
+            (_, Seat::Waiting(route)) => Some((*route, None)),
             (_, Seat::Holding { stream, end }) => {
-                Some(self.streams.get(stream)?.ends.get(*end)?.route)
+                let route = self.streams.get(stream)?.ends.get(*end)?.route;
+                Some((route, Some((*stream, *end))))
             }
         }
     }

@@ -76,7 +76,6 @@ impl From<Message> for Outgoing {
 pub struct Channel {
     socket: OwnedFd,
     queue: VecDeque<Outgoing>,
-    counted: bool,
 }
 
 /// The other side does not read what it asked for. Consequence: it is cut off.
@@ -91,7 +90,6 @@ impl Channel {
         Ok(Channel {
             socket,
             queue: VecDeque::new(),
-            counted: false,
         })
     }
 
@@ -155,12 +153,10 @@ impl Channel {
         self.queue.len()
     }
 
-    /// Sends what the socket takes; `count` is called before each datagram's first try.
+    /// Sends what the socket takes; `count` is called behind each datagram. (Not before: a tenant
+    /// that saw the count and found nothing yet would not look again.)
     pub fn flush(&mut self, mut count: impl FnMut()) -> io::Result<Flush> {
         while let Some(message) = self.queue.front() {
-            if !std::mem::replace(&mut self.counted, true) {
-                count();
-            }
             let fds: Vec<RawFd> = message.fds.iter().map(|fd| fd.as_raw_fd()).collect();
             let rights = [ControlMessage::ScmRights(&fds)];
             let control = if fds.is_empty() { &[][..] } else { &rights[..] };
@@ -169,7 +165,7 @@ impl Channel {
             match sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, control, flags, None) {
                 Ok(_) => {
                     self.queue.pop_front();
-                    self.counted = false;
+                    count();
                 }
                 Err(Errno::EAGAIN) => return Ok(Flush::Full),
                 Err(Errno::ETOOMANYREFS | Errno::ENOBUFS | Errno::ENOMEM) => {

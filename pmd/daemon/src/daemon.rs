@@ -33,6 +33,8 @@ use crate::tenants::Tenant;
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Connections that are not tenants (yet), beyond the tenants allowed.
 const STRANGERS: usize = 256;
+/// Processes that an idle daemon waits for at most.
+const WATCHED: usize = 256;
 /// Datagrams read from one connection before others have their turn.
 const DATAGRAMS: usize = 16;
 /// Descriptors kept back for the daemon itself.
@@ -159,8 +161,9 @@ pub struct Daemon {
     descriptors: u64,
     pub(crate) connections: HashMap<u64, Connection>,
     next_connection: u64,
-    /// Processes that have hung up and live on: an idle daemon waits for them.
-    watched: HashMap<u64, OwnedFd>,
+    /// Processes that have hung up and live on, by their last connection: a daemon that ends when
+    /// unused waits for them.
+    watched: HashMap<u64, (i32, OwnedFd)>,
     /// Tenants with requests left in their queues.
     pub(crate) busy: VecDeque<u64>,
     pub(crate) due: BinaryHeap<Reverse<(Instant, Due)>>,
@@ -303,7 +306,7 @@ impl Daemon {
                 self.serve(id, |daemon| daemon.receive(id));
             }
             Token::Process(id) => {
-                if let Some(pidfd) = self.watched.remove(&id) {
+                if let Some((_, pidfd)) = self.watched.remove(&id) {
                     let _ = self.epoll.delete(&pidfd);
                     self.last_use = Instant::now();
                 }
@@ -536,6 +539,7 @@ impl Daemon {
             let modified = self.epoll.modify(connection.channel.socket(), &mut event);
             modified.map_err(io::Error::from)?;
         }
+        self.unthrottle(id);
         Ok(())
     }
 
@@ -572,8 +576,9 @@ impl Daemon {
             self.tenant_gone(id, tenant, alive);
             debug!(id, uid, pid, alive, "detached");
         }
-        if alive && self.watched.len() < self.config.max_tenants as usize {
-            self.watched.insert(id, connection.peer.pidfd);
+        let watched = self.watched.values().any(|(known, _)| *known == pid);
+        if alive && self.config.idle_exit_seconds != 0 && !watched && self.watched.len() < WATCHED {
+            self.watched.insert(id, (pid, connection.peer.pidfd));
         } else {
             let _ = self.epoll.delete(&connection.peer.pidfd);
         }

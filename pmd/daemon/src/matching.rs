@@ -153,7 +153,7 @@ impl Daemon {
     /// A tenant holds a connection, or says so.
     pub(crate) fn on_announce(&mut self, conn: Conn, request: &Request) -> Result<(), End> {
         self.counters.announced += 1;
-        if let Some(stream) = self.book.release(conn, true) {
+        if let Some(stream) = self.book.replace(conn) {
             self.on_abandoned(stream, false);
         }
         let Some(claim) = Claim::parse(conn, request) else {
@@ -434,7 +434,7 @@ impl Daemon {
             return;
         }
         // The new seat first, so that a stream that only moves is not found abandoned.
-        let before = self.book.release(conn, true);
+        let before = self.book.replace(conn);
         self.book.hold(stream, end, conn);
         if let Some(before) = before {
             self.on_abandoned(before, false);
@@ -469,7 +469,7 @@ impl Daemon {
 
     /// A tenant gave up a connection.
     pub(crate) fn give_up(&mut self, conn: Conn) {
-        if let Some(stream) = self.book.release(conn, false) {
+        if let Some(stream) = self.book.release(conn) {
             self.on_abandoned(stream, false);
         }
     }

@@ -163,7 +163,7 @@ impl TenantMap {
         self.atomics().daemon_sleeps.store(0, Ordering::SeqCst);
     }
 
-    /// A message is about to be sent to the tenant.
+    /// A message was sent to the tenant: it looks when it sees the count change.
     pub fn count_message(&self) {
         self.atomics().messages.fetch_add(1, Ordering::Release);
     }

@@ -34,6 +34,8 @@ pub(crate) struct Tenant {
     pub netns: Option<u64>,
     /// Basename of the program.
     pub program: String,
+    /// It has to read its messages before more of its requests are taken.
+    pub throttled: bool,
     /// Time that may still be spent on looking for others who hold its sockets.
     pub search: crate::matching::SearchBudget,
 }
@@ -165,6 +167,7 @@ impl Daemon {
             bells: Rc::new(bells),
             netns,
             program,
+            throttled: false,
             search: Default::default(),
         };
         tenant.map.start_sleep();
@@ -236,13 +239,12 @@ impl Daemon {
 
     fn next_request(&mut self, id: TenantId) -> Option<Request> {
         let connection = self.connections.get_mut(&id)?;
-        // With its messages unread, it has to wait; it is looked at again when it has read some.
-        let unread = connection.channel.queued() >= UNREAD;
-        let map = &mut connection.tenant.as_mut()?.map;
-        if unread {
-            map.start_sleep();
+        let tenant = connection.tenant.as_mut()?;
+        if connection.channel.queued() >= UNREAD {
+            tenant.throttled = true;
             return None;
         }
+        let map = &mut tenant.map;
         map.take().or_else(|| {
             map.start_sleep();
             let request = map.take()?;
@@ -289,6 +291,18 @@ impl Daemon {
                 self.counters.bad_requests += 1;
                 Ok(())
             }
+        }
+    }
+
+    /// Messages of a tenant were sent: its requests are taken again when it has read enough.
+    pub(crate) fn unthrottle(&mut self, id: TenantId) {
+        if let Some(connection) = self.connections.get_mut(&id)
+            && let Some(tenant) = &mut connection.tenant
+            && tenant.throttled
+            && connection.channel.queued() < UNREAD / 2
+        {
+            tenant.throttled = false;
+            self.busy.push_back(id);
         }
     }
 

@@ -56,7 +56,7 @@ fn two_ends_become_a_stream_and_leave_nothing_behind() {
     assert_eq!(book.tenant_gone(CLIENT), [5]);
     assert!(!book.stream(5).unwrap().is_abandoned());
     assert_eq!(
-        book.release(announced(SERVER, 9, Role::Passive).conn, false),
+        book.release(announced(SERVER, 9, Role::Passive).conn),
         Some(5)
     );
     assert!(book.stream(5).unwrap().is_abandoned());
@@ -108,7 +108,7 @@ fn an_announcement_that_waits_is_replaced_or_taken_back() {
     let mut book = Book::<()>::default();
     let first = announced(CLIENT, 7, Role::Active);
     assert!(matches!(book.announce(first), Announcement::Waits));
-    assert_eq!(book.release(first.conn, true), None);
+    assert_eq!(book.release(first.conn), None);
     assert_eq!(book.waiting(), 0);
     // The same addresses, but a new socket: the earlier one can't exist any more.
     assert!(matches!(book.announce(first), Announcement::Waits));
@@ -119,12 +119,14 @@ fn an_announcement_that_waits_is_replaced_or_taken_back() {
     assert!(matches!(book.announce(later), Announcement::Waits));
     assert_eq!(book.waiting(), 1);
     assert!(!book.seats.contains_key(&CLIENT));
-    let stale = Conn {
-        generation: 2,
+    let of = |generation| Conn {
+        generation,
         ..later.conn
     };
-    book.release(stale, false);
+    book.release(of(0));
     assert_eq!(book.waiting(), 1);
+    book.release(of(2));
+    assert_eq!(book.waiting(), 0);
 }
 
 #[test]

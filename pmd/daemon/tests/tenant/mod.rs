@@ -61,7 +61,8 @@ impl Daemon {
         command
             .arg("--socket")
             .arg(dir.path().join("s"))
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         if std::env::var_os("RDSOCKD_TEST_LOG").is_none() {
             command.stderr(Stdio::null());
         } else {
