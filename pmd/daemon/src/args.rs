@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::config::{Config, ConfigError, LogLevel};
 use crate::endpoint::default_socket;
@@ -25,12 +25,20 @@ pub struct Args {
     /// End when nothing has used the daemon for SECONDS (0: never)
     #[arg(long, value_name = "SECONDS")]
     pub idle_exit: Option<u64>,
+    /// Print the manual page
+    #[arg(long, hide = true)]
+    pub print_man: bool,
     /// How much to log
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
 }
 
 impl Args {
+    /// Prints the manual page.
+    pub fn print_man() -> std::io::Result<()> {
+        clap_mangen::Man::new(Args::command()).render(&mut std::io::stdout())
+    }
+
     /// The configuration: the file's, with what the command line says on top.
     pub fn config(&self) -> Result<Config, ConfigError> {
         let mut config = match &self.config {

@@ -161,8 +161,10 @@ mod tests {
     fn the_example_holds_every_key_at_its_default() {
         let example = include_str!("../../../docs/rdsockd.example.toml");
         let set = Config::parse(example).unwrap();
-        let mut default = Config::default();
-        default.socket = set.socket.clone();
+        let default = Config {
+            socket: set.socket.clone(),
+            ..Config::default()
+        };
         assert_eq!(format!("{set:?}"), format!("{default:?}"));
     }
 

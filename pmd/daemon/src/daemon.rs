@@ -240,7 +240,8 @@ impl Daemon {
             };
             for event in events.get(..count).unwrap_or(&[]) {
                 if self.on_event(Token::from_word(event.data()), event.events()) {
-                    return Ok(self.stop("signal"));
+                    self.stop("signal");
+                    return Ok(());
                 }
             }
             self.on_due(Instant::now());
@@ -250,7 +251,8 @@ impl Daemon {
                 }
             }
             if self.idle_for(Instant::now()) == Some(Duration::ZERO) {
-                return Ok(self.stop("idle"));
+                self.stop("idle");
+                return Ok(());
             }
         }
     }

@@ -8,6 +8,9 @@ use rdsockd::daemon::Daemon;
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.print_man {
+        return Args::print_man().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let config = match args.config() {
         Ok(config) => config,
         Err(error) => {
