@@ -246,7 +246,7 @@ CASE(prefork_accept, .process = true)
 
 /* ---- exec ---- */
 
-enum how { EXECVE, EXECLE_EMPTY, EXECVP, VFORK, SPAWN, SPAWN_EMPTY };
+enum how { EXECVE, EXECLE_EMPTY, EXECVP, VFORK, SPAWN, SPAWN_EMPTY, EXECL, EXECLP, EXECV, EXECVPE, FEXECVE, SPAWNP };
 
 /* Starts the copy program with the connection as its standard input and output. */
 static pid_t start_copy(const struct duo *d, const char *name, enum how how)
@@ -255,13 +255,16 @@ static pid_t start_copy(const struct duo *d, const char *name, enum how how)
     snprintf(path, sizeof path, "%s/%s", settings.folder, name);
     char *argv[] = {path, NULL}, *none[] = {NULL};
     pid_t pid;
-    if (how == SPAWN || how == SPAWN_EMPTY) {
+    if (how == SPAWN || how == SPAWN_EMPTY || how == SPAWNP) {
         posix_spawn_file_actions_t actions;
         EQ(posix_spawn_file_actions_init(&actions), 0);
         EQ(posix_spawn_file_actions_adddup2(&actions, d->fd, 0), 0);
         EQ(posix_spawn_file_actions_adddup2(&actions, d->fd, 1), 0);
         EQ(posix_spawn_file_actions_addclose(&actions, d->fd), 0);
-        EQ(posix_spawn(&pid, path, &actions, NULL, argv, how == SPAWN ? environ : none), 0);
+        if (how == SPAWNP)
+            EQ(posix_spawnp(&pid, path, &actions, NULL, argv, environ), 0);
+        else
+            EQ(posix_spawn(&pid, path, &actions, NULL, argv, how == SPAWN ? environ : none), 0);
         posix_spawn_file_actions_destroy(&actions);
         return pid;
     }
@@ -274,6 +277,16 @@ static pid_t start_copy(const struct duo *d, const char *name, enum how how)
             execle(path, path, (char *)NULL, none);
         else if (how == EXECVP)
             execvp(path, argv);
+        else if (how == EXECL)
+            execl(path, path, (char *)NULL);
+        else if (how == EXECLP)
+            execlp(path, path, (char *)NULL);
+        else if (how == EXECV)
+            execv(path, argv);
+        else if (how == EXECVPE)
+            execvpe(path, argv, environ);
+        else if (how == FEXECVE)
+            fexecve(open(path, O_RDONLY | O_CLOEXEC), argv, environ);
         else
             execve(path, argv, environ);
         _exit(127);
@@ -314,6 +327,12 @@ CASE(exec_static_unread) { talk_to_copy(0, "copy-static", EXECVE, true); }
 CASE(exec_by_path) { talk_to_copy(0, "copy-dynamic", EXECVP, false); }
 CASE(vfork_exec) { talk_to_copy(0, "copy-dynamic", VFORK, false); }
 CASE(vfork_exec_static) { talk_to_copy(0, "copy-static", VFORK, true); }
+CASE(exec_family)
+{
+    static const enum how all[] = {EXECL, EXECLP, EXECV, EXECVPE, FEXECVE, SPAWNP};
+    for (int i = 0; i < 6; i++)
+        talk_to_copy(0, "copy-dynamic", all[i], false);
+}
 CASE(spawn) { talk_to_copy(0, "copy-dynamic", SPAWN, false); }
 CASE(spawn_unread) { talk_to_copy(0, "copy-dynamic", SPAWN, true); }
 CASE(spawn_empty_environment) { talk_to_copy(0, "copy-dynamic", SPAWN_EMPTY, true); }
