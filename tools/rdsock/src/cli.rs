@@ -23,6 +23,14 @@ pub enum Command {
     /// when none runs; it ends when unused for a while. The exit status is the program's own: 127
     /// when it is not found, 126 when it can't be executed.
     Run(RunArgs),
+    /// Tell which TCP connections are accelerated, and why the others are not
+    Why(WhyArgs),
+    /// Show the live counters of the daemon, the programs and their streams
+    Stat(StatArgs),
+    /// Check what this machine has for rdsock, and what to do about what it lacks
+    ///
+    /// The exit status is 0 when rdsock can be used.
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions {
         /// For which shell
@@ -46,4 +54,66 @@ pub struct RunArgs {
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD", num_args = 1..)]
     pub command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct WhyArgs {
+    /// Only this process, attached or not
+    #[arg(value_name = "PID", conflicts_with = "all")]
+    pub pid: Option<i32>,
+    /// All attached processes that you may see (the default)
+    #[arg(long)]
+    pub all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct StatArgs {
+    /// Print the daemon's answer as JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Again every so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub watch: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected a number of seconds from 0.1 to 86400".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_program_is_the_programs() {
+        for words in [
+            ["rdsock", "run", "--", "ls", "--no-daemon"],
+            ["rdsock", "run", "--spin-us=5", "ls", "--no-daemon"],
+        ] {
+            let Command::Run(args) = Cli::parse_from(words).command else {
+                panic!("not run");
+            };
+            assert_eq!(args.command, ["ls", "--no-daemon"]);
+            assert!(!args.no_daemon);
+        }
+    }
 }

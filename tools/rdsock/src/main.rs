@@ -2,8 +2,13 @@
 
 mod cli;
 mod daemon;
+mod doctor;
 mod generate;
 mod run;
+mod show;
+mod signals;
+mod stat;
+mod why;
 
 use std::process::ExitCode;
 
@@ -11,8 +16,14 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    // Rust ignores SIGPIPE; a program whose output is cut off by `head` shall just end.
+    signals::restore();
+    let result = match command {
         Command::Run(args) => return run::run(args),
+        Command::Why(args) => why::why(&args).map_err(Into::into),
+        Command::Stat(args) => stat::stat(&args).map_err(Into::into),
+        Command::Doctor(args) => Ok(doctor::doctor(&args)),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { dir } => generate::man(&dir),
     };

@@ -60,7 +60,7 @@ pub fn start() -> Result<PathBuf, StartError> {
 }
 
 /// `rdsockd` beside this program, else in the path.
-fn find_program() -> Option<PathBuf> {
+pub fn find_program() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok()?.with_file_name("rdsockd");
     let paths = std::env::var_os("PATH").unwrap_or_default();
     std::iter::once(beside)

@@ -2,7 +2,6 @@
 
 mod library;
 mod program;
-mod signals;
 
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -13,8 +12,8 @@ use nix::errno::Errno;
 
 use crate::cli::RunArgs;
 use crate::daemon;
-use library::find_library;
-use program::{Loads, loads_libraries};
+pub use library::find_library;
+pub use program::{Loads, loads_libraries};
 
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
@@ -33,7 +32,6 @@ pub fn run(args: RunArgs) -> ExitCode {
         Err(error) => return fail(name, error),
     };
     let added = prepare(&path, &args).unwrap_or_default();
-    signals::restore();
     fail(name, exec(&path, &args.command, &environment(added)))
 }
 

@@ -1,4 +1,5 @@
-//! Rust's start-up ignores SIGPIPE; the program shall find it as this process did.
+//! Rust's start-up ignores SIGPIPE; a program that is run shall find it as this process did, and
+//! output that nobody reads any more shall end this one quietly.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -1,0 +1,99 @@
+//! `rdsock doctor`: what this machine has for rdsock, and what to do about what it lacks.
+
+mod kernel;
+mod memory;
+mod setup;
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::cli::DoctorArgs;
+
+/// How something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// As it should be.
+    Good,
+    /// It works, and could be better.
+    Weak,
+    /// Nothing is accelerated without it.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+pub struct Finding {
+    /// What.
+    pub what: &'static str,
+    /// How it is.
+    pub health: Health,
+    /// What was found.
+    pub found: String,
+    /// What to do.
+    pub advice: Option<String>,
+}
+
+impl Finding {
+    fn good(what: &'static str, found: impl Into<String>) -> Self {
+        Finding {
+            what,
+            health: Health::Good,
+            found: found.into(),
+            advice: None,
+        }
+    }
+
+    fn new(what: &'static str, health: Health, found: impl Into<String>, advice: &str) -> Self {
+        Finding {
+            what,
+            health,
+            found: found.into(),
+            advice: Some(advice.into()),
+        }
+    }
+}
+
+/// Prints what was found. Fails when rdsock can't be used.
+pub fn doctor(args: &DoctorArgs) -> ExitCode {
+    let findings: Vec<Finding> = [kernel::look(), memory::look(), setup::look()]
+        .into_iter()
+        .flatten()
+        .collect();
+    let usable = findings.iter().all(|finding| finding.health != Health::Bad);
+    if args.json {
+        println!(
+            "{}",
+            serde_json::json!({ "usable": usable, "findings": findings })
+        );
+    } else {
+        print(&findings, usable);
+    }
+    ExitCode::from(u8::from(!usable))
+}
+
+fn print(findings: &[Finding], usable: bool) {
+    let width = findings
+        .iter()
+        .map(|finding| finding.what.len())
+        .max()
+        .unwrap_or(0);
+    for finding in findings {
+        let sign = match finding.health {
+            Health::Good => "  ok",
+            Health::Weak => "  --",
+            Health::Bad => "  NO",
+        };
+        println!("{sign}  {:width$}  {}", finding.what, finding.found);
+        if let Some(advice) = &finding.advice {
+            println!("      {:width$}  -> {advice}", "");
+        }
+    }
+    match usable {
+        true => println!("rdsock can be used here"),
+        false => {
+            println!("rdsock can't accelerate anything here until the points marked NO are seen to")
+        }
+    }
+}

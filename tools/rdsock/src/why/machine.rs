@@ -1,0 +1,275 @@
+//! What `/proc` says of this machine: TCP sockets, and who holds them. Each part is read once,
+//! when it is first needed.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use procfs::net::TcpState;
+use procfs::process::{FDTarget, Process, all_processes};
+
+use crate::run::{Loads, loads_libraries};
+
+/// A network namespace, by the inode that stands for it.
+pub type Netns = u64;
+
+/// A TCP connection as the kernel has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// This end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
+    /// Its inode.
+    pub inode: u64,
+}
+
+/// The connections of a namespace.
+#[derive(Debug, Default)]
+struct Table {
+    by_inode: HashMap<u64, Socket>,
+    by_addresses: HashMap<(SocketAddr, SocketAddr), u64>,
+}
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct Machine {
+    tables: HashMap<Netns, Table>,
+    holders: Option<HashMap<u64, Vec<i32>>>,
+    namespaces: Option<HashMap<Netns, i32>>,
+    addresses: Option<Vec<IpAddr>>,
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+impl Table {
+    fn read(process: &Process) -> Self {
+        let mut table = Table::default();
+        let v4 = process.tcp().unwrap_or_default();
+        let v6 = process.tcp6().unwrap_or_default();
+        for entry in v4.into_iter().chain(v6) {
+            // Without an inode no process holds it any more.
+            if matches!(entry.state, TcpState::Listen | TcpState::SynSent) || entry.inode == 0 {
+                continue;
+            }
+            let socket = Socket {
+                local: canonical(entry.local_address),
+                peer: canonical(entry.remote_address),
+                inode: entry.inode,
+            };
+            table
+                .by_addresses
+                .insert((socket.local, socket.peer), socket.inode);
+            table.by_inode.insert(socket.inode, socket);
+        }
+        table
+    }
+}
+
+impl Machine {
+    /// Nothing is read yet.
+    pub fn new() -> Self {
+        Machine::default()
+    }
+
+    /// Does this process exist?
+    pub fn exists(&self, pid: i32) -> bool {
+        Process::new(pid).is_ok()
+    }
+
+    /// Name of the program that a process runs.
+    pub fn program(&self, pid: i32) -> String {
+        let process = Process::new(pid);
+        let path = process.as_ref().ok().and_then(|process| process.exe().ok());
+        let name = path.as_ref().and_then(|path| path.file_name()?.to_str());
+        match (name, process) {
+            (Some(name), _) => name.trim_end_matches(" (deleted)").to_owned(),
+            (None, Ok(process)) => process.stat().map(|stat| stat.comm).unwrap_or_default(),
+            (None, Err(_)) => String::new(),
+        }
+    }
+
+    /// The network namespace of a process; `None` when it may not be looked at.
+    pub fn netns(&self, pid: i32) -> Option<Netns> {
+        Some(std::fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino())
+    }
+
+    fn table(&mut self, netns: Netns, pid: i32) -> &Table {
+        self.tables.entry(netns).or_insert_with(|| {
+            Process::new(pid)
+                .map(|process| Table::read(&process))
+                .unwrap_or_default()
+        })
+    }
+
+    /// The TCP connections of a process, as (fd, connection); each once, by its lowest fd, or by
+    /// one of `preferred`. `None` when the process may not be looked at.
+    pub fn connections(&mut self, pid: i32, preferred: &[i32]) -> Option<Vec<(i32, Socket)>> {
+        let netns = self.netns(pid)?;
+        let mut fds: Vec<(i32, u64)> = sockets(pid)?;
+        fds.sort_by_key(|(fd, _)| (!preferred.contains(fd), *fd));
+        let table = self.table(netns, pid);
+        let mut seen = std::collections::HashSet::new();
+        let mut found: Vec<(i32, Socket)> = fds
+            .into_iter()
+            .filter(|(_, inode)| seen.insert(*inode))
+            .filter_map(|(fd, inode)| Some((fd, *table.by_inode.get(&inode)?)))
+            .collect();
+        found.sort_by_key(|(fd, _)| *fd);
+        Some(found)
+    }
+
+    /// Inode of the other end of a connection, if it is in the same namespace.
+    pub fn other_end(&mut self, netns: Netns, pid: i32, socket: &Socket) -> Option<u64> {
+        self.table(netns, pid)
+            .by_addresses
+            .get(&(socket.peer, socket.local))
+            .copied()
+    }
+
+    /// The other end of a connection, if it is in another namespace that can be looked into.
+    pub fn other_end_elsewhere(&mut self, netns: Netns, socket: &Socket) -> Option<u64> {
+        let others: Vec<(Netns, i32)> = self
+            .namespaces()
+            .iter()
+            .filter(|(other, _)| **other != netns)
+            .map(|(other, pid)| (*other, *pid))
+            .collect();
+        others
+            .into_iter()
+            .find_map(|(other, pid)| self.other_end(other, pid, socket))
+    }
+
+    fn namespaces(&mut self) -> &HashMap<Netns, i32> {
+        if self.namespaces.is_none() {
+            let pids: Vec<i32> = processes().collect();
+            let found = pids
+                .into_iter()
+                .filter_map(|pid| Some((self.netns(pid)?, pid)))
+                .collect();
+            self.namespaces = Some(found);
+        }
+        self.namespaces.get_or_insert_default()
+    }
+
+    /// Processes that hold a socket, as far as they may be looked at.
+    pub fn holders(&mut self, inode: u64) -> &[i32] {
+        let holders = self.holders.get_or_insert_with(|| {
+            let mut holders: HashMap<u64, Vec<i32>> = HashMap::new();
+            for pid in processes() {
+                for (_, inode) in sockets(pid).unwrap_or_default() {
+                    let pids = holders.entry(inode).or_default();
+                    if pids.last() != Some(&pid) {
+                        pids.push(pid);
+                    }
+                }
+            }
+            holders
+        });
+        holders.get(&inode).map_or(&[], Vec::as_slice)
+    }
+
+    /// Is this one of the machine's own addresses (in this process's namespace)?
+    pub fn is_own_address(&mut self, ip: IpAddr) -> bool {
+        let own = self.addresses.get_or_insert_with(|| {
+            let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+            let addresses = interfaces.filter_map(|interface| {
+                let address = interface.address?;
+                let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+                v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+            });
+            addresses.collect()
+        });
+        ip.is_loopback() || own.contains(&ip)
+    }
+
+    /// Why a process that is not attached is not: a sentence.
+    pub fn why_not_attached(&self, pid: i32) -> String {
+        let Ok(process) = Process::new(pid) else {
+            return "it has ended".into();
+        };
+        match process.maps() {
+            Err(_) => {
+                return "it may not be looked at: it is another user's, or has changed user".into();
+            }
+            Ok(maps) => {
+                let is_shim = |path: &PathBuf| path.ends_with("librdsock.so");
+                let loaded = maps.iter().any(|map| match &map.pathname {
+                    procfs::process::MMapPath::Path(path) => is_shim(path),
+                    _ => false,
+                });
+                if loaded {
+                    return "the shim is loaded, but the program has not attached: it has used no \
+                            TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
+                        .into();
+                }
+            }
+        }
+        match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
+            Loads::No(why) => format!("the program {why}, so the shim can't be loaded into it"),
+            Loads::Yes | Loads::Unknown => {
+                "the program is not preloaded: it was not started by rdsock run".into()
+            }
+        }
+    }
+}
+
+fn processes() -> impl Iterator<Item = i32> {
+    all_processes()
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|process| process.pid())
+}
+
+/// The sockets of a process, as (fd, inode).
+fn sockets(pid: i32) -> Option<Vec<(i32, u64)>> {
+    let fds = Process::new(pid).ok()?.fd().ok()?;
+    let socket = |fd: procfs::process::FDInfo| match fd.target {
+        FDTarget::Socket(inode) => Some((fd.fd, inode)),
+        _ => None,
+    };
+    Some(fds.flatten().filter_map(socket).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn both_ends_of_a_connection_are_found() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let again = stream.try_clone().unwrap();
+        let me = std::process::id() as i32;
+        let mut machine = Machine::new();
+        let found = machine.connections(me, &[again.as_raw_fd()]).unwrap();
+        let by_fd = |fd: i32| {
+            found
+                .iter()
+                .find(|(found, _)| *found == fd)
+                .map(|(_, socket)| *socket)
+        };
+        assert_eq!(by_fd(stream.as_raw_fd()), None);
+        let connector = by_fd(again.as_raw_fd()).unwrap();
+        assert_eq!(connector.peer, listener.local_addr().unwrap());
+        let netns = machine.netns(me).unwrap();
+        let other = machine.other_end(netns, me, &connector).unwrap();
+        assert_eq!(other, by_fd(accepted.as_raw_fd()).unwrap().inode);
+        assert!(machine.holders(other).contains(&me));
+        assert_eq!(machine.other_end_elsewhere(netns, &connector), None);
+    }
+
+    #[test]
+    fn loopback_is_our_own_and_a_documentation_address_is_not() {
+        let mut machine = Machine::new();
+        assert!(machine.is_own_address("127.8.9.1".parse().unwrap()));
+        assert!(!machine.is_own_address("192.0.2.1".parse().unwrap()));
+    }
+}

@@ -1,0 +1,225 @@
+//! The report, as `--json` prints it. Its keys are part of the tool's interface.
+
+use rdsock_shm::reason::State;
+use serde::Serialize;
+
+use super::explain::{Explainer, place};
+use super::machine::{Machine, Socket};
+use crate::daemon::{Daemon, Record, Tenant, WhyAnswer};
+
+/// The daemon that answered.
+#[derive(Debug, Serialize)]
+pub struct DaemonLine {
+    /// Its control socket.
+    pub socket: String,
+    /// Its process.
+    pub pid: i32,
+}
+
+/// A process.
+#[derive(Debug, Serialize)]
+pub struct ProcessLine {
+    /// Its id.
+    pub pid: i32,
+    /// Basename of its program.
+    pub program: String,
+    /// Known to the daemon.
+    pub attached: bool,
+    /// If not attached, why not.
+    pub reason: Option<String>,
+}
+
+/// One end of a connection.
+#[derive(Debug, Serialize)]
+pub struct ConnectionLine {
+    /// The process that holds it.
+    pub pid: i32,
+    /// Basename of its program.
+    pub program: String,
+    /// The descriptor.
+    pub fd: i32,
+    /// Its own address.
+    pub local: String,
+    /// The other end's.
+    pub peer: String,
+    /// On rings, in at least one direction.
+    pub accelerated: bool,
+    /// One word: `kernel`, `announced`, `rings`, `demoted` or `reset`.
+    pub state: &'static str,
+    /// If not on rings, why not.
+    pub reason: Option<String>,
+    /// The stream; `None` for none.
+    pub stream: Option<u64>,
+    /// What it sends goes over a ring.
+    pub tx_on_ring: bool,
+    /// What it receives comes over a ring.
+    pub rx_on_ring: bool,
+    /// Position after the last byte that it sent, once on a ring.
+    pub tx_bytes: u64,
+    /// Position after the last byte that it took, once on a ring.
+    pub rx_bytes: u64,
+}
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The daemon that answered, if one did.
+    pub daemon: Option<DaemonLine>,
+    /// The processes that were asked about.
+    pub processes: Vec<ProcessLine>,
+    /// Their connections.
+    pub connections: Vec<ConnectionLine>,
+}
+
+impl Report {
+    /// Joins the daemon's answer with what the kernel shows.
+    pub fn new(
+        daemon: Option<&Daemon>,
+        answer: Option<WhyAnswer>,
+        only: Option<i32>,
+        machine: &mut Machine,
+    ) -> Self {
+        let line = daemon
+            .zip(answer.as_ref())
+            .map(|(daemon, answer)| DaemonLine {
+                socket: daemon.path.display().to_string(),
+                pid: answer.daemon.pid,
+            });
+        let mut tenants = answer.map(|answer| answer.tenants).unwrap_or_default();
+        tenants.sort_by_key(|tenant| tenant.pid);
+        let explainer = Explainer::new(line.is_some(), &tenants);
+        let mut report = Report {
+            daemon: line,
+            processes: Vec::new(),
+            connections: Vec::new(),
+        };
+        for tenant in tenants
+            .iter()
+            .filter(|tenant| only.is_none_or(|pid| pid == tenant.pid))
+        {
+            report.add_tenant(tenant, &explainer, machine);
+        }
+        if let Some(pid) = only.filter(|pid| !explainer.is_tenant(*pid)) {
+            report.add_stranger(pid, machine);
+        }
+        report
+    }
+
+    /// The JSON text.
+    pub fn to_json(&self) -> String {
+        // Numbers, strings and lists only: that can't fail.
+        serde_json::to_string_pretty(self).unwrap_or_default()
+    }
+
+    fn add_tenant(&mut self, tenant: &Tenant, explainer: &Explainer<'_>, machine: &mut Machine) {
+        self.processes.push(ProcessLine {
+            pid: tenant.pid,
+            program: tenant.program.clone(),
+            attached: true,
+            reason: None,
+        });
+        let fds: Vec<i32> = tenant.connections.iter().map(|record| record.fd).collect();
+        match machine.connections(tenant.pid, &fds) {
+            Some(connections) => {
+                for (fd, socket) in connections {
+                    let record = tenant.connections.iter().find(|record| record.fd == fd);
+                    let reason = |machine: &mut Machine| {
+                        explainer.tenant_connection(machine, tenant.pid, Some(&socket), record)
+                    };
+                    self.add_connection(tenant, fd, Some(&socket), record, machine, reason);
+                }
+            }
+            // A tenant that may not be looked at: what it says itself.
+            None => {
+                for record in &tenant.connections {
+                    let reason = |machine: &mut Machine| {
+                        explainer.tenant_connection(machine, tenant.pid, None, Some(record))
+                    };
+                    self.add_connection(tenant, record.fd, None, Some(record), machine, reason);
+                }
+            }
+        }
+    }
+
+    fn add_connection(
+        &mut self,
+        tenant: &Tenant,
+        fd: i32,
+        socket: Option<&Socket>,
+        record: Option<&Record>,
+        machine: &mut Machine,
+        reason: impl FnOnce(&mut Machine) -> String,
+    ) {
+        let announced = |address: fn(&Record) -> &Option<String>| {
+            record
+                .and_then(|record| address(record).clone())
+                .unwrap_or("?".into())
+        };
+        let (local, peer) = match socket {
+            Some(socket) => (socket.local.to_string(), socket.peer.to_string()),
+            None => (
+                announced(|record| &record.local),
+                announced(|record| &record.peer),
+            ),
+        };
+        let place = record.map(place);
+        let on_ring = place
+            .as_ref()
+            .map_or((false, false), |place| (place.tx_on_ring, place.rx_on_ring));
+        let directions = record.and_then(|record| record.directions);
+        let accelerated = place.is_some_and(|place| place.accelerated);
+        let state = record.and_then(|record| State::from_code(record.state));
+        let stream = record.map(|record| record.stream.max(record.named_stream));
+        self.connections.push(ConnectionLine {
+            pid: tenant.pid,
+            program: tenant.program.clone(),
+            fd,
+            local,
+            peer,
+            accelerated,
+            state: state.unwrap_or(State::Kernel).text(),
+            reason: (!accelerated).then(|| reason(machine)),
+            stream: stream.filter(|stream| *stream != 0),
+            tx_on_ring: on_ring.0,
+            rx_on_ring: on_ring.1,
+            tx_bytes: directions
+                .filter(|_| on_ring.0)
+                .map_or(0, |[tx, _]| tx.head),
+            rx_bytes: directions
+                .filter(|_| on_ring.1)
+                .map_or(0, |[_, rx]| rx.tail),
+        });
+    }
+
+    /// A process that the daemon does not know.
+    fn add_stranger(&mut self, pid: i32, machine: &mut Machine) {
+        let program = machine.program(pid);
+        let why = match machine.why_not_attached(pid) {
+            why if self.daemon.is_none() => format!("no daemon answers; {why}"),
+            why => why,
+        };
+        for (fd, socket) in machine.connections(pid, &[]).unwrap_or_default() {
+            self.connections.push(ConnectionLine {
+                pid,
+                program: program.clone(),
+                fd,
+                local: socket.local.to_string(),
+                peer: socket.peer.to_string(),
+                accelerated: false,
+                state: State::Kernel.text(),
+                reason: Some(why.clone()),
+                stream: None,
+                tx_on_ring: false,
+                rx_on_ring: false,
+                tx_bytes: 0,
+                rx_bytes: 0,
+            });
+        }
+        self.processes.push(ProcessLine {
+            pid,
+            program,
+            attached: false,
+            reason: Some(why),
+        });
+    }
+}
