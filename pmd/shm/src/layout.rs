@@ -49,11 +49,15 @@ pub mod want {
     pub const DEMOTED: u32 = 8;
     /// The asker has closed its last descriptor. Sticky.
     pub const CLOSED: u32 = 16;
+    /// The asker has ended its own direction, and asks the other end to end its one as well. It
+    /// goes on reading the ring until that is done. Sticky.
+    pub const LEAVE: u32 = 32;
 }
 
 /// What the producer of a direction tells its consumer. One cache line, written by the producer.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct Producer {
     /// Position after the last published byte.
     pub head: AtomicU64,
@@ -70,6 +74,7 @@ pub struct Producer {
 /// What the consumer of a direction tells its producer. One cache line, written by the consumer.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct Consumer {
     /// Position after the last consumed byte.
     pub tail: AtomicU64,
@@ -85,6 +90,7 @@ pub struct Consumer {
 /// written only by an end that goes to sleep.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct Ask {
     /// Bits of [`want`]. The asker sets; the asked end clears BELL and WAKE, and sets and clears
     /// RINGING.
@@ -96,6 +102,7 @@ pub struct Ask {
 /// One direction of a stream.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct Direction {
     /// Written by the producer.
     pub producer: Producer,
@@ -137,6 +144,7 @@ pub struct StreamHeader {
 /// and that the other end cannot see.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct TxState {
     /// Owner of this half, see [`crate::lock`].
     pub lock: AtomicU64,
@@ -161,6 +169,7 @@ pub struct TxState {
 /// The receiving half of one end. See [`TxState`].
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct RxState {
     /// Owner of this half, see [`crate::lock`].
     pub lock: AtomicU64,
@@ -209,6 +218,7 @@ pub mod anchor {
 /// State of one end, in memory of its own: the other end must not be able to write it.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct EndPage {
     /// [`END_MAGIC`].
     pub magic: u64,
@@ -234,13 +244,14 @@ pub struct EndPage {
 }
 
 /// Requests that fit into a tenant's queue. A power of two.
-pub const QUEUE_SLOTS: usize = 256;
+pub const QUEUE_SLOTS: usize = if cfg!(loom) { 2 } else { 256 };
 /// Connections that a tenant can describe.
 pub const CONN_RECORDS: usize = 65536;
 
 /// One request of a tenant to the daemon: see [`crate::queue`].
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct QueueSlot {
     /// Position + 1 when the slot is full.
     pub sequence: AtomicU64,
@@ -323,11 +334,12 @@ pub struct TenantMemory {
 /// Bells of a tenant: one for each epoll instance that holds streams.
 pub const BELLS: usize = 64;
 /// Streams that one bell can tell apart.
-pub const BELL_BITS: usize = 4096;
+pub const BELL_BITS: usize = if cfg!(loom) { 128 } else { 4096 };
 
 /// The readiness bitmap of one epoll instance. The tenant's peers set bits, the tenant takes them.
 #[repr(C, align(128))]
 #[derive(Debug)]
+#[cfg_attr(loom, derive(Default))]
 pub struct Bell {
     /// Bit `w` is set after a bit of `words[w]` was set.
     pub summary: AtomicU64,

@@ -25,7 +25,11 @@ pub struct Violation;
 const REWINDING: u64 = 1 << 63;
 
 /// Bytes after which a sender looks whether the ring is empty, to start at offset 0 again.
-pub const REWIND_AFTER: u64 = 4096;
+pub const REWIND_AFTER: u64 = if cfg!(loom) { 4 } else { 4096 };
+
+/// A sender starts again only for a message that is shorter than this fraction of the ring: a
+/// stream of long ones gains nothing from few lines.
+const REWIND_BELOW: u64 = if cfg!(loom) { 2 } else { 64 };
 
 /// A consumer looks for a waiting producer each time it has crossed this fraction of the ring.
 const SPACE_CHECKS_PER_RING: u64 = 8;
@@ -36,7 +40,7 @@ pub struct RingMemory {
     #[cfg(not(loom))]
     start: *mut u8,
     #[cfg(loom)]
-    start: *const loom::sync::atomic::AtomicU8,
+    start: *const loom::cell::UnsafeCell<u8>,
     mask: u64,
 }
 
@@ -59,9 +63,9 @@ impl RingMemory {
     }
 
     /// # Safety
-    /// As above; loom's atomics stand for the bytes, so that it sees every race on them.
+    /// As above; loom's cells stand for the bytes, so that it sees every race on them.
     #[cfg(loom)]
-    pub unsafe fn new(start: *const loom::sync::atomic::AtomicU8, size: u64) -> Self {
+    pub unsafe fn new(start: *const loom::cell::UnsafeCell<u8>, size: u64) -> Self {
         RingMemory {
             start,
             mask: size - 1,
@@ -74,6 +78,7 @@ impl RingMemory {
     }
 
     /// The pieces of `len` bytes at `offset`: each an offset and a length, the second maybe empty.
+    #[cfg(not(loom))]
     fn pieces(self, offset: u64, len: usize) -> [(usize, usize); 2] {
         let start = (offset & self.mask) as usize;
         let first = len.min(self.size() as usize - start);
@@ -112,10 +117,10 @@ impl RingMemory {
     #[cfg(loom)]
     unsafe fn write(self, offset: u64, from: *const u8, len: usize) {
         for i in 0..len {
-            // SAFETY: the offset is masked; the caller vouches for `from`.
+            // SAFETY: the offset is masked; the caller vouches for `from`; loom sees every race.
             unsafe {
                 (*self.start.add(((offset + i as u64) & self.mask) as usize))
-                    .store(*from.add(i), Ordering::Relaxed);
+                    .with_mut(|byte| *byte = *from.add(i));
             }
         }
     }
@@ -126,7 +131,7 @@ impl RingMemory {
             // SAFETY: as above.
             unsafe {
                 *to.add(i) = (*self.start.add(((offset + i as u64) & self.mask) as usize))
-                    .load(Ordering::Relaxed);
+                    .with(|byte| *byte);
             }
         }
     }
@@ -250,7 +255,7 @@ impl<'a> Sender<'a> {
             }
             let mut tail = self.own.seen_tail.load(Ordering::Relaxed);
             let used = head.wrapping_sub(self.own.origin.load(Ordering::Relaxed));
-            if used >= REWIND_AFTER && !self.nested && len < size / 64 {
+            if used >= REWIND_AFTER && !self.nested && len < size / REWIND_BELOW {
                 tail = self.refresh(head)?;
                 if tail == head && swap_if(&self.own.head, head, head | REWINDING) {
                     self.finish_rewind(head | REWINDING);
@@ -342,14 +347,30 @@ impl<'a> Sender<'a> {
     /// at `head`. A violation when `from` is not in the ring.
     #[cfg(not(loom))]
     pub fn published(&self, from: u64) -> Result<(*const u8, usize), Violation> {
+        let (offset, len) = self.published_at(from)?;
+        let (start, len) = self.ring.piece(offset, len);
+        Ok((start, len))
+    }
+
+    /// As above, all of it and copied.
+    #[cfg(loom)]
+    pub fn published(&self, from: u64) -> Result<Vec<u8>, Violation> {
+        let (offset, len) = self.published_at(from)?;
+        let mut bytes = vec![0; len as usize];
+        // SAFETY: the buffer has `len` bytes.
+        unsafe { self.ring.read(offset, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(bytes)
+    }
+
+    /// Offset and length of what was published from position `from` on.
+    fn published_at(&self, from: u64) -> Result<(u64, u64), Violation> {
         let head = self.head();
         let tail = self.own.seen_tail.load(Ordering::Relaxed);
         if from < tail || from > head {
             return Err(Violation);
         }
         let offset = from - self.own.origin.load(Ordering::Relaxed);
-        let (start, len) = self.ring.piece(offset, head - from);
-        Ok((start, len))
+        Ok((offset, head - from))
     }
 }
 

@@ -1,0 +1,228 @@
+//! Leaving the rings: no byte is lost, doubled or out of order over ring and anchor, and no wake
+//! byte reaches a program, whichever ends leave, and when.
+#![cfg(loom)]
+
+mod model;
+
+use loom::thread;
+use model::Got;
+use model::check;
+use model::end::{End, connection, stream};
+
+/// Nothing is left on the anchor of an end that has gone back to the kernel.
+fn assert_quiet(end: &End) {
+    assert_eq!(end.receives().look(), Got::Nothing);
+}
+
+#[test]
+fn a_sender_leaves() {
+    check(3, || {
+        let [sender, receiver] = stream(8);
+        let other = thread::spawn(move || {
+            sender.send(&[1]);
+            sender.leave();
+            sender.send(&[2]);
+        });
+        assert_eq!(receiver.receive_all(2), [1, 2]);
+        other.join().unwrap();
+        assert_quiet(&receiver);
+    });
+}
+
+#[test]
+fn a_receiver_leaves() {
+    check(3, || {
+        let [sender, receiver] = stream(8);
+        let other = thread::spawn(move || {
+            sender.send(&[1]);
+            sender.send(&[2]);
+            sender.send(&[3]);
+            sender
+        });
+        assert_eq!(receiver.receive_all(1), [1]);
+        receiver.leave();
+        assert_eq!(receiver.receive_all(2), [2, 3]);
+        let sender = other.join().unwrap();
+        sender.poll();
+        sender.send(&[4]);
+        assert_eq!(receiver.receive_all(1), [4]);
+        assert_quiet(&receiver);
+    });
+}
+
+#[test]
+fn both_ends_leave_at_once() {
+    check(2, || {
+        let [a, b] = stream(8);
+        let other = thread::spawn(move || {
+            b.send(&[11]);
+            b.leave();
+            b.send(&[12]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+            b
+        });
+        a.send(&[1]);
+        a.leave();
+        a.send(&[2]);
+        assert_eq!(a.receive_all(2), [11, 12]);
+        let b = other.join().unwrap();
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+#[test]
+fn an_end_leaves_before_it_has_switched() {
+    check(2, || {
+        let [a, b] = connection(8);
+        assert!(a.map());
+        a.send(&[1]);
+        let other = thread::spawn(move || {
+            while !b.map() {
+                thread::yield_now();
+            }
+            b.send(&[11]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+            b.send(&[12]);
+            b
+        });
+        a.leave();
+        a.send(&[2]);
+        assert_eq!(a.receive_all(2), [11, 12]);
+        let b = other.join().unwrap();
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+#[test]
+fn a_leaver_goes_on_taking_from_a_full_ring() {
+    check(2, || {
+        let [sender, receiver] = stream(8);
+        let other = thread::spawn(move || sender.send(&[7; 11]));
+        receiver.leave();
+        assert_eq!(receiver.receive_all(11), [7; 11]);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn an_unswitched_leaver_goes_on_taking_from_a_full_ring() {
+    check(2, || {
+        let [sender, receiver] = connection(8);
+        assert!(sender.map() && receiver.map());
+        let other = thread::spawn(move || sender.send(&[7; 11]));
+        receiver.leave();
+        assert_eq!(receiver.receive_all(11), [7; 11]);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_receiver_abandons_what_is_in_the_ring() {
+    check(3, || {
+        let [sender, receiver] = stream(8);
+        let other = thread::spawn(move || {
+            sender.send(&[1]);
+            sender.send(&[2]);
+            sender.poll();
+            sender.send(&[3]);
+            sender
+        });
+        assert!(receiver.abandon());
+        let sender = other.join().unwrap();
+        // The last look may have come before the end was abandoned.
+        sender.poll();
+        assert_eq!(receiver.receive_all(3), [1, 2, 3]);
+        assert_quiet(&receiver);
+    });
+}
+
+#[test]
+fn an_end_that_abandons_both_directions() {
+    check(2, || {
+        let [a, b] = stream(8);
+        let other = thread::spawn(move || {
+            b.send(&[11]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+            b.send(&[12]);
+            b
+        });
+        a.send(&[1]);
+        assert!(a.abandon());
+        a.send(&[2]);
+        assert_eq!(a.receive_all(2), [11, 12]);
+        let b = other.join().unwrap();
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+#[test]
+fn one_end_abandons_and_the_other_leaves() {
+    check(2, || {
+        let [a, b] = stream(8);
+        let other = thread::spawn(move || {
+            b.send(&[11]);
+            b.leave();
+            b.send(&[12]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+            b
+        });
+        a.send(&[1]);
+        assert!(a.abandon());
+        a.send(&[2]);
+        assert_eq!(a.receive_all(2), [11, 12]);
+        let b = other.join().unwrap();
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+/// A stream may be reset here, when unread bytes are in a ring that neither end will touch again,
+/// but never silently lose or add anything.
+#[test]
+fn both_ends_abandon_at_once() {
+    check(2, || {
+        let [a, b] = stream(8);
+        let other = thread::spawn(move || {
+            let kept = b.abandon();
+            if kept {
+                b.send(&[11]);
+            }
+            (b, kept)
+        });
+        let kept_a = a.abandon();
+        assert!(kept_a, "nothing was unread");
+        a.send(&[1]);
+        let (b, kept_b) = other.join().unwrap();
+        assert!(kept_b, "nothing was unread");
+        assert_eq!(a.receive_all(1), [11]);
+        assert_eq!(b.receive_all(1), [1]);
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+#[test]
+fn a_thread_sends_and_a_thread_receives_while_the_peer_abandons() {
+    check(2, || {
+        let [near, far] = stream(8);
+        far.send(&[21; 4]);
+        let reader = near.thread(1);
+        let reading = thread::spawn(move || assert_eq!(reader.receive_all(4), [21; 4]));
+        let writing = thread::spawn(move || {
+            near.send(&[1]);
+            near.send(&[2]);
+            near
+        });
+        assert!(far.abandon());
+        let near = writing.join().unwrap();
+        reading.join().unwrap();
+        near.poll();
+        assert_eq!(far.receive_all(2), [1, 2]);
+        assert_quiet(&far);
+        near.poll();
+        assert_quiet(&near);
+    });
+}

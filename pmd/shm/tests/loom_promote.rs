@@ -1,0 +1,123 @@
+//! Promotion: a direction moves from the anchor to its ring at an exact position, whatever the
+//! other end and other threads do meanwhile.
+#![cfg(loom)]
+
+mod model;
+
+use loom::thread;
+use model::check;
+use model::end::{End, connection};
+
+/// The offer is followed as soon as no kernel call is under way.
+fn map(end: &End) {
+    while !end.map() {
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn a_sender_switches_while_the_receiver_becomes_ready() {
+    check(3, || {
+        let [sender, receiver] = connection(8);
+        sender.send(&[1]);
+        let other = thread::spawn(move || {
+            map(&sender);
+            sender.send(&[2]);
+            sender.send(&[3]);
+        });
+        map(&receiver);
+        assert_eq!(receiver.receive_all(3), [1, 2, 3]);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn both_directions_switch_at_once() {
+    check(2, || {
+        let [a, b] = connection(8);
+        let other = thread::spawn(move || {
+            map(&b);
+            b.send(&[11]);
+            b.send(&[12]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+        });
+        map(&a);
+        a.send(&[1]);
+        a.send(&[2]);
+        assert_eq!(a.receive_all(2), [11, 12]);
+        other.join().unwrap();
+    });
+}
+
+/// Bytes of two threads may mix, but neither thread's own order may change.
+fn assert_order(all: &[u8], of_each: &[&[u8]]) {
+    assert_eq!(
+        all.len(),
+        of_each.iter().map(|one| one.len()).sum::<usize>()
+    );
+    for one in of_each {
+        let found: Vec<u8> = all
+            .iter()
+            .copied()
+            .filter(|byte| one.contains(byte))
+            .collect();
+        assert_eq!(&found, one, "in {all:?}");
+    }
+}
+
+#[test]
+fn two_threads_send_on_one_socket() {
+    check(2, || {
+        let [first, receiver] = connection(8);
+        let second = first.thread(1);
+        let sending = thread::spawn(move || {
+            second.send(&[11]);
+            second.send(&[12]);
+        });
+        let receiving = thread::spawn(move || {
+            map(&receiver);
+            receiver.receive_all(4)
+        });
+        first.send(&[1]);
+        map(&first);
+        first.send(&[2]);
+        sending.join().unwrap();
+        assert_order(&receiving.join().unwrap(), &[&[1, 2], &[11, 12]]);
+    });
+}
+
+/// An end that has only received so far is asked for space: its wake bytes may not mix with what
+/// another of its threads is sending on the anchor.
+#[test]
+fn space_is_told_by_an_end_that_has_not_switched() {
+    check(2, || {
+        let [sender, receiver] = connection(8);
+        map(&sender);
+        map(&receiver);
+        let writing = thread::spawn(move || {
+            sender.send(&[7; 11]);
+            assert_eq!(sender.receive_all(1), [1]);
+        });
+        assert_eq!(receiver.receive_all(11), [7; 11]);
+        receiver.send(&[1]);
+        writing.join().unwrap();
+    });
+}
+
+#[test]
+fn space_is_told_amid_a_kernel_send() {
+    check(2, || {
+        let [sender, receiver] = connection(8);
+        map(&receiver);
+        let replying = receiver.thread(1);
+        let reply = thread::spawn(move || replying.send(&[1]));
+        let writing = thread::spawn(move || {
+            map(&sender);
+            sender.send(&[7; 11]);
+            assert_eq!(sender.receive_all(1), [1]);
+        });
+        assert_eq!(receiver.receive_all(11), [7; 11]);
+        reply.join().unwrap();
+        writing.join().unwrap();
+    });
+}

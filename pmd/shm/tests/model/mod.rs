@@ -1,0 +1,179 @@
+//! What the loom tests are made of: the kernel's side of a connection as a byte pipe, and one end
+//! of a stream in memory that loom watches.
+//!
+//! The algorithms that mix shared memory with system calls live in `sockshim/src`; the steps are
+//! stated again here, with the system calls played by [`Anchor`], and each names the function it
+//! follows. A change there is a change here.
+//!
+//! loom takes sequentially consistent loads and stores for acquire and release ones. Where the
+//! shim relies on their order, the model puts the fence that the processor has in any case.
+
+#![allow(dead_code)]
+
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::AtomicU64;
+use loom::sync::{Condvar, Mutex};
+use rdsock_shm::layout::{Direction, NOT_SWITCHED};
+use rdsock_shm::lock::{self, Owner, Taken};
+use rdsock_shm::ring::RingMemory;
+use std::collections::VecDeque;
+
+pub mod end;
+
+/// Checks every interleaving with at most `preemptions` preemptions. More with the environment:
+/// `LOOM_MAX_PREEMPTIONS` sets the number for all, `RDSOCK_SOAK` adds to it.
+pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let number = |name| {
+        std::env::var(name)
+            .ok()
+            .and_then(|value| value.parse::<usize>().ok())
+    };
+    let mut builder = loom::model::Builder::new();
+    builder.max_branches = 20_000;
+    builder.preemption_bound = Some(
+        number("LOOM_MAX_PREEMPTIONS").unwrap_or(preemptions) + number("RDSOCK_SOAK").unwrap_or(0),
+    );
+    let runs = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let counted = runs.clone();
+    builder.check(move || {
+        counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        model();
+    });
+    println!(
+        "{} interleavings",
+        runs.load(std::sync::atomic::Ordering::Relaxed)
+    );
+}
+
+/// The memory of a ring.
+pub struct Memory(Box<[UnsafeCell<u8>]>);
+
+// SAFETY: the cells are used through a ring's halves; loom reports every race on them.
+unsafe impl Sync for Memory {}
+// SAFETY: as above.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    pub fn new(size: usize) -> Self {
+        Memory((0..size).map(|_| UnsafeCell::new(0)).collect())
+    }
+
+    pub fn ring(&self) -> RingMemory {
+        // SAFETY: the test keeps the memory as long as the halves that use it.
+        unsafe { RingMemory::new(self.0.as_ptr(), self.0.len() as u64) }
+    }
+}
+
+/// A direction as the daemon makes it.
+pub fn direction() -> Direction {
+    let direction = Direction::default();
+    direction
+        .producer
+        .switch_at
+        .store(NOT_SWITCHED, std::sync::atomic::Ordering::Relaxed);
+    direction
+}
+
+/// One direction of a TCP connection: a FIFO of bytes with an end, as the kernel keeps it.
+pub struct Anchor {
+    state: Mutex<Kernel>,
+    arrived: Condvar,
+}
+
+struct Kernel {
+    bytes: VecDeque<u8>,
+    sent: u64,
+    ended: bool,
+}
+
+/// What a receive call gives.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Got {
+    Bytes(Vec<u8>),
+    Nothing,
+    End,
+}
+
+impl Anchor {
+    pub fn new() -> Self {
+        Anchor {
+            state: Mutex::new(Kernel {
+                bytes: VecDeque::new(),
+                sent: 0,
+                ended: false,
+            }),
+            arrived: Condvar::new(),
+        }
+    }
+
+    /// `send`.
+    pub fn send(&self, bytes: &[u8]) {
+        let mut state = self.state.lock().unwrap();
+        assert!(!state.ended, "sent behind the end");
+        state.bytes.extend(bytes);
+        state.sent += bytes.len() as u64;
+        self.arrived.notify_all();
+    }
+
+    /// `shutdown(SHUT_WR)`, or the death of the sender.
+    pub fn end(&self) {
+        self.state.lock().unwrap().ended = true;
+        self.arrived.notify_all();
+    }
+
+    /// Bytes ever sent: `tcpi_bytes_acked` and `SIOCOUTQ`.
+    pub fn sent(&self) -> u64 {
+        self.state.lock().unwrap().sent
+    }
+
+    /// Bytes ever received by the program: `tcpi_bytes_received` less `FIONREAD`.
+    pub fn received(&self) -> u64 {
+        let state = self.state.lock().unwrap();
+        state.sent - state.bytes.len() as u64
+    }
+
+    /// `FIONREAD`.
+    pub fn unread(&self) -> u64 {
+        self.state.lock().unwrap().bytes.len() as u64
+    }
+
+    /// `recv(MSG_DONTWAIT)` of at most `most` bytes.
+    pub fn receive(&self, most: u64) -> Got {
+        let mut state = self.state.lock().unwrap();
+        let most = (most as usize).min(state.bytes.len());
+        match most {
+            0 if state.ended && state.bytes.is_empty() => Got::End,
+            0 => Got::Nothing,
+            _ => Got::Bytes(state.bytes.drain(..most).collect()),
+        }
+    }
+
+    /// `recv(MSG_DONTWAIT | MSG_PEEK)` of one byte, or `poll(POLLIN)` without a wait.
+    pub fn look(&self) -> Got {
+        let state = self.state.lock().unwrap();
+        match state.bytes.front() {
+            Some(byte) => Got::Bytes(vec![*byte]),
+            None if state.ended => Got::End,
+            None => Got::Nothing,
+        }
+    }
+
+    /// `recv(MSG_PEEK)` of one byte, blocking, or `poll(POLLIN)`. False at the end.
+    pub fn sleep(&self) -> bool {
+        let mut state = self.state.lock().unwrap();
+        while state.bytes.is_empty() && !state.ended {
+            state = self.arrived.wait(state).unwrap();
+        }
+        !state.bytes.is_empty()
+    }
+}
+
+/// `stream::take`: takes a half's lock, whoever has it.
+pub fn take(word: &AtomicU64, me: Owner) -> Taken {
+    loop {
+        match lock::try_take(word, me) {
+            Ok(taken) => return taken,
+            Err(_) => loom::thread::yield_now(),
+        }
+    }
+}
