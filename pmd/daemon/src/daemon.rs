@@ -35,6 +35,9 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const STRANGERS: usize = 256;
 /// Processes that an idle daemon waits for at most.
 const WATCHED: usize = 256;
+/// How long streams are kept for a process that hung up and lives: it may run another program
+/// now (exec) and ask for them again, even when the kernel has dropped the connection.
+const EXEC_GRACE: Duration = Duration::from_secs(2);
 /// Datagrams read from one connection before others have their turn.
 const DATAGRAMS: usize = 16;
 /// Descriptors kept back for the daemon itself.
@@ -119,6 +122,16 @@ pub(crate) struct Connection {
     wants_write: bool,
 }
 
+/// A process that has hung up and lives on: it is on its way out (its descriptors are closed
+/// before it counts as ended), or runs another program now, or closed the socket.
+#[derive(Debug)]
+struct Watched {
+    pid: i32,
+    pidfd: OwnedFd,
+    /// Streams that nobody else holds: given back at once when it ends.
+    streams: Vec<u64>,
+}
+
 /// Something to look at later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Due {
@@ -126,6 +139,8 @@ pub(crate) enum Due {
     Handshake(u64),
     /// A connection's messages may be sent now.
     Send(u64),
+    /// A process that has hung up had its time.
+    Watch(u64),
     /// Does anybody still hold this stream? Asked for the so-manieth time.
     Stream(u64, u32),
 }
@@ -161,9 +176,8 @@ pub struct Daemon {
     descriptors: u64,
     pub(crate) connections: HashMap<u64, Connection>,
     next_connection: u64,
-    /// Processes that have hung up and live on, by their last connection: a daemon that ends when
-    /// unused waits for them.
-    watched: HashMap<u64, (i32, OwnedFd)>,
+    /// Processes that have hung up and live on, by their connection.
+    watched: HashMap<u64, Watched>,
     /// Tenants with requests left in their queues.
     pub(crate) busy: VecDeque<u64>,
     pub(crate) due: BinaryHeap<Reverse<(Instant, Due)>>,
@@ -308,9 +322,10 @@ impl Daemon {
                 self.serve(id, |daemon| daemon.receive(id));
             }
             Token::Process(id) => {
-                if let Some((_, pidfd)) = self.watched.remove(&id) {
-                    let _ = self.epoll.delete(&pidfd);
-                    self.last_use = Instant::now();
+                if let Some(watched) = self.unwatch(id) {
+                    for stream in watched.streams {
+                        self.check_stream(stream, 0);
+                    }
                 }
                 self.serve(id, |_| Err(End::Exited));
             }
@@ -352,6 +367,7 @@ impl Daemon {
             match due {
                 Due::Handshake(id) => self.serve(id, |daemon| daemon.on_handshake_due(id)),
                 Due::Send(id) => self.serve(id, |daemon| daemon.flush(id)),
+                Due::Watch(id) => self.on_watch_due(id),
                 Due::Stream(id, times) => self.check_stream(id, times),
             }
         }
@@ -574,15 +590,53 @@ impl Daemon {
         self.last_use = Instant::now();
         let _ = self.epoll.delete(connection.channel.socket());
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
+        let mut streams = Vec::new();
         if let Some(tenant) = connection.tenant {
-            self.tenant_gone(id, tenant, alive);
+            streams = self.tenant_gone(id, tenant, alive);
             debug!(id, uid, pid, alive, "detached");
         }
-        let watched = self.watched.values().any(|(known, _)| *known == pid);
-        if alive && self.config.idle_exit_seconds != 0 && !watched && self.watched.len() < WATCHED {
-            self.watched.insert(id, (pid, connection.peer.pidfd));
+        let Peer { pidfd, .. } = connection.peer;
+        if alive && (!streams.is_empty() || self.waits_for(pid)) {
+            let watched = Watched {
+                pid,
+                pidfd,
+                streams,
+            };
+            self.watched.insert(id, watched);
+            self.due
+                .push(Reverse((Instant::now() + EXEC_GRACE, Due::Watch(id))));
         } else {
-            let _ = self.epoll.delete(&connection.peer.pidfd);
+            let _ = self.epoll.delete(&pidfd);
+        }
+    }
+
+    /// Does a daemon that ends when unused wait for this process, which may attach (again)?
+    fn waits_for(&self, pid: i32) -> bool {
+        let waits = self.config.idle_exit_seconds != 0 && self.watched.len() < WATCHED;
+        waits && !self.watched.values().any(|watched| watched.pid == pid)
+    }
+
+    fn unwatch(&mut self, id: u64) -> Option<Watched> {
+        let watched = self.watched.remove(&id)?;
+        let _ = self.epoll.delete(&watched.pidfd);
+        self.last_use = Instant::now();
+        Some(watched)
+    }
+
+    fn on_watch_due(&mut self, id: u64) {
+        let Some(watched) = self.unwatch(id) else {
+            return;
+        };
+        for stream in &watched.streams {
+            self.check_stream(*stream, 0);
+        }
+        if self.waits_for(watched.pid) {
+            let token = Token::Process(id).to_word();
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+            if self.epoll.add(&watched.pidfd, event).is_ok() {
+                let streams = Vec::new();
+                self.watched.insert(id, Watched { streams, ..watched });
+            }
         }
     }
 

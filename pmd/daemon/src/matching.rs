@@ -18,9 +18,6 @@ use crate::daemon::{Daemon, Due, End};
 use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
 use crate::process::{OtherHolder, other_holder, socket_inode};
 
-/// How long a stream is kept for a process that runs another program now (exec) and may ask for
-/// it again, even when the kernel has dropped the connection.
-const EXEC_GRACE: Duration = Duration::from_secs(2);
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
 const FIRST_LOOK: Duration = Duration::from_millis(50);
 const LAST_LOOK: Duration = Duration::from_secs(30);
@@ -154,7 +151,7 @@ impl Daemon {
     pub(crate) fn on_announce(&mut self, conn: Conn, request: &Request) -> Result<(), End> {
         self.counters.announced += 1;
         if let Some(stream) = self.book.replace(conn) {
-            self.on_abandoned(stream, false);
+            self.check_stream(stream, 0);
         }
         let Some(claim) = Claim::parse(conn, request) else {
             self.counters.bad_requests += 1;
@@ -437,7 +434,7 @@ impl Daemon {
         let before = self.book.replace(conn);
         self.book.hold(stream, end, conn);
         if let Some(before) = before {
-            self.on_abandoned(before, false);
+            self.check_stream(before, 0);
         }
     }
 
@@ -470,7 +467,7 @@ impl Daemon {
     /// A tenant gave up a connection.
     pub(crate) fn give_up(&mut self, conn: Conn) {
         if let Some(stream) = self.book.release(conn) {
-            self.on_abandoned(stream, false);
+            self.check_stream(stream, 0);
         }
     }
 
@@ -491,24 +488,7 @@ impl Daemon {
         }
     }
 
-    /// A holder of a stream is gone; `alive` when its process lives and may ask for it again.
-    pub(crate) fn on_abandoned(&mut self, id: u64, alive: bool) {
-        if !self
-            .book
-            .stream(id)
-            .is_some_and(|stream| stream.is_abandoned())
-        {
-            return;
-        }
-        if alive {
-            self.due
-                .push(Reverse((Instant::now() + EXEC_GRACE, Due::Stream(id, 0))));
-        } else {
-            self.check_stream(id, 0);
-        }
-    }
-
-    /// Gives an abandoned stream back, unless a process that the daemon does not know (a child
+    /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
     /// that has not attached, a program between exec and attach) still holds one of its sockets.
     pub(crate) fn check_stream(&mut self, id: u64, times: u32) {
         let Some(stream) = self.book.stream(id).filter(|stream| stream.is_abandoned()) else {

@@ -321,15 +321,25 @@ impl Daemon {
         self.connections.get(&id)?.tenant.as_ref()
     }
 
-    /// A tenant has gone; `alive` when its process has not.
-    pub(crate) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) {
+    /// A tenant has gone. When its process lives (`alive`), the streams that nobody else holds
+    /// are returned, to be looked at later.
+    pub(crate) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
         self.counters.detached += 1;
         if let Some(netns) = tenant.netns {
             self.namespaces.leave(netns);
         }
-        for stream in self.book.tenant_gone(id) {
-            self.on_abandoned(stream, alive);
+        let mut streams = self.book.tenant_gone(id);
+        if !alive {
+            for stream in streams.drain(..) {
+                self.check_stream(stream, 0);
+            }
         }
+        streams.retain(|id| {
+            self.book
+                .stream(*id)
+                .is_some_and(|stream| stream.is_abandoned())
+        });
+        streams
     }
 }
 
