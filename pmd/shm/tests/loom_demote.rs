@@ -226,3 +226,42 @@ fn a_thread_sends_and_a_thread_receives_while_the_peer_abandons() {
         assert_quiet(&near);
     });
 }
+
+/// One thread tells the peer of space while another leaves: its wake byte must not come behind the
+/// last one.
+#[test]
+fn a_thread_tells_of_space_while_another_leaves() {
+    check(2, || {
+        let [near, far] = stream(8);
+        far.send(&[21; 8]);
+        far.asks_for_space();
+        let reader = near.thread(1);
+        let reading = thread::spawn(move || assert_eq!(reader.receive_all(8), [21; 8]));
+        near.leave();
+        near.send(&[1]);
+        reading.join().unwrap();
+        assert_eq!(far.receive_all(1), [1]);
+        assert_quiet(&far);
+    });
+}
+
+/// The last wake byte ends the sleep of everybody on the anchor, whoever takes it.
+#[test]
+fn a_receiver_and_a_sender_sleep_when_the_peer_leaves() {
+    check(2, || {
+        let [near, far] = stream(8);
+        let writer = near.thread(1);
+        let writing = thread::spawn(move || writer.send(&[1; 11]));
+        let peer = thread::spawn(move || {
+            far.leave();
+            far.send(&[2]);
+            assert_eq!(far.receive_all(11), [1; 11]);
+            far
+        });
+        assert_eq!(near.receive_all(1), [2]);
+        writing.join().unwrap();
+        let far = peer.join().unwrap();
+        assert_quiet(&near);
+        assert_quiet(&far);
+    });
+}

@@ -121,3 +121,60 @@ fn space_is_told_amid_a_kernel_send() {
         writing.join().unwrap();
     });
 }
+
+#[test]
+fn a_poll_in_vain_before_the_switch_loses_no_wake_up() {
+    check(3, || {
+        let [sender, receiver] = connection(8);
+        map(&sender);
+        map(&receiver);
+        let other = thread::spawn(move || {
+            sender.send(&[1]);
+            sender
+        });
+        receiver.poll_in_vain();
+        assert_eq!(receiver.receive_all(1), [1]);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_peer_that_switches_and_closes_is_read_to_its_end() {
+    check(3, || {
+        let [sender, receiver] = connection(8);
+        map(&sender);
+        map(&receiver);
+        receiver.poll_in_vain();
+        let other = thread::spawn(move || {
+            sender.send(&[1]);
+            sender.close();
+        });
+        assert_eq!(receiver.receive_all(1), [1]);
+        assert_eq!(receiver.receive(8), []);
+        other.join().unwrap();
+    });
+}
+
+/// Wake bytes behind unread bytes of the program are not taken for those.
+#[test]
+fn a_look_at_the_anchor_amid_the_switch_takes_no_bytes() {
+    check(3, || {
+        let [sender, receiver] = connection(8);
+        sender.send(&[1]);
+        let other = thread::spawn(move || {
+            sender.send(&[2]);
+            map(&sender);
+            sender.send(&[3]);
+        });
+        map(&receiver);
+        let mut all = Vec::new();
+        while all.len() < 3 {
+            match receiver.try_receive(8, true) {
+                Some(bytes) => all.extend(bytes),
+                None => thread::yield_now(),
+            }
+        }
+        assert_eq!(all, [1, 2, 3]);
+        other.join().unwrap();
+    });
+}

@@ -476,6 +476,73 @@ impl End {
         }
     }
 
+    /// `io::recv`, not blocking: `None` is EAGAIN. With `look`, the anchor is looked at, as it is
+    /// now and then.
+    pub fn try_receive(&self, most: u64, look: bool) -> Option<Vec<u8>> {
+        let mut answer = false;
+        loop {
+            let guard = self.lock_rx();
+            let took = match self.rx().phase.load(Acquire) {
+                phase::RING => self.take(most, &mut answer),
+                phase::SWITCHING => self.take_switching(most),
+                _ => {
+                    drop(guard);
+                    return match self.receives().receive(most) {
+                        Got::Bytes(bytes) => Some(bytes),
+                        Got::End => Some(Vec::new()),
+                        Got::Nothing => None,
+                    };
+                }
+            };
+            match took {
+                Took::Some(bytes) => {
+                    drop(guard);
+                    if answer {
+                        self.answer_space();
+                    }
+                    return Some(bytes);
+                }
+                Took::Again => continue,
+                Took::End => return Some(Vec::new()),
+                Took::Left => {
+                    drop(guard);
+                    self.follow();
+                    continue;
+                }
+                Took::Nothing => {
+                    if look {
+                        self.look();
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// `poll::sleep` whose time is over at once.
+    pub fn poll_in_vain(&self) {
+        wake::ask(&self.incoming().bytes.want, want::WAKE);
+        self.poll();
+        wake::unask(&self.incoming().bytes.want, want::WAKE);
+        wake::unask(&self.out().space.want, want::WAKE);
+    }
+
+    /// A sender of this end wants space, and has been taken off the processor.
+    pub fn asks_for_space(&self) {
+        wake::ask(&self.out().space.want, want::WAKE);
+    }
+
+    /// `demote::before_close` and the close of the fd.
+    pub fn close(&self) {
+        if self.tx().phase.load(Acquire) == phase::RING {
+            self.out().producer.mark.fetch_or(mark::FIN, AcqRel);
+        }
+        for request in [&self.incoming().bytes.want, &self.out().space.want] {
+            request.fetch_or(want::CLOSED, SeqCst);
+        }
+        self.sends().end();
+    }
+
     /// Receives all that comes until `most` bytes are there.
     pub fn receive_all(&self, most: usize) -> Vec<u8> {
         let mut all = Vec::new();
