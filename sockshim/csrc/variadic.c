@@ -1,8 +1,15 @@
 /* execl and its kin take their arguments one by one, which Rust cannot define: they gather them
  * into an array and go on in process.rs. */
+#define _GNU_SOURCE
 #include <alloca.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+int rdsock_is_ours(int fd);
+int rdsock_write_all(int fd, const char *text, size_t len);
+int rdsock_real_vdprintf(int fd, const char *format, va_list ap);
 
 int rdsock_execve(const char *path, char *const argv[], char *const envp[]);
 int rdsock_execvp(const char *file, char *const argv[]);
@@ -44,4 +51,49 @@ int rdsock_execle(const char *path, const char *arg, ...)
     char *const *envp = va_arg(ap, char *const *);
     va_end(ap);
     return rdsock_execve(path, (char *const *)argv, envp);
+}
+
+/* dprintf writes to its fd from inside libc, where the shim does not see it. */
+int rdsock_vdprintf(int fd, const char *format, va_list ap)
+{
+    char *text;
+    int len, result;
+
+    if (!rdsock_is_ours(fd))
+        return rdsock_real_vdprintf(fd, format, ap);
+    len = vasprintf(&text, format, ap);
+    if (len < 0)
+        return -1;
+    result = rdsock_write_all(fd, text, (size_t)len);
+    free(text);
+    return result;
+}
+
+int rdsock_dprintf(int fd, const char *format, ...)
+{
+    va_list ap;
+    int result;
+
+    va_start(ap, format);
+    result = rdsock_vdprintf(fd, format, ap);
+    va_end(ap);
+    return result;
+}
+
+int rdsock_vdprintf_chk(int fd, int flag, const char *format, va_list ap)
+{
+    (void)flag;
+    return rdsock_vdprintf(fd, format, ap);
+}
+
+int rdsock_dprintf_chk(int fd, int flag, const char *format, ...)
+{
+    va_list ap;
+    int result;
+
+    (void)flag;
+    va_start(ap, format);
+    result = rdsock_vdprintf(fd, format, ap);
+    va_end(ap);
+    return result;
 }

@@ -33,7 +33,12 @@ fn transfer(
                 Outcome::Done(result) => sys::to_c(result),
                 Outcome::Kernel(counted) => {
                     let result = in_kernel();
-                    drop(counted);
+                    if counted.is_some() {
+                        let error = sys::errno();
+                        drop(counted);
+                        io::after_kernel_send(&held, stream, fd);
+                        sys::set_errno(error);
+                    }
                     result
                 }
             };
@@ -100,7 +105,7 @@ unsafe fn receive(
     flags: c_int,
     in_kernel: &dyn Fn() -> isize,
 ) -> isize {
-    if flags & libc::MSG_ERRQUEUE != 0 {
+    if flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 {
         return in_kernel();
     }
     if flags & !RECV_FLAGS != 0 {
@@ -108,7 +113,7 @@ unsafe fn receive(
     }
     let on_stream = |held: &Use, stream: &Stream| -> isize {
         // SAFETY: the caller vouches for the entries.
-        match unsafe { Buffers::new(parts, count) } {
+        match unsafe { Buffers::new(parts, count, flags) } {
             Ok(buffers) => match io::recv(held, stream, fd, &buffers, flags) {
                 Outcome::Done(result) => result,
                 Outcome::Kernel(_) => isize::MIN,
@@ -143,7 +148,7 @@ unsafe fn transmit(
         fd,
         false,
         // SAFETY: the caller vouches for the entries.
-        &|held, stream| match unsafe { Buffers::new(parts, count) } {
+        &|held, stream| match unsafe { Buffers::new(parts, count, flags) } {
             Ok(buffers) => io::send(held, stream, fd, &buffers, flags),
             Err(error) => Outcome::Done(error),
         },
@@ -166,7 +171,7 @@ const IOV_MAX: c_int = 1024;
 pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
     // SAFETY: arguments pass through; a tracked fd's buffer is described by the local entry.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len == 0 {
+        if conn::kind(fd) == Kind::Other || len == 0 || len > isize::MAX as usize {
             return real::read(fd, buf, len);
         }
         receive(fd, &one(buf, len), 1, 0, &|| real::read(fd, buf, len))
@@ -179,7 +184,7 @@ pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize
 pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len == 0 {
+        if conn::kind(fd) == Kind::Other || len == 0 || len > isize::MAX as usize {
             return real::write(fd, buf, len);
         }
         transmit(fd, &one(buf, len), 1, 0, &|| real::write(fd, buf, len))
@@ -310,7 +315,7 @@ pub unsafe extern "C" fn pwritev64v2(
 pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other {
+        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
             return real::recv(fd, buf, len, flags);
         }
         receive(fd, &one(buf, len), 1, flags, &|| {
@@ -325,7 +330,7 @@ pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c
 pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other {
+        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
             return real::send(fd, buf, len, flags);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -347,7 +352,7 @@ pub unsafe extern "C" fn recvfrom(
 ) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other {
+        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
             return real::recvfrom(fd, buf, len, flags, from, from_len);
         }
         let result = receive(fd, &one(buf, len), 1, flags, &|| {
@@ -378,7 +383,7 @@ pub unsafe extern "C" fn sendto(
 ) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other {
+        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
             return real::sendto(fd, buf, len, flags, to, to_len);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -413,7 +418,7 @@ pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> s
             let header = &mut *msg;
             header.msg_namelen = 0;
             header.msg_controllen = 0;
-            header.msg_flags = 0;
+            header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
         }
         result
     }
@@ -430,7 +435,7 @@ pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) ->
             if !msg.is_null() && (*msg).msg_controllen != 0 {
                 each_passed(msg, |passed| {
                     if let Some(held) = conn::of(passed) {
-                        demote::leave(&held, passed, Reason::Passed);
+                        demote::abandon(&held, passed, Reason::Passed);
                     }
                 });
             }
@@ -607,13 +612,33 @@ pub unsafe extern "C" fn splice(
     len: size_t,
     flags: c_uint,
 ) -> ssize_t {
-    for fd in [from, to] {
-        if let Some(held) = conn::of(fd) {
-            demote::leave(&held, fd, Reason::Call);
-        }
-    }
     // SAFETY: arguments pass through.
-    unsafe { real::splice(from, from_at, to, to_at, len, flags) }
+    let in_kernel = || unsafe { real::splice(from, from_at, to, to_at, len, flags) };
+    if len == 0
+        || !from_at.is_null()
+        || !to_at.is_null()
+        || (conn::of(from).is_some() && conn::of(to).is_some())
+    {
+        return in_kernel();
+    }
+    let wait = flags & libc::SPLICE_F_NONBLOCK == 0;
+    if conn::kind(to) != Kind::Other {
+        transfer(
+            to,
+            false,
+            &|held, stream| io::splice_in(held, stream, to, from, len, wait),
+            &in_kernel,
+        )
+    } else if conn::kind(from) != Kind::Other {
+        transfer(
+            from,
+            true,
+            &|held, stream| io::splice_out(held, stream, from, to, len, wait),
+            &in_kernel,
+        )
+    } else {
+        in_kernel()
+    }
 }
 
 unsafe extern "C" {
@@ -1092,8 +1117,13 @@ fn accepted(listener: c_int, fd: c_int) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
     if let Some(held) = conn::of(fd) {
-        if demote::shutdown(&held, fd, how) {
-            return 0;
+        match demote::shutdown(&held, fd, how) {
+            Some(0) => return 0,
+            Some(error) => {
+                sys::set_errno(error);
+                return -1;
+            }
+            None => {}
         }
         if held.conn.stream().is_none() {
             held.conn.keep_on_kernel(held.index, Reason::Call);
@@ -1218,6 +1248,12 @@ fn making_room(old: c_int, new: c_int) -> bool {
         tenant::move_hidden(new);
     } else if sys::fcntl(old, libc::F_GETFD, 0) >= 0 {
         closing(new);
+        // stdin, stdout and stderr are used by stdio, behind the shim's back.
+        if new <= 2
+            && let Some(held) = conn::of(old)
+        {
+            demote::abandon(&held, old, Reason::Stdio);
+        }
     }
     true
 }
@@ -1263,18 +1299,94 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
 /// As `fdopen(3)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fdopen(fd: c_int, mode: *const libc::c_char) -> *mut libc::FILE {
-    if let Some(held) = conn::of(fd) {
-        demote::leave(&held, fd, Reason::Stdio);
+    // SAFETY: arguments pass through; the mode is a C string.
+    unsafe {
+        let file = real::fdopen(fd, mode);
+        let Some(held) = conn::of(fd) else {
+            return file;
+        };
+        if file.is_null() {
+            return file;
+        }
+        // stdio reads and writes behind the shim's back: the connection becomes the kernel's, and
+        // what was received already goes into the stream's own buffer.
+        let reads = std::ffi::CStr::from_ptr(mode)
+            .to_bytes()
+            .iter()
+            .any(|byte| matches!(byte, b'r' | b'+'));
+        if reads && let Some(stream) = held.conn.stream() {
+            stdio_takes(&held, stream, fd, file);
+        }
+        demote::abandon(&held, fd, Reason::Stdio);
+        file
     }
-    // SAFETY: arguments pass through.
-    unsafe { real::fdopen(fd, mode) }
+}
+
+/// Pushes what is in the ring into a stdio stream, last byte first, as `ungetc` wants it.
+fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
+    let Some(unread) = io::unread(stream, fd).filter(|unread| *unread > 0) else {
+        return;
+    };
+    let Some(bytes) = sys::map(-1, unread as usize) else {
+        return;
+    };
+    let part = one(bytes.cast(), unread as usize);
+    // SAFETY: the mapping has room for what is asked; it is unmapped when nobody uses it.
+    unsafe {
+        if let Ok(buffers) = Buffers::new(&part, 1, 0)
+            && let Outcome::Done(got) = io::recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT)
+        {
+            for i in (0..got.max(0) as usize).rev() {
+                libc::ungetc(c_int::from(*bytes.add(i)), file);
+            }
+        }
+        sys::unmap(bytes, unread as usize);
+    }
+}
+
+/// `write` of a whole text, for `dprintf`.
+///
+/// # Safety
+/// `text` is valid for reads of `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rdsock_write_all(
+    fd: c_int,
+    text: *const libc::c_char,
+    len: size_t,
+) -> c_int {
+    let mut done = 0;
+    while done < len {
+        // SAFETY: the rest of the text.
+        let sent = unsafe { write(fd, text.add(done).cast(), len - done) };
+        if sent < 0 {
+            return -1;
+        }
+        done += sent as usize;
+    }
+    len as c_int
+}
+
+/// Whether stdio must not write to this fd by itself.
+#[unsafe(no_mangle)]
+pub extern "C" fn rdsock_is_ours(fd: c_int) -> c_int {
+    c_int::from(matches!(conn::kind(fd), Kind::Conn(_)))
 }
 
 /// # Safety
 /// As `sockatmark(3)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
-    // Urgent data makes its sender leave the rings, so the kernel knows the mark.
+    // Urgent data makes its sender leave the rings, so the kernel knows the mark, once what came on
+    // the ring before it has been read.
+    if let Some(held) = conn::of(fd)
+        && let Some(stream) = held.conn.stream()
+        && demote::is_on_rings(stream)
+    {
+        demote::settle_incoming(&held, stream, fd);
+        if stream.has_unread_ring() {
+            return 0;
+        }
+    }
     // SAFETY: arguments pass through.
     unsafe { real::sockatmark(fd) }
 }

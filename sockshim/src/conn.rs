@@ -391,7 +391,9 @@ pub fn let_go(fd: c_int, kind: Kind) {
             let Some(conn) = at(index) else { return };
             conn.users.fetch_add(1, SeqCst);
             let held = Use { conn, index };
-            crate::epoll::forget_fd(conn, fd);
+            if conn.refs.load(Acquire) == 1 {
+                crate::epoll::forget(conn);
+            }
             if conn.fd.load(Relaxed) == fd {
                 conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
                 if let Some(record) = crate::tenant::record(index) {
@@ -441,15 +443,6 @@ fn free(index: usize, conn: &Conn) {
         _ => {}
     }
     conn.occupied.store(0, Release);
-}
-
-/// Calls `found` with each fd that is a connection, below `limit`.
-pub fn each_fd(limit: c_int, mut found: impl FnMut(c_int, usize)) {
-    for fd in 0..limit.min(FDS as c_int) {
-        if let Kind::Conn(index) = kind(fd) {
-            found(fd, index);
-        }
-    }
 }
 
 /// Calls `found` with each connection that has an fd.

@@ -1,14 +1,18 @@
 //! Leaving the rings: what rings cannot carry goes back to the kernel, at an exact position.
 //!
-//! The end that leaves ("leaver") marks where its outgoing ring ends, says where it stopped
-//! reading the incoming one, and uses the anchor from then on. The other end ("follower") reads
-//! the ring up to the mark, takes the counted wake bytes off the anchor, and sends the bytes that
-//! the leaver did not take again on the anchor.
+//! Each direction is ended by its sender: it marks END at its head, and everything after that goes
+//! over the anchor. The receiver reads the ring up to the mark, takes the counted wake bytes off
+//! the anchor, and reads the anchor from then on. An end that [`leave`]s ends its own direction and
+//! asks the other end (LEAVE) to end the other one with its next call.
 //!
-//! No wake byte may come after the mark, since the follower could not tell it from data: the
-//! leaver counts one last byte before it marks, and sends it after. It knows the follower's number
-//! of wake bytes once no RINGING stands in its own requests, because DEMOTED beside them forbids
-//! further ones.
+//! An end that must be the kernel's at once ([`abandon`]: exec, passing the fd, stdio) also says
+//! where it stopped reading (DEMOTED); the other end sends what lies behind that again, on the
+//! anchor.
+//!
+//! No wake byte may come after END, since the receiver could not tell it from data: the sender
+//! counts one last byte before it marks, and sends it after. An abandoner knows the other end's
+//! number of wake bytes once no RINGING stands in its own requests, because DEMOTED beside them
+//! forbids further ones.
 
 use crate::conn::{self, Use};
 use crate::stream::{RxGuard, Stream, TxGuard, WAKE_BYTE};
@@ -52,6 +56,40 @@ pub fn after_answer(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int,
         sys::send_now(fd, &[WAKE_BYTE]);
         stream.tx().phase.store(phase::DEMOTED, Release);
         held.conn.look.store(1, Relaxed);
+    } else if taken & want::LEAVE != 0 {
+        end_sending(stream, guard, fd);
+    }
+}
+
+/// Ends this end's own direction: the ring at its head, the rest on the anchor.
+fn end_sending(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
+    let producer = &stream.out().producer;
+    let before = stream.tx().phase.load(Acquire);
+    if before != phase::RING && before != phase::ANCHOR {
+        return;
+    }
+    for request in [&stream.incoming().bytes.want, &stream.out().space.want] {
+        request.fetch_or(want::LEAVE, SeqCst);
+    }
+    if before == phase::RING {
+        guard.sender.publish();
+        // The last wake byte, unless the other end has gone to the kernel and would read it.
+        let last = stream.begin_ringing(&stream.out().bytes.want);
+        if last {
+            producer.wakes.fetch_add(1, AcqRel);
+        }
+        producer.mark.fetch_or(mark::END, SeqCst);
+        if last {
+            sys::send_now(fd, &[WAKE_BYTE]);
+            rdsock_shm::wake::rung(&stream.out().bytes.want);
+        }
+    } else {
+        producer.mark.fetch_or(mark::END, SeqCst);
+    }
+    stream.tx().phase.store(phase::DEMOTED, Release);
+    if stream.tx().shut.load(Relaxed) != 0 {
+        // SAFETY: a plain call on the program's fd.
+        unsafe { real::shutdown(fd, libc::SHUT_WR) };
     }
 }
 
@@ -99,7 +137,7 @@ pub fn incoming_ended(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) {
 
 fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int) -> bool {
     for _ in 0..64 {
-        guard.drain(fd);
+        guard.drain_all(fd);
         if guard.outstanding() == 0 {
             return true;
         }
@@ -110,17 +148,28 @@ fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int) -> bool {
     false
 }
 
-/// The other end has left: gives it what it did not read, and leaves as well.
+/// The other end has left: gives it what it did not read, and ends this direction as well.
 pub fn follow(held: &Use, stream: &Stream, fd: c_int) {
     let guard = stream.lock_tx(fd);
     match stream.tx().phase.load(Acquire) {
-        phase::RING => after_answer(held, stream, &guard, fd, want::DEMOTED),
-        phase::ANCHOR => stream.tx().phase.store(phase::DEMOTED, Release),
+        phase::RING if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
+            send_again(stream, &guard, fd)
+        }
+        phase::RING | phase::ANCHOR => end_sending(stream, &guard, fd),
         _ => {}
     }
     drop(guard);
-    if !is_on_rings(stream) {
-        crate::tenant::stream_left(fd, stream, State::Demoted, Reason::PeerDemoted);
+    finished(held, stream, fd, Reason::PeerDemoted);
+}
+
+/// Takes note when both directions are the anchor's.
+fn finished(held: &Use, stream: &Stream, fd: c_int, reason: Reason) {
+    if !is_on_rings(stream)
+        && !stream.is_reset()
+        && stream.end().reason.swap(reason as u32, AcqRel) == 0
+    {
+        crate::tenant::count(rdsock_shm::layout::Counter::Demoted);
+        crate::tenant::stream_left(fd, stream, State::Demoted, reason);
         restore_options(held, fd);
         crate::epoll::demoted(held, fd);
     }
@@ -128,13 +177,49 @@ pub fn follow(held: &Use, stream: &Stream, fd: c_int) {
 
 /// True when the other end has asked to leave, so that a caller who only looks must follow.
 pub fn peer_has_left(stream: &Stream) -> bool {
-    stream.out().bytes.want.load(Relaxed) & want::DEMOTED != 0
-        && stream.tx().phase.load(Relaxed) != phase::DEMOTED
+    stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE) != 0
+        && matches!(stream.tx().phase.load(Relaxed), phase::RING | phase::ANCHOR)
 }
 
-/// Leaves the rings, for `reason`. Afterwards every call on the fd is the kernel's.
+/// Takes the end of the incoming ring, if that is where the receiver stands.
+pub fn settle_incoming(held: &Use, stream: &Stream, fd: c_int) {
+    let guard = stream.lock_rx();
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::END != 0;
+    let unswitched = stream.incoming().producer.switch_at.load(Acquire) == NOT_SWITCHED;
+    let phase = stream.rx().phase.load(Acquire);
+    if ended
+        && !guard.is_nested()
+        && (phase == phase::RING && !stream.has_bytes() || phase == phase::SWITCHING && unswitched)
+    {
+        incoming_ended(stream, &guard, fd);
+    }
+    drop(guard);
+    finished(held, stream, fd, Reason::PeerDemoted);
+}
+
+/// Leaves the rings, for `reason`: what is sent from now on goes over the anchor, and what comes
+/// does so once the other end has followed.
 #[cold]
 pub fn leave(held: &Use, fd: c_int, reason: Reason) {
+    held.conn.keep_on_kernel(held.index, reason);
+    let Some(stream) = held.conn.stream() else {
+        return;
+    };
+    if !is_on_rings(stream) || stream.is_reset() {
+        return;
+    }
+    let guard = stream.lock_tx(fd);
+    if !guard.is_nested() {
+        end_sending(stream, &guard, fd);
+    }
+    drop(guard);
+    held.conn.tell(held.index, State::Demoted, reason);
+}
+
+/// Leaves the rings so that the kernel has every byte from now on, whoever reads. What was in the
+/// ring and not read comes once the other end makes its next call.
+#[cold]
+pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     held.conn.keep_on_kernel(held.index, reason);
     let Some(stream) = held.conn.stream() else {
         return;
@@ -145,24 +230,21 @@ pub fn leave(held: &Use, fd: c_int, reason: Reason) {
     let mask = sys::block_signals();
     let tx = stream.lock_tx(fd);
     let rx = stream.lock_rx();
-    let left = leave_locked(stream, &tx, &rx, fd);
+    let left = abandon_locked(stream, &tx, &rx, fd);
     drop(rx);
     drop(tx);
     sys::restore_signals(mask);
-    if !left {
+    if left {
+        finished(held, stream, fd, reason);
+    } else {
         stream.reset(fd, Reason::NotQuiet);
-        return;
     }
-    stream.end().reason.store(reason as u32, Relaxed);
-    crate::tenant::count(rdsock_shm::layout::Counter::Demoted);
-    crate::tenant::stream_left(fd, stream, State::Demoted, reason);
-    restore_options(held, fd);
-    crate::epoll::demoted(held, fd);
 }
 
-fn leave_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int) -> bool {
-    // The other end may have left first.
-    if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+fn abandon_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int) -> bool {
+    if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0
+        && stream.tx().phase.load(Acquire) == phase::RING
+    {
         send_again(stream, tx, fd);
     }
     let position = stream.rx().tail.load(Relaxed);
@@ -181,20 +263,17 @@ fn leave_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int) 
             sys::sched_yield();
         }
     }
-    let producer = &stream.out().producer;
-    producer.wakes.fetch_add(1, AcqRel);
-    producer.mark.fetch_or(mark::END, SeqCst);
-    sys::send_now(fd, &[WAKE_BYTE]);
-    stream.tx().phase.store(phase::DEMOTED, Release);
-    if stream.tx().shut.load(Relaxed) != 0 {
-        // SAFETY: a plain call on the program's fd.
-        unsafe { real::shutdown(fd, libc::SHUT_WR) };
+    end_sending(stream, tx, fd);
+    if stream.rx().phase.load(Acquire) == phase::DEMOTED {
+        return true;
     }
     let switched = stream.incoming().producer.switch_at.load(Acquire);
     let quiet = rx.outstanding() == 0
         || switched == position
-        || stream.rx().phase.load(Relaxed) == phase::RING && switched != NOT_SWITCHED;
-    if !quiet || !take_last_wakes(rx, fd) {
+        || stream.rx().phase.load(Relaxed) == phase::RING;
+    // Both ends at once: what the other one left in its ring, nobody sends again.
+    let both = stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0;
+    if !quiet || both && stream.has_bytes_after(position) || !take_last_wakes(rx, fd) {
         return false;
     }
     stream.rx().phase.store(phase::DEMOTED, Release);
@@ -211,14 +290,14 @@ fn restore_options(held: &Use, fd: c_int) {
     }
 }
 
-/// Leaves for every connection of the process.
-pub fn leave_all(reason: Reason) {
+/// Abandons the rings for every connection of the process.
+pub fn abandon_all(reason: Reason) {
     conn::each(|index, conn| {
         let fd = conn.fd.load(Relaxed);
         if let Some(held) = conn::by_index(index)
             && fd >= 0
         {
-            leave(&held, fd, reason);
+            abandon(&held, fd, reason);
         }
     });
 }
@@ -253,21 +332,31 @@ pub fn before_close(held: &Use, fd: c_int) {
     for request in [&stream.incoming().bytes.want, &stream.out().space.want] {
         request.fetch_or(want::CLOSED, SeqCst);
     }
+    // The kernel would answer a close with unread wake bytes with a reset as well.
+    if stream.rx().phase.load(Acquire) == phase::RING {
+        stream.lock_rx().drain_all(fd);
+    }
 }
 
-/// `shutdown` on a stream. True when it was carried out here.
-pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> bool {
-    let Some(stream) = held.conn.stream() else {
-        return false;
-    };
+/// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.
+pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
+    let stream = held.conn.stream()?;
     if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how)
         || !is_on_rings(stream)
         || stream.is_reset()
     {
-        return false;
+        return None;
+    }
+    let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
+        || stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
+    if stream.tx().shut.load(Acquire) != 0 && peer_is_done {
+        return Some(libc::ENOTCONN);
     }
     if how != libc::SHUT_RD {
         let guard = stream.lock_tx(fd);
+        if stream.tx().phase.load(Acquire) == phase::ANCHOR {
+            crate::io::try_switch(held, stream, &guard, fd);
+        }
         match stream.tx().phase.load(Acquire) {
             phase::RING => {
                 stream.tx().shut.store(1, Release);
@@ -285,11 +374,9 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> bool {
             _ => {
                 // Not switched: the FIN goes behind the bytes on the anchor. No wake byte can
                 // follow it, so the other end must not depend on one.
-                drop(guard);
-                leave(held, fd, Reason::Call);
-                // SAFETY: a plain call on the program's fd.
-                unsafe { real::shutdown(fd, how) };
-                return true;
+                stream.tx().shut.store(1, Release);
+                end_sending(stream, &guard, fd);
+                held.conn.tell(held.index, State::Demoted, Reason::Call);
             }
         }
     }
@@ -299,5 +386,5 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> bool {
         // SAFETY: a plain call on the program's fd.
         unsafe { real::shutdown(fd, libc::SHUT_RD) };
     }
-    true
+    Some(0)
 }

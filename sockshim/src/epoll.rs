@@ -61,6 +61,10 @@ pub struct Epoll {
     refs: AtomicU32,
     fd: AtomicI32,
     inner: AtomicI32,
+    /// An eventfd in the inner instance, to wake whoever sleeps on it from this process.
+    kicker: AtomicI32,
+    /// Threads of this process that sleep on it.
+    sleepers: AtomicU32,
     /// Streams registered.
     streams: AtomicU32,
     score: AtomicU32,
@@ -161,6 +165,8 @@ pub fn track(fd: c_int) {
         epoll.lock.store(0, Relaxed);
         epoll.fd.store(fd, Relaxed);
         epoll.inner.store(-1, Relaxed);
+        epoll.kicker.store(-1, Relaxed);
+        epoll.sleepers.store(0, Relaxed);
         epoll.streams.store(0, Relaxed);
         epoll.score.store(wait::FULL_SCORE, Relaxed);
         let slots = {
@@ -220,9 +226,11 @@ pub fn closed(index: usize) {
             tenant::return_bell(number);
         }
         state.high = 0;
-        let inner = epoll.inner.swap(-1, AcqRel);
-        if inner >= 0 {
-            tenant::close_hidden(inner);
+        for place in [&epoll.inner, &epoll.kicker] {
+            let fd = place.swap(-1, AcqRel);
+            if fd >= 0 {
+                tenant::close_hidden(fd);
+            }
         }
         epoll.streams.store(0, Relaxed);
     }
@@ -400,6 +408,16 @@ fn change(
         (EPOLL_CTL_ADD | EPOLL_CTL_MOD, _) if event.is_none() => Err(libc::EFAULT),
         (EPOLL_CTL_ADD, None) => {
             let event = event.ok_or(libc::EFAULT)?;
+            let exclusive = (EPOLLEXCLUSIVE
+                | EPOLLIN
+                | libc::EPOLLOUT
+                | EPOLLERR
+                | EPOLLHUP
+                | EPOLLET
+                | libc::EPOLLWAKEUP) as u32;
+            if event.events & EPOLLEXCLUSIVE as u32 != 0 && event.events & !exclusive != 0 {
+                return Err(libc::EINVAL);
+            }
             let free =
                 (0..state.high).find(|bit| state.slot(*bit).is_some_and(|slot| slot.place == 0));
             let bit = free.unwrap_or(state.high);
@@ -441,11 +459,20 @@ fn change(
             } else {
                 kernel(Some(&event))?;
             }
+            if slot.place == 2 && event.events & !slot.events & libc::EPOLLOUT as u32 != 0 {
+                sys::epoll_ctl(
+                    epoll.inner.load(Relaxed),
+                    EPOLL_CTL_MOD,
+                    fd,
+                    Some(&inner_event(event.events, bit)),
+                );
+            }
             slot.events = event.events;
             slot.data = event.u64;
             slot.disabled = false;
             slot.fresh = true;
             state.mark(bit);
+            kick(epoll);
             Ok(())
         }
         (EPOLL_CTL_DEL, Some(bit)) => {
@@ -483,6 +510,16 @@ fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: &Use) {
         };
         sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_ADD, inner, Some(&event));
         state.bell = tenant::take_bell();
+        let kicker = sys::eventfd() as c_int;
+        if kicker >= 0 {
+            let kicker = tenant::hide(kicker);
+            epoll.kicker.store(kicker, Release);
+            let event = epoll_event {
+                events: (EPOLLIN | EPOLLET) as u32,
+                u64: u64::MAX,
+            };
+            sys::epoll_ctl(inner, EPOLL_CTL_ADD, kicker, Some(&event));
+        }
     }
     let Some(slot) = state.slot(bit) else { return };
     slot.place = 2;
@@ -508,6 +545,38 @@ fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: &Use) {
     stream.incoming().bytes.place.store(place, Release);
     stream.out().space.place.store(place, Release);
     state.mark(bit);
+}
+
+/// What the inner instance is asked about an anchor: edges, each of which is looked into. Space on
+/// the anchor counts while a direction has not switched.
+fn inner_event(events: u32, bit: usize) -> epoll_event {
+    let out = events & libc::EPOLLOUT as u32;
+    epoll_event {
+        events: (EPOLLIN | EPOLLRDHUP | libc::EPOLLPRI | EPOLLET) as u32 | out,
+        u64: bit as u64,
+    }
+}
+
+/// Wakes the threads of this process that sleep on an instance, so that they look again.
+fn kick(epoll: &Epoll) {
+    if epoll.sleepers.load(SeqCst) != 0 {
+        sys::eventfd_add(epoll.kicker.load(Acquire));
+    }
+}
+
+/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
+/// instance that has it must look.
+pub fn kick_all(conn: &Conn) {
+    if conn.registrations.load(Acquire) != 0 {
+        each_of(conn, |epoll, _, bit| {
+            if epoll.sleepers.load(SeqCst) != 0 {
+                if let Some(guard) = take(epoll) {
+                    guard.state().mark(bit);
+                }
+                kick(epoll);
+            }
+        });
+    }
 }
 
 fn slot_reference(epoll: &Epoll, bit: usize) -> u32 {
@@ -557,8 +626,8 @@ pub fn demoted(held: &Use, _fd: c_int) {
     });
 }
 
-/// An fd of a connection is closed: the kernel forgets its registrations, and so do we.
-pub fn forget_fd(conn: &Conn, fd: c_int) {
+/// The last fd of a connection is closed: the kernel forgets its registrations, and so do we.
+pub fn forget(conn: &Conn) {
     if conn.registrations.load(Acquire) == 0 {
         return;
     }
@@ -567,10 +636,9 @@ pub fn forget_fd(conn: &Conn, fd: c_int) {
         let state = guard.state();
         if let Some(slot) = state.slot(bit)
             && slot.place != 0
-            && slot.fd == fd
         {
             if slot.place == 2 {
-                sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, fd, None);
+                sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.fd, None);
                 epoll.streams.fetch_sub(1, Relaxed);
             }
             let conn = slot.conn;
@@ -624,11 +692,19 @@ fn harvest(epoll: &Epoll) {
         let state = guard.state();
         for event in events.iter().take(got as usize) {
             let bit = event.u64 as usize;
+            if event.u64 == u64::MAX {
+                continue;
+            }
             if let Some(slot) = state.slot(bit)
                 && slot.place == 2
-                && let Some(conn) = conn::at(slot.conn)
+                && let Some(held) = conn::by_index(slot.conn)
             {
-                conn.look.store(1, Relaxed);
+                held.conn.look.store(1, Relaxed);
+                // An edge of the anchor is the program's while a direction is on it.
+                slot.fresh |= held
+                    .conn
+                    .stream()
+                    .is_some_and(|stream| !stream.is_all_on_rings());
                 state.mark(bit);
             }
         }
@@ -692,21 +768,22 @@ fn report(state: &mut State, bit: usize, few: bool) -> Option<epoll_event> {
         state.unmark(bit);
         return None;
     }
-    let (fd, events) = (slot.fd, slot.events);
+    let events = slot.events;
     let held = conn::by_index(slot.conn)?;
+    let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
-    if demote::peer_has_left(stream) && !stream.has_bytes() {
+    if demote::peer_has_left(stream) {
         // Following it changes this very registration: done without the lock, see `wait`.
         held.conn.look.store(1, Relaxed);
         return None;
     }
     let interest = (events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
-    let mut seen = ready::of(&held, stream, fd, interest).unwrap_or(0);
+    let mut seen = ready::of(&held, stream, fd, interest, false).unwrap_or(0);
     if seen == 0 && !few {
         // Whoever publishes from now on rings; look once more after that is said.
         state.unmark(bit);
         ready::ask(stream, interest, want::BELL);
-        seen = ready::of(&held, stream, fd, interest).unwrap_or(0);
+        seen = ready::of(&held, stream, fd, interest, false).unwrap_or(0);
         if seen != 0 {
             state.mark(bit);
         }
@@ -761,10 +838,7 @@ fn follow_leavers(epoll: &Epoll) {
                 if let Some(slot) = state.slot(bit)
                     && slot.place == 2
                     && let Some(held) = conn::by_index(slot.conn)
-                    && held
-                        .conn
-                        .stream()
-                        .is_some_and(|stream| demote::peer_has_left(stream) && !stream.has_bytes())
+                    && held.conn.stream().is_some_and(demote::peer_has_left)
                 {
                     leaver = Some((held, slot.fd));
                     break;
@@ -830,7 +904,11 @@ pub fn wait(
             found = count.get();
         }
         if found == 0 && (deadline.is_now() || deadline.left() == Some(0)) {
-            return ask_kernel(epoll, epfd, events) as c_int + gather_more(epoll, events);
+            found = ask_kernel(epoll, epfd, events);
+            if found == 0 {
+                found = now(epoll, events);
+            }
+            return found as c_int;
         }
         if found != 0 {
             return found as c_int;
@@ -839,11 +917,6 @@ pub fn wait(
             return result;
         }
     }
-}
-
-/// After the last question to the kernel: what its answer brought up.
-fn gather_more(_epoll: &Epoll, _events: &mut [epoll_event]) -> c_int {
-    0
 }
 
 /// What the rings have, and now and then what the kernel has.
@@ -874,6 +947,19 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
 
 /// Sleeps in the kernel. `None`: look again.
 fn sleep(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+) -> Option<c_int> {
+    epoll.sleepers.fetch_add(1, SeqCst);
+    let result = sleep_counted(epoll, epfd, events, deadline, mask);
+    epoll.sleepers.fetch_sub(1, SeqCst);
+    result
+}
+
+fn sleep_counted(
     epoll: &Epoll,
     epfd: c_int,
     events: &mut [epoll_event],

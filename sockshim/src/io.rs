@@ -3,7 +3,7 @@
 
 use crate::conn::Use;
 use crate::stream::{RxGuard, Stream, TxGuard};
-use crate::{clock, demote, sys, wait};
+use crate::{clock, demote, epoll, sys, wait};
 use libc::{c_int, iovec};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase, want};
 use rdsock_shm::reason::Reason;
@@ -62,7 +62,8 @@ impl Buffers {
     ///
     /// # Safety
     /// `parts` is null or points to `count` readable entries; what they describe stays valid.
-    pub unsafe fn new(parts: *const iovec, count: usize) -> Result<Self, isize> {
+    pub unsafe fn new(parts: *const iovec, count: usize, flags: c_int) -> Result<Self, isize> {
+        let discards = flags & libc::MSG_TRUNC;
         let mut total = 0_usize;
         for i in 0..count {
             // SAFETY: the caller vouches for `count` entries.
@@ -70,7 +71,7 @@ impl Buffers {
             if part.iov_len > isize::MAX as usize {
                 return Err(-(libc::EINVAL as isize));
             }
-            if part.iov_len != 0 && sys::is_bad_pointer(part.iov_base) {
+            if part.iov_len != 0 && discards == 0 && sys::is_bad_pointer(part.iov_base) {
                 return Err(-(libc::EFAULT as isize));
             }
             total = total.saturating_add(part.iov_len);
@@ -160,7 +161,7 @@ impl TcpInfo {
 }
 
 /// Moves the sending direction to the ring, if nobody is inside a kernel send.
-fn try_switch(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int) -> bool {
+pub fn try_switch(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int) -> bool {
     if stream.out().consumer.ready.load(Acquire) != 1
         || guard.is_nested()
         || held.conn.in_tx.load(SeqCst) != 0
@@ -325,6 +326,7 @@ fn peer_has_gone(held: &Use, stream: &Stream, fd: c_int) -> bool {
     }
     guard.look(fd);
     drop(guard);
+    epoll::kick_all(held.conn);
     if stream.rx().anchor.load(Relaxed) == 0 || stream.tx().phase.load(Acquire) != phase::RING {
         return false;
     }
@@ -342,10 +344,15 @@ pub fn recv<'a>(
     flags: c_int,
 ) -> Outcome<'a> {
     let mut done = 0_usize;
+    let mut answer = false;
     loop {
+        if answer {
+            answer = false;
+            answer_space(held, stream, fd);
+        }
         let guard = stream.lock_rx();
         let outcome = match stream.rx().phase.load(Acquire) {
-            phase::RING => take(stream, &guard, fd, to, flags, &mut done),
+            phase::RING => take(stream, &guard, fd, to, flags, &mut done, &mut answer),
             phase::SWITCHING => take_switching(stream, &guard, fd, to, flags, &mut done),
             phase::RESET if done != 0 => return Outcome::Done(done as isize),
             phase::RESET => {
@@ -382,6 +389,7 @@ pub fn recv<'a>(
         if is_nonblocking(stream, flags) {
             if look_is_due(held) {
                 guard.look(fd);
+                epoll::kick_all(held.conn);
                 if wait::receivable(stream) {
                     continue;
                 }
@@ -401,6 +409,31 @@ pub fn recv<'a>(
         if let Err(error) = result {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
+    }
+}
+
+/// Tells the producer, which waits for space, that there is some. A wake byte may only be sent on
+/// a direction that has left the anchor, so this one must switch first; when another thread is in
+/// a kernel send, that one looks again when it is done.
+pub fn answer_space(held: &Use, stream: &Stream, fd: c_int) {
+    if stream.tx().phase.load(Acquire) == phase::ANCHOR {
+        let guard = stream.lock_tx(fd);
+        if stream.tx().phase.load(Acquire) == phase::ANCHOR && !try_switch(held, stream, &guard, fd)
+        {
+            return;
+        }
+    }
+    if stream.tx().phase.load(Acquire) == phase::RING {
+        stream.answer(fd, &stream.incoming().space);
+    }
+}
+
+/// After a kernel send on a mapped stream: a wake that had to wait for it.
+pub fn after_kernel_send(held: &Use, stream: &Stream, fd: c_int) {
+    if stream.rx().phase.load(Acquire) == phase::RING
+        && wake::asked(&stream.incoming().space) & (want::WAKE | want::BELL) != 0
+    {
+        answer_space(held, stream, fd);
     }
 }
 
@@ -438,6 +471,7 @@ enum Took {
 }
 
 #[inline]
+#[allow(clippy::too_many_arguments)]
 fn take(
     stream: &Stream,
     guard: &RxGuard<'_>,
@@ -445,9 +479,10 @@ fn take(
     to: &Buffers,
     flags: c_int,
     done: &mut usize,
+    answer: &mut bool,
 ) -> Took {
     let receiver = &guard.receiver;
-    let available = match receiver.available() {
+    let mut available = match receiver.available() {
         Ok(Some(available)) => available,
         Ok(None) => return take_end(stream, guard, fd),
         Err(_) => {
@@ -469,7 +504,7 @@ fn take(
             return Took::Again;
         }
         if receiver.publish() && wake::asked(&stream.incoming().space) != 0 {
-            stream.answer(fd, &stream.incoming().space);
+            *answer = true;
         }
     }
     *done += len as usize;
@@ -716,4 +751,97 @@ pub fn unsent(stream: &Stream, fd: c_int) -> Option<c_int> {
     }
     let space = guard.sender.space().ok()?;
     Some((stream.ring_size() - space).min(c_int::MAX as u64) as c_int)
+}
+
+/// `splice` from a pipe onto a stream: what the pipe holds now is read straight into the ring.
+pub fn splice_in<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    pipe: c_int,
+    len: usize,
+    wait: bool,
+) -> Outcome<'a> {
+    if stream.tx().phase.load(Acquire) != phase::RING {
+        return send_file(held, stream, fd, pipe, None, 0);
+    }
+    loop {
+        match sys::ioctl_int(pipe, libc::FIONREAD) {
+            None => return Outcome::Done(-(libc::EINVAL as isize)),
+            Some(0) => {}
+            Some(ready) => return send_file(held, stream, fd, pipe, None, len.min(ready as usize)),
+        }
+        let nonblocking =
+            !wait || sys::fcntl(pipe, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0;
+        let seen = sys::poll_one(pipe, libc::POLLIN, if nonblocking { 0 } else { 1000 });
+        if seen < 0 {
+            return Outcome::Done(seen);
+        }
+        let readable = sys::ioctl_int(pipe, libc::FIONREAD) != Some(0);
+        if seen & libc::POLLHUP as isize != 0 && !readable {
+            return Outcome::Done(0);
+        }
+        if nonblocking && !readable {
+            return Outcome::Done(AGAIN);
+        }
+    }
+}
+
+/// Bytes that a pipe takes without blocking once it is writable.
+const PIPE_PIECE: usize = 4096;
+
+/// `splice` from a stream into a pipe: a piece that the pipe has room for.
+pub fn splice_out<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    pipe: c_int,
+    len: usize,
+    wait: bool,
+) -> Outcome<'a> {
+    if !matches!(
+        stream.rx().phase.load(Acquire),
+        phase::RING | phase::SWITCHING
+    ) {
+        return Outcome::Kernel(None);
+    }
+    let mut bytes = [0_u8; PIPE_PIECE];
+    let part = iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: len.min(PIPE_PIECE),
+    };
+    // SAFETY: one entry that describes the local buffer.
+    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+        return Outcome::Done(AGAIN);
+    };
+    let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
+    // Wait for bytes first, then for room, then move them.
+    let ready = match recv(held, stream, fd, &buffers, libc::MSG_PEEK | flags) {
+        Outcome::Done(ready) if ready > 0 => ready as usize,
+        other => return other,
+    };
+    loop {
+        let seen = sys::poll_one(pipe, libc::POLLOUT, if wait { 1000 } else { 0 });
+        if seen & libc::POLLOUT as isize != 0 && seen > 0 {
+            break;
+        }
+        if seen < 0 || !wait {
+            return Outcome::Done(if seen < 0 { seen } else { AGAIN });
+        }
+    }
+    let part = iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: ready,
+    };
+    // SAFETY: as above.
+    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+        return Outcome::Done(AGAIN);
+    };
+    match recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT) {
+        Outcome::Done(got) if got > 0 => {
+            // SAFETY: `got` bytes of the local buffer are filled.
+            Outcome::Done(unsafe { sys::write(pipe, bytes.as_ptr(), got as usize) })
+        }
+        other => other,
+    }
 }

@@ -99,14 +99,12 @@ fn is_kernel_only(level: c_int, name: c_int, value: c_int) -> bool {
     const SO_OOBINLINE: c_int = 10;
     const SO_ATTACH_FILTER: c_int = 26;
     const SO_TIMESTAMP: [c_int; 6] = [29, 35, 37, 63, 64, 65];
-    const SO_PEEK_OFF: c_int = 42;
     const SO_ATTACH_BPF: c_int = 50;
     const SO_ZEROCOPY: c_int = 60;
     const TCP_REPAIR: c_int = 19;
     const TCP_ZEROCOPY_RECEIVE: c_int = 35;
     match level {
         libc::SOL_SOCKET if name == SO_RCVLOWAT => value > 1,
-        libc::SOL_SOCKET if name == SO_PEEK_OFF => value >= 0,
         libc::SOL_SOCKET
             if SO_TIMESTAMP.contains(&name) || name == SO_ZEROCOPY || name == SO_OOBINLINE =>
         {
@@ -120,6 +118,9 @@ fn is_kernel_only(level: c_int, name: c_int, value: c_int) -> bool {
         _ => false,
     }
 }
+
+/// Moves where `MSG_PEEK` looks; not carried on rings, as in kernels before 6.9.
+const SO_PEEK_OFF: c_int = 42;
 
 /// The bit of an option that the anchor of a stream has a value of its own for.
 fn own_option(level: c_int, name: c_int) -> Option<u32> {
@@ -154,6 +155,10 @@ pub unsafe extern "C" fn setsockopt(
         {
             demote::leave(&held, fd, Reason::Option);
         }
+        if level == libc::SOL_SOCKET && name == SO_PEEK_OFF && on_rings(fd).is_some() {
+            sys::set_errno(libc::EOPNOTSUPP);
+            return -1;
+        }
         if let Some(bit) = own_option(level, name)
             && let Some(held) = on_rings(fd)
         {
@@ -181,6 +186,21 @@ pub unsafe extern "C" fn getsockopt(
 ) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::getsockopt(fd, level, name, value, len) };
+    if result == 0
+        && (level, name) == (libc::SOL_SOCKET, libc::SO_ERROR)
+        && let Some(held) = on_rings(fd)
+        && let Some(stream) = held.conn.stream()
+    {
+        // The shim has taken the anchor's error when it looked.
+        use rdsock_shm::layout::anchor;
+        let pending = stream.is_reset() && demote::take_error(stream)
+            || stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0
+                && !stream.is_reset();
+        if pending {
+            // SAFETY: the kernel has stored an int there.
+            unsafe { value.cast::<c_int>().write_unaligned(libc::ECONNRESET) };
+        }
+    }
     if result == 0
         && let Some(bit) = own_option(level, name)
         && let Some(held) = on_rings(fd)

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped.
 const FEW: usize = 64;
+/// Bits that wait for the receiving half.
+const RECEIVES: i16 = ready::IN | POLLRDHUP;
 /// Microseconds between two questions to the kernel while the rings are watched.
 const ASK_KERNEL_US: u64 = 10;
 
@@ -117,7 +119,7 @@ fn look(fds: &mut [pollfd]) -> (usize, bool) {
         }
         if let Some(held) = on_rings(entry.fd)
             && let Some(stream) = held.conn.stream()
-            && let Some(ready) = ready::of(&held, stream, entry.fd, entry.events)
+            && let Some(ready) = ready::of(&held, stream, entry.fd, entry.events, true)
         {
             entry.revents = ready;
             found += usize::from(ready != 0);
@@ -254,11 +256,18 @@ fn sleep(
         if let Some(held) = on_rings(from.fd)
             && let Some(stream) = held.conn.stream()
         {
+            // Left again below, whatever happens: the sleepers are told apart by their fds.
+            let sleeper = wait::Sleeper::enter(
+                stream,
+                from.events & RECEIVES != 0,
+                from.events & ready::OUT != 0,
+            );
             let guard = stream.lock_rx();
             if stream.rx().phase.load(Relaxed) == rdsock_shm::layout::phase::RING {
-                guard.drain(from.fd);
+                sleeper.clear(&guard, from.fd);
             }
             drop(guard);
+            std::mem::forget(sleeper);
             ready::ask(stream, from.events, want::WAKE);
             let kernel_out = stream.tx().phase.load(Relaxed) != rdsock_shm::layout::phase::RING;
             to.events = POLLIN
@@ -294,6 +303,11 @@ fn sleep(
             && let Some(stream) = held.conn.stream()
         {
             ready::unask(stream);
+            wait::Sleeper::leave(
+                stream,
+                entry.events & RECEIVES != 0,
+                entry.events & ready::OUT != 0,
+            );
         }
     }
     if result.is_some() {

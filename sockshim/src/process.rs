@@ -177,7 +177,7 @@ fn before_exec(loads_shim: bool) {
             continue;
         }
         if let Some(held) = conn::of(fd) {
-            demote::leave(&held, fd, Reason::Exec);
+            demote::abandon(&held, fd, Reason::Exec);
         } else if is_foreign()
             && let Some(wanted) = cookie(fd)
         {
@@ -193,7 +193,7 @@ fn leave_by_cookie(wanted: u64) {
             && cookie(fd) == Some(wanted)
             && let Some(held) = conn::by_index(index)
         {
-            demote::leave(&held, fd, Reason::Exec);
+            demote::abandon(&held, fd, Reason::Exec);
         }
     });
 }
@@ -293,10 +293,23 @@ pub unsafe extern "C" fn rdsock_execve(
 ) -> c_int {
     // SAFETY: the caller vouches for the strings.
     unsafe {
-        if !path.is_null() {
+        // A program that cannot be run changes nothing.
+        if !path.is_null() && is_program(path) {
             before_exec(names_shim(envp) && is_dynamic(CStr::from_ptr(path), 0));
         }
         real::execve(path, argv, envp)
+    }
+}
+
+/// # Safety
+/// `path` is a C string.
+unsafe fn is_program(path: *const c_char) -> bool {
+    // SAFETY: a C string, and a structure of integers that stat fills.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        libc::access(path, libc::X_OK) == 0
+            && libc::stat(path, &mut stat) == 0
+            && stat.st_mode & libc::S_IFMT == libc::S_IFREG
     }
 }
 
@@ -319,7 +332,7 @@ unsafe fn execvpe_with(
 }
 
 /// Calls `test` with the file that `execvp` would take.
-fn in_path(file: &CStr, test: impl Fn(&CStr) -> bool) -> bool {
+fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
     if file.to_bytes().contains(&b'/') {
         return test(file);
     }
@@ -437,6 +450,24 @@ jump! {
     execl => rdsock_execl;
     execlp => rdsock_execlp;
     execle => rdsock_execle;
+    dprintf => rdsock_dprintf;
+    vdprintf => rdsock_vdprintf;
+    __dprintf_chk => rdsock_dprintf_chk;
+    __vdprintf_chk => rdsock_vdprintf_chk;
+}
+
+/// libc's `vdprintf`; the argument list passes through as the pointer that it is in these ABIs.
+///
+/// # Safety
+/// As `vdprintf(3)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rdsock_real_vdprintf(
+    fd: c_int,
+    format: *const c_char,
+    arguments: *mut libc::c_void,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe { real::vdprintf(fd, format, arguments) }
 }
 
 /// Connections that a spawned program gets under another number by a file action.
@@ -475,7 +506,7 @@ fn before_spawn(loads_shim: bool) {
             && let Some(held) = conn::by_index(index as usize - 1)
         {
             let fd = held.conn.fd.load(Relaxed);
-            demote::leave(&held, fd, Reason::Exec);
+            demote::abandon(&held, fd, Reason::Exec);
         }
     }
     before_exec(loads_shim);

@@ -13,10 +13,14 @@ pub const IN: i16 = POLLIN | POLLRDNORM;
 /// Bits that the sending half decides.
 pub const OUT: i16 = POLLOUT | POLLWRNORM;
 
-/// The readiness of a connection, or `None` when it is the kernel's to tell.
-pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16) -> Option<i16> {
-    if demote::peer_has_left(stream) && !stream.has_bytes() {
+/// The readiness of a connection, or `None` when it is the kernel's to tell. A peer that has left
+/// is followed if the caller holds no lock that this needs (`may_follow`).
+pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool) -> Option<i16> {
+    if may_follow && demote::peer_has_left(stream) {
         demote::follow(held, stream, fd);
+    }
+    if may_follow && stream.incoming().producer.mark.load(Acquire) & mark::END != 0 {
+        demote::settle_incoming(held, stream, fd);
     }
     if held.conn.look.load(Relaxed) != 0 && held.conn.look.swap(0, AcqRel) != 0 {
         let guard = stream.lock_rx();
@@ -34,6 +38,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16) -> Option<i16> {
     let seen = stream.rx().anchor.load(Acquire);
     let marks = stream.incoming().producer.mark.load(Acquire);
     let kernel = kernel_share(stream, fd, events);
+    ready |= kernel & libc::POLLPRI;
     if stream.rx().phase.load(Acquire) == phase::RING {
         if marks & mark::END != 0 && !stream.has_bytes() {
             // The next receive finds out what the anchor has.
@@ -73,7 +78,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16) -> Option<i16> {
 
 /// What the kernel says, where one direction is still (or again) on the anchor.
 fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
-    let mut ask = 0;
+    let mut ask = events & libc::POLLPRI;
     if stream.rx().phase.load(Acquire) != phase::RING {
         ask |= events & (IN | POLLRDHUP);
     }

@@ -216,6 +216,16 @@ impl Stream {
         self.incoming().producer.head.load(Acquire) != self.rx().tail.load(Relaxed)
     }
 
+    /// True while bytes of the ring stand before whatever comes on the anchor.
+    pub fn has_unread_ring(&self) -> bool {
+        self.rx().phase.load(Relaxed) == phase::RING && self.has_bytes()
+    }
+
+    /// True when neither direction is on the anchor.
+    pub fn is_all_on_rings(&self) -> bool {
+        self.rx().phase.load(Relaxed) == phase::RING && self.tx().phase.load(Relaxed) == phase::RING
+    }
+
     /// Answers what the other end asked, after a publication: rings its bell, sends its wake byte.
     /// The bits that the other end had set.
     #[cold]
@@ -243,6 +253,17 @@ impl Stream {
         taken
     }
 
+    /// Puts RINGING into the other end's request, so that a last wake byte may be sent. False when
+    /// that end reads the anchor as data.
+    pub fn begin_ringing(&self, request: &AtomicU32) -> bool {
+        request
+            .fetch_update(AcqRel, Acquire, |old| {
+                (old & want::DEMOTED == 0)
+                    .then_some(old & !(want::BELL | want::WAKE) | want::RINGING)
+            })
+            .is_ok()
+    }
+
     /// Sends one byte on the anchor.
     pub fn send_wake(&self, fd: c_int) {
         crate::tenant::count(Counter::Wakes);
@@ -266,11 +287,26 @@ impl Stream {
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         crate::tenant::count(Counter::Reset);
         crate::tenant::stream_left(fd, self, rdsock_shm::reason::State::Reset, reason);
-        // The other end may sleep; whatever it asked for, it gets a byte.
+        // The other end may sleep; whatever it asked for, it gets a byte (it reads no data from the
+        // anchor any more, once it has seen the mark).
         self.send_wake(fd);
     }
 
-    /// Why the stream was reset, if it was.
+    /// The anchor has ended, with an error or without. The kernel of a peer that dies resets the
+    /// connection for unread wake bytes, which the program must not see, and does not reset it for
+    /// bytes in the ring that were never read, which it must: the ring tells.
+    pub fn note_end(&self, error: bool) {
+        let on_ring = self.tx().phase.load(Acquire) == phase::RING;
+        let unread = self.out().consumer.tail.load(Acquire) != self.tx().head.load(Relaxed);
+        let bits = if on_ring && unread || error && !on_ring {
+            anchor::EOF | anchor::ERROR
+        } else {
+            anchor::EOF
+        };
+        self.rx().anchor.fetch_or(bits, AcqRel);
+    }
+
+    /// True once the stream was reset.
     pub fn is_reset(&self) -> bool {
         self.rx().phase.load(Acquire) == phase::RESET
     }
@@ -366,10 +402,33 @@ impl RxGuard<'_> {
         sent.wrapping_sub(self.stream.rx().drained.load(Relaxed))
     }
 
-    /// Takes wake bytes off the anchor, as many as were counted and have arrived.
+    /// Takes wake bytes off the anchor, as many as were counted and have arrived, but none that
+    /// another sleeper on this end has not looked after: it would sleep on.
     pub fn drain(&self, fd: c_int) {
+        let rx = self.stream.rx();
+        let tx = self.stream.tx();
+        let mut most = self.outstanding();
+        for (waiters, acknowledged) in [
+            (&rx.waiters, &rx.acknowledged),
+            (&tx.waiters, &tx.acknowledged),
+        ] {
+            if waiters.load(SeqCst) != 0 {
+                let looked = acknowledged
+                    .load(SeqCst)
+                    .wrapping_sub(rx.drained.load(Relaxed));
+                most = most.min(if looked > i32::MAX as u32 { 0 } else { looked });
+            }
+        }
+        self.take_wakes(fd, most);
+    }
+
+    /// Takes wake bytes off the anchor, whoever sleeps.
+    pub fn drain_all(&self, fd: c_int) {
+        self.take_wakes(fd, self.outstanding());
+    }
+
+    fn take_wakes(&self, fd: c_int, mut most: u32) {
         loop {
-            let most = self.outstanding();
             if most == 0 || most > i32::MAX as u32 {
                 return;
             }
@@ -383,6 +442,7 @@ impl RxGuard<'_> {
                 return;
             }
             let got = got as usize;
+            most -= got as u32;
             self.stream.rx().drained.fetch_add(got as u32, Relaxed);
             if part.iter().take(got).any(|byte| *byte != WAKE_BYTE) {
                 self.stream.reset(fd, Reason::Bypass);
@@ -417,12 +477,10 @@ impl RxGuard<'_> {
     fn note(&self, got: isize) {
         const AGAIN: isize = -(libc::EAGAIN as isize);
         const INTERRUPTED: isize = -(libc::EINTR as isize);
-        let bits = match got {
-            0 => anchor::EOF,
-            AGAIN | INTERRUPTED => return,
-            _ => anchor::EOF | anchor::ERROR,
-        };
-        self.stream.rx().anchor.fetch_or(bits, AcqRel);
+        if matches!(got, AGAIN | INTERRUPTED) {
+            return;
+        }
+        self.stream.note_end(got < 0);
     }
 }
 

@@ -261,6 +261,15 @@ pub fn epoll_create() -> isize {
     syscall!(SYS_epoll_create1, libc::EPOLL_CLOEXEC)
 }
 
+pub fn eventfd() -> isize {
+    syscall!(SYS_eventfd2, 0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+}
+
+pub fn eventfd_add(fd: c_int) {
+    let one = 1_u64;
+    syscall!(SYS_write, fd, &raw const one, 8);
+}
+
 pub fn epoll_ctl(epfd: c_int, op: c_int, fd: c_int, event: Option<&libc::epoll_event>) -> isize {
     let event = event.map_or(std::ptr::null(), |event| event as *const libc::epoll_event);
     syscall!(SYS_epoll_ctl, epfd, op, fd, event)
@@ -339,16 +348,6 @@ pub unsafe fn write(fd: c_int, buf: *const u8, len: usize) -> isize {
     syscall!(SYS_write, fd, buf, len)
 }
 
-pub fn punch_hole(fd: c_int, at: u64, len: u64) {
-    syscall!(
-        SYS_fallocate,
-        fd,
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-        at,
-        len
-    );
-}
-
 /// Opens a path read-only, for looking at a program before exec.
 pub fn open_read(path: *const libc::c_char) -> isize {
     syscall!(
@@ -367,10 +366,6 @@ pub fn getrlimit_nofile() -> u64 {
     };
     syscall!(SYS_prlimit64, 0, libc::RLIMIT_NOFILE, 0, &raw mut limit);
     limit.rlim_cur
-}
-
-pub fn getuid() -> u32 {
-    syscall!(SYS_getuid) as u32
 }
 
 /// Writes a line to stderr: the only thing the shim ever says, once per cause.

@@ -50,6 +50,16 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_select => calls::select(fd, b as _, c as _, d as _, e as _) as _,
             #[cfg(target_arch = "x86_64")]
             libc::SYS_epoll_wait => calls::epoll_wait(fd, b as _, c as _, d as _) as _,
+            libc::SYS_ppoll => calls::ppoll(a as _, b as _, c as _, d as _) as _,
+            libc::SYS_pselect6 => {
+                // The last argument points to the mask and its size.
+                let mask = if f == 0 {
+                    std::ptr::null()
+                } else {
+                    *(f as *const *const libc::sigset_t)
+                };
+                calls::pselect(fd, b as _, c as _, d as _, e as _, mask) as _
+            }
             libc::SYS_epoll_create1 => calls::epoll_create1(fd) as _,
             libc::SYS_epoll_ctl => calls::epoll_ctl(fd, b as _, c as _, d as _) as _,
             libc::SYS_epoll_pwait => calls::epoll_pwait(fd, b as _, c as _, d as _, e as _) as _,
@@ -61,7 +71,7 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_execve => process::rdsock_execve(a as _, b as _, c as _) as _,
             libc::SYS_io_uring_setup => {
                 // What a ring of the kernel's does to a connection, the shim does not see.
-                demote::leave_all(Reason::IoUring);
+                demote::abandon_all(Reason::IoUring);
                 tenant::disable();
                 real::syscall(number, a, b, c, d, e, f)
             }

@@ -7,7 +7,7 @@ use crate::conn::{self, Conn, Kind, Use};
 use crate::stream::{RxGuard, Stream};
 use crate::{real, sys};
 use libc::c_int;
-use rdsock_shm::layout::{Counter, anchor, phase, want};
+use rdsock_shm::layout::{Counter, phase, want};
 use rdsock_shm::wake;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
@@ -19,6 +19,9 @@ const PROBE_EVERY: u32 = 16;
 const DEFAULT_SPIN_US: u64 = 50;
 /// Spins at first without giving the core away; later it yields in between.
 const YIELD_AFTER_US: u64 = 4;
+
+/// Milliseconds that a sender of a process with threads sleeps at a time.
+const SLICE_MS: c_int = 50;
 
 static SPIN_US: AtomicU64 = AtomicU64::new(DEFAULT_SPIN_US);
 static PROBES: AtomicU32 = AtomicU32::new(0);
@@ -82,38 +85,109 @@ pub fn receivable(stream: &Stream) -> bool {
         || stream.rx().phase.load(Relaxed) != phase::RING
 }
 
+/// No more bytes will come on the ring.
+pub fn has_ended(stream: &Stream) -> bool {
+    stream.incoming().producer.mark.load(Acquire) != 0
+        || stream.rx().shut.load(Relaxed) != 0
+        || stream.rx().anchor.load(Relaxed) != 0
+}
+
 /// Something for a sender to look at.
 #[inline]
 pub fn sendable(stream: &Stream, enough: u64) -> bool {
     let head = stream.tx().head.load(Relaxed) & !(1 << 63);
     let tail = stream.out().consumer.tail.load(Acquire);
     stream.ring_size().saturating_sub(head.saturating_sub(tail)) >= enough
-        || stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED) != 0
+        || stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0
         || stream.tx().shut.load(Relaxed) != 0
         || stream.rx().anchor.load(Relaxed) != 0
         || stream.tx().phase.load(Relaxed) != phase::RING
 }
 
+/// A sleeper on a stream: counted, so that nobody takes the wake byte that is meant for it before
+/// it has looked.
+#[derive(Debug)]
+pub struct Sleeper<'a> {
+    stream: &'a Stream,
+    receives: bool,
+    sends: bool,
+}
+
+impl<'a> Sleeper<'a> {
+    /// Counts the caller in. It looks for what it waits for after this.
+    pub fn enter(stream: &'a Stream, receives: bool, sends: bool) -> Self {
+        let wakes = stream.incoming().producer.wakes.load(SeqCst);
+        if receives {
+            stream.rx().acknowledged.store(wakes, SeqCst);
+            stream.rx().waiters.fetch_add(1, SeqCst);
+        }
+        if sends {
+            stream.tx().acknowledged.store(wakes, SeqCst);
+            stream.tx().waiters.fetch_add(1, SeqCst);
+        }
+        Sleeper {
+            stream,
+            receives,
+            sends,
+        }
+    }
+
+    /// Takes the wake bytes that nobody waits for any more off the anchor, so that it can be slept
+    /// on. False when some must stay for another sleeper, which has the core now.
+    pub fn clear(&self, guard: &RxGuard<'_>, fd: c_int) -> bool {
+        static TURNS: AtomicU32 = AtomicU32::new(0);
+        guard.drain(fd);
+        if guard.outstanding() == 0 {
+            return true;
+        }
+        // A sleeper that was cancelled never looks.
+        if TURNS.fetch_add(1, Relaxed) % 4096 == 4095 {
+            guard.drain_all(fd);
+        }
+        // Counted, but not here yet: it will end the sleep at once.
+        sys::poll_one(fd, libc::POLLIN, 0) <= 0
+    }
+}
+
+impl Sleeper<'_> {
+    /// Counts out one that was counted in and forgotten.
+    pub fn leave(stream: &Stream, receives: bool, sends: bool) {
+        drop(Sleeper {
+            stream,
+            receives,
+            sends,
+        });
+    }
+}
+
+impl Drop for Sleeper<'_> {
+    fn drop(&mut self) {
+        if self.receives {
+            self.stream.rx().waiters.fetch_sub(1, SeqCst);
+        }
+        if self.sends {
+            self.stream.tx().waiters.fetch_sub(1, SeqCst);
+        }
+    }
+}
+
 /// Sleeps until bytes may be there. The guard is released meanwhile. An error is negated.
 pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> Result<(), isize> {
-    let rx = stream.rx();
-    let wakes = stream.incoming().producer.wakes.load(Acquire);
-    rx.acknowledged.store(wakes, Relaxed);
-    if must_leave_to(&stream.tx().waiters, &stream.tx().acknowledged, wakes) {
-        drop(guard);
+    let sleeper = Sleeper::enter(stream, true, false);
+    if !sleeper.clear(&guard, fd) {
+        drop((sleeper, guard));
         sys::sched_yield();
         return Ok(());
     }
-    guard.drain(fd);
+    crate::epoll::kick_all(held.conn);
     wake::ask(&stream.incoming().bytes.want, want::WAKE);
-    if receivable(stream) {
-        wake::unask(&stream.incoming().bytes.want, want::WAKE);
-        return Ok(());
-    }
-    rx.waiters.fetch_add(1, AcqRel);
-    drop(guard);
-    let result = peek(fd);
-    rx.waiters.fetch_sub(1, AcqRel);
+    let result = if receivable(stream) {
+        1
+    } else {
+        drop(guard);
+        peek(fd)
+    };
+    drop(sleeper);
     wake::unask(&stream.incoming().bytes.want, want::WAKE);
     finish(held, stream, fd, result)
 }
@@ -126,39 +200,36 @@ pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
 
 /// Sleeps until space may be there. An error is negated.
 pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
-    let tx = stream.tx();
-    tx.waiters.fetch_add(1, AcqRel);
-    let wakes = stream.incoming().producer.wakes.load(Acquire);
-    tx.acknowledged.store(wakes, Relaxed);
     let enough = stream.ring_size() / 3;
-    let result = if sendable(stream, enough) {
-        0
-    } else if must_leave_to(&stream.rx().waiters, &stream.rx().acknowledged, wakes) {
-        sys::sched_yield();
-        0
-    } else {
-        stream.lock_rx().drain(fd);
-        wake::ask(&stream.out().space.want, want::WAKE);
-        let result = if sendable(stream, enough) {
-            1
+    if stream.rx().phase.load(Acquire) == phase::SWITCHING && sys::poll_one(fd, libc::POLLIN, 0) > 0
+    {
+        // Unread bytes are still on the anchor, so it cannot be slept on.
+        sys::poll_one(-1, 0, 1);
+        return if is_still(held, fd) {
+            Ok(())
         } else {
-            sleep_for_send(fd)
+            Err(-(libc::EBADF as isize))
         };
-        wake::unask(&stream.out().space.want, want::WAKE);
-        result
+    }
+    let sleeper = Sleeper::enter(stream, false, true);
+    let guard = stream.lock_rx();
+    let cleared = stream.rx().phase.load(Acquire) != phase::RING || sleeper.clear(&guard, fd);
+    drop(guard);
+    if !cleared {
+        drop(sleeper);
+        sys::sched_yield();
+        return Ok(());
+    }
+    crate::epoll::kick_all(held.conn);
+    wake::ask(&stream.out().space.want, want::WAKE);
+    let result = if sendable(stream, enough) {
+        1
+    } else {
+        sleep_for_send(fd)
     };
-    tx.waiters.fetch_sub(1, AcqRel);
-    finish(held, stream, fd, if result == 0 { 1 } else { result })
-}
-
-/// Wake bytes may only be taken off the anchor when the other kind of sleeper on this end has
-/// looked since they came: it sleeps on the same anchor, and would sleep on. Bounded, since a
-/// sleeper may have been cancelled.
-fn must_leave_to(waiters: &AtomicU32, acknowledged: &AtomicU32, wakes: u32) -> bool {
-    static TURNS: AtomicU32 = AtomicU32::new(0);
-    waiters.load(Acquire) != 0
-        && acknowledged.load(Relaxed) != wakes
-        && !TURNS.fetch_add(1, Relaxed).is_multiple_of(1024)
+    drop(sleeper);
+    wake::unask(&stream.out().space.want, want::WAKE);
+    finish(held, stream, fd, result)
 }
 
 /// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
@@ -182,6 +253,18 @@ fn sleep_for_send(fd: c_int) -> isize {
         value.map_or(0, |value| value.tv_sec * 1000 + value.tv_usec / 1000)
     };
     let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
+    if !conn::is_single_threaded() && send == 0 {
+        // Another thread's shutdown leaves no trace on the anchor: look for it now and then.
+        let mut one = libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        crate::tenant::count(Counter::Sleeps);
+        // SAFETY: one valid pollfd.
+        let got = unsafe { real::poll(&mut one, 1, SLICE_MS) };
+        return if got < 0 { -(sys::errno() as isize) } else { 1 };
+    }
     if send == 0 && receive == 0 {
         let got = peek(fd);
         // The end of the other direction is looked at by the caller: report it as awake.
@@ -213,15 +296,7 @@ fn finish(held: &Use, stream: &Stream, fd: c_int, result: isize) -> Result<(), i
     }
     match -result as c_int {
         libc::EINTR | libc::EAGAIN | libc::EBADF => return Err(result),
-        _ if result == 0 => {
-            stream.rx().anchor.fetch_or(anchor::EOF, AcqRel);
-        }
-        _ if result < 0 => {
-            stream
-                .rx()
-                .anchor
-                .fetch_or(anchor::EOF | anchor::ERROR, AcqRel);
-        }
+        _ if result <= 0 => stream.note_end(result < 0),
         _ => {}
     }
     Ok(())

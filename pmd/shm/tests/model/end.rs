@@ -86,6 +86,8 @@ enum Took {
     Some(Vec<u8>),
     Nothing,
     Again,
+    /// Somebody else must look first.
+    Wait,
     End,
     Left,
 }
@@ -213,27 +215,12 @@ impl End {
         sent.wrapping_sub(self.rx().drained.load(Relaxed))
     }
 
-    /// `RxGuard::drain`.
+    /// `RxGuard::drain`: not while somebody sleeps who has not looked since these bytes came, and not
+    /// before the ring is read, since the program's own bytes may come first.
     fn drain(&self) {
-        let (rx, tx) = (self.rx(), self.tx());
-        let mut most = self.outstanding();
-        for (waiters, acknowledged) in [
-            (&rx.waiters, &rx.acknowledged),
-            (&tx.waiters, &tx.acknowledged),
-        ] {
-            if waiters.load(SeqCst) != 0 {
-                let looked = acknowledged
-                    .load(SeqCst)
-                    .wrapping_sub(rx.drained.load(Relaxed));
-                most = most.min(if looked > i32::MAX as u32 { 0 } else { looked });
-            }
+        if self.rx().phase.load(Acquire) == phase::RING && self.rx().waiters.load(SeqCst) == 0 {
+            self.take_wakes(self.outstanding());
         }
-        self.take_wakes(most);
-    }
-
-    /// `RxGuard::drain_all`.
-    fn drain_all(&self) {
-        self.take_wakes(self.outstanding());
     }
 
     /// `RxGuard::take_wakes`.
@@ -267,7 +254,9 @@ impl End {
         match self.receives().look() {
             Got::Bytes(_) => {
                 let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
-                if self.outstanding() == 0 && !ended && self.rx().phase.load(Relaxed) == phase::RING
+                if self.outstanding() == 0
+                    && !ended
+                    && self.rx().phase.load(Relaxed) == phase::RING
                 {
                     self.reset("a byte that nobody counted");
                 }
@@ -356,6 +345,15 @@ impl End {
             let guard = self.lock_tx();
             let counted = match self.tx().phase.load(Acquire) {
                 phase::RING => None,
+                phase::ANCHOR if self.is_leaving() => {
+                    self.end_sending();
+                    if self.tx().phase.load(Acquire) == phase::ANCHOR {
+                        self.tx().in_kernel.fetch_add(1, SeqCst);
+                        Some(true)
+                    } else {
+                        Some(false)
+                    }
+                }
                 phase::ANCHOR if self.try_switch() => None,
                 phase::ANCHOR => {
                     self.tx().in_kernel.fetch_add(1, SeqCst);
@@ -376,6 +374,10 @@ impl End {
             self.fill(bytes, &mut done);
             drop(guard);
             if done == bytes.len() || self.tx().phase.load(Relaxed) != phase::RING {
+                continue;
+            }
+            if self.peer_has_left() {
+                self.follow();
                 continue;
             }
             // `io::peer_has_gone`.
@@ -413,6 +415,11 @@ impl End {
 
     /// `io::after_kernel_send`.
     fn after_kernel_send(&self) {
+        fence(SeqCst);
+        if self.is_leaving() {
+            let _guard = self.lock_tx();
+            self.end_sending();
+        }
         if self.rx().phase.load(Acquire) == phase::RING
             && wake::asked(&self.incoming().space) & want::WAKE != 0
         {
@@ -448,6 +455,11 @@ impl End {
                     return bytes;
                 }
                 Took::Again => continue,
+                Took::Wait => {
+                    drop(guard);
+                    yield_now();
+                    continue;
+                }
                 Took::End => return Vec::new(),
                 Took::Left => {
                     drop(guard);
@@ -456,13 +468,8 @@ impl End {
                 }
                 Took::Nothing => {}
             }
-            let switching = self.rx().phase.load(Relaxed) == phase::SWITCHING;
             drop(guard);
-            if switching {
-                self.for_anchor();
-            } else {
-                self.for_bytes();
-            }
+            self.for_bytes();
         }
     }
 
@@ -503,6 +510,11 @@ impl End {
                     return Some(bytes);
                 }
                 Took::Again => continue,
+                Took::Wait => {
+                    drop(guard);
+                    yield_now();
+                    continue;
+                }
                 Took::End => return Some(Vec::new()),
                 Took::Left => {
                     drop(guard);
@@ -582,8 +594,7 @@ impl End {
             return Took::Again;
         }
         if marks & mark::END != 0 {
-            self.incoming_ended();
-            return Took::Left;
+            return self.incoming_ended();
         }
         Took::End
     }
@@ -592,7 +603,8 @@ impl End {
     fn take_switching(&self, most: u64) -> Took {
         let position = self.rx().tail.load(Relaxed);
         let mut limit = most;
-        let (ready, ended) = if self.incoming().producer.switch_at.load(Acquire) == NOT_SWITCHED {
+        let switched = self.incoming().producer.switch_at.load(Acquire);
+        let (ready, ended) = if switched == NOT_SWITCHED {
             let ready = self.receives().unread();
             let marks = self.incoming().producer.mark.load(Acquire);
             (ready, marks & mark::END != 0)
@@ -610,15 +622,17 @@ impl End {
                 return Took::Again;
             }
             Some(at) => limit = limit.min(at - position),
-            None if ended => {
-                self.incoming_ended();
-                return Took::Left;
-            }
+            None if ended => return self.incoming_ended(),
             None => limit = limit.min(ready),
         }
+        // The peer may have switched, written and closed since: then the ring comes first.
+        let end = |before: u64| {
+            let now = self.incoming().producer.switch_at.load(Acquire);
+            if now == before { Took::End } else { Took::Again }
+        };
         if limit == 0 {
             return match self.receives().look() {
-                Got::End => Took::End,
+                Got::End => end(switched),
                 Got::Nothing => Took::Nothing,
                 Got::Bytes(_) => Took::Again,
             };
@@ -628,18 +642,16 @@ impl End {
                 self.rx().tail.store(position + bytes.len() as u64, Relaxed);
                 Took::Some(bytes)
             }
-            Got::End => Took::End,
+            Got::End => end(switched),
             Got::Nothing => Took::Nothing,
         }
     }
 
-    /// `io::answer_space`.
+    /// `io::answer_space`: under the sending half's lock, so that no wake byte comes behind the last.
     fn answer_space(&self) {
-        if self.tx().phase.load(Acquire) == phase::ANCHOR {
-            let _guard = self.lock_tx();
-            if self.tx().phase.load(Acquire) == phase::ANCHOR && !self.try_switch() {
-                return;
-            }
+        let _guard = self.lock_tx();
+        if self.tx().phase.load(Acquire) == phase::ANCHOR && !self.try_switch() {
+            return;
         }
         if self.tx().phase.load(Acquire) == phase::RING {
             self.answer(&self.incoming().space);
@@ -667,53 +679,49 @@ impl End {
             || self.tx().phase.load(Relaxed) != phase::RING
     }
 
-    /// `Sleeper::enter`.
-    fn enter(&self, receives: bool) -> &AtomicU32 {
-        let wakes = self.incoming().producer.wakes.load(SeqCst);
-        let (acknowledged, waiters) = if receives {
-            (&self.rx().acknowledged, &self.rx().waiters)
-        } else {
-            (&self.tx().acknowledged, &self.tx().waiters)
-        };
-        acknowledged.store(wakes, SeqCst);
-        waiters.fetch_add(1, SeqCst);
-        waiters
-    }
-
-    /// `Sleeper::clear`. The receiving half is held.
-    fn clear(&self) -> bool {
-        self.drain();
-        self.outstanding() == 0 || self.receives().look() == Got::Nothing
-    }
-
-    /// `wait::for_bytes`.
-    fn for_bytes(&self) {
+    /// Sleeps on the anchor until somebody sends, unless `ready` once the other end is asked.
+    ///
+    /// Whoever is counted in `waiters` was so before the wake bytes that are now on the anchor came
+    /// (or looks at once), and stays counted until it is awake. So they are taken off by a sleeper
+    /// that finds nobody counted; and a request is taken back when the last one has left.
+    fn sleep(&self, word: &AtomicU32, ready: impl Fn() -> bool) {
+        let waiters = &self.rx().waiters;
         let guard = self.lock_rx();
-        let waiters = self.enter(true);
-        if !self.clear() {
+        self.drain();
+        let others = waiters.fetch_add(1, SeqCst);
+        if others != 0 && self.outstanding() != 0 {
+            // They are about to look.
             waiters.fetch_sub(1, SeqCst);
             drop(guard);
             yield_now();
             return;
         }
-        wake::ask(&self.incoming().bytes.want, want::WAKE);
-        let mut alive = true;
-        if !self.receivable() {
-            drop(guard);
-            alive = self.receives().sleep();
+        drop(guard);
+        wake::ask(word, want::WAKE);
+        let alive = ready() || self.receives().sleep();
+        if waiters.fetch_sub(1, SeqCst) == 1 {
+            let _guard = self.lock_rx();
+            if waiters.load(SeqCst) == 0 {
+                wake::unask(&self.incoming().bytes.want, want::WAKE);
+                wake::unask(&self.out().space.want, want::WAKE);
+            }
         }
-        waiters.fetch_sub(1, SeqCst);
-        wake::unask(&self.incoming().bytes.want, want::WAKE);
         if !alive {
             self.note_end();
         }
     }
 
-    /// `wait::for_anchor`.
-    fn for_anchor(&self) {
-        if !self.receives().sleep() {
-            self.note_end();
-        }
+    /// `wait::for_bytes` and `wait::for_anchor`.
+    fn for_bytes(&self) {
+        self.sleep(&self.incoming().bytes.want, || {
+            if self.rx().phase.load(Acquire) == phase::SWITCHING {
+                let at = self.incoming().producer.switch_at.load(Acquire);
+                at == self.rx().tail.load(Relaxed)
+                    || self.incoming().producer.mark.load(Acquire) != 0
+            } else {
+                self.receivable()
+            }
+        });
     }
 
     /// `wait::for_space`.
@@ -724,35 +732,23 @@ impl End {
             yield_now();
             return;
         }
-        let waiters = self.enter(false);
-        let guard = self.lock_rx();
-        let cleared = self.rx().phase.load(Acquire) != phase::RING || self.clear();
-        drop(guard);
-        if !cleared {
-            waiters.fetch_sub(1, SeqCst);
-            yield_now();
-            return;
-        }
-        wake::ask(&self.out().space.want, want::WAKE);
-        if !self.sendable(self.ring_size() / 3) {
-            self.receives().sleep();
-        }
-        waiters.fetch_sub(1, SeqCst);
-        wake::unask(&self.out().space.want, want::WAKE);
+        self.sleep(&self.out().space.want, || {
+            self.sendable(self.ring_size() / 3)
+        });
     }
 
     // demote.rs
 
     /// `demote::after_answer`. The sending half is held.
     fn after_answer(&self, taken: u32) {
-        if self.tx().phase.load(Acquire) != phase::RING {
-            return;
-        }
-        if taken & want::DEMOTED != 0 {
-            self.send_again();
-        } else if taken & want::LEAVE != 0 {
+        if taken & (want::DEMOTED | want::LEAVE) != 0 {
             self.end_sending();
         }
+    }
+
+    /// This end has left, and its own direction may not have ended yet.
+    fn is_leaving(&self) -> bool {
+        self.incoming().bytes.want.load(Acquire) & want::LEAVE != 0
     }
 
     /// `demote::end_sending`. The sending half is held.
@@ -765,21 +761,29 @@ impl End {
         for request in [&self.incoming().bytes.want, &self.out().space.want] {
             request.fetch_or(want::LEAVE, SeqCst);
         }
-        if before == phase::RING {
-            self.sender().publish();
-            let last = self.begin_ringing(&self.out().bytes.want);
-            if last {
-                producer.wakes.fetch_add(1, AcqRel);
+        fence(SeqCst);
+        if before == phase::ANCHOR {
+            if self.tx().in_kernel.load(SeqCst) != 0 {
+                // The thread that is in there comes back to this.
+                return;
             }
-            producer.mark.fetch_or(mark::END, SeqCst);
-            if last {
-                self.sends().send(&[WAKE_BYTE]);
-                wake::rung(&self.out().bytes.want);
+            if !self.try_switch() {
+                // The other end is not ready, and sees LEAVE when it is; or it is the kernel's.
+                producer.mark.fetch_or(mark::END, SeqCst);
+                self.tx().phase.store(phase::DEMOTED, Release);
+                return;
             }
-        } else {
-            producer.mark.fetch_or(mark::END, SeqCst);
         }
-        self.tx().phase.store(phase::DEMOTED, Release);
+        self.sender().publish();
+        if self.begin_ringing(&self.out().bytes.want) {
+            producer.wakes.fetch_add(1, AcqRel);
+            producer.mark.fetch_or(mark::END, SeqCst);
+            self.sends().send(&[WAKE_BYTE]);
+            wake::rung(&self.out().bytes.want);
+            self.tx().phase.store(phase::DEMOTED, Release);
+        } else {
+            self.send_again();
+        }
     }
 
     /// `demote::send_again`. The sending half is held.
@@ -794,15 +798,20 @@ impl End {
     }
 
     /// `demote::incoming_ended`. The receiving half is held.
-    fn incoming_ended(&self) {
+    fn incoming_ended(&self) -> Took {
+        if self.outstanding() != 0 && self.rx().waiters.load(SeqCst) != 0 {
+            // The last wake byte ends their sleep, too.
+            return Took::Wait;
+        }
         self.take_last_wakes();
         self.rx().phase.store(phase::DEMOTED, Release);
+        Took::Left
     }
 
     /// `demote::take_last_wakes`. The receiving half is held.
     fn take_last_wakes(&self) {
         loop {
-            self.drain_all();
+            self.take_wakes(self.outstanding());
             if self.outstanding() == 0 {
                 return;
             }
@@ -813,13 +822,7 @@ impl End {
     /// `demote::follow`.
     fn follow(&self) {
         let _guard = self.lock_tx();
-        match self.tx().phase.load(Acquire) {
-            phase::RING if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
-                self.send_again();
-            }
-            phase::RING | phase::ANCHOR => self.end_sending(),
-            _ => {}
-        }
+        self.end_sending();
     }
 
     /// `demote::peer_has_left`.
@@ -858,15 +861,7 @@ impl End {
         self.end_sending();
     }
 
-    /// `demote::abandon`. False: the stream is reset, as bytes of both kinds are on their way.
-    pub fn abandon(&self) -> bool {
-        let _tx = self.lock_tx();
-        let _rx = self.lock_rx();
-        if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0
-            && self.tx().phase.load(Acquire) == phase::RING
-        {
-            self.send_again();
-        }
+}
         let position = self.rx().tail.load(Relaxed);
         self.incoming().consumer.stop.store(position, Release);
         let requests = [&self.incoming().bytes.want, &self.out().space.want];
