@@ -9,9 +9,13 @@ use model::Got;
 use model::check;
 use model::end::{End, connection, stream};
 
-/// Nothing is left on the anchor of an end that has gone back to the kernel.
+/// Nothing is left on the anchor of an end but wake bytes that are counted, and none of those when
+/// it has gone back to the kernel.
 fn assert_quiet(end: &End) {
-    assert_eq!(end.receives().look(), Got::Nothing);
+    assert_eq!(end.receives().unread(), u64::from(end.outstanding()));
+    if end.reads_kernel() {
+        assert_eq!(end.receives().look(), Got::Nothing);
+    }
 }
 
 #[test]
@@ -158,24 +162,26 @@ fn an_end_that_abandons_both_directions() {
     });
 }
 
+/// The stream may be reset here: what the leaver has left in its ring, it does not send again.
 #[test]
 fn one_end_abandons_and_the_other_leaves() {
-    check(2, || {
+    check(3, || {
         let [a, b] = stream(8);
         let other = thread::spawn(move || {
             b.send(&[11]);
             b.leave();
             b.send(&[12]);
-            assert_eq!(b.receive_all(2), [1, 2]);
             b
         });
-        a.send(&[1]);
-        assert!(a.abandon());
-        a.send(&[2]);
-        assert_eq!(a.receive_all(2), [11, 12]);
+        let kept = a.abandon();
         let b = other.join().unwrap();
-        assert_quiet(&a);
-        assert_quiet(&b);
+        if kept {
+            a.send(&[1]);
+            assert_eq!(a.receive_all(2), [11, 12]);
+            assert_eq!(b.receive_all(1), [1]);
+            assert_quiet(&a);
+            assert_quiet(&b);
+        }
     });
 }
 

@@ -174,6 +174,11 @@ impl End {
         self.incoming().producer.head.load(Acquire) != self.rx().tail.load(Relaxed)
     }
 
+    /// True when what this end receives is the kernel's again.
+    pub fn reads_kernel(&self) -> bool {
+        self.rx().phase.load(Acquire) == phase::DEMOTED
+    }
+
     /// `Stream::reset`.
     fn reset(&self, why: &str) {
         panic!("end {} resets the stream: {why}", self.number);
@@ -210,7 +215,7 @@ impl End {
     // stream.rs: wake bytes on this end's side of the anchor. The receiving half is held.
 
     /// `RxGuard::outstanding`.
-    fn outstanding(&self) -> u32 {
+    pub fn outstanding(&self) -> u32 {
         let sent = self.incoming().producer.wakes.load(Acquire);
         sent.wrapping_sub(self.rx().drained.load(Relaxed))
     }
@@ -254,9 +259,7 @@ impl End {
         match self.receives().look() {
             Got::Bytes(_) => {
                 let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
-                if self.outstanding() == 0
-                    && !ended
-                    && self.rx().phase.load(Relaxed) == phase::RING
+                if self.outstanding() == 0 && !ended && self.rx().phase.load(Relaxed) == phase::RING
                 {
                     self.reset("a byte that nobody counted");
                 }
@@ -628,7 +631,11 @@ impl End {
         // The peer may have switched, written and closed since: then the ring comes first.
         let end = |before: u64| {
             let now = self.incoming().producer.switch_at.load(Acquire);
-            if now == before { Took::End } else { Took::Again }
+            if now == before {
+                Took::End
+            } else {
+                Took::Again
+            }
         };
         if limit == 0 {
             return match self.receives().look() {
@@ -861,7 +868,11 @@ impl End {
         self.end_sending();
     }
 
-}
+    /// `demote::abandon`. False: the stream is reset, since bytes that the kernel should have are in
+    /// a ring that the other end has left already, or have wake bytes behind them.
+    pub fn abandon(&self) -> bool {
+        let _tx = self.lock_tx();
+        let _rx = self.lock_rx();
         let position = self.rx().tail.load(Relaxed);
         self.incoming().consumer.stop.store(position, Release);
         let requests = [&self.incoming().bytes.want, &self.out().space.want];
@@ -881,8 +892,11 @@ impl End {
         let quiet = self.outstanding() == 0
             || switched == position
             || self.rx().phase.load(Relaxed) == phase::RING;
-        let both = self.out().bytes.want.load(Acquire) & want::DEMOTED != 0;
-        if !quiet || both && self.incoming().producer.head.load(Acquire) > position {
+        // An end is marked by a sender that has not seen DEMOTED, and will not send again.
+        let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        let unread = switched != NOT_SWITCHED
+            && self.incoming().producer.head.load(Acquire) > position.max(switched);
+        if !quiet || ended && unread {
             return false;
         }
         self.take_last_wakes();
