@@ -2,6 +2,7 @@
 
 PREFIX ?= /usr/local
 DESTDIR ?=
+SYSCONFDIR ?= /etc
 CARGO ?= cargo
 INSTALL ?= install
 # Where systemd looks for units below PREFIX.
@@ -55,10 +56,13 @@ install: ## Install what `make` built below PREFIX (and DESTDIR)
 	$(BUILT)/rdsock completions zsh > $(word 2,$(COMPLETIONS))
 	$(BUILT)/rdsock completions fish > $(word 3,$(COMPLETIONS))
 	$(INSTALL) -m 644 docs/rdsockd.example.toml docs/configuration.md $(SHARE)/doc/rdsock
-	sed 's|@PREFIX@|$(PREFIX)|g' pmd/daemon/systemd/rdsockd.service.in \
+	$(INSTALL) -d $(DESTDIR)$(SYSCONFDIR)/rdsock
+	test -e $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml || \
+		$(INSTALL) -m 644 docs/rdsockd.example.toml $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml
+	sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|g' pmd/daemon/systemd/rdsockd.service.in \
 		> $(DESTDIR)$(UNITDIR)/rdsockd.service
 
-uninstall: ## Remove what `make install` installed
+uninstall: ## Remove what `make install` installed, but for the configuration
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(BINARIES)) $(COMPLETIONS) \
 		$(SHARE)/man/man1/rdsock.1 $(SHARE)/man/man1/rdsock-run.1 \
 		$(SHARE)/man/man1/rdsock-why.1 $(SHARE)/man/man1/rdsock-stat.1 \

@@ -471,3 +471,82 @@ impl DirectionView {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_starts_with_both_directions_on_the_anchor() {
+        let fds = make_stream(7, 65536, false).unwrap();
+        assert!(!fds.huge);
+        assert_eq!(fds.bytes, 4096 + 2 * 65536);
+        let untouched = DirectionView::default();
+        assert_eq!(
+            DirectionView::read_both(&fds.stream).unwrap(),
+            [untouched; 2]
+        );
+        // Sealed: nobody can make the other end fault.
+        let stream = File::from(fds.stream);
+        assert!(stream.set_len(0).is_err() && stream.set_len(1 << 30).is_err());
+        let directions = producer_at(1) + offset_of!(Producer, switch_at);
+        stream
+            .write_all_at(&9u64.to_ne_bytes(), directions as u64)
+            .unwrap();
+        let [first, second] = DirectionView::read_both(&stream).unwrap();
+        assert!(!first.switched && second.switched);
+    }
+
+    #[test]
+    fn a_stream_of_huge_pages_reads_the_same() {
+        let fds = make_stream(7, 65536, true).unwrap();
+        if !fds.huge {
+            return eprintln!("left out: no huge page is free");
+        }
+        assert_eq!(fds.bytes, HUGE_PAGE);
+        let untouched = DirectionView::default();
+        assert_eq!(
+            DirectionView::read_both(&fds.stream).unwrap(),
+            [untouched; 2]
+        );
+        let map = MmapOptions::new().map_raw(&fds.stream).unwrap();
+        // SAFETY: within the mapping, aligned, and nobody else writes it.
+        let magic = unsafe { map.as_ptr().cast::<u64>().read() };
+        assert_eq!(magic, STREAM_MAGIC);
+    }
+
+    #[test]
+    fn only_records_in_use_are_found() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(c"test", flags).unwrap());
+        file.set_len(size_of::<TenantMemory>() as u64).unwrap();
+        let start: Vec<u8> = [
+            &TENANT_MAGIC.to_ne_bytes()[..],
+            &VERSION.to_ne_bytes(),
+            &(size_of::<TenantMemory>() as u32).to_ne_bytes(),
+        ]
+        .concat();
+        file.write_all_at(&start, 0).unwrap();
+        let record = |number: u64, fd: i32, generation: u32| {
+            let at = offset_of!(TenantMemory, conns) as u64 + 32 * number;
+            file.write_all_at(&fd.to_ne_bytes(), at).unwrap();
+            let at = at + offset_of!(ConnRecord, generation) as u64;
+            file.write_all_at(&generation.to_ne_bytes(), at).unwrap();
+        };
+        record(0, 5, 1);
+        record(1, -1, 3);
+        record(130, 0, 2);
+        record(65_535, 9, 1);
+        assert!(TenantMap::new(file.try_clone().unwrap().into()).is_err());
+        let seal = SealFlag::F_SEAL_SHRINK;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seal)).unwrap();
+        let map = TenantMap::new(file.into()).unwrap();
+        let found: Vec<(u32, i32)> = map
+            .conns()
+            .unwrap()
+            .iter()
+            .map(|(number, record)| (*number, record.fd))
+            .collect();
+        assert_eq!(found, [(0, 5), (130, 0), (65_535, 9)]);
+    }
+}

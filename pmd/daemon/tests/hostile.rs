@@ -350,13 +350,7 @@ fn a_killed_tenant_is_reaped() {
 }
 
 fn be_killed(socket: std::path::PathBuf) {
-    let flags = nix::sys::socket::SockFlag::SOCK_CLOEXEC;
-    let kind = nix::sys::socket::SockType::SeqPacket;
-    let family = nix::sys::socket::AddressFamily::Unix;
-    let fd = nix::sys::socket::socket(family, kind, flags, None).unwrap();
-    let address = nix::sys::socket::UnixAddr::new(&socket).unwrap();
-    nix::sys::socket::connect(fd.as_raw_fd(), &address).unwrap();
-    let mut tenant = Tenant::over(fd);
+    let mut tenant = Tenant::at(&socket).unwrap();
     tenant.hello();
     assert!(matches!(
         tenant.receive(),

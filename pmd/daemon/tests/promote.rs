@@ -267,3 +267,106 @@ fn a_daemon_that_was_killed_is_followed_by_another() {
     client.promote();
     server.promote();
 }
+
+#[test]
+fn two_thousand_streams_come_and_go() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (soft, hard) = nix::sys::resource::getrlimit(LIMIT).unwrap();
+    nix::sys::resource::setrlimit(LIMIT, hard, hard).unwrap();
+    assert!(
+        soft > 6_000 || hard > 6_000,
+        "too few descriptors for this test"
+    );
+    let before = daemon.descriptors();
+    let pairs: Vec<_> = (0..2_000).map(|_| tcp_pair()).collect();
+    let start = std::time::Instant::now();
+    for (number, (connector, accepted)) in (0..).zip(&pairs) {
+        client.announce(number, 1, connector, 1);
+        server.announce(number, 1, accepted, 0);
+        assert_eq!(client.promote().0.conn, number);
+        assert_eq!(server.promote().0.conn, number);
+    }
+    println!("{:?} for each stream", start.elapsed() / 2_000);
+    assert_eq!(daemon.stat()["streams_now"], 2_000);
+    drop((client, server, pairs));
+    daemon.wait_until("all are given back", |stat| {
+        stat["streams_now"] == 0 && daemon.descriptors() <= before
+    });
+}
+
+const LIMIT: nix::sys::resource::Resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
+
+#[test]
+fn connections_in_another_network_namespace() {
+    use std::os::unix::process::CommandExt;
+    // This test runs itself again, in a namespace of its own.
+    if let Some(socket) = std::env::var_os("TENANT_IN_NAMESPACE") {
+        return be_elsewhere(socket.into());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("left out: only root may make a network namespace");
+    }
+    let daemon = Daemon::start(SMALL);
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command
+        .args([
+            "--exact",
+            "connections_in_another_network_namespace",
+            "--nocapture",
+        ])
+        .env("TENANT_IN_NAMESPACE", daemon.socket());
+    // SAFETY: one system call between fork and exec.
+    unsafe {
+        command.pre_exec(|| Ok(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?));
+    }
+    let output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    // The namespace is let go with its last tenant.
+    daemon.wait_until("gone", |stat| stat["tenants_now"] == 0);
+    let mut here = Tenant::attach(&daemon);
+    let (connector, accepted) = tcp_pair();
+    here.announce(1, 1, &connector, 1);
+    here.announce(2, 1, &accepted, 0);
+    here.promote();
+}
+
+fn be_elsewhere(socket: std::path::PathBuf) {
+    set_loopback_up();
+    let mut tenant = Tenant::at(&socket).unwrap();
+    tenant.hello();
+    assert!(matches!(
+        tenant.receive(),
+        Answer::Message(kind::WELCOME, ..)
+    ));
+    let (connector, accepted) = tcp_pair();
+    tenant.announce(1, 1, &connector, 1);
+    tenant.announce(2, 1, &accepted, 0);
+    tenant.promote();
+    tenant.promote();
+    // A thread that moved to a namespace that the process is not in: nobody can look there.
+    let pair = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        set_loopback_up();
+        tcp_pair()
+    });
+    let (connector, _accepted) = pair.join().unwrap();
+    tenant.announce(3, 1, &connector, 1);
+    assert_eq!(tenant.verdict().reason, Reason::OtherNamespace as u32);
+}
+
+fn set_loopback_up() {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    // SAFETY: a request made of integers, with the name of the interface; zeroes are a value.
+    let result = unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+        request.ifr_ifru.ifru_flags = libc::IFF_UP as i16;
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request)
+    };
+    assert_eq!(result, 0);
+}

@@ -253,13 +253,14 @@ pub fn request(what: u32, conn: u32, generation: u32) -> Request {
 impl Tenant {
     /// Connects, and says nothing.
     pub fn stranger(daemon: &Daemon) -> Option<Self> {
+        Self::at(&daemon.socket())
+    }
+
+    /// Connects to a socket, and says nothing.
+    pub fn at(path: &std::path::Path) -> Option<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-        connect(
-            socket.as_raw_fd(),
-            &UnixAddr::new(&daemon.socket()).unwrap(),
-        )
-        .ok()?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).ok()?;
         Some(Self::over(socket))
     }
 
