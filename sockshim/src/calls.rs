@@ -243,6 +243,9 @@ pub unsafe extern "C" fn preadv2(
         {
             return in_kernel();
         }
+        if flags & !(libc::RWF_NOWAIT | libc::RWF_HIPRI) != 0 {
+            return in_kernel();
+        }
         let flags = if flags & libc::RWF_NOWAIT != 0 {
             libc::MSG_DONTWAIT
         } else {
@@ -270,6 +273,9 @@ pub unsafe extern "C" fn pwritev2(
             || !(1..=IOV_MAX).contains(&count)
             || sys::is_bad_pointer(iov.cast())
         {
+            return in_kernel();
+        }
+        if flags & !(libc::RWF_NOWAIT | libc::RWF_HIPRI) != 0 {
             return in_kernel();
         }
         let flags = if flags & libc::RWF_NOWAIT != 0 {
@@ -531,7 +537,12 @@ pub unsafe extern "C" fn sendmmsg(
 ) -> c_int {
     // SAFETY: arguments pass through.
     unsafe {
-        if conn::kind(fd) == Kind::Other || sys::is_bad_pointer(msgs.cast()) {
+        if sys::is_bad_pointer(msgs.cast()) {
+            return real::sendmmsg(fd, msgs, count, flags);
+        }
+        if conn::kind(fd) == Kind::Other
+            && (0..count.min(1024) as usize).all(|i| (*msgs.add(i)).msg_hdr.msg_controllen == 0)
+        {
             return real::sendmmsg(fd, msgs, count, flags);
         }
         for i in 0..count.min(1024) as usize {
@@ -1057,6 +1068,14 @@ pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
 /// As `connect(2)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: an address of the length given, as the caller says.
+    if !sys::is_bad_pointer(address.cast())
+        && len as usize >= size_of::<libc::sa_family_t>()
+        && unsafe { (*address).sa_family } as c_int == libc::AF_UNSPEC
+        && matches!(conn::kind(fd), Kind::Conn(_))
+    {
+        return disconnect(fd, address, len);
+    }
     let held = conn::of(fd);
     if held.is_some() {
         tenant::ensure();
@@ -1072,6 +1091,24 @@ pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: sockl
                 .compare_exchange(born::NOT_YET, born::ACTIVE, AcqRel, Relaxed);
         }
         sys::set_errno(error);
+    }
+    result
+}
+
+/// `connect` to no address: the connection is reset, and the socket is as new.
+fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    if let Some(held) = conn::of(fd)
+        && let Some(stream) = held.conn.stream()
+    {
+        stream.reset(fd, Reason::Call);
+    }
+    conn::replace(fd, Kind::Other);
+    // SAFETY: arguments pass through.
+    let result = unsafe { real::connect(fd, address, len) };
+    if let Some(index) = conn::track(fd, born::NOT_YET)
+        && let Some(conn) = conn::at(index)
+    {
+        conn.keep_on_kernel(index, Reason::Call);
     }
     result
 }

@@ -83,7 +83,7 @@ pub mod phase {
 #[repr(align(128))]
 #[derive(Debug)]
 pub struct Conn {
-    /// 0 free, 1 in use, 2 being taken down.
+    /// 0 free, 3 being set up, 1 in use, 2 being taken down.
     occupied: AtomicU32,
     /// Entries of the fd table.
     pub refs: AtomicU32,
@@ -115,6 +115,8 @@ pub struct Conn {
     pub looked_at: AtomicU64,
     /// First of its epoll registrations, 0 for none: see [`crate::epoll`].
     pub registrations: AtomicU32,
+    /// The attachment to a daemon that its stream came from.
+    pub epoch: AtomicU32,
     /// A [`Reason`].
     pub reason: AtomicU32,
     /// The program's own TCP_NODELAY (bit 0) and TCP_CORK (bit 1): the anchor of a stream always
@@ -172,6 +174,10 @@ impl Conn {
 
     /// Keeps the connection on the kernel for ever.
     pub fn keep_on_kernel(&self, index: usize, reason: Reason) {
+        // Short, and with signals blocked: never further up this thread's stack.
+        while self.phase.load(Acquire) == phase::INSTALLING {
+            sys::sched_yield();
+        }
         for from in [phase::KERNEL, phase::ANNOUNCED] {
             if self
                 .phase
@@ -205,6 +211,8 @@ static TABLE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static POOL: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
 /// Where the search for a free connection starts.
 static NEXT: AtomicU32 = AtomicU32::new(0);
+/// One more than the highest fd ever put in the table.
+static HIGH_FD: AtomicI32 = AtomicI32::new(0);
 /// One more than the highest connection number ever used.
 static HIGH: AtomicU32 = AtomicU32::new(0);
 static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
@@ -246,8 +254,14 @@ pub fn kind(fd: c_int) -> Kind {
     entry(fd).map_or(Kind::Other, |word| Kind::from_word(word.load(Acquire)))
 }
 
+/// One more than the highest fd that the table ever had something for.
+pub fn high_fd() -> c_int {
+    HIGH_FD.load(Relaxed)
+}
+
 /// Says what an fd is; what it was.
 pub fn set_kind(fd: c_int, kind: Kind) -> Kind {
+    HIGH_FD.fetch_max(fd + 1, Relaxed);
     entry(fd).map_or(Kind::Other, |word| {
         Kind::from_word(word.swap(kind.to_word(), AcqRel))
     })
@@ -391,16 +405,15 @@ pub fn let_go(fd: c_int, kind: Kind) {
             let Some(conn) = at(index) else { return };
             conn.users.fetch_add(1, SeqCst);
             let held = Use { conn, index };
-            if conn.refs.load(Acquire) == 1 {
-                crate::epoll::forget(conn);
-            }
             if conn.fd.load(Relaxed) == fd {
                 conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
                 if let Some(record) = crate::tenant::record(index) {
                     record.fd.store(conn.fd.load(Relaxed), Relaxed);
                 }
             }
-            conn.refs.fetch_sub(1, SeqCst);
+            if conn.refs.fetch_sub(1, SeqCst) == 1 {
+                crate::epoll::forget(conn);
+            }
             drop(held);
         }
         Kind::Epoll(index) => crate::epoll::closed(index),
@@ -425,6 +438,11 @@ fn free(index: usize, conn: &Conn) {
         .compare_exchange(1, 2, AcqRel, Relaxed)
         .is_err()
     {
+        return;
+    }
+    // The entry may have been given out again since the caller saw it unused.
+    if conn.refs.load(SeqCst) != 0 || conn.users.load(SeqCst) != 0 {
+        conn.occupied.store(1, Release);
         return;
     }
     let phase = conn.phase.swap(phase::NEVER, AcqRel);

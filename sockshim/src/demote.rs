@@ -24,6 +24,8 @@ use std::sync::atomic::Ordering::*;
 
 /// Milliseconds that a wake byte which was counted may take to arrive.
 const IN_FLIGHT_MS: i64 = 1000;
+/// Milliseconds that the other end may take from deciding on a wake byte to having sent it.
+const RINGING_MS: u64 = 5000;
 
 /// True when either direction is, or may yet go, on a ring.
 pub fn is_on_rings(stream: &Stream) -> bool {
@@ -45,7 +47,8 @@ pub fn take_error(stream: &Stream) -> bool {
 /// What a sender does after it has answered: the other end may have left, or closed.
 #[cold]
 pub fn after_answer(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int, taken: u32) {
-    if stream.tx().phase.load(Acquire) != phase::RING {
+    // A nested sender leaves it to the outer one, whose bytes come first.
+    if stream.tx().phase.load(Acquire) != phase::RING || guard.is_nested() {
         return;
     }
     if taken & want::DEMOTED != 0 {
@@ -80,7 +83,9 @@ fn end_sending(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
         }
         producer.mark.fetch_or(mark::END, SeqCst);
         if last {
-            sys::send_now(fd, &[WAKE_BYTE]);
+            if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
+                producer.wakes.fetch_sub(1, AcqRel);
+            }
             rdsock_shm::wake::rung(&stream.out().bytes.want);
         }
     } else {
@@ -142,7 +147,7 @@ fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int) -> bool {
             return true;
         }
         if sys::poll_one(fd, libc::POLLIN, IN_FLIGHT_MS) <= 0 {
-            return false;
+            return guard.outstanding() == 0;
         }
     }
     false
@@ -151,6 +156,9 @@ fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int) -> bool {
 /// The other end has left: gives it what it did not read, and ends this direction as well.
 pub fn follow(held: &Use, stream: &Stream, fd: c_int) {
     let guard = stream.lock_tx(fd);
+    if guard.is_nested() {
+        return;
+    }
     match stream.tx().phase.load(Acquire) {
         phase::RING if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
             send_again(stream, &guard, fd)
@@ -254,10 +262,9 @@ fn abandon_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int
         request.fetch_or(want::DEMOTED, SeqCst);
     }
     for request in requests {
-        let mut turns = 0;
+        let start = crate::clock::nanoseconds();
         while request.load(Acquire) & want::RINGING != 0 {
-            turns += 1;
-            if turns > 100_000 {
+            if crate::clock::nanoseconds() - start > RINGING_MS * 1_000_000 {
                 return false;
             }
             sys::sched_yield();
@@ -314,7 +321,9 @@ pub fn before_close(held: &Use, fd: c_int) {
         follow(held, stream, fd);
     }
     let producer = &stream.out().producer;
-    if stream.rx().phase.load(Acquire) == phase::RING && stream.has_bytes() {
+    let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
+    let aborts = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
+    if aborts || stream.has_unread_ring() {
         // TCP answers a close with unread bytes with a reset.
         sys::setsockopt(
             fd,

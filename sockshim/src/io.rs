@@ -149,6 +149,13 @@ pub struct TcpInfo {
 }
 
 impl TcpInfo {
+    /// `TCP_ESTABLISHED`.
+    pub const ESTABLISHED: u8 = 1;
+    /// `TCP_CLOSE_WAIT`: the peer has sent its FIN.
+    pub const CLOSE_WAIT: u8 = 8;
+    /// `TCP_LISTEN`.
+    pub const LISTEN: u8 = 10;
+
     /// Of a socket.
     pub fn of(fd: c_int) -> Option<Self> {
         let words: [u64; 18] = sys::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
@@ -185,16 +192,10 @@ enum Way<'a> {
     Error(isize),
 }
 
-fn way_out<'a>(
-    held: &Use,
-    stream: &'a Stream,
-    guard: &TxGuard<'_>,
-    fd: c_int,
-    flags: c_int,
-) -> Way<'a> {
+fn way_out<'a>(held: &Use, stream: &'a Stream, guard: &TxGuard<'_>, fd: c_int) -> Way<'a> {
     let tx = stream.tx();
     if tx.shut.load(Relaxed) != 0 {
-        return Way::Error(broken_pipe(flags));
+        return Way::Error(PIPE);
     }
     match tx.phase.load(Acquire) {
         phase::RING => Way::Ring,
@@ -203,7 +204,7 @@ fn way_out<'a>(
         phase::RESET => Way::Error(if demote::take_error(stream) {
             BROKEN
         } else {
-            broken_pipe(flags)
+            PIPE
         }),
         _ => Way::Kernel(None),
     }
@@ -220,18 +221,38 @@ pub fn send<'a>(
     let mut done = 0_usize;
     loop {
         let guard = stream.lock_tx(fd);
-        match way_out(held, stream, &guard, fd, flags) {
+        match way_out(held, stream, &guard, fd) {
             Way::Ring => {}
-            Way::Kernel(_) if done != 0 => return Outcome::Done(done as isize),
+            Way::Kernel(counted) if done != 0 => {
+                drop(guard);
+                let rest = if is_nonblocking(stream, flags) {
+                    0
+                } else {
+                    send_rest(fd, from, done, flags)
+                };
+                drop(counted);
+                return Outcome::Done((done + rest) as isize);
+            }
             Way::Kernel(counted) => return Outcome::Kernel(counted),
             Way::Error(_) if done != 0 => return Outcome::Done(done as isize),
-            Way::Error(error) => return Outcome::Done(error),
+            Way::Error(error) => {
+                drop(guard);
+                return Outcome::Done(if error == PIPE {
+                    broken_pipe(flags)
+                } else {
+                    error
+                });
+            }
         }
         if fill(held, stream, &guard, fd, from, &mut done).is_err() {
             stream.reset(fd, Reason::Violation);
             return Outcome::Done(if done == 0 { BROKEN } else { done as isize });
         }
         let check = check_is_due(held, &guard);
+        let wants = stream.out().bytes.want.load(Acquire);
+        if done != from.total && wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
+            demote::after_answer(held, stream, &guard, fd, wants);
+        }
         drop(guard);
         if done == from.total {
             if check {
@@ -256,6 +277,23 @@ pub fn send<'a>(
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
     }
+}
+
+/// Sends what a blocking call has left on the anchor, since the stream was left in its middle. How
+/// much of it.
+fn send_rest(fd: c_int, from: &Buffers, done: usize, flags: c_int) -> usize {
+    let (mut sent, mut stopped) = (0, false);
+    from.each(done, from.total - done, |at, len, _| {
+        let mut piece = 0;
+        while !stopped && piece < len {
+            // SAFETY: the program's buffer, as long as it says.
+            let got = unsafe { sys::send_raw(fd, at.wrapping_add(piece), len - piece, flags) };
+            stopped = got <= 0;
+            piece += got.max(0) as usize;
+        }
+        sent += piece;
+    });
+    sent
 }
 
 /// Copies as much as fits, and tells the other end. `Err`: it wrote nonsense.
@@ -315,24 +353,39 @@ fn check_is_due(held: &Use, guard: &TxGuard<'_>) -> bool {
     guard.sender.is_empty() == Ok(false)
 }
 
+/// True when the anchor's connection is over, whatever still lies on it.
+pub fn anchor_is_dead(fd: c_int) -> bool {
+    TcpInfo::of(fd).is_none_or(|info| info.state != TcpInfo::ESTABLISHED)
+}
+
 /// Looks at the anchor; true when the peer has closed or died, and the direction was given up.
-fn peer_has_gone(held: &Use, stream: &Stream, fd: c_int) -> bool {
-    if stream.rx().phase.load(Acquire) != phase::RING {
+pub fn peer_has_gone(held: &Use, stream: &Stream, fd: c_int) -> bool {
+    settle_switch(stream);
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::END != 0;
+    if ended || stream.tx().phase.load(Acquire) != phase::RING || !anchor_is_dead(fd) {
         return false;
     }
-    let guard = stream.lock_rx();
-    if guard.is_nested() {
-        return false;
-    }
-    guard.look(fd);
-    drop(guard);
-    epoll::kick_all(held.conn);
-    if stream.rx().anchor.load(Relaxed) == 0 || stream.tx().phase.load(Acquire) != phase::RING {
-        return false;
-    }
+    stream.note_end(false);
     let guard = stream.lock_tx(fd);
     demote::after_answer(held, stream, &guard, fd, want::CLOSED);
     true
+}
+
+/// Moves the receiving half to the ring when it stands where the other end switched: so that a
+/// program which only sends gets there as well.
+pub fn settle_switch(stream: &Stream) {
+    if stream.rx().phase.load(Acquire) != phase::SWITCHING {
+        return;
+    }
+    let guard = stream.lock_rx();
+    if let Some(at) = Receiver::switch_at(stream.incoming())
+        && !guard.is_nested()
+        && stream.rx().phase.load(Acquire) == phase::SWITCHING
+        && at == stream.rx().tail.load(Relaxed)
+    {
+        guard.receiver.switch(at);
+        stream.rx().phase.store(phase::RING, Release);
+    }
 }
 
 /// Receives from a stream.
@@ -343,16 +396,32 @@ pub fn recv<'a>(
     to: &Buffers,
     flags: c_int,
 ) -> Outcome<'a> {
-    let mut done = 0_usize;
     let mut answer = false;
+    let outcome = recv_all(held, stream, fd, to, flags, &mut answer);
+    if answer || stream.tx().phase.load(Relaxed) == phase::ANCHOR {
+        after_kernel_send(held, stream, fd);
+    }
+    outcome
+}
+
+/// `answer` is true on return when the producer may wait for space and was not told yet.
+fn recv_all<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    to: &Buffers,
+    flags: c_int,
+    answer: &mut bool,
+) -> Outcome<'a> {
+    let mut done = 0_usize;
     loop {
-        if answer {
-            answer = false;
+        if *answer {
+            *answer = false;
             answer_space(held, stream, fd);
         }
         let guard = stream.lock_rx();
         let outcome = match stream.rx().phase.load(Acquire) {
-            phase::RING => take(stream, &guard, fd, to, flags, &mut done, &mut answer),
+            phase::RING => take(stream, &guard, fd, to, flags, &mut done, answer),
             phase::SWITCHING => take_switching(stream, &guard, fd, to, flags, &mut done),
             phase::RESET if done != 0 => return Outcome::Done(done as isize),
             phase::RESET => {
@@ -384,11 +453,21 @@ pub fn recv<'a>(
             Took::Error(error) => {
                 return Outcome::Done(if done == 0 { error } else { done as isize });
             }
+            Took::Few(position) => {
+                drop(guard);
+                if !wait::spin(&held.conn.spin_score, || stream.has_bytes_after(position))
+                    && let Err(error) = wait::for_more(held, stream, fd, position)
+                {
+                    return Outcome::Done(error);
+                }
+                continue;
+            }
             Took::Nothing => {}
         }
         if is_nonblocking(stream, flags) {
             if look_is_due(held) {
                 guard.look(fd);
+                drop(guard);
                 epoll::kick_all(held.conn);
                 if wait::receivable(stream) {
                     continue;
@@ -460,6 +539,8 @@ enum Took {
     Some,
     /// Nothing is there, and more may come.
     Nothing,
+    /// Fewer bytes than the call waits for are there, up to this position.
+    Few(u64),
     /// Something changed: look again.
     Again,
     /// End of file.
@@ -490,6 +571,24 @@ fn take(
             return Took::Again;
         }
     };
+    if available.len < (to.total - *done) as u64 {
+        match receiver.available_now() {
+            Ok(Some(more)) => available = more,
+            Ok(None) => {}
+            Err(_) => {
+                stream.reset(fd, Reason::Violation);
+                return Took::Again;
+            }
+        }
+        let whole = libc::MSG_PEEK | libc::MSG_WAITALL;
+        if flags & whole == whole
+            && flags & libc::MSG_DONTWAIT == 0
+            && available.len < (to.total as u64).min(stream.ring_size())
+            && !wait::has_ended(stream)
+        {
+            return Took::Few(available.at + available.len);
+        }
+    }
     let len = ((to.total - *done) as u64)
         .min(available.len)
         .min(CHUNK * 16);
@@ -648,12 +747,15 @@ pub fn send_file<'a>(
     let count = count.min(MOST);
     loop {
         let guard = stream.lock_tx(fd);
-        match way_out(held, stream, &guard, fd, 0) {
+        match way_out(held, stream, &guard, fd) {
             Way::Ring => {}
             Way::Kernel(_) if done != 0 => return Outcome::Done(done as isize),
             Way::Kernel(counted) => return Outcome::Kernel(counted),
             Way::Error(_) if done != 0 => return Outcome::Done(done as isize),
-            Way::Error(error) => return Outcome::Done(error),
+            Way::Error(error) => {
+                drop(guard);
+                return Outcome::Done(if error == PIPE { broken_pipe(0) } else { error });
+            }
         }
         let (mut full, mut stop) = (false, None);
         while done < count && stop.is_none() && stream.tx().phase.load(Relaxed) == phase::RING {
@@ -696,6 +798,10 @@ pub fn send_file<'a>(
                 );
             }
         }
+        let wants = stream.out().bytes.want.load(Acquire);
+        if full && wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
+            demote::after_answer(held, stream, &guard, fd, wants);
+        }
         drop(guard);
         match stop {
             Some(error) if error < 0 && done == 0 => return Outcome::Done(error),
@@ -734,7 +840,8 @@ pub fn unread(stream: &Stream, fd: c_int) -> Option<c_int> {
                 None => on_anchor,
                 Some(at) => {
                     let head = stream.incoming().producer.head.load(Acquire);
-                    on_anchor.min(at.saturating_sub(position)) + head.saturating_sub(at)
+                    on_anchor.min(at.saturating_sub(position))
+                        + head.saturating_sub(at).min(stream.ring_size())
                 }
             }
         }
@@ -763,7 +870,10 @@ pub fn splice_in<'a>(
     wait: bool,
 ) -> Outcome<'a> {
     if stream.tx().phase.load(Acquire) != phase::RING {
-        return send_file(held, stream, fd, pipe, None, 0);
+        match send_file(held, stream, fd, pipe, None, 0) {
+            Outcome::Done(0) => {}
+            other => return other,
+        }
     }
     loop {
         match sys::ioctl_int(pipe, libc::FIONREAD) {

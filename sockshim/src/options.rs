@@ -119,6 +119,14 @@ fn is_kernel_only(level: c_int, name: c_int, value: c_int) -> bool {
     }
 }
 
+/// Options after which the kernel itself reads the bytes, so that not one may come otherwise.
+fn is_parsed_by_kernel(level: c_int, name: c_int) -> bool {
+    const ULP_REPAIR_ZEROCOPY: [c_int; 3] = [31, 19, 35];
+    const FILTERS: [c_int; 2] = [26, 50];
+    level == libc::IPPROTO_TCP && ULP_REPAIR_ZEROCOPY.contains(&name)
+        || level == libc::SOL_SOCKET && FILTERS.contains(&name)
+}
+
 /// Moves where `MSG_PEEK` looks; not carried on rings, as in kernels before 6.9.
 const SO_PEEK_OFF: c_int = 42;
 
@@ -153,7 +161,11 @@ pub unsafe extern "C" fn setsockopt(
             && let Some(held) = conn::of(fd)
             && !process::is_foreign()
         {
-            demote::leave(&held, fd, Reason::Option);
+            if is_parsed_by_kernel(level, name) {
+                demote::abandon(&held, fd, Reason::Option);
+            } else {
+                demote::leave(&held, fd, Reason::Option);
+            }
         }
         if level == libc::SOL_SOCKET && name == SO_PEEK_OFF && on_rings(fd).is_some() {
             sys::set_errno(libc::EOPNOTSUPP);

@@ -1,6 +1,7 @@
 //! The life of the process: loading, fork, exec.
 
 use crate::conn::{self, Kind, born};
+use crate::io::TcpInfo;
 use crate::{clock, demote, epoll, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
@@ -13,6 +14,24 @@ const INHERITED: usize = 256;
 #[used]
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn() = construct;
+
+#[used]
+#[unsafe(link_section = ".fini_array")]
+static DESTRUCTOR: extern "C" fn() = destruct;
+
+/// The program ends by `exit`: its connections are closed as the kernel will close them, but in
+/// order: bytes that the other end asked to have again, the end mark, and no unread wake byte, for
+/// which the kernel would reset the connection.
+extern "C" fn destruct() {
+    if !is_ready() || is_foreign() {
+        return;
+    }
+    conn::each(|index, conn| {
+        if let Some(held) = conn::by_index(index) {
+            demote::before_close(&held, conn.fd.load(Relaxed));
+        }
+    });
+}
 
 static READY: AtomicU32 = AtomicU32::new(0);
 
@@ -88,10 +107,8 @@ fn adopt_inherited() {
         if !is_tcp(fd) {
             continue;
         }
-        const ESTABLISHED: u8 = 1;
-        const LISTEN: u8 = 10;
-        match crate::io::TcpInfo::of(fd).map(|info| info.state) {
-            Some(ESTABLISHED) => {
+        match TcpInfo::of(fd).map(|info| info.state) {
+            Some(TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) => {
                 let twin = (0..fd).find(|other| {
                     matches!(conn::kind(*other), Kind::Conn(_)) && is_same_socket(*other, fd)
                 });
@@ -102,9 +119,14 @@ fn adopt_inherited() {
                         conn.shared.store(1, Relaxed);
                     }
                     tenant::look_up(index, fd);
+                    if fd <= STDERR
+                        && let Some(held) = conn::of(fd)
+                    {
+                        demote::abandon(&held, fd, Reason::Stdio);
+                    }
                 }
             }
-            Some(LISTEN) => {
+            Some(TcpInfo::LISTEN) => {
                 conn::track(fd, born::NOT_YET);
             }
             _ => {}
@@ -168,34 +190,49 @@ fn has_streams() -> bool {
 /// Before exec: streams that the new program would have as plain sockets leave the rings, unless it
 /// loads the shim and can ask the daemon for them.
 fn before_exec(loads_shim: bool) {
-    if !is_ready() || !has_streams() || loads_shim && tenant::is_attached() {
+    if !is_ready() {
+        return;
+    }
+    tenant::before_exec();
+    if !has_streams() {
         return;
     }
     // A vfork child may have the connection under a number that its parent does not know.
-    for fd in 0..INHERITED as c_int {
+    for fd in 0..conn::high_fd().max(if is_foreign() { INHERITED as c_int } else { 0 }) {
         if !is_kept_over_exec(fd) {
             continue;
         }
         if let Some(held) = conn::of(fd) {
-            demote::abandon(&held, fd, Reason::Exec);
+            keep_or_abandon(&held, fd, loads_shim && fd < INHERITED as c_int);
         } else if is_foreign()
             && let Some(wanted) = cookie(fd)
         {
-            leave_by_cookie(wanted);
+            conn::each(|index, conn| {
+                let own = conn.fd.load(Relaxed);
+                if conn.stream().is_some()
+                    && cookie(own) == Some(wanted)
+                    && let Some(held) = conn::by_index(index)
+                {
+                    // Under this number, but known to the shim by the other one.
+                    keep_or_abandon(&held, own, loads_shim && fd > STDERR);
+                }
+            });
         }
     }
 }
 
-fn leave_by_cookie(wanted: u64) {
-    conn::each(|index, conn| {
-        let fd = conn.fd.load(Relaxed);
-        if conn.stream().is_some()
-            && cookie(fd) == Some(wanted)
-            && let Some(held) = conn::by_index(index)
-        {
-            demote::abandon(&held, fd, Reason::Exec);
-        }
-    });
+/// stdin, stdout and stderr are used by stdio, behind the shim's back: never on rings.
+const STDERR: c_int = 2;
+
+/// What becomes of a stream that another program image gets.
+fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
+    if !keep || fd <= STDERR || !tenant::is_known(held.conn) {
+        demote::abandon(held, fd, Reason::Exec);
+    } else if let Some(stream) = held.conn.stream()
+        && is_foreign()
+    {
+        stream.end().holders.fetch_add(1, AcqRel);
+    }
 }
 
 /// True when an environment names the shim.
@@ -482,9 +519,10 @@ pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
     new: c_int,
 ) -> c_int {
     if let Kind::Conn(index) = conn::kind(fd) {
+        let word = index as u32 + 1 | u32::from(new <= STDERR) << 31;
         for place in &ACTIONS {
             if place
-                .compare_exchange(0, index as u32 + 1, AcqRel, Relaxed)
+                .compare_exchange(0, word, AcqRel, Relaxed)
                 .is_ok()
             {
                 break;
@@ -501,12 +539,18 @@ fn before_spawn(loads_shim: bool) {
     }
     for place in &ACTIONS {
         let index = place.swap(0, AcqRel);
+        let stdio = index & (1 << 31) != 0;
+        let index = index & !(1 << 31);
         if index != 0
-            && !(loads_shim && tenant::is_attached())
             && let Some(held) = conn::by_index(index as usize - 1)
         {
             let fd = held.conn.fd.load(Relaxed);
-            demote::abandon(&held, fd, Reason::Exec);
+            keep_or_abandon(&held, fd, loads_shim && !stdio);
+            if let Some(stream) = held.conn.stream()
+                && demote::is_on_rings(stream)
+            {
+                stream.end().holders.fetch_add(1, AcqRel);
+            }
         }
     }
     before_exec(loads_shim);

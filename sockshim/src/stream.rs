@@ -4,7 +4,7 @@ use crate::sys;
 use libc::c_int;
 use rdsock_shm::bell::{self, Place};
 use rdsock_shm::layout::{
-    Ask, BellBoard, Counter, DATA_OFFSET, Direction, EndPage, MAX_RING, MIN_RING, RxState,
+    Ask, Bell, BellBoard, Counter, DATA_OFFSET, Direction, EndPage, MAX_RING, MIN_RING, RxState,
     StreamHeader, TxState, anchor, mark, phase, want,
 };
 use rdsock_shm::lock::{self, Owner, Taken};
@@ -210,6 +210,16 @@ impl Stream {
         }
     }
 
+    /// After exec: locks of threads of the program that this one was.
+    pub fn free_own_locks(&self) {
+        for word in [&self.tx().lock, &self.rx().lock] {
+            let owner = word.load(Relaxed);
+            if owner != 0 && Owner::pid_of(owner) == pid() {
+                let _ = word.compare_exchange(owner, 0, AcqRel, Relaxed);
+            }
+        }
+    }
+
     /// A look at the incoming ring without its lock, for readiness: bytes, or a violation.
     #[inline]
     pub fn has_bytes(&self) -> bool {
@@ -233,17 +243,18 @@ impl Stream {
         let taken = wake::take(&ask.want);
         if taken & (want::BELL | want::WAKE) != 0 && taken & (want::DEMOTED | want::CLOSED) == 0 {
             let mut wake = taken & want::WAKE != 0;
-            if taken & want::BELL != 0
-                && let Some(place) = Place::from_word(ask.place.load(Relaxed))
-            {
-                crate::tenant::count(Counter::Bells);
-                // SAFETY: mapped as long as the stream, and the place was checked.
-                let bell = unsafe {
-                    &*(&raw const (*self.peer_bells).bells)
-                        .cast::<rdsock_shm::layout::Bell>()
-                        .add(place.bell)
-                };
-                wake |= bell::ring(bell, place.bit);
+            if taken & want::BELL != 0 {
+                // Without a place on the board only a wake byte is left.
+                wake |= Place::from_word(ask.place.load(Acquire)).is_none_or(|place| {
+                    crate::tenant::count(Counter::Bells);
+                    // SAFETY: mapped as long as the stream, and the place was checked.
+                    let bell = unsafe {
+                        &*(&raw const (*self.peer_bells).bells)
+                            .cast::<Bell>()
+                            .add(place.bell)
+                    };
+                    bell::ring(bell, place.bit)
+                });
             }
             if wake {
                 self.send_wake(fd);
@@ -283,6 +294,8 @@ impl Stream {
             return;
         }
         self.tx().phase.store(phase::RESET, Release);
+        // Not reported yet, whatever the anchor has said.
+        self.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
         self.end().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         crate::tenant::count(Counter::Reset);
@@ -335,7 +348,7 @@ fn take_slowly(word: &AtomicU64, me: Owner) -> (Taken, bool) {
                 } else {
                     sys::sched_yield();
                     if tries % 4096 == 0
-                        && !sys::process_exists(Owner::pid_of(owner))
+                        && !sys::is_alive(Owner::pid_of(owner))
                         && lock::take_from_dead(word, owner, me)
                     {
                         return (Taken::Outer, true);
@@ -455,6 +468,10 @@ impl RxGuard<'_> {
     /// counted break the stream.
     pub fn look(&self, fd: c_int) {
         self.drain(fd);
+        if self.outstanding() != 0 && crate::io::anchor_is_dead(fd) {
+            // Wake bytes stay for a sleeper that may never come back: the end shows all the same.
+            self.stream.note_end(false);
+        }
         if self.outstanding() != 0 || self.stream.rx().anchor.load(Relaxed) != 0 {
             return;
         }

@@ -291,9 +291,15 @@ pub fn sched_yield() {
     syscall!(SYS_sched_yield);
 }
 
-/// True when the process exists (it may belong to somebody else).
-pub fn process_exists(pid: u32) -> bool {
-    syscall!(SYS_kill, pid as c_int, 0) != -(libc::ESRCH as isize)
+/// True while a process runs; one that has ended but was not waited for does not.
+pub fn is_alive(pid: u32) -> bool {
+    let fd = syscall!(SYS_pidfd_open, pid, 0);
+    if fd < 0 {
+        return fd != -(libc::ESRCH as isize);
+    }
+    let ended = poll_one(fd as c_int, libc::POLLIN, 0) > 0;
+    close(fd as c_int);
+    !ended
 }
 
 pub fn gettid() -> u32 {

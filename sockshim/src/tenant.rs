@@ -37,6 +37,8 @@ static MEMFDS: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
 static SEEN: AtomicU64 = AtomicU64::new(0);
 static TRIED_AT: AtomicU64 = AtomicU64::new(0);
 static LOCK: AtomicU64 = AtomicU64::new(0);
+/// Counts attachments: a stream of an earlier one is unknown to the present daemon.
+static EPOCH: AtomicU32 = AtomicU32::new(0);
 static DISABLED: AtomicU32 = AtomicU32::new(0);
 static BELLS_IN_USE: AtomicU64 = AtomicU64::new(0);
 
@@ -56,7 +58,7 @@ pub struct Offer {
 impl Offer {
     fn close(self) {
         for fd in self.fds {
-            sys::close(fd);
+            close_hidden(fd);
         }
     }
 }
@@ -290,6 +292,7 @@ fn attach(_guard: &Guard) {
         close_hidden(fd);
         return;
     }
+    EPOCH.fetch_add(1, AcqRel);
     CONTROL.store(fd, Release);
     clock::calibrate();
 }
@@ -394,6 +397,10 @@ fn detach() {
     });
 }
 
+fn has_hung_up(control: c_int) -> bool {
+    sys::poll_one(control, libc::POLLIN, 0) as i16 & libc::POLLHUP != 0
+}
+
 /// Puts a request; the daemon is kicked when it sleeps. The lock is held.
 fn put(_guard: &Guard, request: &Request) -> bool {
     let Some(memory) = memory() else { return false };
@@ -404,6 +411,9 @@ fn put(_guard: &Guard, request: &Request) -> bool {
     // SAFETY: the lock is held.
     if !unsafe { &mut *PUTTER.0.get() }.put(&memory.queue, request) {
         count(Counter::QueueFull);
+        if has_hung_up(control) {
+            detach();
+        }
         return false;
     }
     fence(SeqCst);
@@ -720,13 +730,19 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
     if conn.in_rx.load(SeqCst) != 0 || conn.in_tx.load(SeqCst) != 0 {
         conn.phase.store(phase::ANNOUNCED, SeqCst);
         // SAFETY: the lock is held.
-        unsafe { conn.set_offer(offer) };
+        unsafe {
+            conn.set_offer(Offer {
+                fds: offer.fds.map(hide),
+                ..offer
+            })
+        };
         return;
     }
     match install(conn, &offer.promote, offer.fds) {
         Ok(stream) => {
             // SAFETY: the phase is INSTALLING, set above.
             unsafe { conn.set_stream(stream) };
+            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
             conn.phase.store(phase::MAPPED, SeqCst);
             conn.tell(index, State::Rings, Reason::None);
             if let Some(record) = record(index) {
@@ -754,13 +770,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
 
 /// Maps a stream, and makes the receiving half ready: the other end may switch from then on.
 fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Reason> {
-    const ESTABLISHED: u8 = 1;
     let fd = conn.fd.load(Relaxed);
-    let info = TcpInfo::of(fd)
-        .filter(|info| info.state == ESTABLISHED)
-        .ok_or(Reason::NotQuiet)?;
-    let unread = sys::ioctl_int(fd, libc::FIONREAD).ok_or(Reason::NotQuiet)? as u64;
-    let received = TcpInfo::of(fd).ok_or(Reason::NotQuiet)?.received;
     let stream = Stream::map(
         fds,
         promote.ring_size,
@@ -769,34 +779,40 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
         promote.stream_id,
     )
     .ok_or(Reason::NoMemory)?;
-    // Bytes may have arrived between the two counts.
-    let position = if received == info.received {
-        received.checked_sub(unread)
-    } else {
-        settle(fd)
-    };
-    let Some(position) = position else {
-        stream.unmap();
-        return Err(Reason::NotQuiet);
-    };
-    own_options(conn, fd);
-    if stream.end().installed.swap(1, AcqRel) == 0 {
-        let flags = sys::fcntl(fd, libc::F_GETFL, 0);
-        stream
-            .end()
-            .nonblock
-            .store(u32::from(flags & libc::O_NONBLOCK as isize != 0), Relaxed);
-        stream.rx().tail.store(position, Relaxed);
-        stream.rx().phase.store(layout::phase::SWITCHING, Release);
-        // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
-        stream
-            .incoming()
-            .bytes
-            .want
-            .fetch_or(layout::want::WAKE, SeqCst);
-        stream.incoming().consumer.ready.store(1, Release);
+    if stream.end().installed.load(Acquire) != 0 {
+        // Inherited over exec: everything stands in the end page.
+        stream.free_own_locks();
+        own_options(conn, fd);
+        return Ok(stream);
     }
-    Ok(stream)
+    match make_ready(conn, &stream, fd) {
+        Some(()) => Ok(stream),
+        None => {
+            stream.unmap();
+            Err(Reason::NotQuiet)
+        }
+    }
+}
+
+/// Finds the position of the receiving half, and publishes that it is ready.
+fn make_ready(conn: &Conn, stream: &Stream, fd: c_int) -> Option<()> {
+    if TcpInfo::of(fd)?.state != TcpInfo::ESTABLISHED {
+        return None;
+    }
+    let position = settle(fd)?;
+    own_options(conn, fd);
+    let flags = sys::fcntl(fd, libc::F_GETFL, 0);
+    let nonblocking = flags & libc::O_NONBLOCK as isize != 0;
+    let end = stream.end();
+    end.installed.store(1, Release);
+    end.nonblock.store(u32::from(nonblocking), Relaxed);
+    stream.rx().tail.store(position, Relaxed);
+    stream.rx().phase.store(layout::phase::SWITCHING, Release);
+    // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
+    let incoming = stream.incoming();
+    incoming.bytes.want.fetch_or(layout::want::WAKE, SeqCst);
+    incoming.consumer.ready.store(1, Release);
+    Some(())
 }
 
 /// The receive position, read until it stands still for the length of two calls.
@@ -871,6 +887,25 @@ pub fn before_fork() -> bool {
     let Some(guard) = Guard::take() else {
         return false;
     };
+    note_shared(&guard);
+    conn::each(|_, conn| {
+        if let Some(stream) = conn.stream() {
+            stream.end().holders.fetch_add(1, AcqRel);
+        }
+    });
+    std::mem::forget(guard);
+    true
+}
+
+/// Before a program is spawned or executed: it may get any connection, so what is not promoted yet
+/// must be looked at again.
+pub fn before_exec() {
+    if let Some(guard) = Guard::take() {
+        note_shared(&guard);
+    }
+}
+
+fn note_shared(guard: &Guard) {
     conn::each(|index, conn| {
         conn.shared.store(1, Relaxed);
         match conn.phase.load(Relaxed) {
@@ -885,18 +920,11 @@ pub fn before_fork() -> bool {
                 conn.phase.store(phase::KERNEL, Relaxed);
                 conn.calls.store(1, Relaxed);
                 conn.tell(index, State::Kernel, Reason::Shared);
-                put(&guard, &blank(request::CLOSED, index, conn));
-            }
-            phase::MAPPED => {
-                if let Some(stream) = conn.stream() {
-                    stream.end().holders.fetch_add(1, AcqRel);
-                }
+                put(guard, &blank(request::CLOSED, index, conn));
             }
             _ => {}
         }
     });
-    std::mem::forget(guard);
-    true
 }
 
 /// After fork, in the parent. The child may not exist: then the counts of holders are one high,
@@ -1014,8 +1042,9 @@ pub fn look_up(index: usize, fd: c_int) {
         .compare_exchange(phase::ANNOUNCED, phase::KERNEL, AcqRel, Relaxed);
 }
 
-/// True when a daemon can be asked by a program that this one turns into.
-pub fn is_attached() -> bool {
+/// True when the daemon can be asked for this connection's stream by a program that this one turns
+/// into.
+pub fn is_known(conn: &Conn) -> bool {
     let control = CONTROL.load(Relaxed);
-    control >= 0 && sys::poll_one(control, libc::POLLIN, 0) as i16 & libc::POLLHUP == 0
+    conn.epoch.load(Relaxed) == EPOCH.load(Relaxed) && control >= 0 && !has_hung_up(control)
 }

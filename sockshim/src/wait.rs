@@ -160,40 +160,62 @@ impl Sleeper<'_> {
     }
 }
 
+fn count_out(waiters: &AtomicU32) {
+    let _ = waiters.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
+}
+
 impl Drop for Sleeper<'_> {
     fn drop(&mut self) {
         if self.receives {
-            self.stream.rx().waiters.fetch_sub(1, SeqCst);
+            count_out(&self.stream.rx().waiters);
         }
         if self.sends {
-            self.stream.tx().waiters.fetch_sub(1, SeqCst);
+            count_out(&self.stream.tx().waiters);
         }
     }
+}
+
+/// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
+pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result<(), isize> {
+    let sleeper = Sleeper::enter(stream, true, false);
+    let guard = stream.lock_rx();
+    let cleared = sleeper.clear(&guard, fd);
+    drop(guard);
+    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    let result = if !cleared || stream.has_bytes_after(position) || has_ended(stream) {
+        1
+    } else {
+        peek(fd)
+    };
+    drop(sleeper);
+    finish(held, stream, fd, result)
 }
 
 /// Sleeps until bytes may be there. The guard is released meanwhile. An error is negated.
 pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> Result<(), isize> {
     let sleeper = Sleeper::enter(stream, true, false);
-    if !sleeper.clear(&guard, fd) {
-        drop((sleeper, guard));
+    let cleared = sleeper.clear(&guard, fd);
+    drop(guard);
+    if !cleared {
+        drop(sleeper);
         sys::sched_yield();
         return Ok(());
     }
     crate::epoll::kick_all(held.conn);
     wake::ask(&stream.incoming().bytes.want, want::WAKE);
-    let result = if receivable(stream) {
-        1
-    } else {
-        drop(guard);
-        peek(fd)
-    };
+    let result = if receivable(stream) { 1 } else { peek(fd) };
     drop(sleeper);
-    wake::unask(&stream.incoming().bytes.want, want::WAKE);
     finish(held, stream, fd, result)
 }
 
 /// Sleeps until the anchor has something, while bytes may still come on it.
 pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    let switched =
+        stream.incoming().producer.switch_at.load(Acquire) == stream.rx().tail.load(Relaxed);
+    if switched || has_ended(stream) {
+        return Ok(());
+    }
     let result = peek(fd);
     finish(held, stream, fd, result)
 }
@@ -201,6 +223,7 @@ pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
 /// Sleeps until space may be there. An error is negated.
 pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
     let enough = stream.ring_size() / 3;
+    crate::io::settle_switch(stream);
     if stream.rx().phase.load(Acquire) == phase::SWITCHING && sys::poll_one(fd, libc::POLLIN, 0) > 0
     {
         // Unread bytes are still on the anchor, so it cannot be slept on.
@@ -228,7 +251,6 @@ pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
         sleep_for_send(fd)
     };
     drop(sleeper);
-    wake::unask(&stream.out().space.want, want::WAKE);
     finish(held, stream, fd, result)
 }
 
