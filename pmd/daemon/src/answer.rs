@@ -13,8 +13,9 @@ use serde_json::{Value, json};
 
 use crate::book::{Conn, TenantId};
 use crate::channel::Outgoing;
+use crate::connections::{Connection, End};
 use crate::counters::Counters;
-use crate::daemon::{Connection, Daemon, End};
+use crate::daemon::Daemon;
 use crate::memory::{ConnView, DirectionView};
 use crate::tenants::Tenant;
 

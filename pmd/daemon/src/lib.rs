@@ -13,6 +13,7 @@ pub mod args;
 pub mod book;
 pub mod channel;
 pub mod config;
+mod connections;
 pub mod counters;
 pub mod daemon;
 pub mod diag;

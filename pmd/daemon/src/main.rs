@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         }
     };
     if args.check_config {
+        println!("the configuration is good");
         return ExitCode::SUCCESS;
     }
     rdsockd::log::start(&config);

@@ -12,9 +12,10 @@ use rdsock_shm::layout::DATA_OFFSET;
 use rdsock_shm::reason::Reason;
 use tracing::{debug, warn};
 
-use crate::book::{Announced, Announcement, Conn, Role, Route, TenantId, order};
+use crate::book::{self, Announced, Announcement, Conn, Role, Route, TenantId, order};
 use crate::channel::Outgoing;
-use crate::daemon::{Daemon, Due, End};
+use crate::connections::End;
+use crate::daemon::{Daemon, Due};
 use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
 use crate::process::{OtherHolder, other_holder, socket_inode};
 
@@ -53,7 +54,7 @@ impl Memory {
     }
 }
 
-/// Time that a tenant may make the daemon spend on searching `/proc`: a twentieth of all time.
+/// Time that a user may make the daemon spend on searching `/proc`: a tenth of all time.
 #[derive(Debug)]
 pub(crate) struct SearchBudget {
     next: Instant,
@@ -61,14 +62,15 @@ pub(crate) struct SearchBudget {
 
 impl Default for SearchBudget {
     fn default() -> Self {
+        let now = Instant::now();
         SearchBudget {
-            next: Instant::now(),
+            next: now.checked_sub(Self::SAVED).unwrap_or(now),
         }
     }
 }
 
 impl SearchBudget {
-    const SHARE: u32 = 20;
+    const SHARE: u32 = 10;
     /// Saved up at most.
     const SAVED: Duration = Duration::from_secs(1);
 
@@ -151,7 +153,7 @@ impl Daemon {
     pub(crate) fn on_announce(&mut self, conn: Conn, request: &Request) -> Result<(), End> {
         self.counters.announced += 1;
         if let Some(stream) = self.book.replace(conn) {
-            self.check_stream(stream, 0);
+            self.check_stream(stream);
         }
         let Some(claim) = Claim::parse(conn, request) else {
             self.counters.bad_requests += 1;
@@ -262,15 +264,8 @@ impl Daemon {
 
     /// Does another process hold the socket, too? When in doubt, yes: the shim asks again.
     fn is_shared(&mut self, announced: &Announced) -> bool {
-        let Some(connection) = self.connections.get_mut(&announced.conn.tenant) else {
-            return true;
-        };
-        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
-            return true;
-        };
-        let found = tenant
-            .search
-            .run(|| other_holder(pid, announced.inode, SEARCH));
+        let budget = self.searches.entry(announced.uid).or_default();
+        let found = budget.run(|| other_holder(announced.pid, announced.inode, SEARCH));
         found != Some(OtherHolder::Nobody)
     }
 
@@ -434,7 +429,7 @@ impl Daemon {
         let before = self.book.replace(conn);
         self.book.hold(stream, end, conn);
         if let Some(before) = before {
-            self.check_stream(before, 0);
+            self.check_stream(before);
         }
     }
 
@@ -467,7 +462,7 @@ impl Daemon {
     /// A tenant gave up a connection.
     pub(crate) fn give_up(&mut self, conn: Conn) {
         if let Some(stream) = self.book.release(conn) {
-            self.check_stream(stream, 0);
+            self.check_stream(stream);
         }
     }
 
@@ -490,20 +485,43 @@ impl Daemon {
 
     /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
     /// that has not attached, a program between exec and attach) still holds one of its sockets.
-    pub(crate) fn check_stream(&mut self, id: u64, times: u32) {
-        let Some(stream) = self.book.stream(id).filter(|stream| stream.is_abandoned()) else {
+    pub(crate) fn check_stream(&mut self, id: u64) {
+        let (true, kept) = self.is_kept(id) else {
             return;
         };
-        let held = stream
-            .ends
-            .iter()
-            .any(|end| self.socket_is(end.route, end.cookie) == Some(end.inode));
-        if !held {
+        if !kept {
+            self.close_stream(id);
+        } else if self.looked_after.insert(id) {
+            self.due
+                .push(Reverse((Instant::now() + FIRST_LOOK, Due::Stream(id, 1))));
+        }
+    }
+
+    /// An abandoned stream was kept: looks again, less and less often.
+    pub(crate) fn look_again(&mut self, id: u64, times: u32) {
+        self.looked_after.remove(&id);
+        let (true, kept) = self.is_kept(id) else {
+            return;
+        };
+        if !kept {
             return self.close_stream(id);
         }
         let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
+        self.looked_after.insert(id);
         self.due
             .push(Reverse((Instant::now() + wait, Due::Stream(id, times + 1))));
+    }
+
+    /// Is this stream abandoned, and if so, does somebody hold one of its sockets?
+    fn is_kept(&self, id: u64) -> (bool, bool) {
+        match self.book.stream(id) {
+            Some(stream) if stream.is_abandoned() => {
+                let held =
+                    |end: &book::End| self.socket_is(end.route, end.cookie) == Some(end.inode);
+                (true, stream.ends.iter().any(held))
+            }
+            _ => (false, false),
+        }
     }
 
     fn close_stream(&mut self, id: u64) {

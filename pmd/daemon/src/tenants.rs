@@ -14,7 +14,8 @@ use tracing::info;
 
 use crate::book::{Conn, TenantId};
 use crate::channel::{Outgoing, Received};
-use crate::daemon::{Daemon, End};
+use crate::connections::End;
+use crate::daemon::Daemon;
 use crate::memory::{BadMemory, TenantMap, check_bells};
 use crate::process;
 
@@ -36,8 +37,6 @@ pub(crate) struct Tenant {
     pub program: String,
     /// It has to read its messages before more of its requests are taken.
     pub throttled: bool,
-    /// Time that may still be spent on looking for others who hold its sockets.
-    pub search: crate::matching::SearchBudget,
 }
 
 fn malformed(cause: &'static str) -> End {
@@ -168,7 +167,6 @@ impl Daemon {
             netns,
             program,
             throttled: false,
-            search: Default::default(),
         };
         tenant.map.start_sleep();
         if let Some(connection) = self.connections.get_mut(&id) {
@@ -331,7 +329,7 @@ impl Daemon {
         let mut streams = self.book.tenant_gone(id);
         if !alive {
             for stream in streams.drain(..) {
-                self.check_stream(stream, 0);
+                self.check_stream(stream);
             }
         }
         streams.retain(|id| {
