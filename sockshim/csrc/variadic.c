@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 int rdsock_is_ours(int fd);
 int rdsock_write_all(int fd, const char *text, size_t len);
@@ -14,6 +16,32 @@ int rdsock_real_vdprintf(int fd, const char *format, va_list ap);
 int rdsock_execve(const char *path, char *const argv[], char *const envp[]);
 int rdsock_execvp(const char *file, char *const argv[]);
 extern char **environ;
+
+/* Gives a new stdio stream `len` bytes as if it had read them from its own descriptor: it reads
+ * them from a file in memory, into a buffer that holds all of them. (ungetc would do, but glibc
+ * crashes when a stream with pushed-back bytes turns to writing.) The buffer is the stream's until
+ * the program ends. */
+int rdsock_stdio_take(FILE *file, const char *bytes, size_t len)
+{
+    int own = file->_fileno, memory, first;
+    char *buffer = malloc(len + BUFSIZ);
+
+    memory = memfd_create("rdsock-stdio", MFD_CLOEXEC);
+    if (buffer == NULL || memory < 0 || pwrite(memory, bytes, len, 0) != (ssize_t)len) {
+        free(buffer);
+        if (memory >= 0)
+            close(memory);
+        return -1;
+    }
+    setvbuf(file, buffer, _IOFBF, len + BUFSIZ);
+    file->_fileno = memory;
+    first = fgetc(file);
+    file->_fileno = own;
+    close(memory);
+    if (first != EOF)
+        ungetc(first, file);
+    return 0;
+}
 
 /* Gathers the arguments from `first` to the null pointer into `argv`, on the caller's stack. */
 #define GATHER(argv, ap, first)                                      \

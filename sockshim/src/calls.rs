@@ -1359,7 +1359,11 @@ pub unsafe extern "C" fn fdopen(fd: c_int, mode: *const libc::c_char) -> *mut li
     }
 }
 
-/// Pushes what is in the ring into a stdio stream, last byte first, as `ungetc` wants it.
+unsafe extern "C" {
+    fn rdsock_stdio_take(file: *mut libc::FILE, bytes: *const libc::c_char, len: size_t) -> c_int;
+}
+
+/// Puts what is in the ring into a stdio stream's buffer.
 fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
     let Some(unread) = io::unread(stream, fd).filter(|unread| *unread > 0) else {
         return;
@@ -1372,10 +1376,9 @@ fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
     unsafe {
         if let Ok(buffers) = Buffers::new(&part, 1, 0)
             && let Outcome::Done(got) = io::recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT)
+            && got > 0
         {
-            for i in (0..got.max(0) as usize).rev() {
-                libc::ungetc(c_int::from(*bytes.add(i)), file);
-            }
+            rdsock_stdio_take(file, bytes.cast(), got.max(0) as usize);
         }
         sys::unmap(bytes, unread as usize);
     }

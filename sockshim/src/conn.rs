@@ -111,6 +111,8 @@ pub struct Conn {
     pub wants_space: AtomicU32,
     /// One of its fds.
     pub fd: AtomicI32,
+    /// `SO_COOKIE`, once it was announced.
+    pub cookie: AtomicU64,
     /// When the anchor was last looked at, in ticks.
     pub looked_at: AtomicU64,
     /// First of its epoll registrations, 0 for none: see [`crate::epoll`].

@@ -208,13 +208,11 @@ fn before_exec(loads_shim: bool) {
             && let Some(wanted) = cookie(fd)
         {
             conn::each(|index, conn| {
-                let own = conn.fd.load(Relaxed);
                 if conn.stream().is_some()
-                    && cookie(own) == Some(wanted)
+                    && conn.cookie.load(Relaxed) == wanted
                     && let Some(held) = conn::by_index(index)
                 {
-                    // Under this number, but known to the shim by the other one.
-                    keep_or_abandon(&held, own, loads_shim && fd > STDERR);
+                    keep_or_abandon(&held, fd, loads_shim);
                 }
             });
         }

@@ -514,6 +514,7 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
         return;
     }
     conn.generation.fetch_add(1, Relaxed);
+    conn.cookie.store(cookie, Relaxed);
     let request = Request {
         fd,
         cookie,
@@ -1003,6 +1004,7 @@ pub fn look_up(index: usize, fd: c_int) {
         return;
     }
     held.conn.generation.fetch_add(1, Relaxed);
+    held.conn.cookie.store(cookie, Relaxed);
     let generation = held.conn.generation.load(Relaxed);
     held.conn.phase.store(phase::ANNOUNCED, Release);
     let question = Lookup {

@@ -23,7 +23,7 @@ fn listen(site: &Site, action: &str) -> (Running, u16) {
 /// Sends a file, closes only its own direction, and then gets the answer to all of it.
 fn half_close(site: Site) {
     const SIZE: usize = 200 << 20;
-    let (_server, port) = listen(&site, "SYSTEM:sha256sum");
+    let (_server, port) = listen(&site, "EXEC:sha256sum");
     let file = site.folder.write_noise("file", SIZE);
     let right = site
         .plain(place::command(&["sha256sum"]))

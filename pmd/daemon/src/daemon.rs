@@ -21,10 +21,11 @@ use crate::connections::{Connection, End, Watched, spare_descriptor};
 use crate::counters::Counters;
 use crate::endpoint::{Endpoint, EndpointError};
 use crate::log::Throttle;
-use crate::matching::{HugeSupply, Memory, SearchBudget};
+use crate::matching::SearchBudget;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::process;
+use crate::streams::{HugeSupply, Memory};
 
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;

@@ -25,4 +25,5 @@ pub mod namespaces;
 pub mod notify;
 pub mod policy;
 pub mod process;
+mod streams;
 mod tenants;

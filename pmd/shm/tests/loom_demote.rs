@@ -271,3 +271,119 @@ fn a_receiver_and_a_sender_sleep_when_the_peer_leaves() {
         assert_quiet(&far);
     });
 }
+
+/// A kernel send is under way when its end leaves: the thread in it ends the direction.
+#[test]
+fn an_end_leaves_amid_a_kernel_send() {
+    check(2, || {
+        let [a, b] = connection(8);
+        let sending = a.thread(1);
+        assert!(a.map());
+        let kernel = thread::spawn(move || {
+            sending.send(&[1]);
+            sending.send(&[2]);
+        });
+        let peer = thread::spawn(move || {
+            while !b.map() {
+                thread::yield_now();
+            }
+            b.send(&[11; 9]);
+            assert_eq!(b.receive_all(2), [1, 2]);
+            b
+        });
+        a.leave();
+        assert_eq!(a.receive_all(9), [11; 9]);
+        kernel.join().unwrap();
+        let b = peer.join().unwrap();
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+/// Both directions, two threads on each socket, and both ends leave.
+#[test]
+fn two_threads_on_each_socket_while_both_ends_leave() {
+    check(1, || {
+        let [a, b] = stream(8);
+        let threads = [(a.thread(1), 1), (b.thread(1), 11)].map(|(end, first)| {
+            thread::spawn(move || {
+                end.send(&[first]);
+                end.leave();
+                end.send(&[first + 1]);
+            })
+        });
+        let reader = {
+            let b = b.thread(2);
+            thread::spawn(move || assert_eq!(b.receive_all(2), [1, 2]))
+        };
+        assert_eq!(a.receive_all(2), [11, 12]);
+        reader.join().unwrap();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+/// An end is abandoned while the other one switches.
+#[test]
+fn an_end_is_abandoned_while_its_peer_switches() {
+    check(3, || {
+        let [a, b] = connection(8);
+        b.send(&[1]);
+        assert_eq!(a.receive_all(1), [1]);
+        assert!(a.map());
+        let peer = thread::spawn(move || {
+            while !b.map() {
+                thread::yield_now();
+            }
+            b.send(&[2]);
+            b.send(&[3]);
+            b
+        });
+        assert!(a.abandon());
+        let b = peer.join().unwrap();
+        b.poll();
+        assert_eq!(a.receive_all(2), [2, 3]);
+        a.send(&[11]);
+        assert_eq!(b.receive_all(1), [11]);
+        assert_quiet(&a);
+        assert_quiet(&b);
+    });
+}
+
+/// Half-close: what was sent before is read to its end, and the other direction goes on.
+#[test]
+fn a_direction_ends_while_the_other_goes_on() {
+    check(3, || {
+        let [a, b] = stream(8);
+        let peer = thread::spawn(move || {
+            b.send(&[11]);
+            assert_eq!(b.receive_all(1), [1]);
+            assert_eq!(b.receive(8), []);
+            b.send(&[12]);
+            b
+        });
+        a.send(&[1]);
+        a.shut();
+        assert_eq!(a.receive_all(2), [11, 12]);
+        peer.join().unwrap();
+    });
+}
+
+/// A process that is killed says nothing: its kernel closes the anchor.
+#[test]
+fn what_a_dead_sender_has_published_is_read_to_its_end() {
+    check(3, || {
+        let [a, b] = stream(8);
+        let peer = thread::spawn(move || {
+            b.send(&[1]);
+            b.send(&[2]);
+            b.sends().end();
+        });
+        assert_eq!(a.receive_all(2), [1, 2]);
+        assert_eq!(a.receive(8), []);
+        peer.join().unwrap();
+    });
+}

@@ -547,6 +547,18 @@ impl End {
         wake::ask(&self.out().space.want, want::WAKE);
     }
 
+    /// `demote::shutdown(SHUT_WR)`, on the ring.
+    pub fn shut(&self) {
+        let _guard = self.lock_tx();
+        assert_eq!(self.tx().phase.load(Acquire), phase::RING);
+        self.sender().publish();
+        self.out().producer.mark.fetch_or(mark::FIN, SeqCst);
+        if wake::asked(&self.out().bytes) != 0 {
+            let taken = self.answer(&self.out().bytes);
+            self.after_answer(taken);
+        }
+    }
+
     /// `demote::before_close` and the close of the fd.
     pub fn close(&self) {
         if self.tx().phase.load(Acquire) == phase::RING {
