@@ -1,22 +1,15 @@
 //! From announcements to pairs: asks the kernel whether they are true, and finds the other end.
 
-use std::cmp::Reverse;
-use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rdsock_shm::control::{Lookup, Message, Promote, Request, kind};
-use rdsock_shm::layout::DATA_OFFSET;
+use rdsock_shm::control::Request;
 use rdsock_shm::reason::Reason;
 use tracing::{debug, warn};
 
-use crate::book::{self, Announced, Announcement, Conn, Role, Route, TenantId, order};
-use crate::channel::Outgoing;
+use crate::book::{Announced, Announcement, Conn, Role, Route, TenantId};
 use crate::connections::End;
-use crate::daemon::{Daemon, Due};
-use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
+use crate::daemon::Daemon;
 use crate::process::{OtherHolder, other_holder, socket_inode};
 
 /// Longest search for other holders of one socket.
