@@ -441,6 +441,10 @@ fn recv_all<'a>(
         };
         match outcome {
             Took::Some if done >= enough || done == to.total => {
+                // Streams in epoll are asked for again and again: a barrier each time costs more.
+                if held.conn.registrations.load(Relaxed) == 0 {
+                    stream.note_busy();
+                }
                 return Outcome::Done(done as isize);
             }
             Took::Some | Took::Again => continue,

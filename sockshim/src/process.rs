@@ -44,6 +44,7 @@ extern "C" fn construct() {
     real::resolve();
     stream::note_pid();
     clock::start();
+    stream::start_barriers();
     let disabled = env(c"RDSOCK_DISABLE").is_some_and(|value| value != c"0" && value != c"");
     let spin = env(c"RDSOCK_SPIN_US")
         .and_then(|value| value.to_str().ok())
@@ -172,6 +173,7 @@ extern "C" fn after_fork_in_parent() {
 
 extern "C" fn after_fork_in_child() {
     stream::note_pid();
+    stream::start_barriers();
     epoll::after_fork_in_child();
     tenant::after_fork_in_child();
 }

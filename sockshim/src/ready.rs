@@ -116,7 +116,7 @@ fn is_writable(stream: &Stream) -> bool {
 /// Asks the other end for a sign (`how`: WAKE or BELL) when what `events` names comes.
 pub fn ask(stream: &Stream, events: i16, how: u32) {
     if events & (IN | POLLRDHUP) != 0 {
-        wake::ask(&stream.incoming().bytes.want, how);
+        stream.ask_for_bytes(how);
     }
     if events & OUT != 0 && stream.tx().phase.load(Relaxed) == phase::RING {
         wake::ask(&stream.out().space.want, how);

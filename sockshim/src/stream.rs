@@ -20,9 +20,24 @@ pub const WAKE_BYTE: u8 = 0xA5;
 /// This process, for locks. Set by the constructor and in forked children.
 static PID: AtomicU32 = AtomicU32::new(0);
 
+/// Receives without a sleep after which a receiver is hot: see [`rdsock_shm::wake`].
+const HOT_AFTER: u32 = 256;
+/// 1 when this process takes part in membarriers.
+static HAS_BARRIERS: AtomicU32 = AtomicU32::new(0);
+
 /// Notes which process this is.
 pub fn note_pid() {
     PID.store(sys::getpid(), Relaxed);
+}
+
+/// Takes part in membarriers, where the kernel has them.
+pub fn start_barriers() {
+    HAS_BARRIERS.store(u32::from(sys::register_membarrier()), Relaxed);
+}
+
+/// Whether this process takes part in membarriers: 1 or 0.
+pub fn has_barriers() -> u32 {
+    HAS_BARRIERS.load(Relaxed)
 }
 
 /// The process that owns the shim's private state. A `vfork` child sees its parent's.
@@ -262,6 +277,27 @@ impl Stream {
             wake::rung(&ask.want);
         }
         taken
+    }
+
+    /// Asks the other end for a sign of bytes; the caller looks once more after this.
+    pub fn ask_for_bytes(&self, how: u32) {
+        let ask = &self.incoming().bytes;
+        wake::ask(&ask.want, how);
+        if ask.hot.swap(0, AcqRel) != 0 {
+            self.rx().quiet_calls.store(0, Relaxed);
+            sys::membarrier();
+        }
+    }
+
+    /// After a receive that found bytes: a receiver that has not slept for long spares its senders
+    /// their fences.
+    #[inline]
+    pub fn note_busy(&self) {
+        let calls = self.rx().quiet_calls.load(Relaxed).wrapping_add(1);
+        self.rx().quiet_calls.store(calls, Relaxed);
+        if calls % HOT_AFTER == 0 && self.incoming().producer.barriers.load(Relaxed) != 0 && HAS_BARRIERS.load(Relaxed) != 0 {
+            self.incoming().bytes.hot.store(1, Relaxed);
+        }
     }
 
     /// Puts RINGING into the other end's request, so that a last wake byte may be sent. False when

@@ -783,6 +783,7 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
     if stream.end().installed.load(Acquire) != 0 {
         // Inherited over exec: everything stands in the end page.
         stream.free_own_locks();
+        stream.out().producer.barriers.store(stream::has_barriers(), Relaxed);
         own_options(conn, fd);
         return Ok(stream);
     }
@@ -812,6 +813,7 @@ fn make_ready(conn: &Conn, stream: &Stream, fd: c_int) -> Option<()> {
     // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
     let incoming = stream.incoming();
     incoming.bytes.want.fetch_or(layout::want::WAKE, SeqCst);
+    stream.out().producer.barriers.store(stream::has_barriers(), Relaxed);
     incoming.consumer.ready.store(1, Release);
     Some(())
 }

@@ -181,7 +181,7 @@ pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result
     let guard = stream.lock_rx();
     let cleared = sleeper.clear(&guard, fd);
     drop(guard);
-    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    stream.ask_for_bytes(want::WAKE);
     let result = if !cleared || stream.has_bytes_after(position) || has_ended(stream) {
         1
     } else {
@@ -202,7 +202,7 @@ pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> 
         return Ok(());
     }
     crate::epoll::kick_all(held.conn);
-    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    stream.ask_for_bytes(want::WAKE);
     let result = if receivable(stream) { 1 } else { peek(fd) };
     drop(sleeper);
     finish(held, stream, fd, result)
@@ -210,7 +210,7 @@ pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> 
 
 /// Sleeps until the anchor has something, while bytes may still come on it.
 pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
-    wake::ask(&stream.incoming().bytes.want, want::WAKE);
+    stream.ask_for_bytes(want::WAKE);
     let switched =
         stream.incoming().producer.switch_at.load(Acquire) == stream.rx().tail.load(Relaxed);
     if switched || has_ended(stream) {

@@ -69,6 +69,8 @@ pub struct Producer {
     pub mark: AtomicU32,
     /// Wake bytes that this end has sent on the anchor; counted before each is sent.
     pub wakes: AtomicU32,
+    /// 1 when the processes of this end take part in global expedited membarriers.
+    pub barriers: AtomicU32,
 }
 
 /// What the consumer of a direction tells its producer. One cache line, written by the consumer.
@@ -97,6 +99,9 @@ pub struct Ask {
     pub want: AtomicU32,
     /// The asker's bell number and bit, as made by [`crate::bell::Place::to_word`].
     pub place: AtomicU32,
+    /// 1 while the asker promises a barrier on the other end's threads before it sleeps, so that
+    /// these need none of their own: see [`crate::wake`].
+    pub hot: AtomicU32,
 }
 
 /// One direction of a stream.
@@ -187,6 +192,8 @@ pub struct RxState {
     pub shut: AtomicU32,
     /// What the anchor told last: bits of [`anchor`].
     pub anchor: AtomicU32,
+    /// Receives that found bytes since the last sleep.
+    pub quiet_calls: AtomicU32,
     /// Threads that sleep for bytes in the kernel.
     pub waiters: AtomicU32,
     /// Wake bytes of the other end after which the latest of them last looked.
@@ -388,6 +395,7 @@ mod assertions {
         assert!(offset_of!(Producer, switch_at) == 16);
         assert!(offset_of!(Producer, mark) == 24);
         assert!(offset_of!(Producer, wakes) == 28);
+        assert!(offset_of!(Producer, barriers) == 32);
         assert!(size_of::<Consumer>() == 128);
         assert!(offset_of!(Consumer, tail) == 0);
         assert!(offset_of!(Consumer, ready) == 8);
@@ -395,6 +403,7 @@ mod assertions {
         assert!(size_of::<Ask>() == 128);
         assert!(offset_of!(Ask, want) == 0);
         assert!(offset_of!(Ask, place) == 4);
+        assert!(offset_of!(Ask, hot) == 8);
         assert!(size_of::<Direction>() == 512);
         assert!(offset_of!(Direction, producer) == 0);
         assert!(offset_of!(Direction, consumer) == 128);

@@ -10,6 +10,13 @@
 //! sees WAKE; if it is the other end's, the asker's read sees the new position. Both misses at
 //! once cannot happen. Taking the request is an atomic exchange, so one request gives one wake.
 //!
+//! The fence of the other end stands in every send, and costs most where it is needed least: under
+//! load. A receiver that has not slept for long therefore sets [`Ask::hot`], and senders leave
+//! their fence out. Before it sleeps it asks, takes `hot` back, and runs a barrier on all threads of
+//! the other end (Linux's `membarrier`, global expedited): that stands where each one's own fence
+//! would have stood. A sender that still sees `hot` either ran its read of `want` after the
+//! barrier, and sees the request, or published before it, and the receiver sees the bytes.
+//!
 //! While the other end sends the wake, RINGING stands in the word: an asker that leaves the rings
 //! waits for it to go, and then knows the exact number of wake bytes on its way.
 
@@ -32,8 +39,26 @@ pub fn unask(word: &AtomicU32, bits: u32) -> u32 {
 /// What the other end wants, after a publication. 0 in the usual case.
 #[inline]
 pub fn asked(ask: &Ask) -> u32 {
-    fence(Ordering::SeqCst);
+    if ask.hot.load(Ordering::Relaxed) == 0 {
+        full_fence();
+    } else {
+        #[cfg(not(loom))]
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
     ask.want.load(Ordering::Relaxed)
+}
+
+/// A sequentially consistent fence. On x86-64 a locked instruction on the stack does it in half
+/// the time of `mfence`.
+#[inline]
+fn full_fence() {
+    #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+    // SAFETY: adds nothing to a word of this thread's own stack.
+    unsafe {
+        std::arch::asm!("lock or dword ptr [rsp], 0");
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
+    fence(Ordering::SeqCst);
 }
 
 /// Takes the other end's request for a bell or a wake byte. Returns what it wanted; when that
