@@ -2,14 +2,16 @@
 
 use serde::{Deserialize, Deserializer};
 
+use crate::process::Program;
+
 /// The `[policy]` table. An empty `allow` list allows all; `deny` wins over `allow`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     allow_users: Vec<User>,
     deny_users: Vec<User>,
-    allow_programs: Vec<Program>,
-    deny_programs: Vec<Program>,
+    allow_programs: Vec<Pattern>,
+    deny_programs: Vec<Pattern>,
     allow_ports: Vec<u16>,
     deny_ports: Vec<u16>,
 }
@@ -20,9 +22,11 @@ impl Policy {
         allowed(&self.allow_users, &self.deny_users, |user| user.0 == uid)
     }
 
-    /// May this program attach? By the basename of its executable.
-    pub fn allows_program(&self, name: &str) -> bool {
-        let is = |program: &Program| program.0.matches(name);
+    /// May this program attach? By its name, or the basename of its executable.
+    pub fn allows_program(&self, program: &Program) -> bool {
+        let is = |pattern: &Pattern| {
+            pattern.0.matches(&program.name) || pattern.0.matches(&program.executable)
+        };
         allowed(&self.allow_programs, &self.deny_programs, is)
     }
 
@@ -61,15 +65,15 @@ impl<'de> Deserialize<'de> for User {
     }
 }
 
-/// A pattern for the basename of an executable.
+/// A pattern for a program's name.
 #[derive(Clone, Debug)]
-struct Program(glob::Pattern);
+struct Pattern(glob::Pattern);
 
-impl<'de> Deserialize<'de> for Program {
+impl<'de> Deserialize<'de> for Pattern {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let pattern = glob::Pattern::new(&text);
-        pattern.map(Program).map_err(|error| {
+        pattern.map(Pattern).map_err(|error| {
             let expected = "a pattern for a program's name, as \"nginx\" or \"redis-*\"";
             serde::de::Error::custom(format!("{text:?}: {error}, expected {expected}"))
         })
@@ -84,10 +88,18 @@ mod tests {
         toml::from_str(text).unwrap()
     }
 
+    fn program(name: &str) -> Program {
+        Program {
+            name: name.into(),
+            executable: "redis-check-rdb".into(),
+        }
+    }
+
     #[test]
     fn nothing_said_allows_all() {
         let policy = Policy::default();
-        assert!(policy.allows_user(7) && policy.allows_program("x") && policy.allows_ports(1, 2));
+        assert!(policy.allows_user(7) && policy.allows_ports(1, 2));
+        assert!(policy.allows_program(&Program::default()));
     }
 
     #[test]
@@ -98,8 +110,10 @@ mod tests {
         );
         assert!(policy.allows_user(0));
         assert!(!policy.allows_user(1000) && !policy.allows_user(1));
-        assert!(policy.allows_program("redis-server"));
-        assert!(!policy.allows_program("redis-cli") && !policy.allows_program("nginx"));
+        assert!(policy.allows_program(&program("redis-server")));
+        assert!(policy.allows_program(&program("started-by-another-name")));
+        assert!(!policy.allows_program(&program("redis-cli")));
+        assert!(!policy.allows_program(&Program::default()));
         assert!(!policy.allows_ports(22, 5000) && !policy.allows_ports(5000, 22));
         assert!(policy.allows_ports(80, 5000));
     }

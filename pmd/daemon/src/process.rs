@@ -88,11 +88,35 @@ pub fn netns_inode(pid: i32) -> io::Result<u64> {
     Ok(fs::metadata(format!("/proc/{pid}/ns/net"))?.ino())
 }
 
-/// Basename of the program that a process runs; empty when that can't be seen.
-pub fn program(pid: i32) -> String {
-    let path = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
+/// What a process is called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Program {
+    /// As `ps` shows it: the name that it was started by (redis-server, though the file is
+    /// another).
+    pub name: String,
+    /// Basename of the executable.
+    pub executable: String,
+}
+
+impl Program {
+    /// Of a process; empty where that can't be seen.
+    pub fn of(pid: i32) -> Self {
+        let path = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        let executable = file.strip_suffix(" (deleted)").unwrap_or(&file).to_owned();
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let name = name.trim_end();
+        // The kernel keeps fifteen bytes of it.
+        let cut_off = name.len() == 15 && executable.starts_with(name);
+        Program {
+            name: if cut_off {
+                executable.clone()
+            } else {
+                name.to_owned()
+            },
+            executable,
+        }
+    }
 }
 
 /// Who else holds a socket.

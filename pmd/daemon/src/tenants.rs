@@ -17,7 +17,7 @@ use crate::channel::{Outgoing, Received};
 use crate::connections::End;
 use crate::daemon::Daemon;
 use crate::memory::{BadMemory, TenantMap, check_bells};
-use crate::process;
+use crate::process::Program;
 
 /// Requests taken from one tenant before others have their turn.
 const REQUESTS: usize = 64;
@@ -33,7 +33,7 @@ pub(crate) struct Tenant {
     pub bells: Rc<OwnedFd>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.
     pub netns: Option<u64>,
-    /// Basename of the program.
+    /// What it is called.
     pub program: String,
     /// It has to read its messages before more of its requests are taken.
     pub throttled: bool,
@@ -121,7 +121,7 @@ impl Daemon {
             return Ok(());
         };
         let (pid, uid) = (connection.peer.pid, connection.peer.uid);
-        let program = process::program(pid);
+        let program = Program::of(pid);
         if !self.config.policy.allows_user(uid) || !self.config.policy.allows_program(&program) {
             return Err(End::Refused {
                 code: refusal::POLICY,
@@ -160,12 +160,12 @@ impl Daemon {
                 }
             };
         let netns = self.namespaces.enter(pid).ok();
-        info!(tenant = id, pid, uid, program, "attached");
+        info!(tenant = id, pid, uid, program = program.name, "attached");
         let tenant = Tenant {
             map,
             bells: Rc::new(bells),
             netns,
-            program,
+            program: program.name,
             throttled: false,
         };
         tenant.map.start_sleep();

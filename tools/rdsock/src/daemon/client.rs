@@ -108,7 +108,7 @@ pub struct About {
 pub struct Tenant {
     /// Its process.
     pub pid: i32,
-    /// Basename of its program.
+    /// What its program is called.
     pub program: String,
     /// What it says of its connections.
     pub connections: Vec<Record>,

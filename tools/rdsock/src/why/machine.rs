@@ -80,16 +80,18 @@ impl Machine {
         Process::new(pid).is_ok()
     }
 
-    /// Name of the program that a process runs.
+    /// Name of the program that a process runs, as `ps` shows it.
     pub fn program(&self, pid: i32) -> String {
-        let process = Process::new(pid);
-        let path = process.as_ref().ok().and_then(|process| process.exe().ok());
-        let name = path.as_ref().and_then(|path| path.file_name()?.to_str());
-        match (name, process) {
-            (Some(name), _) => name.trim_end_matches(" (deleted)").to_owned(),
-            (None, Ok(process)) => process.stat().map(|stat| stat.comm).unwrap_or_default(),
-            (None, Err(_)) => String::new(),
-        }
+        let Ok(process) = Process::new(pid) else {
+            return String::new();
+        };
+        let name = process.stat().map(|stat| stat.comm).unwrap_or_default();
+        // The kernel keeps fifteen bytes of it.
+        let path = process.exe().ok().filter(|_| name.len() == 15);
+        let whole = path.and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+        whole
+            .filter(|whole| whole.starts_with(&name))
+            .unwrap_or(name)
     }
 
     /// The network namespace of a process; `None` when it may not be looked at.

@@ -21,7 +21,7 @@ pub struct DaemonLine {
 pub struct ProcessLine {
     /// Its id.
     pub pid: i32,
-    /// Basename of its program.
+    /// What its program is called.
     pub program: String,
     /// Known to the daemon.
     pub attached: bool,
@@ -34,7 +34,7 @@ pub struct ProcessLine {
 pub struct ConnectionLine {
     /// The process that holds it.
     pub pid: i32,
-    /// Basename of its program.
+    /// What its program is called.
     pub program: String,
     /// The descriptor.
     pub fd: i32,
