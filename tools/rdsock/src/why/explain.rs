@@ -113,11 +113,8 @@ impl<'a> Explainer<'a> {
                 .iter()
                 .map(|pid| format!("pid {pid} {}", machine.program(*pid)))
                 .collect();
-            let why = machine.why_not_attached(*holders.first()?);
-            return Some(format!(
-                "the other end ({}) is not preloaded: {why}",
-                names.join(", ")
-            ));
+            let absence = machine.absence(*holders.first()?);
+            return Some(format!("the other end ({}) {absence}", names.join(", ")));
         }
         if let Some(inode) = machine.other_end_elsewhere(netns, socket) {
             let holder = machine.holders(inode).first().copied();

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use procfs::net::TcpState;
-use procfs::process::{FDTarget, Process, all_processes};
+use procfs::process::{FDTarget, MMapPath, Process, all_processes};
 
 use crate::run::{Loads, loads_libraries};
 
@@ -188,33 +188,50 @@ impl Machine {
         ip.is_loopback() || own.contains(&ip)
     }
 
-    /// Why a process that is not attached is not: a sentence.
-    pub fn why_not_attached(&self, pid: i32) -> String {
+    /// Why a process that is not attached is not.
+    pub fn absence(&self, pid: i32) -> Absence {
         let Ok(process) = Process::new(pid) else {
-            return "it has ended".into();
+            return Absence::Unseen("it has ended");
         };
-        match process.maps() {
-            Err(_) => {
-                return "it may not be looked at: it is another user's, or has changed user".into();
-            }
-            Ok(maps) => {
-                let is_shim = |path: &PathBuf| path.ends_with("librdsock.so");
-                let loaded = maps.iter().any(|map| match &map.pathname {
-                    procfs::process::MMapPath::Path(path) => is_shim(path),
-                    _ => false,
-                });
-                if loaded {
-                    return "the shim is loaded, but the program has not attached: it has used no \
-                            TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
-                        .into();
-                }
-            }
+        let Ok(maps) = process.maps() else {
+            return Absence::Unseen("it is another user's, or has changed its user");
+        };
+        let is_shim = |path: &MMapPath| match path {
+            MMapPath::Path(path) => path.ends_with("librdsock.so"),
+            _ => false,
+        };
+        if maps.iter().any(|map| is_shim(&map.pathname)) {
+            return Absence::NotAttached;
         }
         match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
-            Loads::No(why) => format!("the program {why}, so the shim can't be loaded into it"),
+            Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
             Loads::Yes | Loads::Unknown => {
-                "the program is not preloaded: it was not started by rdsock run".into()
+                Absence::NotPreloaded("it was not started by rdsock run".into())
             }
+        }
+    }
+}
+
+/// Why a process is not a tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Absence {
+    /// The shim is not in it, for this reason.
+    NotPreloaded(String),
+    /// The shim is in it, but the daemon does not know it.
+    NotAttached,
+    /// It can't be looked at, for this reason.
+    Unseen(&'static str),
+}
+
+impl std::fmt::Display for Absence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Absence::NotPreloaded(why) => write!(f, "is not preloaded: {why}"),
+            Absence::NotAttached => f.write_str(
+                "is preloaded, but not attached: it has used no TCP connection yet, or found no \
+                 daemon, or was refused (see the log of rdsockd)",
+            ),
+            Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
         }
     }
 }

@@ -194,10 +194,10 @@ impl Report {
     /// A process that the daemon does not know.
     fn add_stranger(&mut self, pid: i32, machine: &mut Machine) {
         let program = machine.program(pid);
-        let why = match machine.why_not_attached(pid) {
-            why if self.daemon.is_none() => format!("no daemon answers; {why}"),
-            why => why,
-        };
+        let mut why = format!("the program {}", machine.absence(pid));
+        if self.daemon.is_none() {
+            why = format!("no daemon answers, and {why}");
+        }
         for (fd, socket) in machine.connections(pid, &[]).unwrap_or_default() {
             self.connections.push(ConnectionLine {
                 pid,

@@ -11,10 +11,7 @@ pub fn print(report: &Report, pid: Option<i32>) {
     }
     for process in &report.processes {
         if let Some(reason) = &process.reason {
-            println!(
-                "{} ({}): not attached: {reason}",
-                process.program, process.pid
-            );
+            println!("{} ({}): {reason}", process.program, process.pid);
         }
     }
     if report.connections.is_empty() {
