@@ -121,7 +121,8 @@ impl Daemon {
                     self.welcome(socket, None);
                 }
                 Err(Errno::EMFILE | Errno::ENFILE) => {
-                    warn!("no descriptors left: a process is turned away");
+                    let error = io::Error::from(Errno::EMFILE);
+                    self.log_fault("a process is turned away", 0, &error);
                     // A caller that waits would wake the loop again and again.
                     drop(self.spare.take());
                     if let Ok(fd) = accept4(self.endpoint.socket().as_raw_fd(), flags) {
@@ -163,10 +164,10 @@ impl Daemon {
             || !self.has_descriptors(TENANT_DESCRIPTORS);
         let channel = match Channel::new(socket) {
             Ok(channel) => channel,
-            Err(error) => return warn!("can't set up a control connection: {error}"),
+            Err(error) => return self.log_fault("can't set up a control connection", uid, &error),
         };
         if let Err(error) = self.register(id, &channel, &peer) {
-            return warn!("can't watch a control connection: {error}");
+            return self.log_fault("can't watch a control connection", uid, &error.into());
         }
         self.next_connection += 1;
         let connection = Connection {
@@ -306,7 +307,7 @@ impl Daemon {
                 self.counters.cut_off += 1;
                 self.log_refusal("it does not read its messages", uid, pid);
             }
-            End::Failed(error) => warn!(uid, pid, "control connection: {error}"),
+            End::Failed(error) => self.log_fault("control connection", uid, error),
             End::HungUp | End::Exited => {}
         }
         let Some(connection) = self.connections.remove(&id) else {
@@ -382,6 +383,13 @@ impl Daemon {
     pub(crate) fn log_refusal(&mut self, cause: &'static str, uid: u32, pid: i32) {
         if let Some(unsaid) = self.throttle.pass(cause, uid, Instant::now()) {
             warn!(uid, pid, unsaid, "refused: {cause}");
+        }
+    }
+
+    /// Logs that something did not work, each kind once in a while.
+    pub(crate) fn log_fault(&mut self, what: &'static str, uid: u32, error: &io::Error) {
+        if let Some(unsaid) = self.throttle.pass(what, uid, Instant::now()) {
+            warn!(uid, unsaid, "{what}: {error}");
         }
     }
 

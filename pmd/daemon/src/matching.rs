@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rdsock_shm::control::Request;
 use rdsock_shm::reason::Reason;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::book::{Announced, Announcement, Conn, Role, Route, TenantId};
 use crate::connections::End;
@@ -134,13 +134,18 @@ impl Daemon {
             .locate(claim.netns_cookie, own)
             .ok_or(Reason::OtherNamespace)?;
         let inode = socket_inode(connection.peer.pid, claim.fd).ok_or(Reason::Unverified)?;
-        let found = diag
-            .find(claim.local, claim.peer, claim.cookie)
-            .map_err(|error| {
-                warn!("sock_diag: {error}");
-                Reason::Unverified
-            })?
-            .ok_or(Reason::Unverified)?;
+        let found = match diag.find(claim.local, claim.peer, claim.cookie) {
+            Ok(found) => found.ok_or(Reason::Unverified)?,
+            Err(error) => {
+                let uid = connection.peer.uid;
+                self.log_fault(
+                    "the kernel does not tell of sockets (sock_diag)",
+                    uid,
+                    &error,
+                );
+                return Err(Reason::Unverified);
+            }
+        };
         // The process is looked at last: while it lives, its id named it all the time.
         if found.inode != inode || !found.established || !connection.peer.is_alive() {
             return Err(Reason::Unverified);

@@ -107,7 +107,7 @@ impl Daemon {
         let (policy, now) = (self.config.huge_pages, Instant::now());
         let try_huge = self.huge.wanted(policy, now);
         let fds = make_stream(id, ring_size, try_huge).map_err(|error| {
-            warn!("can't make a stream's memory: {error}");
+            self.log_fault("can't make a stream's memory", ends[0].uid, &error);
             Reason::NoMemory
         })?;
         if try_huge && !fds.huge {

@@ -10,7 +10,7 @@ use rdsock_shm::control::{
 };
 use rdsock_shm::layout::{BellBoard, CONN_RECORDS, TenantMemory, VERSION};
 use rdsock_shm::reason::Reason;
-use tracing::info;
+use tracing::debug;
 
 use crate::book::{Conn, TenantId};
 use crate::channel::{Outgoing, Received};
@@ -149,7 +149,7 @@ impl Daemon {
                 Ok(checked) => checked,
                 Err(error) => {
                     self.counters.bad_memory += 1;
-                    info!(pid, uid, "memory of a tenant: {error}");
+                    debug!(pid, uid, "memory of a tenant: {error}");
                     return Err(bad_memory(match error {
                         BadMemory::Kind => "its memory is not a memfd of ordinary pages",
                         BadMemory::Seals => "its memory is not sealed against shrinking",
@@ -160,7 +160,7 @@ impl Daemon {
                 }
             };
         let netns = self.namespaces.enter(pid).ok();
-        info!(tenant = id, pid, uid, program = program.name, "attached");
+        debug!(tenant = id, pid, uid, program = program.name, "attached");
         let tenant = Tenant {
             map,
             bells: Rc::new(bells),
