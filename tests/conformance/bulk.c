@@ -342,6 +342,35 @@ BULK(any_call_small, 8, 3000, BY_LEVEL, ANY, BY_THREADS, ANY, 0)
 BULK(v6, 64, 150000, BY_THREADS, SEND, BY_EDGE, WRITE, V6)
 BULK(one_way_sizes, 0, 70000, BY_THREADS, SEND, BY_THREADS, SEND, 0)
 
+/* One thread sends on one descriptor, another receives on its duplicate; the first is closed in the middle. */
+CASE(bulk_on_two_descriptors, .seconds = 60)
+{
+    struct duo d = duo_open(0);
+    struct plan plan = {BY_THREADS, SEND, 48 * MIB, 48 * MIB, 100000, 1, 2};
+    struct far_end far = {.d = d, .plan = plan};
+    struct flow out, in;
+    pthread_t thread;
+    int copy = (int)MUST(dup(d.fd));
+    far.plan.seed_out = 2, far.plan.seed_in = 1;
+    EQ(pthread_create(&far.thread, NULL, order_plan, &far), 0);
+    flow_open(&out, &plan, copy, 3);
+    flow_open(&in, &plan, d.fd, 4);
+    EQ(pthread_create(&thread, NULL, send_all, &out), 0);
+    while (in.done < plan.in / 2)
+        recv_some(&in);
+    in.fd = (int)MUST(dup(d.fd));
+    MUST(close(d.fd));
+    while (in.done < plan.in)
+        recv_some(&in);
+    pthread_join(thread, NULL);
+    pthread_join(far.thread, NULL);
+    MUST(close(copy));
+    PUT(in.fd, "last");
+    P_WANT(&d, "last");
+    MUST(close(in.fd));
+    P_WANT_EOF(&d);
+}
+
 CASE(bulk_request_reply, .seconds = 60)
 {
     struct duo d = duo_open(0);

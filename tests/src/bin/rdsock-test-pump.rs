@@ -9,6 +9,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const BLOCK: usize = 64 << 10;
@@ -78,27 +79,43 @@ fn echo(connection: &mut TcpStream) -> (u64, Option<ErrorKind>) {
     }
 }
 
-/// Pattern bytes of a block that starts at this position, a multiple of 8.
-fn pattern(position: u64, block: &mut [u8]) {
-    for (index, word) in block.chunks_mut(8).enumerate() {
-        let number = (position / 8 + index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let bytes = (number ^ (number >> 31)).to_le_bytes();
-        for (to, from) in word.iter_mut().zip(bytes) {
-            *to = from;
-        }
+/// The pattern repeats after this many bytes: no multiple of a ring, a page or a block, so bytes
+/// from a wrong place are wrong bytes.
+const PERIOD: usize = (5 << 20) + 12_347;
+
+/// The pattern, once around and a block more, so that each block is one slice of it. Copied and
+/// compared as slices, which is quick in a debug build too.
+fn pattern() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(PERIOD + BLOCK + 8);
+    while bytes.len() < PERIOD {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
     }
+    bytes.truncate(PERIOD);
+    bytes.extend_from_within(..BLOCK);
+    bytes
+}
+
+/// The block of the pattern that starts at this position.
+fn block_at(pattern: &[u8], position: u64) -> &[u8] {
+    let start = (position % PERIOD as u64) as usize;
+    pattern.get(start..start + BLOCK).unwrap_or_default()
 }
 
 fn send(port: u16, bytes: u64, rate: u64) -> ExitCode {
     let mut connection = connect(port);
     let mut writer = connection.try_clone().expect("a socket can be duplicated");
+    let pattern = Arc::new(pattern());
+    let right = Arc::clone(&pattern);
     let writing = std::thread::spawn(move || {
         let started = Instant::now();
-        let mut block = vec![0; BLOCK];
         let mut done = 0;
         while done < bytes {
-            pattern(done, &mut block);
-            if writer.write_all(&block).is_err() {
+            let block = block_at(&pattern, done);
+            if writer.write_all(block).is_err() {
                 return; // the reader sees it too, and says it
             }
             done += block.len() as u64;
@@ -108,15 +125,13 @@ fn send(port: u16, bytes: u64, rate: u64) -> ExitCode {
         let _ = writer.shutdown(Shutdown::Write);
     });
     let mut got = vec![0; BLOCK];
-    let mut right = vec![0; BLOCK];
     let mut done = 0;
     while done < bytes {
         if let Err(error) = connection.read_exact(&mut got) {
             println!("broke at {done}: {:?}", error.kind());
             return ExitCode::from(3);
         }
-        pattern(done, &mut right);
-        if got != right {
+        if got != block_at(&right, done) {
             println!("WRONG bytes at {done}");
             return ExitCode::from(4);
         }
