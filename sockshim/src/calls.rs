@@ -35,6 +35,9 @@ fn transfer(
                     let result = in_kernel();
                     if counted.is_some() {
                         let error = sys::errno();
+                        if result < 0 && error == libc::EAGAIN {
+                            held.conn.wants_space.store(1, SeqCst);
+                        }
                         drop(counted);
                         io::after_kernel_send(&held, stream, fd);
                         sys::set_errno(error);
@@ -159,7 +162,7 @@ unsafe fn transmit(
 fn one(buf: *const c_void, len: size_t) -> iovec {
     iovec {
         iov_base: buf.cast_mut(),
-        iov_len: len,
+        iov_len: len.min(isize::MAX as usize),
     }
 }
 
@@ -171,8 +174,12 @@ const IOV_MAX: c_int = 1024;
 pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
     // SAFETY: arguments pass through; a tracked fd's buffer is described by the local entry.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len == 0 || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other || len == 0 {
             return real::read(fd, buf, len);
+        }
+        if len > isize::MAX as usize && conn::of(fd).is_some_and(|held| held.conn.stream().is_some()) {
+            sys::set_errno(libc::EFAULT);
+            return -1;
         }
         receive(fd, &one(buf, len), 1, 0, &|| real::read(fd, buf, len))
     }
@@ -184,8 +191,12 @@ pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize
 pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len == 0 || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other || len == 0 {
             return real::write(fd, buf, len);
+        }
+        if len > isize::MAX as usize && conn::of(fd).is_some_and(|held| held.conn.stream().is_some()) {
+            sys::set_errno(libc::EFAULT);
+            return -1;
         }
         transmit(fd, &one(buf, len), 1, 0, &|| real::write(fd, buf, len))
     }
@@ -321,7 +332,7 @@ pub unsafe extern "C" fn pwritev64v2(
 pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other {
             return real::recv(fd, buf, len, flags);
         }
         receive(fd, &one(buf, len), 1, flags, &|| {
@@ -336,7 +347,7 @@ pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c
 pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other {
             return real::send(fd, buf, len, flags);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -358,7 +369,7 @@ pub unsafe extern "C" fn recvfrom(
 ) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other {
             return real::recvfrom(fd, buf, len, flags, from, from_len);
         }
         let result = receive(fd, &one(buf, len), 1, flags, &|| {
@@ -389,7 +400,7 @@ pub unsafe extern "C" fn sendto(
 ) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
-        if conn::kind(fd) == Kind::Other || len > isize::MAX as usize {
+        if conn::kind(fd) == Kind::Other {
             return real::sendto(fd, buf, len, flags, to, to_len);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {

@@ -268,7 +268,11 @@ pub fn send<'a>(
             continue;
         }
         if is_nonblocking(stream, flags) {
-            held.conn.wants_space.store(1, Relaxed);
+            // Said before the last look, so that space which comes now is an edge.
+            held.conn.wants_space.store(1, SeqCst);
+            if wait::sendable(stream, stream.ring_size() / 3) {
+                continue;
+            }
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
         if !wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1))
@@ -817,7 +821,11 @@ pub fn send_file<'a>(
             continue;
         }
         if is_nonblocking(stream, 0) {
-            held.conn.wants_space.store(1, Relaxed);
+            // Said before the last look, so that space which comes now is an edge.
+            held.conn.wants_space.store(1, SeqCst);
+            if wait::sendable(stream, stream.ring_size() / 3) {
+                continue;
+            }
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
         if !wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1))

@@ -1,12 +1,9 @@
 //! Promotion: a direction moves from the anchor to its ring at an exact position, whatever the
 //! other end and other threads do meanwhile.
-#![cfg(loom)]
 
-mod model;
-
+use crate::model::check;
+use crate::model::end::{End, connection};
 use loom::thread;
-use model::check;
-use model::end::{End, connection};
 
 /// The offer is followed as soon as no kernel call is under way.
 fn map(end: &End) {

@@ -1,12 +1,9 @@
 //! Sleep and wake between two ends: no wake-up is lost, whoever sleeps on the anchor, and exactly
 //! the counted wake bytes travel on it. A lost one is a deadlock, which loom reports.
-#![cfg(loom)]
 
-mod model;
-
+use crate::model::check;
+use crate::model::end::stream;
 use loom::thread;
-use model::check;
-use model::end::stream;
 use rdsock_shm::layout::phase;
 
 #[test]

@@ -1,13 +1,10 @@
 //! Leaving the rings: no byte is lost, doubled or out of order over ring and anchor, and no wake
 //! byte reaches a program, whichever ends leave, and when.
-#![cfg(loom)]
 
-mod model;
-
+use crate::model::Got;
+use crate::model::check;
+use crate::model::end::{End, connection, stream};
 use loom::thread;
-use model::Got;
-use model::check;
-use model::end::{End, connection, stream};
 
 /// Nothing is left on the anchor of an end but wake bytes that are counted, and none of those when
 /// it has gone back to the kernel.

@@ -1,10 +1,7 @@
 //! The ring between one producer and one consumer: wrap, rewind, nothing lost or torn.
-#![cfg(loom)]
 
-mod model;
-
+use crate::model::{Memory, check, direction};
 use loom::thread;
-use model::{Memory, check, direction};
 use rdsock_shm::layout::{Direction, RxState, TxState};
 use rdsock_shm::ring::{Receiver, Sender};
 use std::sync::Arc;
