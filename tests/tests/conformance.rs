@@ -32,39 +32,77 @@ fn sockconf() -> &'static Path {
     })
 }
 
-/// Runs all cases; every one must be `ok` or skipped for want of root.
-fn check(program: Program) {
+/// Cases in which rings differ from Linux, each with its reason: see `docs/socket-semantics.md`.
+const KNOWN_DIFFERENCES: &str = include_str!("../conformance/known-differences.txt");
+
+/// Runs cases: the names of those that failed, each with what it said.
+fn failures(program: Program) -> Vec<(String, String)> {
     let mut running = program.start();
-    let status = running.wait(LIMIT);
+    running.wait(LIMIT);
     let output = running.output();
-    let failures: Vec<&str> = output
-        .lines()
-        .filter(|line| line.starts_with("FAIL "))
-        .collect();
     let closing = output.lines().last().unwrap_or("nothing");
     assert!(
-        failures.is_empty(),
-        "{} cases failed:\n{}\n{closing}",
-        failures.len(),
-        failures.join("\n")
+        closing.contains(" ok, "),
+        "no closing line, but: {closing}\n{output}"
     );
-    assert!(status.success(), "sockconf ended with {status}: {closing}");
-    assert!(closing.contains(" 0 failed"), "no closing line: {closing}");
     println!("{closing}");
+    output
+        .lines()
+        .filter_map(|line| line.strip_prefix("FAIL "))
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, said)| (name.to_owned(), said.to_owned()))
+        .collect()
+}
+
+/// Every case must be `ok`, skipped for want of root, or (under the shim) a known difference. On a
+/// machine that is busy with other things a limit may be missed: a case that failed is tried
+/// again, alone, and said aloud; it must be right then, twice.
+fn check(run: impl Fn(&str) -> Program, differences: &str) {
+    let known = |name: &str| {
+        differences
+            .lines()
+            .any(|line| line.split_whitespace().next() == Some(name))
+    };
+    let mut wrong = Vec::new();
+    for (name, said) in failures(run("")) {
+        if known(&name) {
+            println!("known difference: {name}: {said}");
+            continue;
+        }
+        println!("AGAIN: {name}: {said}");
+        let again: Vec<_> = (0..2)
+            .flat_map(|_| failures(run(&format!(" --only {name}"))))
+            .collect();
+        if !again.is_empty() {
+            wrong.push(format!("{name}: {said}\n    again: {again:?}"));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} cases failed:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 }
 
 fn plain(args: &str) {
     let site = Site::new(Mode::Neither);
-    check(site.plain(sockconf()).args(args));
+    check(
+        |more| site.plain(sockconf()).args(&format!("{args}{more}")),
+        "",
+    );
 }
 
 fn preloaded(args: &str, spin_us: Option<&str>) {
     let site = Site::new(Mode::Both);
-    let mut program = site.client(sockconf()).args(args);
-    if let Some(spin_us) = spin_us {
-        program = program.env("RDSOCK_SPIN_US", spin_us);
-    }
-    check(program);
+    let run = |more: &str| {
+        let program = site.client(sockconf()).args(&format!("{args}{more}"));
+        match spin_us {
+            Some(spin_us) => program.env("RDSOCK_SPIN_US", spin_us),
+            None => program,
+        }
+    };
+    check(run, KNOWN_DIFFERENCES);
 }
 
 #[test]
