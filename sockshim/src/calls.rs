@@ -894,25 +894,6 @@ pub unsafe extern "C" fn epoll_ctl(
     }
 }
 
-/// The program's events, when its instance holds streams and the arguments are sound.
-///
-/// # Safety
-/// `events` has room for `most`, or is bad in a way that the kernel refuses.
-unsafe fn epoll_of<'a>(
-    epfd: c_int,
-    events: *mut epoll_event,
-    most: c_int,
-) -> Option<(&'static epoll::Epoll, &'a mut [epoll_event])> {
-    let epoll = epoll::with_streams(epfd)?;
-    if most <= 0 || sys::is_bad_pointer(events.cast()) {
-        return None;
-    }
-    // SAFETY: as the caller says.
-    Some((epoll, unsafe {
-        std::slice::from_raw_parts_mut(events, most as usize)
-    }))
-}
-
 /// # Safety
 /// As `epoll_wait(2)`.
 #[unsafe(no_mangle)]
@@ -922,17 +903,12 @@ pub unsafe extern "C" fn epoll_wait(
     most: c_int,
     ms: c_int,
 ) -> c_int {
+    let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through.
     unsafe {
-        match epoll_of(epfd, events, most) {
-            Some((epoll, events)) => {
-                let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
-                epoll::wait(epoll, epfd, events, ns, std::ptr::null())
-            }
-            None => epoll_result(epfd, events, most, &|| {
-                real::epoll_wait(epfd, events, most, ms)
-            }),
-        }
+        epoll::wait_on(epfd, events, most, ns, std::ptr::null(), || {
+            real::epoll_wait(epfd, events, most, ms)
+        })
     }
 }
 
@@ -946,17 +922,12 @@ pub unsafe extern "C" fn epoll_pwait(
     ms: c_int,
     mask: *const sigset_t,
 ) -> c_int {
+    let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through.
     unsafe {
-        match epoll_of(epfd, events, most) {
-            Some((epoll, events)) => {
-                let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
-                epoll::wait(epoll, epfd, events, ns, mask)
-            }
-            None => epoll_result(epfd, events, most, &|| {
-                real::epoll_pwait(epfd, events, most, ms, mask)
-            }),
-        }
+        epoll::wait_on(epfd, events, most, ns, mask, || {
+            real::epoll_pwait(epfd, events, most, ms, mask)
+        })
     }
 }
 
@@ -972,65 +943,12 @@ pub unsafe extern "C" fn epoll_pwait2(
 ) -> c_int {
     // SAFETY: arguments pass through.
     unsafe {
-        match (epoll_of(epfd, events, most), nanoseconds_of(limit)) {
-            (Some((epoll, events)), Ok(ns)) => epoll::wait(epoll, epfd, events, ns, mask),
-            _ => epoll_result(epfd, events, most, &|| {
-                real::epoll_pwait2(epfd, events, most, limit, mask)
-            }),
+        let kernel = || real::epoll_pwait2(epfd, events, most, limit, mask);
+        match nanoseconds_of(limit) {
+            Ok(ns) => epoll::wait_on(epfd, events, most, ns, mask, kernel),
+            Err(()) => kernel(),
         }
     }
-}
-
-/// A wait that began when the instance held no stream: one may have come while it slept, and then
-/// its sign is among the events.
-///
-/// # Safety
-/// As `epoll_wait(2)`.
-unsafe fn epoll_result(
-    epfd: c_int,
-    events: *mut epoll_event,
-    most: c_int,
-    wait: &dyn Fn() -> c_int,
-) -> c_int {
-    loop {
-        let got = wait();
-        if got <= 0 || !matches!(conn::kind(epfd), Kind::Epoll(_)) {
-            return got;
-        }
-        // SAFETY: the kernel has written `got` entries.
-        let (kept, ours) = epoll::strip(
-            unsafe { std::slice::from_raw_parts_mut(events, got as usize) },
-            got as usize,
-        );
-        if !ours {
-            return got;
-        }
-        // SAFETY: the caller's events.
-        if let Some((epoll, all)) = unsafe { epoll_of(epfd, events, most) }
-            && let Some(rest) = all.get_mut(kept..)
-            && !rest.is_empty()
-        {
-            let more = epoll::now(epoll, rest);
-            if kept + more != 0 {
-                return (kept + more) as c_int;
-            }
-            return unsafe_wait_again(epoll, epfd, events, most);
-        }
-        if kept != 0 {
-            return kept as c_int;
-        }
-    }
-}
-
-fn unsafe_wait_again(
-    epoll: &'static epoll::Epoll,
-    epfd: c_int,
-    events: *mut epoll_event,
-    most: c_int,
-) -> c_int {
-    // SAFETY: the program's events, as in `epoll_wait`.
-    let events = unsafe { std::slice::from_raw_parts_mut(events, most as usize) };
-    epoll::wait(epoll, epfd, events, None, std::ptr::null())
 }
 
 /// # Safety
@@ -1193,6 +1111,8 @@ fn closing(fd: c_int) -> bool {
                 && held.conn.refs.load(Acquire) == 1
             {
                 demote::before_close(&held, fd);
+            } else if let Some(held) = conn::of(fd) {
+                epoll::renumber(&held, fd);
             }
             conn::replace(fd, Kind::Other);
             true

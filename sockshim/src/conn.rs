@@ -339,7 +339,11 @@ fn use_if(word: &AtomicU32, value: u32) -> Option<Use> {
 /// The connection with this number, if it is in use.
 pub fn by_index(index: usize) -> Option<Use> {
     let conn = at(index)?;
-    conn.users.fetch_add(1, SeqCst);
+    if is_single_threaded() {
+        conn.users.store(conn.users.load(Relaxed) + 1, Relaxed);
+    } else {
+        conn.users.fetch_add(1, SeqCst);
+    }
     let held = Use { conn, index };
     (conn.refs.load(SeqCst) != 0).then_some(held)
 }
@@ -418,7 +422,7 @@ pub fn let_go(fd: c_int, kind: Kind) {
             }
             drop(held);
         }
-        Kind::Epoll(index) => crate::epoll::closed(index),
+        Kind::Epoll(index) => crate::epoll::closed(fd, index),
         Kind::Other | Kind::Internal => {}
     }
 }
@@ -430,6 +434,14 @@ fn other_fd(index: usize) -> Option<c_int> {
     }
     let word = Kind::Conn(index).to_word();
     (0..65536).find(|fd| entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word))
+}
+
+/// An fd of this kind, but not `not`.
+pub fn fd_of(kind: Kind, not: c_int) -> Option<c_int> {
+    let word = kind.to_word();
+    (0..high_fd()).find(|fd| {
+        *fd != not && entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word)
+    })
 }
 
 /// The last use of a connection without fds has ended.

@@ -5,16 +5,25 @@
 //! stands in the program's one with a secret as its data: so the kernel goes on to wake whoever
 //! sleeps, the program's data is never touched, and no registration is ever confused with ours.
 //! Which streams have something is told by the instance's bell ([`rdsock_shm::bell`]).
+//!
+//! An instance that is registered in another one moves to that one's inner instance as soon as it
+//! holds streams, and is asked there as a stream is.
+//!
+//! Locks: the tenant's, then an instance's, then that of an instance nested in it, then a stream's
+//! half, or the links of the registrations.
 
-use crate::conn::{self, Conn, Kind, Use};
-use crate::poll::Deadline;
-use crate::{clock, demote, ready, real, stream, sys, tenant, wait};
-use libc::{
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLLHUP,
-    EPOLLIN, EPOLLONESHOT, EPOLLRDHUP, c_int, epoll_event, sigset_t, timespec,
-};
-use rdsock_shm::bell::{self, Place};
-use rdsock_shm::layout::{BELL_BITS, Bell, Counter, want};
+mod register;
+mod report;
+mod sleep;
+
+pub use register::{ctl, declines, demoted, forget, kick_all, promoted, renumber};
+pub use report::has_event;
+pub use sleep::{arm, disarm, wait_on};
+
+use crate::conn::{self, Kind};
+use crate::{clock, stream, sys, tenant, wait};
+use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
+use rdsock_shm::layout::{BELL_BITS, Bell};
 use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
@@ -23,34 +32,49 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*}
 const INSTANCES: usize = 256;
 /// Up to so many streams are simply looked at; with more, their peers ring the bell.
 const FEW: usize = 8;
-/// Microseconds between two questions to the kernel while the rings are watched.
-const ASK_KERNEL_US: u64 = 10;
-/// Words of the bitmap of registrations to look at.
+/// Words of a bitmap of registrations.
 const WORDS: usize = BELL_BITS / 64;
+/// Registrations of one connection that are followed.
+const LINKS: usize = 64;
+/// Data of the kicker in the inner instance.
+const KICKED: u64 = u64::MAX;
 
 /// Data of the inner instance's own registration.
 static SECRET: AtomicU64 = AtomicU64::new(0);
 static POOL: AtomicPtr<Epoll> = AtomicPtr::new(std::ptr::null_mut());
+/// Taken while the lists of registrations are read or changed.
+static LINK: AtomicU64 = AtomicU64::new(0);
 
-/// The program's registration of a connection.
+/// Where a registration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Free,
+    /// In the program's instance.
+    Kernel,
+    /// In the inner one.
+    Inner,
+    /// In neither: EPOLLONESHOT has fired, and the kernel would report errors all the same.
+    Parked,
+}
+
+/// The program's registration of a connection, or of another instance.
 #[derive(Clone, Copy, Debug)]
 struct Registration {
-    /// 0 free, 1 in the program's instance, 2 in the inner one.
-    place: u32,
+    place: Place,
+    /// The number that the program registered.
     fd: c_int,
-    conn: usize,
+    /// The number by which the kernel knows it, another one when `fd` was closed and a duplicate
+    /// lives; -1 when no number leads to it any more.
+    number: c_int,
+    target: Kind,
     events: u32,
     data: u64,
     /// EPOLLONESHOT has fired.
     disabled: bool,
     /// Something to report was not reported yet, whatever the positions say (added, modified).
     fresh: bool,
-    /// The incoming position when it was last reported, for EPOLLET.
-    reported: u64,
-    /// The marks and the anchor's state when it was last reported, likewise.
-    state: u64,
-    /// The next registration of the same connection, as in [`Conn::registrations`].
-    next: u32,
+    /// What was last reported, for EPOLLET.
+    reported: report::Snapshot,
 }
 
 /// One epoll instance of the program.
@@ -59,15 +83,21 @@ pub struct Epoll {
     lock: AtomicU64,
     /// Entries of the fd table, plus 1 while it is being set up.
     refs: AtomicU32,
+    /// The process that made it. Another one shares the kernel's side of it, by fork.
+    pid: AtomicU32,
     fd: AtomicI32,
     inner: AtomicI32,
     /// An eventfd in the inner instance, to wake whoever sleeps on it from this process.
     kicker: AtomicI32,
     /// Threads of this process that sleep on it.
     sleepers: AtomicU32,
-    /// Streams registered.
+    /// Registrations in the inner instance.
     streams: AtomicU32,
     score: AtomicU32,
+    /// First of its own registrations in other instances.
+    registrations: AtomicU32,
+    /// For each registration the next one of the same connection, under [`LINK`].
+    links: AtomicPtr<AtomicU32>,
     state: UnsafeCell<State>,
 }
 
@@ -77,11 +107,17 @@ struct State {
     slots: *mut Registration,
     /// One more than the highest slot ever used.
     high: usize,
+    /// No slot below this is free.
+    free: usize,
     /// Registrations to look at.
     look: [u64; WORDS],
+    /// Registrations in the inner instance.
+    inner: [u64; WORDS],
     cursor: usize,
     bell: Option<(usize, &'static Bell)>,
     asked_at: u64,
+    /// The kernel's fds had the last turn.
+    kernel_had: bool,
 }
 
 // SAFETY: `state` is used under `lock`, which nested code on the same thread does not enter.
@@ -103,22 +139,85 @@ impl Guard<'_> {
     }
 }
 
+fn set_bit(words: &mut [u64; WORDS], bit: usize, on: bool) {
+    if let Some(word) = words.get_mut(bit / 64) {
+        *word = *word & !(1 << (bit % 64)) | u64::from(on) << (bit % 64);
+    }
+}
+
 impl State {
     fn slot(&mut self, bit: usize) -> Option<&mut Registration> {
-        // SAFETY: the array has BELL_BITS entries, zeroed when mapped (a free registration).
+        // SAFETY: the array has BELL_BITS entries, written up to `high`.
         (bit < self.high && !self.slots.is_null()).then(|| unsafe { &mut *self.slots.add(bit) })
     }
 
-    fn mark(&mut self, bit: usize) {
-        if let Some(word) = self.look.get_mut(bit / 64) {
-            *word |= 1 << (bit % 64);
+    /// A free slot, now used.
+    fn add(&mut self, registration: Registration) -> Option<usize> {
+        let bit = (self.free..self.high)
+            .find(|bit| {
+                self.slot(*bit)
+                    .is_some_and(|slot| slot.place == Place::Free)
+            })
+            .unwrap_or(self.high);
+        self.free = bit;
+        if bit >= BELL_BITS || self.slots.is_null() {
+            return None;
         }
+        // SAFETY: the array has BELL_BITS entries.
+        unsafe { self.slots.add(bit).write(registration) };
+        self.high = self.high.max(bit + 1);
+        self.free = bit + 1;
+        Some(bit)
+    }
+
+    fn mark(&mut self, bit: usize) {
+        set_bit(&mut self.look, bit, true);
     }
 
     fn unmark(&mut self, bit: usize) {
-        if let Some(word) = self.look.get_mut(bit / 64) {
-            *word &= !(1 << (bit % 64));
+        set_bit(&mut self.look, bit, false);
+    }
+
+    /// The bits of a word that are looked at.
+    fn candidates(&self, word: usize, few: bool) -> u64 {
+        let inner = self.inner.get(word).copied().unwrap_or(0);
+        if few {
+            inner
+        } else {
+            inner & self.look.get(word).copied().unwrap_or(0)
         }
+    }
+
+    /// Calls `found` with each bit that is looked at, until it says true.
+    fn any(&mut self, few: bool, mut found: impl FnMut(&mut Self, usize) -> bool) -> bool {
+        for word in 0..self.high.div_ceil(64) {
+            let mut bits = self.candidates(word, few);
+            while bits != 0 {
+                let bit = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                if found(self, bit) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+}
+
+impl Epoll {
+    fn index(&self) -> usize {
+        let offset = self as *const Epoll as usize - POOL.load(Relaxed) as usize;
+        offset / std::mem::size_of::<Epoll>()
+    }
+
+    /// True in a process that has it by fork: what it does to the kernel's side of it would be
+    /// done to the other process, too.
+    fn is_inherited(&self) -> bool {
+        self.pid.load(Relaxed) != stream::pid()
+    }
+
+    fn is_few(&self) -> bool {
+        self.streams.load(Relaxed) as usize <= FEW
     }
 }
 
@@ -126,9 +225,10 @@ fn reference(instance: usize, bit: usize) -> u32 {
     ((instance as u32) << 16 | bit as u32) + 1
 }
 
-fn of_reference(reference: u32) -> Option<(&'static Epoll, usize)> {
+fn of_reference(reference: u32) -> Option<(&'static Epoll, usize, usize)> {
     let value = reference.checked_sub(1)?;
-    Some((at((value >> 16) as usize)?, (value & 0xffff) as usize))
+    let instance = (value >> 16) as usize;
+    Some((at(instance)?, instance, (value & 0xffff) as usize))
 }
 
 /// Reserves the instances and makes the secret.
@@ -163,31 +263,37 @@ pub fn track(fd: c_int) {
             continue;
         }
         epoll.lock.store(0, Relaxed);
+        epoll.pid.store(stream::pid(), Relaxed);
         epoll.fd.store(fd, Relaxed);
         epoll.inner.store(-1, Relaxed);
         epoll.kicker.store(-1, Relaxed);
-        epoll.sleepers.store(0, Relaxed);
-        epoll.streams.store(0, Relaxed);
+        for count in [&epoll.sleepers, &epoll.streams, &epoll.registrations] {
+            count.store(0, Relaxed);
+        }
         epoll.score.store(wait::FULL_SCORE, Relaxed);
-        let slots = {
-            // SAFETY: the instance is new, nobody else uses its state.
-            let old = unsafe { (*epoll.state.get()).slots };
-            if old.is_null() {
-                sys::map(-1, BELL_BITS * std::mem::size_of::<Registration>())
-                    .map_or(std::ptr::null_mut(), |at| at.cast())
-            } else {
-                old
-            }
-        };
+        if epoll.links.load(Relaxed).is_null()
+            && let Some(links) = sys::map(-1, BELL_BITS * 4)
+        {
+            epoll.links.store(links.cast(), Release);
+        }
+        // SAFETY: the instance is new, nobody else uses its state.
+        let mut slots = unsafe { (*epoll.state.get()).slots };
+        if slots.is_null() && !epoll.links.load(Relaxed).is_null() {
+            slots = sys::map(-1, BELL_BITS * std::mem::size_of::<Registration>())
+                .map_or(std::ptr::null_mut(), |at| at.cast());
+        }
         // SAFETY: as above.
         unsafe {
             epoll.state.get().write(State {
                 slots,
                 high: 0,
+                free: 0,
                 look: [0; WORDS],
+                inner: [0; WORDS],
                 cursor: 0,
                 bell: None,
                 asked_at: 0,
+                kernel_had: false,
             });
         }
         conn::replace(fd, Kind::Epoll(index));
@@ -205,24 +311,33 @@ pub fn add_ref(fd: c_int, index: usize) {
 }
 
 /// An fd of an instance is closed.
-pub fn closed(index: usize) {
+pub fn closed(fd: c_int, index: usize) {
     let Some(epoll) = at(index) else { return };
-    if epoll.refs.load(Acquire) > 1 {
-        epoll.refs.fetch_sub(1, AcqRel);
+    let more = |refs: u32| (refs > 1).then(|| refs - 1);
+    if epoll.refs.fetch_update(AcqRel, Acquire, more).is_ok() {
+        if epoll.fd.load(Relaxed) == fd
+            && let Some(other) = conn::fd_of(Kind::Epoll(index), fd)
+        {
+            epoll.fd.store(other, Relaxed);
+        }
         return;
     }
+    each(&epoll.registrations, |outer, _, bit| {
+        if let Some(guard) = take(outer) {
+            register::remove(outer, guard.state(), bit, Kind::Epoll(index));
+        }
+    });
     if let Some(guard) = take(epoll) {
         let state = guard.state();
         for bit in 0..state.high {
-            if let Some(slot) = state.slot(bit)
-                && slot.place != 0
-            {
-                let conn = slot.conn;
-                slot.place = 0;
-                unlink(conn, reference(index, bit));
+            if let Some(slot) = state.slot(bit) {
+                let target = slot.target;
+                register::forget_slot(epoll, state, bit, target);
             }
         }
-        if let Some((number, _)) = state.bell.take() {
+        if let Some((number, _)) = state.bell.take()
+            && epoll.sleepers.load(SeqCst) == 0
+        {
             tenant::return_bell(number);
         }
         state.high = 0;
@@ -234,419 +349,167 @@ pub fn closed(index: usize) {
         }
         epoll.streams.store(0, Relaxed);
     }
-    epoll.refs.fetch_sub(1, AcqRel);
+    epoll.refs.store(0, Release);
 }
 
-/// The inner instance `old` is now `new`.
+/// What stands in the program's instance for the inner one.
+fn inner_in_program() -> epoll_event {
+    epoll_event {
+        events: EPOLLIN as u32,
+        u64: SECRET.load(Relaxed),
+    }
+}
+
+/// What stands in the inner instance for the kicker.
+fn kicker_in_inner() -> epoll_event {
+    epoll_event {
+        events: (EPOLLIN | EPOLLET) as u32,
+        u64: KICKED,
+    }
+}
+
+/// The shim's own descriptor `old` is now `new`; both are open.
 pub fn moved_inner(old: c_int, new: c_int) {
     for index in 0..INSTANCES {
-        if let Some(epoll) = at(index)
-            && epoll.refs.load(Relaxed) != 0
-            && epoll
-                .inner
-                .compare_exchange(old, new, AcqRel, Relaxed)
-                .is_ok()
-        {
-            // The kernel has it under its number: register the new one before the old goes.
-            let event = epoll_event {
-                events: EPOLLIN as u32,
-                u64: SECRET.load(Relaxed),
-            };
-            sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_ADD, new, Some(&event));
+        let Some(epoll) = at(index) else { return };
+        if epoll.refs.load(Relaxed) == 0 {
+            continue;
+        }
+        // The kernel has it under its number: register the new one before the old goes.
+        let is = |place: &AtomicI32| place.compare_exchange(old, new, AcqRel, Relaxed).is_ok();
+        let (set, event) = if is(&epoll.inner) {
+            (epoll.fd.load(Relaxed), inner_in_program())
+        } else if is(&epoll.kicker) {
+            (epoll.inner.load(Relaxed), kicker_in_inner())
+        } else {
+            continue;
+        };
+        sys::epoll_ctl(set, EPOLL_CTL_ADD, new, Some(&event));
+        if !epoll.is_inherited() {
+            sys::epoll_ctl(set, EPOLL_CTL_DEL, old, None);
         }
     }
 }
 
-/// Frees every lock in a forked child, which has one thread only.
+/// Frees every lock in a forked child, which has one thread only. The bells are its parent's.
 pub fn after_fork_in_child() {
+    LINK.store(0, Relaxed);
     for index in 0..INSTANCES {
         if let Some(epoll) = at(index)
             && epoll.refs.load(Relaxed) != 0
         {
             epoll.lock.store(0, Relaxed);
+            epoll.sleepers.store(0, Relaxed);
+            // SAFETY: no other thread lives here.
+            unsafe { (*epoll.state.get()).bell = None };
         }
+    }
+}
+
+fn me() -> Owner {
+    Owner::new(stream::pid(), sys::thread_pointer())
+}
+
+/// Takes a lock of this process. `Nested` for a signal handler that interrupted its holder.
+fn take_word(word: &AtomicU64) -> Taken {
+    let mut turns = 0_u32;
+    loop {
+        if let Ok(taken) = lock::try_take(word, me()) {
+            return taken;
+        }
+        turns = turns.wrapping_add(1);
+        if turns % 64 == 0 {
+            sys::sched_yield();
+        }
+        std::hint::spin_loop();
     }
 }
 
 fn take(epoll: &Epoll) -> Option<Guard<'_>> {
-    let me = Owner::new(stream::pid(), sys::thread_pointer());
-    let mut turns = 0_u32;
-    loop {
-        match lock::try_take(&epoll.lock, me) {
-            Ok(Taken::Outer) => return Some(Guard(epoll)),
-            Ok(Taken::Nested) => return None,
-            Err(_) => {
-                turns = turns.wrapping_add(1);
-                if turns % 64 == 0 {
-                    sys::sched_yield();
-                }
-                std::hint::spin_loop();
-            }
-        }
+    (take_word(&epoll.lock) == Taken::Outer).then_some(Guard(epoll))
+}
+
+/// The lists of registrations, held. Nothing else is locked inside.
+struct Links(Taken);
+
+impl Links {
+    fn take() -> Self {
+        Links(take_word(&LINK))
     }
 }
 
-/// Calls `found` with each registration of a connection.
-fn each_of(conn: &Conn, mut found: impl FnMut(&'static Epoll, usize, usize)) {
-    let mut next = conn.registrations.load(Acquire);
-    for _ in 0..64 {
-        let Some((epoll, bit)) = of_reference(next) else {
-            return;
-        };
-        let this = next;
-        next = match take(epoll) {
-            Some(guard) => guard.state().slot(bit).map_or(0, |slot| slot.next),
-            None => return,
-        };
-        found(epoll, ((this - 1) >> 16) as usize, bit);
+impl Drop for Links {
+    fn drop(&mut self) {
+        lock::release(&LINK, self.0);
     }
 }
 
-fn link(conn: usize, reference: u32, slot: &mut Registration) {
-    if let Some(conn) = conn::at(conn) {
-        slot.next = conn.registrations.swap(reference, AcqRel);
+fn next_of(reference: u32) -> Option<&'static AtomicU32> {
+    let (epoll, _, bit) = of_reference(reference)?;
+    let links = epoll.links.load(Acquire);
+    // SAFETY: the array has BELL_BITS words and is never unmapped.
+    (bit < BELL_BITS && !links.is_null()).then(|| unsafe { &*links.add(bit) })
+}
+
+fn list_of(target: Kind) -> Option<&'static AtomicU32> {
+    match target {
+        Kind::Conn(index) => conn::at(index).map(|conn| &conn.registrations),
+        Kind::Epoll(index) => at(index).map(|epoll| &epoll.registrations),
+        _ => None,
     }
 }
 
-fn unlink(conn: usize, gone: u32) {
-    let Some(conn) = conn::at(conn) else { return };
-    let Some((epoll, bit)) = of_reference(gone) else {
+fn link(target: Kind, reference: u32) {
+    let _links = Links::take();
+    if let (Some(list), Some(next)) = (list_of(target), next_of(reference)) {
+        next.store(list.load(Relaxed), Relaxed);
+        list.store(reference, Release);
+    }
+}
+
+fn unlink(target: Kind, gone: u32) {
+    let _links = Links::take();
+    let (Some(mut place), Some(after)) = (list_of(target), next_of(gone)) else {
         return;
     };
-    // SAFETY: the caller holds the lock of this instance.
-    let after = unsafe {
-        (*epoll.state.get())
-            .slots
-            .as_ref()
-            .map(|first| (*std::ptr::from_ref(first).add(bit)).next)
+    for _ in 0..BELL_BITS {
+        let here = place.load(Relaxed);
+        if here == gone {
+            place.store(after.load(Relaxed), Release);
+            return;
+        }
+        let Some(next) = next_of(here) else { return };
+        place = next;
     }
-    .unwrap_or(0);
-    if conn
-        .registrations
-        .compare_exchange(gone, after, AcqRel, Acquire)
-        .is_ok()
-    {
+}
+
+/// Calls `found` with each registration in a list, as it stood at the start: instance, its number,
+/// slot. What is found there may be another registration by now.
+fn each(list: &AtomicU32, mut found: impl FnMut(&'static Epoll, usize, usize)) {
+    if list.load(Acquire) == 0 {
         return;
     }
-    let mut next = conn.registrations.load(Acquire);
-    for _ in 0..64 {
-        let Some((other, bit)) = of_reference(next) else {
-            return;
-        };
-        // SAFETY: registrations of one connection in several instances are changed by the
-        // program's own epoll_ctl calls, one fd at a time; the array is never unmapped.
-        let slot = unsafe { &mut *(*other.state.get()).slots.add(bit) };
-        if slot.next == gone {
-            slot.next = after;
-            return;
-        }
-        next = slot.next;
+    let mut all = [0; LINKS];
+    let links = Links::take();
+    let mut next = list.load(Relaxed);
+    for place in &mut all {
+        *place = next;
+        next = next_of(next).map_or(0, |next| next.load(Relaxed));
     }
-}
-
-/// `epoll_ctl`. `None`: the call is the kernel's alone.
-///
-/// # Safety
-/// `event` is null or valid.
-pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) -> Option<c_int> {
-    let held = conn::of(fd)?;
-    // SAFETY: the caller vouches for it.
-    let event = if event.is_null() {
-        None
-    } else {
-        Some(unsafe { event.read_unaligned() })
-    };
-    let Kind::Epoll(index) = conn::kind(epfd) else {
-        // An instance that the shim has not seen made: what is registered there must stay the
-        // kernel's.
-        demote::leave(&held, fd, rdsock_shm::reason::Reason::Call);
-        return None;
-    };
-    let epoll = at(index)?;
-    let on_rings = held.conn.stream().is_some_and(demote::is_on_rings);
-    let guard = take(epoll)?;
-    let result = change(epoll, index, &guard, op, fd, event, &held, on_rings);
-    drop(guard);
-    // A stream may have been mapped meanwhile by another thread.
-    if !on_rings && held.conn.stream().is_some_and(demote::is_on_rings) {
-        promoted(&held);
-    }
-    Some(match result {
-        Ok(()) => 0,
-        Err(error) => {
-            sys::set_errno(error);
-            -1
-        }
-    })
-}
-
-#[allow(clippy::too_many_arguments)]
-fn change(
-    epoll: &Epoll,
-    index: usize,
-    guard: &Guard<'_>,
-    op: c_int,
-    fd: c_int,
-    event: Option<epoll_event>,
-    held: &Use,
-    on_rings: bool,
-) -> Result<(), c_int> {
-    let state = guard.state();
-    let known = (0..state.high).find(|bit| {
-        state
-            .slot(*bit)
-            .is_some_and(|slot| slot.place != 0 && slot.fd == fd && slot.conn == held.index)
-    });
-    let epfd = epoll.fd.load(Relaxed);
-    let kernel = |event: Option<&epoll_event>| match sys::epoll_ctl(epfd, op, fd, event) {
-        0 => Ok(()),
-        error => Err(-error as c_int),
-    };
-    match (op, known) {
-        (EPOLL_CTL_ADD, Some(_)) => Err(libc::EEXIST),
-        (EPOLL_CTL_MOD | EPOLL_CTL_DEL, None) if on_rings => Err(libc::ENOENT),
-        (EPOLL_CTL_ADD | EPOLL_CTL_MOD, _) if event.is_none() => Err(libc::EFAULT),
-        (EPOLL_CTL_ADD, None) => {
-            let event = event.ok_or(libc::EFAULT)?;
-            let exclusive = (EPOLLEXCLUSIVE
-                | EPOLLIN
-                | libc::EPOLLOUT
-                | EPOLLERR
-                | EPOLLHUP
-                | EPOLLET
-                | libc::EPOLLWAKEUP) as u32;
-            if event.events & EPOLLEXCLUSIVE as u32 != 0 && event.events & !exclusive != 0 {
-                return Err(libc::EINVAL);
-            }
-            let free =
-                (0..state.high).find(|bit| state.slot(*bit).is_some_and(|slot| slot.place == 0));
-            let bit = free.unwrap_or(state.high);
-            if bit >= BELL_BITS || state.slots.is_null() || index >= 0x7fff {
-                // No room: this connection stays with the kernel here.
-                demote::leave(held, fd, rdsock_shm::reason::Reason::TableFull);
-                return kernel(Some(&event));
-            }
-            if !on_rings {
-                kernel(Some(&event))?;
-            }
-            state.high = state.high.max(bit + 1);
-            let slot = state.slot(bit).ok_or(libc::ENOMEM)?;
-            *slot = Registration {
-                place: 1,
-                fd,
-                conn: held.index,
-                events: event.events,
-                data: event.u64,
-                disabled: false,
-                fresh: true,
-                reported: 0,
-                state: 0,
-                next: 0,
-            };
-            link(held.index, reference(index, bit), slot);
-            if on_rings {
-                to_inner(epoll, state, bit, held);
-            }
-            Ok(())
-        }
-        (EPOLL_CTL_MOD, Some(bit)) => {
-            let event = event.ok_or(libc::EFAULT)?;
-            let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-            if slot.place == 2 {
-                if (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0 {
-                    return Err(libc::EINVAL);
-                }
-            } else {
-                kernel(Some(&event))?;
-            }
-            if slot.place == 2 && event.events & !slot.events & libc::EPOLLOUT as u32 != 0 {
-                sys::epoll_ctl(
-                    epoll.inner.load(Relaxed),
-                    EPOLL_CTL_MOD,
-                    fd,
-                    Some(&inner_event(event.events, bit)),
-                );
-            }
-            slot.events = event.events;
-            slot.data = event.u64;
-            slot.disabled = false;
-            slot.fresh = true;
-            state.mark(bit);
-            kick(epoll);
-            Ok(())
-        }
-        (EPOLL_CTL_DEL, Some(bit)) => {
-            let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-            if slot.place == 2 {
-                sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, fd, None);
-                epoll.streams.fetch_sub(1, Relaxed);
-            } else {
-                kernel(None)?;
-            }
-            slot.place = 0;
-            unlink(held.index, reference(index, bit));
-            state.unmark(bit);
-            Ok(())
-        }
-        _ => kernel(event.as_ref()),
-    }
-}
-
-/// Puts a registration into the inner instance. It is in neither when this is called.
-fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: &Use) {
-    let Some(stream) = held.conn.stream() else {
-        return;
-    };
-    if epoll.inner.load(Relaxed) < 0 {
-        let inner = sys::epoll_create() as c_int;
-        if inner < 0 {
-            return;
-        }
-        let inner = tenant::hide(inner);
-        epoll.inner.store(inner, Release);
-        let event = epoll_event {
-            events: EPOLLIN as u32,
-            u64: SECRET.load(Relaxed),
-        };
-        sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_ADD, inner, Some(&event));
-        state.bell = tenant::take_bell();
-        let kicker = sys::eventfd() as c_int;
-        if kicker >= 0 {
-            let kicker = tenant::hide(kicker);
-            epoll.kicker.store(kicker, Release);
-            let event = epoll_event {
-                events: (EPOLLIN | EPOLLET) as u32,
-                u64: u64::MAX,
-            };
-            sys::epoll_ctl(inner, EPOLL_CTL_ADD, kicker, Some(&event));
-        }
-    }
-    let Some(slot) = state.slot(bit) else { return };
-    slot.place = 2;
-    slot.fresh = true;
-    let event = epoll_event {
-        events: (EPOLLIN | EPOLLRDHUP | EPOLLET) as u32,
-        u64: bit as u64,
-    };
-    sys::epoll_ctl(
-        epoll.inner.load(Relaxed),
-        EPOLL_CTL_ADD,
-        slot.fd,
-        Some(&event),
-    );
-    epoll.streams.fetch_add(1, Relaxed);
-    // Only one instance can be told by bell.
-    let alone =
-        held.conn.registrations.load(Relaxed) == slot_reference(epoll, bit) && slot.next == 0;
-    let place = match (state.bell, alone) {
-        (Some((number, _)), true) => Place { bell: number, bit }.to_word(),
-        _ => 0,
-    };
-    stream.incoming().bytes.place.store(place, Release);
-    stream.out().space.place.store(place, Release);
-    state.mark(bit);
-}
-
-/// What the inner instance is asked about an anchor: edges, each of which is looked into. Space on
-/// the anchor counts while a direction has not switched.
-fn inner_event(events: u32, bit: usize) -> epoll_event {
-    let out = events & libc::EPOLLOUT as u32;
-    epoll_event {
-        events: (EPOLLIN | EPOLLRDHUP | libc::EPOLLPRI | EPOLLET) as u32 | out,
-        u64: bit as u64,
+    drop(links);
+    for (epoll, index, bit) in all.into_iter().map_while(of_reference) {
+        found(epoll, index, bit);
     }
 }
 
 /// Wakes the threads of this process that sleep on an instance, so that they look again.
 fn kick(epoll: &Epoll) {
-    if epoll.sleepers.load(SeqCst) != 0 {
-        sys::eventfd_add(epoll.kicker.load(Acquire));
-    }
-}
-
-/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
-/// instance that has it must look.
-pub fn kick_all(conn: &Conn) {
-    if conn.registrations.load(Acquire) != 0 {
-        each_of(conn, |epoll, _, bit| {
-            if epoll.sleepers.load(SeqCst) != 0 {
-                if let Some(guard) = take(epoll) {
-                    guard.state().mark(bit);
-                }
-                kick(epoll);
-            }
-        });
-    }
-}
-
-fn slot_reference(epoll: &Epoll, bit: usize) -> u32 {
-    let offset = epoll as *const Epoll as usize - POOL.load(Relaxed) as usize;
-    reference(offset / std::mem::size_of::<Epoll>(), bit)
-}
-
-/// A stream was mapped: its registrations move to the inner instances.
-pub fn promoted(held: &Use) {
-    each_of(held.conn, |epoll, _, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.place == 1
-        {
-            sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_DEL, slot.fd, None);
-            to_inner(epoll, state, bit, held);
+    if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
+        let kicker = epoll.kicker.load(Acquire);
+        if kicker >= 0 {
+            sys::eventfd_add(kicker);
         }
-    });
-}
-
-/// A stream was left: its registrations move back to the program's own instances.
-pub fn demoted(held: &Use, _fd: c_int) {
-    each_of(held.conn, |epoll, _, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.place == 2
-        {
-            slot.place = 1;
-            sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.fd, None);
-            let event = epoll_event {
-                events: slot.events,
-                u64: slot.data,
-            };
-            sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_ADD, slot.fd, Some(&event));
-            if slot.disabled {
-                let event = epoll_event {
-                    events: EPOLLONESHOT as u32,
-                    u64: slot.data,
-                };
-                sys::epoll_ctl(epoll.fd.load(Relaxed), EPOLL_CTL_MOD, slot.fd, Some(&event));
-            }
-            epoll.streams.fetch_sub(1, Relaxed);
-            state.unmark(bit);
-        }
-    });
-}
-
-/// The last fd of a connection is closed: the kernel forgets its registrations, and so do we.
-pub fn forget(conn: &Conn) {
-    if conn.registrations.load(Acquire) == 0 {
-        return;
     }
-    each_of(conn, |epoll, index, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.place != 0
-        {
-            if slot.place == 2 {
-                sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.fd, None);
-                epoll.streams.fetch_sub(1, Relaxed);
-            }
-            let conn = slot.conn;
-            slot.place = 0;
-            unlink(conn, reference(index, bit));
-            state.unmark(bit);
-        }
-    });
 }
 
 /// The instance behind an fd, if it holds streams.
@@ -656,405 +519,4 @@ pub fn with_streams(epfd: c_int) -> Option<&'static Epoll> {
     };
     tenant::look();
     at(index).filter(|epoll| epoll.streams.load(Relaxed) != 0)
-}
-
-/// Removes the inner instance from events that the kernel gave; true when it was among them.
-pub fn strip(events: &mut [epoll_event], count: usize) -> (usize, bool) {
-    let secret = SECRET.load(Relaxed);
-    let mut kept = 0;
-    for i in 0..count {
-        let Some(event) = events.get(i).copied() else {
-            break;
-        };
-        if event.u64 != secret {
-            if let Some(place) = events.get_mut(kept) {
-                *place = event;
-            }
-            kept += 1;
-        }
-    }
-    (kept, kept != count)
-}
-
-/// Takes what the inner instance has: those streams' anchors have something to say.
-fn harvest(epoll: &Epoll) {
-    let inner = epoll.inner.load(Acquire);
-    if inner < 0 {
-        return;
-    }
-    let mut events = [epoll_event { events: 0, u64: 0 }; 64];
-    loop {
-        let got = sys::epoll_now(inner, &mut events);
-        if got <= 0 {
-            return;
-        }
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        for event in events.iter().take(got as usize) {
-            let bit = event.u64 as usize;
-            if event.u64 == u64::MAX {
-                continue;
-            }
-            if let Some(slot) = state.slot(bit)
-                && slot.place == 2
-                && let Some(held) = conn::by_index(slot.conn)
-            {
-                held.conn.look.store(1, Relaxed);
-                // An edge of the anchor is the program's while a direction is on it.
-                slot.fresh |= held
-                    .conn
-                    .stream()
-                    .is_some_and(|stream| !stream.is_all_on_rings());
-                state.mark(bit);
-            }
-        }
-        if got < 64 {
-            return;
-        }
-    }
-}
-
-/// Collects what is ready into `events`; how many.
-fn collect(epoll: &Epoll, guard: &Guard<'_>, events: &mut [epoll_event]) -> usize {
-    let state = guard.state();
-    let few = epoll.streams.load(Relaxed) as usize <= FEW;
-    if let Some((_, bell)) = state.bell {
-        let look = &mut state.look;
-        bell::take(bell, |word, bits| {
-            if let Some(place) = look.get_mut(word) {
-                *place |= bits;
-            }
-        });
-    }
-    let words = state.high.div_ceil(64);
-    let mut found = 0;
-    let start = state.cursor;
-    for step in 0..=words {
-        let word = (start / 64 + step) % words.max(1);
-        let mut bits = state.look.get(word).copied().unwrap_or(0);
-        if few {
-            bits = u64::MAX;
-        }
-        // The first word is gone through in two halves, so that the search goes all the way round.
-        let low = (1_u64 << (start % 64)) - 1;
-        if step == 0 {
-            bits &= !low;
-        } else if step == words {
-            bits &= low;
-        }
-        while bits != 0 {
-            let bit = word * 64 + bits.trailing_zeros() as usize;
-            bits &= bits - 1;
-            if bit >= state.high {
-                break;
-            }
-            let Some(place) = events.get_mut(found) else {
-                state.cursor = bit;
-                return found;
-            };
-            if let Some(event) = report(state, bit, few) {
-                *place = event;
-                found += 1;
-            }
-        }
-    }
-    found
-}
-
-/// The event of one registration, if it has one now.
-fn report(state: &mut State, bit: usize, few: bool) -> Option<epoll_event> {
-    let slot = state.slot(bit)?;
-    if slot.place != 2 || slot.disabled {
-        state.unmark(bit);
-        return None;
-    }
-    let events = slot.events;
-    let held = conn::by_index(slot.conn)?;
-    let fd = held.conn.fd.load(Relaxed);
-    let stream = held.conn.stream()?;
-    if demote::peer_has_left(stream) {
-        // Following it changes this very registration: done without the lock, see `wait`.
-        held.conn.look.store(1, Relaxed);
-        return None;
-    }
-    let interest = (events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
-    let mut seen = ready::of(&held, stream, fd, interest, false).unwrap_or(0);
-    if seen == 0 && !few {
-        // Whoever publishes from now on rings; look once more after that is said.
-        state.unmark(bit);
-        ready::ask(stream, interest, want::BELL);
-        seen = ready::of(&held, stream, fd, interest, false).unwrap_or(0);
-        if seen != 0 {
-            state.mark(bit);
-        }
-    }
-    let slot = state.slot(bit)?;
-    if seen == 0 {
-        return None;
-    }
-    if events & EPOLLET as u32 != 0 {
-        let position = stream.incoming().producer.head.load(Acquire);
-        let now = u64::from(stream.incoming().producer.mark.load(Relaxed))
-            | u64::from(stream.rx().anchor.load(Relaxed)) << 8
-            | u64::from(stream.rx().phase.load(Relaxed)) << 16
-            | u64::from(stream.tx().phase.load(Relaxed)) << 24;
-        let space = seen & ready::OUT != 0 && held.conn.wants_space.swap(0, AcqRel) != 0;
-        let new_bytes = seen & ready::IN != 0 && position != slot.reported;
-        let edge = slot.fresh || space || new_bytes || now != slot.state;
-        slot.fresh = false;
-        slot.reported = position;
-        slot.state = now;
-        if !few {
-            state.unmark(bit);
-            ready::ask(stream, interest, want::BELL);
-            // What came since the position was read must ring, or be found now.
-            if stream.incoming().producer.head.load(Acquire) != position {
-                state.mark(bit);
-            }
-        }
-        if !edge {
-            return None;
-        }
-    }
-    let slot = state.slot(bit)?;
-    if events & EPOLLONESHOT as u32 != 0 {
-        slot.disabled = true;
-    }
-    let data = slot.data;
-    let bits = seen as u32 & (events | (EPOLLERR | EPOLLHUP) as u32);
-    (bits != 0).then_some(epoll_event {
-        events: bits & !(EPOLLET as u32),
-        u64: data,
-    })
-}
-
-/// Follows the peers that have left, which `report` may not do under the lock.
-fn follow_leavers(epoll: &Epoll) {
-    loop {
-        let mut leaver = None;
-        if let Some(guard) = take(epoll) {
-            let state = guard.state();
-            for bit in 0..state.high {
-                if let Some(slot) = state.slot(bit)
-                    && slot.place == 2
-                    && let Some(held) = conn::by_index(slot.conn)
-                    && held.conn.stream().is_some_and(demote::peer_has_left)
-                {
-                    leaver = Some((held, slot.fd));
-                    break;
-                }
-            }
-        }
-        let Some((held, fd)) = leaver else { return };
-        if let Some(stream) = held.conn.stream() {
-            let guard = stream.lock_rx();
-            if stream.rx().phase.load(Relaxed) == rdsock_shm::layout::phase::RING
-                && !stream.has_bytes()
-            {
-                demote::incoming_ended(stream, &guard, fd);
-            } else if stream.rx().phase.load(Relaxed) == rdsock_shm::layout::phase::SWITCHING {
-                stream
-                    .rx()
-                    .phase
-                    .store(rdsock_shm::layout::phase::DEMOTED, Release);
-            }
-            drop(guard);
-            demote::follow(&held, stream, fd);
-            if demote::peer_has_left(stream) {
-                return;
-            }
-        }
-    }
-}
-
-/// Asks the kernel, without waiting; how many events of its own.
-fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
-    let got = sys::epoll_now(epfd, events);
-    if got <= 0 {
-        return 0;
-    }
-    let (kept, ours) = strip(events, got as usize);
-    if ours {
-        harvest(epoll);
-    }
-    kept
-}
-
-/// `epoll_pwait2` on an instance that holds streams.
-pub fn wait(
-    epoll: &'static Epoll,
-    epfd: c_int,
-    events: &mut [epoll_event],
-    ns: Option<u64>,
-    mask: *const sigset_t,
-) -> c_int {
-    let deadline = Deadline::after(ns);
-    loop {
-        let mut found = gather(epoll, epfd, events);
-        if found == 0 && !deadline.is_now() {
-            let count = std::cell::Cell::new(0);
-            let cell = std::cell::RefCell::new(&mut *events);
-            wait::spin(&epoll.score, || {
-                let Ok(mut events) = cell.try_borrow_mut() else {
-                    return true;
-                };
-                count.set(gather(epoll, epfd, &mut events));
-                count.get() != 0
-            });
-            found = count.get();
-        }
-        if found == 0 && (deadline.is_now() || deadline.left() == Some(0)) {
-            found = ask_kernel(epoll, epfd, events);
-            if found == 0 {
-                found = now(epoll, events);
-            }
-            return found as c_int;
-        }
-        if found != 0 {
-            return found as c_int;
-        }
-        if let Some(result) = sleep(epoll, epfd, events, deadline, mask) {
-            return result;
-        }
-    }
-}
-
-/// What the rings have, and now and then what the kernel has.
-fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
-    let Some(guard) = take(epoll) else { return 0 };
-    let mut found = collect(epoll, &guard, events);
-    let now = clock::ticks();
-    let due = now.wrapping_sub(guard.state().asked_at) > clock::ticks_of(ASK_KERNEL_US);
-    if due {
-        guard.state().asked_at = now;
-    }
-    drop(guard);
-    if due {
-        if let Some(rest) = events.get_mut(found..)
-            && !rest.is_empty()
-        {
-            found += ask_kernel(epoll, epfd, rest);
-        }
-        follow_leavers(epoll);
-        if found == 0
-            && let Some(guard) = take(epoll)
-        {
-            found = collect(epoll, &guard, events);
-        }
-    }
-    found
-}
-
-/// Sleeps in the kernel. `None`: look again.
-fn sleep(
-    epoll: &Epoll,
-    epfd: c_int,
-    events: &mut [epoll_event],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> Option<c_int> {
-    epoll.sleepers.fetch_add(1, SeqCst);
-    let result = sleep_counted(epoll, epfd, events, deadline, mask);
-    epoll.sleepers.fetch_sub(1, SeqCst);
-    result
-}
-
-fn sleep_counted(
-    epoll: &Epoll,
-    epfd: c_int,
-    events: &mut [epoll_event],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> Option<c_int> {
-    let guard = take(epoll)?;
-    let state = guard.state();
-    let bell = state.bell;
-    if let Some((_, bell)) = bell {
-        bell::start_sleep(&bell.sleepers);
-    }
-    let few = epoll.streams.load(Relaxed) as usize <= FEW;
-    for bit in 0..state.high {
-        let marked = state
-            .look
-            .get(bit / 64)
-            .is_some_and(|word| word >> (bit % 64) & 1 == 1);
-        if !few && !marked {
-            continue;
-        }
-        let Some(slot) = state.slot(bit) else {
-            continue;
-        };
-        if slot.place == 2
-            && !slot.disabled
-            && let Some(held) = conn::by_index(slot.conn)
-            && let Some(stream) = held.conn.stream()
-        {
-            let by_bell = bell.is_some() && stream.incoming().bytes.place.load(Relaxed) != 0;
-            let how = if by_bell { want::BELL } else { want::WAKE };
-            ready::ask(stream, slot.events as i16, how);
-        }
-    }
-    let found = collect(epoll, &guard, events);
-    drop(guard);
-    let result = if found != 0 {
-        Some(found as c_int)
-    } else if bell.is_some_and(|(_, bell)| bell::is_rung(bell)) {
-        None
-    } else {
-        tenant::count(Counter::Sleeps);
-        let got = kernel_wait(epfd, events, deadline, mask);
-        if got < 0 {
-            Some(got)
-        } else {
-            let (kept, ours) = strip(events, got as usize);
-            if ours {
-                harvest(epoll);
-                follow_leavers(epoll);
-            }
-            let mut found = kept;
-            if let Some(guard) = take(epoll)
-                && let Some(rest) = events.get_mut(kept..)
-                && !rest.is_empty()
-            {
-                found += collect(epoll, &guard, rest);
-            }
-            (found != 0 || (got == 0 && deadline.left() == Some(0))).then_some(found as c_int)
-        }
-    };
-    if let Some((_, bell)) = bell {
-        bell::end_sleep(&bell.sleepers);
-    }
-    result
-}
-
-/// The kernel's own wait: a cancellation point, ended by signals as ever.
-fn kernel_wait(
-    epfd: c_int,
-    events: &mut [epoll_event],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> c_int {
-    let most = events.len().min(c_int::MAX as usize) as c_int;
-    let left: Option<timespec> = deadline.left_timespec();
-    let limit = left
-        .as_ref()
-        .map_or(std::ptr::null(), |left| left as *const timespec);
-    // SAFETY: the events are valid for `most` entries; the caller vouches for the mask.
-    let got = unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask) };
-    if got >= 0 || sys::errno() != libc::ENOSYS {
-        return got;
-    }
-    // Before Linux 5.11: whole milliseconds, rounded up.
-    let ms = deadline.left().map_or(-1, |ns| {
-        ns.div_ceil(1_000_000).min(c_int::MAX as u64) as c_int
-    });
-    // SAFETY: as above.
-    unsafe { real::epoll_pwait(epfd, events.as_mut_ptr(), most, ms, mask) }
-}
-
-/// What the instance has after its inner one has spoken, without waiting.
-pub fn now(epoll: &Epoll, events: &mut [epoll_event]) -> usize {
-    harvest(epoll);
-    follow_leavers(epoll);
-    take(epoll).map_or(0, |guard| collect(epoll, &guard, events))
 }

@@ -206,8 +206,8 @@ pub unsafe extern "C" fn getsockopt(
         // The shim has taken the anchor's error when it looked.
         use rdsock_shm::layout::anchor;
         let pending = stream.is_reset() && demote::take_error(stream)
-            || stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0
-                && !stream.is_reset();
+            || !stream.is_reset()
+                && stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0;
         if pending {
             // SAFETY: the kernel has stored an int there.
             unsafe { value.cast::<c_int>().write_unaligned(libc::ECONNRESET) };

@@ -1,12 +1,13 @@
 //! `poll`, `select` and their kin over any mix of fds.
 
-use crate::conn::{self, Use};
-use crate::{clock, demote, ready, real, sys, tenant, wait};
+use crate::conn::{self, Kind, Use};
+use crate::stream::Stream;
+use crate::{clock, demote, epoll, ready, real, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
 };
-use rdsock_shm::layout::{Counter, want};
+use rdsock_shm::layout::{Counter, phase, want};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped.
@@ -15,6 +16,8 @@ const FEW: usize = 64;
 const RECEIVES: i16 = ready::IN | POLLRDHUP;
 /// Microseconds between two questions to the kernel while the rings are watched.
 const ASK_KERNEL_US: u64 = 10;
+/// Nanoseconds of sleep at a time where the anchor can't be slept on.
+const STEP_NS: u64 = 1_000_000;
 
 static SCORE: AtomicU32 = AtomicU32::new(wait::FULL_SCORE);
 
@@ -87,6 +90,16 @@ fn on_rings(fd: c_int) -> Option<Use> {
         .then_some(held)
 }
 
+/// True when the kernel alone can't tell what an fd has: it is on rings, or an epoll instance that
+/// holds streams.
+fn is_ours(fd: c_int) -> bool {
+    match conn::kind(fd) {
+        Kind::Conn(_) => on_rings(fd).is_some(),
+        Kind::Epoll(_) => epoll::with_streams(fd).is_some(),
+        _ => false,
+    }
+}
+
 /// True when any of the fds is on rings, so that the kernel alone can't tell.
 ///
 /// # Safety
@@ -96,12 +109,12 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
     for i in 0..count as usize {
         // SAFETY: the caller vouches for `count` entries.
         let fd = unsafe { (*fds.add(i)).fd };
-        if matches!(conn::kind(fd), conn::Kind::Conn(_)) {
+        if matches!(conn::kind(fd), Kind::Conn(_) | Kind::Epoll(_)) {
             if !tracked {
                 tenant::look();
                 tracked = true;
             }
-            if on_rings(fd).is_some() {
+            if is_ours(fd) {
                 return true;
             }
         }
@@ -123,6 +136,11 @@ fn look(fds: &mut [pollfd]) -> (usize, bool) {
         {
             entry.revents = ready;
             found += usize::from(ready != 0);
+        } else if let Some(epoll) = epoll::with_streams(entry.fd) {
+            if entry.events & ready::IN != 0 && epoll::has_event(epoll, entry.fd) {
+                entry.revents = entry.events & ready::IN;
+                found += 1;
+            }
         } else {
             others = true;
         }
@@ -130,27 +148,26 @@ fn look(fds: &mut [pollfd]) -> (usize, bool) {
     (found, others)
 }
 
-/// Asks the kernel about all that are not on rings, without waiting. How many have a result.
-fn look_at_kernel(fds: &mut [pollfd], copy: &mut [pollfd]) -> usize {
-    for (to, from) in copy.iter_mut().zip(fds.iter()) {
-        *to = pollfd {
-            revents: 0,
-            ..*from
-        };
-        if on_rings(from.fd).is_some() {
-            to.fd = -1;
-        }
-    }
-    let got = sys::poll_now(copy);
-    if got <= 0 {
-        return 0;
-    }
-    for (to, from) in fds.iter_mut().zip(copy.iter()) {
-        if from.fd >= 0 {
-            to.revents = from.revents;
-        }
-    }
-    got as usize
+/// A call's memory.
+struct Work<'a> {
+    fds: &'a mut [pollfd],
+    /// What the kernel is asked.
+    copy: &'a mut [pollfd],
+    /// What was counted in for each before sleep.
+    entered: &'a mut [Entered],
+    asked_at: u64,
+    mask: *const sigset_t,
+}
+
+/// What stands behind an entry of a call that sleeps. Kept from going away meanwhile.
+#[derive(Clone, Copy, Debug)]
+enum Entered {
+    /// The kernel's.
+    Nothing,
+    /// The number of a connection, in use, and what it is waited for.
+    Conn(u32, i16),
+    /// The number of an epoll instance.
+    Epoll(u32),
 }
 
 /// `ppoll` when some fd is on rings.
@@ -168,162 +185,275 @@ pub unsafe fn ppoll(
         events: 0,
         revents: 0,
     }; FEW];
+    let mut few_entered = [Entered::Nothing; FEW];
     let size = count * std::mem::size_of::<pollfd>();
-    let mapped = if count > FEW {
-        sys::map(-1, size)
-    } else {
-        None
-    };
+    let all = size + count * std::mem::size_of::<Entered>();
+    let mapped = if count > FEW { sys::map(-1, all) } else { None };
     if count > FEW && mapped.is_none() {
         sys::set_errno(libc::ENOMEM);
         return -1;
     }
-    // SAFETY: the caller vouches for `fds`; the mapping has room for `count` entries.
-    let (fds, copy) = unsafe {
-        (
-            std::slice::from_raw_parts_mut(fds, count),
-            match mapped {
-                Some(at) => std::slice::from_raw_parts_mut(at.cast::<pollfd>(), count),
-                None => few.get_mut(..count).unwrap_or(&mut []),
-            },
-        )
+    // SAFETY: the caller vouches for `fds`; the mapping has room for `count` entries of each kind,
+    // and zeroes are one of either.
+    let (fds, copy, entered) = unsafe {
+        let fds = std::slice::from_raw_parts_mut(fds, count);
+        match mapped {
+            Some(at) => {
+                let entered = at.add(size).cast::<Entered>();
+                (0..count).for_each(|i| entered.add(i).write(Entered::Nothing));
+                (
+                    fds,
+                    std::slice::from_raw_parts_mut(at.cast::<pollfd>(), count),
+                    std::slice::from_raw_parts_mut(entered, count),
+                )
+            }
+            None => (
+                fds,
+                few.get_mut(..count).unwrap_or(&mut []),
+                few_entered.get_mut(..count).unwrap_or(&mut []),
+            ),
+        }
     };
-    let result = wait_for(fds, copy, Deadline::after(ns), mask);
+    let mut work = Work {
+        fds,
+        copy,
+        entered,
+        asked_at: 0,
+        mask,
+    };
+    let result = work.wait(Deadline::after(ns));
     if let Some(at) = mapped {
         // SAFETY: the copy is not used any more.
-        unsafe { sys::unmap(at, size) };
+        unsafe { sys::unmap(at, all) };
     }
     result
 }
 
-fn wait_for(
-    fds: &mut [pollfd],
-    copy: &mut [pollfd],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> c_int {
-    let mut asked_at = 0;
-    loop {
-        let mut found = 0;
-        let spun = |fds: &mut [pollfd], copy: &mut [pollfd], asked_at: &mut u64| {
-            let (rings, others) = look(fds);
-            let now = clock::ticks();
-            if others && now.wrapping_sub(*asked_at) > clock::ticks_of(ASK_KERNEL_US) {
-                *asked_at = now;
-                return rings + look_at_kernel(fds, copy);
+impl Work<'_> {
+    fn wait(&mut self, deadline: Deadline) -> c_int {
+        loop {
+            let mut found = self.look();
+            if found == 0 && !deadline.is_now() {
+                wait::spin(&SCORE, || {
+                    found = self.look();
+                    found != 0
+                });
             }
-            rings
+            if found != 0 {
+                return found as c_int;
+            }
+            if deadline.left() == Some(0) {
+                return self.last_look();
+            }
+            if let Some(result) = self.sleep(deadline) {
+                return result;
+            }
+        }
+    }
+
+    /// What the rings have, and now and then what the kernel has.
+    fn look(&mut self) -> usize {
+        let (rings, others) = look(self.fds);
+        let now = clock::ticks();
+        if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(ASK_KERNEL_US) {
+            self.asked_at = now;
+            self.ask();
+            let got = sys::poll_now(self.copy);
+            return rings + self.merge(got);
+        }
+        rings
+    }
+
+    /// The kernel's own fds once more, since they may not have been asked just now, with the
+    /// program's signal mask.
+    fn last_look(&mut self) -> c_int {
+        self.ask();
+        let got = if self.mask.is_null() {
+            sys::poll_now(self.copy)
+        } else {
+            let (copy, now) = (&mut *self.copy, Deadline::after(Some(0)).left_timespec());
+            let limit = now.as_ref().map_or(std::ptr::null(), |now| now as *const _);
+            // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
+            let got =
+                unsafe { real::ppoll(copy.as_mut_ptr(), copy.len() as nfds_t, limit, self.mask) };
+            if got < 0 {
+                return got;
+            }
+            got as isize
         };
-        found += spun(fds, copy, &mut asked_at);
-        if found == 0 && !deadline.is_now() {
-            let cell = std::cell::Cell::new(0);
-            let state = std::cell::RefCell::new((&mut *fds, &mut *copy, &mut asked_at));
-            wait::spin(&SCORE, || {
-                let Ok(mut state) = state.try_borrow_mut() else {
-                    return true;
-                };
-                let (fds, copy, asked_at) = &mut *state;
-                cell.set(spun(fds, copy, asked_at));
-                cell.get() != 0
-            });
-            found = cell.get();
+        self.merge(got) as c_int
+    }
+
+    /// Prepares to ask the kernel about all that are not on rings.
+    fn ask(&mut self) {
+        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
+            *to = pollfd {
+                fd: if is_ours(from.fd) { -1 } else { from.fd },
+                events: from.events,
+                revents: 0,
+            };
         }
-        if found != 0 {
-            return found as c_int;
+    }
+
+    /// Takes over what the kernel has said; how many have a result.
+    fn merge(&mut self, got: isize) -> usize {
+        if got <= 0 {
+            return 0;
         }
-        if deadline.is_now() || deadline.left() == Some(0) {
-            // The kernel's own fds once more, since they may not have been asked just now.
-            return look_at_kernel(fds, copy) as c_int;
+        for (to, from) in self.fds.iter_mut().zip(self.copy.iter()) {
+            if from.fd >= 0 {
+                to.revents = from.revents;
+            }
         }
-        if let Some(result) = sleep(fds, copy, deadline, mask) {
+        got as usize
+    }
+
+    /// Sleeps in the kernel on all fds. `None`: look again.
+    fn sleep(&mut self, deadline: Deadline) -> Option<c_int> {
+        let in_steps = self.enter();
+        let (found, _) = look(self.fds);
+        let mut result = (found != 0).then_some(found as c_int);
+        if result.is_none() {
+            tenant::count(Counter::Sleeps);
+            let step = timespec {
+                tv_sec: 0,
+                tv_nsec: STEP_NS as i64,
+            };
+            let left = match deadline.left() {
+                Some(left) if !in_steps || left < STEP_NS => deadline.left_timespec(),
+                _ => in_steps.then_some(step),
+            };
+            let limit = left
+                .as_ref()
+                .map_or(std::ptr::null(), |left| left as *const timespec);
+            let copy = &mut *self.copy;
+            // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
+            let got =
+                unsafe { real::ppoll(copy.as_mut_ptr(), copy.len() as nfds_t, limit, self.mask) };
+            result = (got < 0).then_some(got);
+        }
+        let error = sys::errno();
+        self.leave();
+        sys::set_errno(error);
+        if result.is_some() {
             return result;
+        }
+        // Merge what the kernel says of its own with what the rings say now.
+        let (mut found, _) = look(self.fds);
+        for ((entry, seen), entered) in self
+            .fds
+            .iter_mut()
+            .zip(self.copy.iter())
+            .zip(self.entered.iter())
+        {
+            if matches!(entered, Entered::Nothing) && entry.revents == 0 && seen.fd >= 0 {
+                entry.revents =
+                    seen.revents & (entry.events | libc::POLLERR | libc::POLLHUP | POLLNVAL);
+                found += usize::from(entry.revents != 0);
+            }
+        }
+        (found != 0).then_some(found as c_int)
+    }
+
+    /// Counts the caller in at every stream, and prepares what the kernel is asked. True when it
+    /// must not be asked for long.
+    fn enter(&mut self) -> bool {
+        let mut in_steps = false;
+        for ((to, from), entered) in self
+            .copy
+            .iter_mut()
+            .zip(self.fds.iter())
+            .zip(self.entered.iter_mut())
+        {
+            *entered = Entered::Nothing;
+            *to = pollfd {
+                revents: 0,
+                ..*from
+            };
+            if let Some(held) = on_rings(from.fd) {
+                let Some(stream) = held.conn.stream() else {
+                    continue;
+                };
+                *entered = Entered::Conn(held.index as u32, from.events);
+                let (events, steps) = enter_stream(stream, from);
+                to.events = events;
+                in_steps |= steps;
+                // In use until it is left.
+                std::mem::forget(held);
+            } else if let Kind::Epoll(index) = conn::kind(from.fd)
+                && let Some(epoll) = epoll::with_streams(from.fd)
+            {
+                *entered = Entered::Epoll(index as u32);
+                epoll::arm(epoll);
+            }
+        }
+        in_steps
+    }
+
+    /// Counts the caller out, exactly where it was counted in.
+    fn leave(&mut self) {
+        for (entered, seen) in self.entered.iter().zip(self.copy.iter()) {
+            match *entered {
+                Entered::Nothing => {}
+                Entered::Epoll(index) => epoll::disarm(index as usize),
+                Entered::Conn(index, events) => {
+                    let index = index as usize;
+                    let Some(conn) = conn::at(index) else {
+                        continue;
+                    };
+                    // The use that was kept.
+                    let held = Use { conn, index };
+                    if seen.revents != 0 {
+                        held.conn.look.store(1, Relaxed);
+                    }
+                    if let Some(stream) = held.conn.stream() {
+                        wait::Sleeper::leave(
+                            stream,
+                            events & RECEIVES != 0,
+                            events & ready::OUT != 0,
+                        );
+                    }
+                }
+            }
         }
     }
 }
 
-/// Sleeps in the kernel on all fds. `None`: look again.
-fn sleep(
-    fds: &mut [pollfd],
-    copy: &mut [pollfd],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> Option<c_int> {
-    for (to, from) in copy.iter_mut().zip(fds.iter()) {
-        *to = pollfd {
-            revents: 0,
-            ..*from
-        };
-        if let Some(held) = on_rings(from.fd)
-            && let Some(stream) = held.conn.stream()
-        {
-            // Left again below, whatever happens: the sleepers are told apart by their fds.
-            let sleeper = wait::Sleeper::enter(
-                stream,
-                from.events & RECEIVES != 0,
-                from.events & ready::OUT != 0,
-            );
-            let guard = stream.lock_rx();
-            if stream.rx().phase.load(Relaxed) == rdsock_shm::layout::phase::RING {
-                sleeper.clear(&guard, from.fd);
-            }
-            drop(guard);
-            std::mem::forget(sleeper);
-            ready::ask(stream, from.events, want::WAKE);
-            let kernel_out = stream.tx().phase.load(Relaxed) != rdsock_shm::layout::phase::RING;
-            to.events = POLLIN
-                | (from.events & (POLLRDHUP | POLLPRI))
-                | if kernel_out { from.events & POLLOUT } else { 0 };
-            if from.events & (ready::IN | ready::OUT | POLLRDHUP) == 0 {
-                to.events = 0;
-            }
-        }
+/// Counts a sleeper in at a stream and asks it for a sign. What the kernel is asked about its
+/// anchor, and true when that would not wait.
+fn enter_stream(stream: &Stream, entry: &pollfd) -> (i16, bool) {
+    // Left again in `leave`, whatever happens.
+    let sleeper = wait::Sleeper::enter(
+        stream,
+        entry.events & RECEIVES != 0,
+        entry.events & ready::OUT != 0,
+    );
+    crate::io::settle_switch(stream);
+    let guard = stream.lock_rx();
+    let receives = stream.rx().phase.load(Relaxed);
+    if receives == phase::RING {
+        sleeper.clear(&guard, entry.fd);
     }
-    let (found, _) = look(fds);
-    let result = if found != 0 {
-        Some(found as c_int)
-    } else {
-        tenant::count(Counter::Sleeps);
-        let left = deadline.left_timespec();
-        let limit = left
-            .as_ref()
-            .map_or(std::ptr::null(), |left| left as *const timespec);
-        // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
-        let got = unsafe { real::ppoll(copy.as_mut_ptr(), copy.len() as nfds_t, limit, mask) };
-        for (entry, seen) in fds.iter_mut().zip(copy.iter()) {
-            entry.revents = 0;
-            match on_rings(entry.fd) {
-                Some(held) if seen.revents != 0 => held.conn.look.store(1, Relaxed),
-                _ => {}
-            }
-        }
-        if got < 0 { Some(got) } else { None }
-    };
-    for entry in fds.iter() {
-        if let Some(held) = on_rings(entry.fd)
-            && let Some(stream) = held.conn.stream()
-        {
-            ready::unask(stream);
-            wait::Sleeper::leave(
-                stream,
-                entry.events & RECEIVES != 0,
-                entry.events & ready::OUT != 0,
-            );
-        }
+    drop(guard);
+    std::mem::forget(sleeper);
+    ready::ask(stream, entry.events, want::WAKE);
+    let sends = stream.tx().phase.load(Relaxed);
+    let mut events = entry.events & (POLLRDHUP | POLLPRI);
+    if sends != phase::RING {
+        events |= entry.events & ready::OUT;
     }
-    if result.is_some() {
-        return result;
+    if entry.events & (ready::IN | ready::OUT | POLLRDHUP) == 0 {
+        return (0, false);
     }
-    // Merge what the kernel says of its own with what the rings say now.
-    let (rings, _) = look(fds);
-    let mut found = rings;
-    for (entry, seen) in fds.iter_mut().zip(copy.iter()) {
-        if on_rings(entry.fd).is_none() && seen.revents != 0 {
-            entry.revents =
-                seen.revents & (entry.events | libc::POLLERR | libc::POLLHUP | POLLNVAL);
-            found += usize::from(entry.revents != 0);
-        }
+    // Bytes that stand on the anchor, and that the caller does not wait for, would end the sleep
+    // at once.
+    let full = entry.events & ready::IN == 0
+        && receives != phase::RING
+        && sys::poll_one(entry.fd, POLLIN, 0) > 0;
+    if !full {
+        events |= POLLIN;
     }
-    (found != 0).then_some(found as c_int)
+    (events, full)
 }
 
 /// The sets of a `select` call.
@@ -356,13 +486,13 @@ impl Sets {
         let mut tracked = false;
         (0..self.count).any(|fd| {
             (0..3).any(|which| self.has(which, fd))
-                && matches!(conn::kind(fd as c_int), conn::Kind::Conn(_))
+                && matches!(conn::kind(fd as c_int), Kind::Conn(_) | Kind::Epoll(_))
                 && {
                     if !tracked {
                         tenant::look();
                         tracked = true;
                     }
-                    on_rings(fd as c_int).is_some()
+                    is_ours(fd as c_int)
                 }
         })
     }

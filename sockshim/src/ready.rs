@@ -4,7 +4,8 @@ use crate::conn::Use;
 use crate::stream::Stream;
 use crate::{demote, sys};
 use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, POLLRDNORM, POLLWRNORM, c_int};
-use rdsock_shm::layout::{anchor, mark, phase, want};
+use rdsock_shm::layout::{anchor, mark, phase};
+use rdsock_shm::reason::Reason;
 use rdsock_shm::wake;
 use std::sync::atomic::Ordering::*;
 
@@ -16,6 +17,10 @@ pub const OUT: i16 = POLLOUT | POLLWRNORM;
 /// The readiness of a connection, or `None` when it is the kernel's to tell. A peer that has left
 /// is followed if the caller holds no lock that this needs (`may_follow`).
 pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool) -> Option<i16> {
+    crate::io::settle_switch(stream);
+    if may_follow {
+        settle_reset(stream, fd);
+    }
     if may_follow && demote::peer_has_left(stream) {
         demote::follow(held, stream, fd);
     }
@@ -32,22 +37,25 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
         return None;
     }
     let mut ready = 0;
-    if stream.is_reset() {
-        return Some(IN | OUT | POLLERR | POLLHUP | POLLRDHUP);
-    }
     let seen = stream.rx().anchor.load(Acquire);
     let marks = stream.incoming().producer.mark.load(Acquire);
+    if stream.is_reset() || marks & mark::RESET != 0 {
+        // In a broken stream the bit says that the error was reported.
+        let error = !stream.is_reset() || seen & anchor::ERROR == 0;
+        let ready = IN | OUT | POLLHUP | POLLRDHUP | if error { POLLERR } else { 0 };
+        return Some(ready & (events | POLLERR | POLLHUP));
+    }
     let kernel = kernel_share(stream, fd, events);
-    ready |= kernel & libc::POLLPRI;
+    ready |= kernel & (libc::POLLPRI | POLLERR | POLLHUP);
     if stream.rx().phase.load(Acquire) == phase::RING {
         if marks & mark::END != 0 && !stream.has_bytes() {
             // The next receive finds out what the anchor has.
             ready |= sys::poll_one(fd, POLLIN, 0).max(0) as i16 & IN;
         }
-        let ended = marks & (mark::FIN | mark::RESET) != 0
+        let ended = marks & mark::FIN != 0
             || seen != 0
             || stream.rx().shut.load(Relaxed) != 0;
-        if stream.has_bytes() || ended {
+        if has_enough(stream, fd) || ended {
             ready |= IN;
         }
         if marks & mark::FIN != 0 || seen & anchor::EOF != 0 || stream.rx().shut.load(Relaxed) != 0
@@ -108,6 +116,45 @@ fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
     got
 }
 
+/// The other end has broken the connection, and what it sent before that has been read: so is this
+/// end's, and the error waits to be asked for.
+pub fn settle_reset(stream: &Stream, fd: c_int) {
+    if stream.incoming().producer.mark.load(Acquire) & mark::RESET == 0 || stream.is_reset() {
+        return;
+    }
+    let guard = stream.lock_rx();
+    if !guard.is_nested()
+        && stream.rx().phase.load(Acquire) == phase::RING
+        && !stream.has_bytes()
+    {
+        stream.reset(fd, Reason::PeerReset);
+    }
+}
+
+/// Bytes to read, as many as SO_RCVLOWAT asks for: a program that sets it has left the rings for
+/// all but what is still in them.
+fn has_enough(stream: &Stream, fd: c_int) -> bool {
+    if !stream.has_bytes() || stream.tx().phase.load(Relaxed) != phase::DEMOTED {
+        return stream.has_bytes();
+    }
+    let least: Option<c_int> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT);
+    let least = least.map_or(1, |least| least.max(1) as u64);
+    let producer = &stream.incoming().producer;
+    let in_ring = producer
+        .head
+        .load(Acquire)
+        .wrapping_sub(stream.rx().tail.load(Relaxed));
+    if in_ring >= least {
+        return true;
+    }
+    // The rest comes behind the wake bytes on the anchor.
+    let sent = producer.wakes.load(Acquire);
+    let wakes = sent.wrapping_sub(stream.rx().drained.load(Relaxed));
+    let there = sys::ioctl_int(fd, libc::FIONREAD).unwrap_or(0).max(0) as u64;
+    producer.mark.load(Acquire) & mark::END != 0
+        && in_ring + there.saturating_sub(u64::from(wakes)) >= least
+}
+
 /// As Linux: a third of the buffer is free.
 fn is_writable(stream: &Stream) -> bool {
     crate::wait::sendable(stream, stream.ring_size() / 3)
@@ -121,10 +168,4 @@ pub fn ask(stream: &Stream, events: i16, how: u32) {
     if events & OUT != 0 && stream.tx().phase.load(Relaxed) == phase::RING {
         wake::ask(&stream.out().space.want, how);
     }
-}
-
-/// Takes the requests back.
-pub fn unask(stream: &Stream) {
-    wake::unask(&stream.incoming().bytes.want, want::WAKE);
-    wake::unask(&stream.out().space.want, want::WAKE);
 }

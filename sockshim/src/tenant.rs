@@ -718,7 +718,8 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
         generation,
         ..blank(request::DECLINED, index, conn)
     };
-    if conn.generation.load(Relaxed) != generation
+    if crate::epoll::declines(conn)
+        || conn.generation.load(Relaxed) != generation
         || conn
             .phase
             .compare_exchange(phase::ANNOUNCED, phase::INSTALLING, SeqCst, Relaxed)

@@ -38,7 +38,7 @@ pub fn start(configured: Option<u64>, cores: usize) {
 
 /// Spins until `ready` or until the budget is used. `score` learns from the result.
 #[inline]
-pub fn spin(score: &AtomicU32, ready: impl Fn() -> bool) -> bool {
+pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
     let us = SPIN_US.load(Relaxed);
     if us == 0 {
         return false;

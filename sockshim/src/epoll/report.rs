@@ -1,0 +1,382 @@
+//! What an instance has to report of its streams.
+
+use super::register::{self, how};
+use super::*;
+use crate::conn::Use;
+use crate::stream::Stream;
+use crate::{demote, ready};
+use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT};
+use rdsock_shm::bell;
+use rdsock_shm::layout::{NOT_SWITCHED, mark, phase};
+
+/// What EPOLLET compares: when any of it changes there is an edge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    /// The incoming position.
+    head: u64,
+    /// The marks, the anchor's state and the phases.
+    state: u64,
+}
+
+impl Snapshot {
+    fn of(stream: &Stream) -> Self {
+        let state = u64::from(stream.incoming().producer.mark.load(Acquire))
+            | u64::from(stream.rx().anchor.load(Acquire)) << 8
+            | u64::from(stream.rx().phase.load(Acquire)) << 16
+            | u64::from(stream.tx().phase.load(Acquire)) << 24
+            | u64::from(stream.tx().shut.load(Acquire)) << 32
+            | u64::from(stream.rx().shut.load(Acquire)) << 40;
+        Snapshot {
+            head: stream.incoming().producer.head.load(Acquire),
+            state,
+        }
+    }
+}
+
+/// How a registration is looked at.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    /// Every stream is looked at, marked or not.
+    few: bool,
+    /// Nothing is taken: edges and EPOLLONESHOT stay.
+    peek: bool,
+    /// Other threads sleep on the instance, which must hear of what comes from now on.
+    others: bool,
+}
+
+/// Removes the inner instance from events that the kernel gave; true when it was among them.
+pub(super) fn strip(events: &mut [epoll_event], count: usize) -> (usize, bool) {
+    let secret = SECRET.load(Relaxed);
+    let mut kept = 0;
+    for i in 0..count {
+        let Some(event) = events.get(i).copied() else {
+            break;
+        };
+        if event.u64 != secret {
+            if let Some(place) = events.get_mut(kept) {
+                *place = event;
+            }
+            kept += 1;
+        }
+    }
+    (kept, kept != count)
+}
+
+/// Takes what the inner instance has: those streams' anchors have something to say.
+pub(super) fn harvest(epoll: &Epoll) {
+    let inner = epoll.inner.load(Acquire);
+    if inner < 0 {
+        return;
+    }
+    let mut events = [epoll_event { events: 0, u64: 0 }; 64];
+    loop {
+        let got = sys::epoll_now(inner, &mut events);
+        if got <= 0 {
+            return;
+        }
+        let Some(guard) = take(epoll) else { return };
+        let state = guard.state();
+        for event in events.iter().take(got as usize) {
+            let bit = event.u64 as usize;
+            let Some(slot) = state.slot(bit).filter(|slot| slot.place == Place::Inner) else {
+                continue;
+            };
+            match slot.target {
+                Kind::Conn(index) => {
+                    let Some(held) = conn::by_index(index) else {
+                        continue;
+                    };
+                    held.conn.look.store(1, Relaxed);
+                    // An edge of the anchor is the program's while a direction is on it.
+                    slot.fresh |= held
+                        .conn
+                        .stream()
+                        .is_some_and(|stream| !stream.is_all_on_rings());
+                }
+                _ => slot.fresh = true,
+            }
+            state.mark(bit);
+        }
+        if got < 64 {
+            return;
+        }
+    }
+}
+
+fn take_bell(state: &mut State) {
+    if let Some((_, bell)) = state.bell {
+        let look = &mut state.look;
+        bell::take(bell, |word, bits| {
+            if let Some(place) = look.get_mut(word) {
+                *place |= bits;
+            }
+        });
+    }
+}
+
+/// Collects what is ready into `events`; how many. `mine` is 1 when the caller counts as a sleeper.
+pub(super) fn collect(
+    epoll: &Epoll,
+    guard: &Guard<'_>,
+    events: &mut [epoll_event],
+    mine: u32,
+) -> usize {
+    let state = guard.state();
+    take_bell(state);
+    let look = Look {
+        few: epoll.is_few(),
+        peek: false,
+        others: epoll.sleepers.load(SeqCst) > mine,
+    };
+    let words = state.high.div_ceil(64);
+    let mut found = 0;
+    let start = state.cursor;
+    for step in 0..=words {
+        let word = (start / 64 + step) % words.max(1);
+        let mut bits = state.candidates(word, look.few);
+        // The first word is gone through in two halves, so that the search goes all the way round.
+        let low = (1_u64 << (start % 64)) - 1;
+        if step == 0 {
+            bits &= !low;
+        } else if step == words {
+            bits &= low;
+        }
+        while bits != 0 {
+            let bit = word * 64 + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            let Some(place) = events.get_mut(found) else {
+                state.cursor = bit;
+                if look.others && has_some(epoll, state) {
+                    // There is more than the caller takes: the next one's.
+                    kick(epoll);
+                }
+                return found;
+            };
+            if let Some(event) = report(state, bit, look) {
+                *place = event;
+                found += 1;
+            }
+        }
+    }
+    found
+}
+
+/// True when some stream has an event now, which is not taken.
+fn has_some(epoll: &Epoll, state: &mut State) -> bool {
+    let look = Look {
+        few: epoll.is_few(),
+        peek: true,
+        others: false,
+    };
+    state.any(look.few, |state, bit| report(state, bit, look).is_some())
+}
+
+/// True when the instance (under `fd`) would report something, its kernel's fds included.
+pub fn has_event(epoll: &Epoll, fd: c_int) -> bool {
+    harvest(epoll);
+    let ours = take(epoll).is_some_and(|guard| {
+        let state = guard.state();
+        take_bell(state);
+        has_some(epoll, state)
+    });
+    ours || sys::poll_one(fd, libc::POLLIN, 0) > 0 && {
+        // A wake byte that came meanwhile is no event.
+        harvest(epoll);
+        sys::poll_one(fd, libc::POLLIN, 0) > 0
+            || take(epoll).is_some_and(|guard| has_some(epoll, guard.state()))
+    }
+}
+
+/// The event of one registration, if it has one now.
+fn report(state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
+    let slot = *state.slot(bit)?;
+    if slot.place != Place::Inner || slot.disabled {
+        state.unmark(bit);
+        return None;
+    }
+    let seen = match slot.target {
+        Kind::Conn(index) => of_stream(state, bit, slot, &conn::by_index(index)?, look)?,
+        Kind::Epoll(index) => of_instance(state, bit, slot, at(index)?, look)?,
+        _ => return None,
+    };
+    let bits = seen as u32 & (slot.events | (EPOLLERR | EPOLLHUP) as u32);
+    if bits == 0 {
+        return None;
+    }
+    if slot.events & EPOLLONESHOT as u32 != 0 && !look.peek {
+        state.slot(bit)?.disabled = true;
+    }
+    Some(epoll_event {
+        events: bits & 0xffff,
+        u64: slot.data,
+    })
+}
+
+/// The readiness of an instance in this one.
+fn of_instance(
+    state: &mut State,
+    bit: usize,
+    slot: Registration,
+    inner: &Epoll,
+    look: Look,
+) -> Option<i16> {
+    if slot.events & EPOLLET as u32 != 0 && !slot.fresh {
+        return None;
+    }
+    if !look.peek {
+        state.slot(bit)?.fresh = false;
+    }
+    has_event(inner, slot.number).then_some(ready::IN)
+}
+
+/// The readiness of a stream, in the way in which it is registered.
+fn of_stream(
+    state: &mut State,
+    bit: usize,
+    slot: Registration,
+    held: &Use,
+    look: Look,
+) -> Option<i16> {
+    let fd = held.conn.fd.load(Relaxed);
+    let stream = held.conn.stream()?;
+    if has_left(stream) {
+        // Following it changes this very registration: done without the lock, see `follow_leavers`.
+        held.conn.look.store(1, Relaxed);
+        state.mark(bit);
+        return None;
+    }
+    let interest = (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
+    let mut before = Snapshot::of(stream);
+    let mut seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+    if seen == 0 && !look.few {
+        // Whoever publishes from now on rings; look once more after that is said.
+        state.unmark(bit);
+        register::ask(state, bit, stream, slot.events);
+        before = Snapshot::of(stream);
+        seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+        if seen != 0 {
+            state.mark(bit);
+        }
+    }
+    if seen == 0 {
+        return None;
+    }
+    if look.others && !look.peek {
+        register::ask(state, bit, stream, slot.events);
+    }
+    if slot.events & EPOLLET as u32 == 0 {
+        return Some(seen);
+    }
+    let space = seen & ready::OUT != 0
+        && if look.peek {
+            held.conn.wants_space.load(Acquire) != 0
+        } else {
+            held.conn.wants_space.swap(0, AcqRel) != 0
+        };
+    let new_bytes = seen & ready::IN != 0 && before.head != slot.reported.head;
+    let edge = slot.fresh || space || new_bytes || before.state != slot.reported.state;
+    if look.peek {
+        return edge.then_some(seen);
+    }
+    let slot = state.slot(bit)?;
+    slot.fresh = false;
+    slot.reported = before;
+    let events = slot.events;
+    if !look.few {
+        state.unmark(bit);
+        register::ask(state, bit, stream, events);
+        // What came since the snapshot was taken must be found now: only what comes later rings.
+        if Snapshot::of(stream) != before
+            || ready::of(held, stream, fd, interest, false) != Some(seen)
+            || held.conn.wants_space.load(Acquire) != 0
+        {
+            state.mark(bit);
+        }
+    }
+    edge.then_some(seen)
+}
+
+/// True when a stream's other end has left, or the stream has, so that its registrations must move.
+pub(super) fn has_left(stream: &Stream) -> bool {
+    if demote::peer_has_left(stream) || !demote::is_on_rings(stream) {
+        return true;
+    }
+    let producer = &stream.incoming().producer;
+    producer.mark.load(Acquire) & mark::END != 0
+        && match stream.rx().phase.load(Acquire) {
+            phase::RING => !stream.has_bytes(),
+            phase::SWITCHING => producer.switch_at.load(Acquire) == NOT_SWITCHED,
+            _ => false,
+        }
+}
+
+/// Follows the peers that have left, which [`report`] may not do under the lock.
+pub(super) fn follow_leavers(epoll: &Epoll) {
+    for _ in 0..BELL_BITS {
+        let mut leaver = None;
+        let mut nested = [None; FEW];
+        if let Some(guard) = take(epoll) {
+            let state = guard.state();
+            let mut count = 0;
+            state.any(epoll.is_few(), |state, bit| {
+                match state.slot(bit).map(|slot| slot.target) {
+                    Some(Kind::Conn(index)) => {
+                        leaver = conn::by_index(index)
+                            .filter(|held| held.conn.stream().is_some_and(has_left));
+                    }
+                    Some(Kind::Epoll(index)) => {
+                        if let Some(place) = nested.get_mut(count) {
+                            *place = Some(index);
+                            count += 1;
+                        }
+                    }
+                    _ => {}
+                }
+                leaver.is_some()
+            });
+        }
+        let Some(held) = leaver else {
+            for inner in nested.into_iter().flatten().filter_map(at) {
+                follow_leavers(inner);
+            }
+            return;
+        };
+        if !follow(&held) {
+            return;
+        }
+    }
+}
+
+/// Follows one; false when that must be tried again later.
+fn follow(held: &Use) -> bool {
+    let fd = held.conn.fd.load(Relaxed);
+    let Some(stream) = held.conn.stream() else {
+        return false;
+    };
+    if demote::peer_has_left(stream) {
+        demote::follow(held, stream, fd);
+    }
+    demote::settle_incoming(held, stream, fd);
+    if !demote::is_on_rings(stream) {
+        register::demoted(held, fd);
+    }
+    !has_left(stream) || !demote::is_on_rings(stream)
+}
+
+/// Asks the kernel, without waiting; how many events of its own.
+pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
+    let got = sys::epoll_now(epfd, events);
+    if got <= 0 {
+        return 0;
+    }
+    let (kept, ours) = strip(events, got as usize);
+    if ours {
+        harvest(epoll);
+    }
+    kept
+}
+
+/// The way in which a stream tells, for [`super::sleep`].
+pub(super) fn way(state: &State, bit: usize, stream: &Stream) -> u32 {
+    how(state, bit, stream)
+}

@@ -1,0 +1,302 @@
+//! Waiting for an instance: by looking, then asleep in the kernel on the program's own fd.
+
+use super::report::{ask_kernel, collect, follow_leavers, harvest, has_left, strip, way};
+use super::*;
+use crate::poll::Deadline;
+use crate::{ready, real};
+use libc::{sigset_t, timespec};
+use rdsock_shm::bell;
+use rdsock_shm::layout::{Counter, want};
+
+/// Microseconds between two questions to the kernel while the rings are watched.
+const ASK_KERNEL_US: u64 = 10;
+
+/// `epoll_wait` and its kin; `kernel` is the kernel's own call.
+///
+/// # Safety
+/// `events` has room for `most`, or is bad in a way that the kernel refuses; `mask` is null or
+/// valid.
+pub unsafe fn wait_on(
+    epfd: c_int,
+    events: *mut epoll_event,
+    most: c_int,
+    ns: Option<u64>,
+    mask: *const sigset_t,
+    kernel: impl Fn() -> c_int,
+) -> c_int {
+    let Kind::Epoll(index) = conn::kind(epfd) else {
+        return kernel();
+    };
+    let Some(epoll) = at(index) else {
+        return kernel();
+    };
+    if most <= 0 || sys::is_bad_pointer(events.cast()) {
+        return kernel();
+    }
+    tenant::look();
+    // SAFETY: as the caller says.
+    let events = unsafe { std::slice::from_raw_parts_mut(events, most as usize) };
+    let deadline = Deadline::after(ns);
+    epoll.sleepers.fetch_add(1, SeqCst);
+    if epoll.streams.load(SeqCst) != 0 {
+        count_out(epoll);
+        return wait(epoll, epfd, events, deadline, mask);
+    }
+    // A stream may come while this sleeps: then its sign is among the events.
+    let got = kernel();
+    count_out(epoll);
+    if got <= 0 {
+        return got;
+    }
+    let (kept, ours) = strip(events, got as usize);
+    if !ours {
+        return got;
+    }
+    let found = kept + now(epoll, events.get_mut(kept..).unwrap_or(&mut []));
+    if found != 0 {
+        return found as c_int;
+    }
+    wait(epoll, epfd, events, deadline, mask)
+}
+
+/// A thread that sleeps no more. It may have slept on the one that had this place before.
+fn count_out(epoll: &Epoll) {
+    let less = |count: u32| count.checked_sub(1);
+    let _ = epoll.sleepers.fetch_update(SeqCst, SeqCst, less);
+}
+
+/// What the instance has after its inner one has spoken, without waiting.
+fn now(epoll: &Epoll, events: &mut [epoll_event]) -> usize {
+    harvest(epoll);
+    follow_leavers(epoll);
+    take(epoll).map_or(0, |guard| collect(epoll, &guard, events, 0))
+}
+
+/// The wait on an instance that holds streams.
+fn wait(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+) -> c_int {
+    loop {
+        let mut found = gather(epoll, epfd, events);
+        if found == 0 && !deadline.is_now() {
+            wait::spin(&epoll.score, || {
+                found = gather(epoll, epfd, events);
+                found != 0
+            });
+        }
+        if found != 0 {
+            return found as c_int;
+        }
+        if deadline.left() == Some(0) {
+            return last_look(epoll, epfd, events, mask);
+        }
+        if let Some(result) = sleep(epoll, epfd, events, deadline, mask) {
+            return result;
+        }
+    }
+}
+
+/// The time is up: the kernel's fds, with the program's signal mask, and the rings once more.
+fn last_look(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    mask: *const sigset_t,
+) -> c_int {
+    let mut found = 0;
+    if mask.is_null() {
+        found = ask_kernel(epoll, epfd, events);
+    } else {
+        let got = kernel_wait(epfd, events, Deadline::after(Some(0)), mask);
+        if got < 0 {
+            return got;
+        }
+        found += strip(events, got as usize).0;
+    }
+    if found == 0 {
+        found = now(epoll, events);
+    }
+    found as c_int
+}
+
+/// What the rings have, and now and then what the kernel has, which gets half of the room first.
+fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
+    let Some(guard) = take(epoll) else { return 0 };
+    let state = guard.state();
+    let now = clock::ticks();
+    if now.wrapping_sub(state.asked_at) <= clock::ticks_of(ASK_KERNEL_US) {
+        return collect(epoll, &guard, events, 0);
+    }
+    state.asked_at = now;
+    // With room for one only, they take turns.
+    let kernel_first = events.len() > 1 || !state.kernel_had;
+    state.kernel_had = kernel_first;
+    drop(guard);
+    let mut found = 0;
+    if kernel_first {
+        let room = (events.len() / 2).max(1);
+        if let Some(events) = events.get_mut(..room) {
+            found = ask_kernel(epoll, epfd, events);
+        }
+    }
+    follow_leavers(epoll);
+    if let Some(rest) = events.get_mut(found..)
+        && !rest.is_empty()
+        && let Some(guard) = take(epoll)
+    {
+        found += collect(epoll, &guard, rest, 0);
+    }
+    if found == 0 && !kernel_first {
+        found = ask_kernel(epoll, epfd, events);
+    }
+    found
+}
+
+/// Sleeps in the kernel. `None`: look again.
+fn sleep(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+) -> Option<c_int> {
+    epoll.sleepers.fetch_add(1, SeqCst);
+    let bell = take(epoll).and_then(|guard| guard.state().bell);
+    if let Some((_, bell)) = bell {
+        bell::start_sleep(&bell.sleepers);
+    }
+    let result = sleep_counted(epoll, epfd, events, deadline, mask, bell.map(|bell| bell.1));
+    if let Some((_, bell)) = bell {
+        bell::end_sleep(&bell.sleepers);
+    }
+    count_out(epoll);
+    result
+}
+
+fn sleep_counted(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+    bell: Option<&Bell>,
+) -> Option<c_int> {
+    if let Some(guard) = take(epoll) {
+        let state = guard.state();
+        state.any(epoll.is_few(), |state, bit| {
+            ask(state, bit, false);
+            false
+        });
+        let found = collect(epoll, &guard, events, 1);
+        if found != 0 {
+            return Some(found as c_int);
+        }
+        let left = |state: &mut State, bit| match state.slot(bit).map(|slot| slot.target) {
+            Some(Kind::Conn(index)) => conn::by_index(index)
+                .is_some_and(|held| held.conn.stream().is_some_and(has_left)),
+            _ => false,
+        };
+        if bell.is_some_and(bell::is_rung) || guard.state().any(epoll.is_few(), left) {
+            drop(guard);
+            follow_leavers(epoll);
+            return None;
+        }
+    }
+    tenant::count(Counter::Sleeps);
+    let got = kernel_wait(epfd, events, deadline, mask);
+    if got < 0 {
+        return Some(got);
+    }
+    let (kept, ours) = strip(events, got as usize);
+    if ours {
+        harvest(epoll);
+        follow_leavers(epoll);
+    }
+    let mut found = kept;
+    if let Some(guard) = take(epoll) {
+        found += collect(epoll, &guard, events.get_mut(kept..).unwrap_or(&mut []), 1);
+    }
+    (found != 0 || (got == 0 && deadline.left() == Some(0))).then_some(found as c_int)
+}
+
+/// Asks what stands behind a registration for a sign.
+fn ask(state: &mut State, bit: usize, by_byte: bool) {
+    let Some(slot) = state.slot(bit).copied() else {
+        return;
+    };
+    if slot.place != Place::Inner || slot.disabled {
+        return;
+    }
+    match slot.target {
+        Kind::Conn(index) => {
+            if let Some(held) = conn::by_index(index)
+                && let Some(stream) = held.conn.stream()
+            {
+                let how = if by_byte {
+                    want::WAKE
+                } else {
+                    way(state, bit, stream)
+                };
+                ready::ask(stream, slot.events as i16, how);
+            }
+        }
+        Kind::Epoll(index) => {
+            if let Some(inner) = at(index) {
+                ask_all(inner);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Asks every stream of an instance for a byte, for somebody who sleeps on the instance's fd.
+fn ask_all(epoll: &Epoll) {
+    if let Some(guard) = take(epoll) {
+        guard.state().any(true, |state, bit| {
+            ask(state, bit, true);
+            false
+        });
+    }
+}
+
+/// Somebody is about to sleep on the instance's fd in `poll`: counts them in and asks the streams.
+pub fn arm(epoll: &Epoll) {
+    epoll.sleepers.fetch_add(1, SeqCst);
+    ask_all(epoll);
+}
+
+/// Ends what [`arm`] began.
+pub fn disarm(index: usize) {
+    if let Some(epoll) = at(index) {
+        count_out(epoll);
+    }
+}
+
+/// The kernel's own wait: a cancellation point, ended by signals as ever.
+fn kernel_wait(
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+) -> c_int {
+    let most = events.len().min(c_int::MAX as usize) as c_int;
+    let left: Option<timespec> = deadline.left_timespec();
+    let limit = left
+        .as_ref()
+        .map_or(std::ptr::null(), |left| left as *const timespec);
+    // SAFETY: the events are valid for `most` entries; the caller vouches for the mask.
+    let got = unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask) };
+    if got >= 0 || sys::errno() != libc::ENOSYS {
+        return got;
+    }
+    // Before Linux 5.11: whole milliseconds, rounded up.
+    let ms = deadline.left().map_or(-1, |ns| {
+        ns.div_ceil(1_000_000).min(c_int::MAX as u64) as c_int
+    });
+    // SAFETY: as above.
+    unsafe { real::epoll_pwait(epfd, events.as_mut_ptr(), most, ms, mask) }
+}
