@@ -125,7 +125,7 @@ pub struct Daemon {
 impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
     pub fn new(args: Args, config: Config) -> Result<Self, DaemonError> {
-        let descriptors = process::raise_descriptor_limit();
+        let descriptors = process::raise_limits();
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             mask.add(signal);

@@ -7,6 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{getsockopt, sockopt};
 
 /// A process on the other side of a control connection, as the kernel names it.
@@ -187,13 +189,21 @@ fn holds(pid: i32, inode: u64) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Raises the number of descriptors to the hard limit; returns it.
-pub fn raise_descriptor_limit() -> u64 {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+/// Raises the limits that the daemon may have inherited from whoever started it to what they may
+/// be; returns the number of descriptors.
+pub fn raise_limits() -> u64 {
+    raise(Resource::RLIMIT_FSIZE);
+    // SAFETY: a signal is ignored; no handler is installed. A file (a stream's memory is one) that
+    // may not grow is then an error, not the end of the daemon.
+    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
+    raise(Resource::RLIMIT_NOFILE)
+}
+
+fn raise(resource: Resource) -> u64 {
+    let Ok((soft, hard)) = getrlimit(resource) else {
         return 1024;
     };
-    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+    match setrlimit(resource, hard, hard) {
         Ok(()) => hard,
         Err(_) => soft,
     }

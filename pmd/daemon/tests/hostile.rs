@@ -485,3 +485,23 @@ fn a_flood_of_callers_does_not_wedge_the_daemon() {
     std::thread::sleep(Duration::from_millis(100));
     still_serves(&daemon);
 }
+
+#[test]
+fn a_limit_on_the_size_of_files_keeps_connections_on_the_kernel() {
+    let daemon = Daemon::start_with(SMALL, |command| {
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                let limit = nix::sys::resource::Resource::RLIMIT_FSIZE;
+                Ok(nix::sys::resource::setrlimit(limit, 65_536, 65_536)?)
+            })
+        };
+    });
+    let mut tenant = Tenant::attach(&daemon);
+    let (connector, accepted) = tcp_pair();
+    tenant.announce(1, 1, &connector, 1);
+    tenant.announce(2, 1, &accepted, 0);
+    assert_eq!(tenant.verdict().reason, Reason::NoMemory as u32);
+    assert_eq!(tenant.verdict().reason, Reason::NoMemory as u32);
+    assert_eq!(daemon.stat()["streams_now"], 0);
+}

@@ -41,15 +41,19 @@ pub struct Daemon {
 impl Daemon {
     /// With a configuration file of this text.
     pub fn start(config: &str) -> Self {
+        Self::start_with(config, |_| {})
+    }
+
+    /// With a configuration file of this text, and something done to the command.
+    pub fn start_with(config: &str, change: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("rdsockd.toml");
         std::fs::write(&file, config).unwrap();
+        let mut command = Self::command(&dir);
+        command.arg("--config").arg(file);
+        change(&mut command);
         let mut daemon = Daemon {
-            child: Self::command(&dir)
-                .arg("--config")
-                .arg(file)
-                .spawn()
-                .unwrap(),
+            child: command.spawn().unwrap(),
             dir,
         };
         daemon.wait_for_socket();
