@@ -120,6 +120,20 @@ impl Site {
         (output, seen)
     }
 
+    /// Where both ends are preloaded, waits until this many connections to `port` are on rings.
+    ///
+    /// # Panics
+    /// When they are not within 10 s.
+    pub fn wait_for_rings(&self, port: u16, expected: usize) {
+        let mut seen = Seen::default();
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.mode == Mode::Both && seen.on_rings < expected {
+            assert!(Instant::now() < end, "never on rings: {:#?}", seen.last);
+            std::thread::sleep(Duration::from_millis(10));
+            self.look(port, &mut seen);
+        }
+    }
+
     fn look(&self, port: u16, seen: &mut Seen) {
         let Some(daemon) = &self.daemon else { return };
         let why = why::ask(&daemon.socket(), None);

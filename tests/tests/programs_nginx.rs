@@ -185,6 +185,7 @@ fn reload_under_load(site: Site) {
             nginx.port
         ))
         .start();
+    site.wait_for_rings(nginx.port, 10);
     let back = site.folder.at("during");
     for _ in 0..RELOADS {
         std::thread::sleep(Duration::from_millis(300));
@@ -200,7 +201,7 @@ fn reload_under_load(site: Site) {
             "the file comes as it is"
         );
     }
-    let (output, _) = site.finish(client, nginx.port, 1, LIMIT);
+    let (output, _) = site.finish(client, nginx.port, 0, LIMIT);
     let (errors, requests) = wrk_figures(&output);
     // A worker that retires closes idle connections: wrk counts each that it was about to use.
     assert!(
