@@ -92,10 +92,10 @@ fn space_is_told_by_an_end_that_has_not_switched() {
         map(&sender);
         map(&receiver);
         let writing = thread::spawn(move || {
-            sender.send(&[7; 11]);
+            sender.send(&[7; 9]);
             assert_eq!(sender.receive_all(1), [1]);
         });
-        assert_eq!(receiver.receive_all(11), [7; 11]);
+        assert_eq!(receiver.receive_all(9), [7; 9]);
         receiver.send(&[1]);
         writing.join().unwrap();
     });
@@ -110,10 +110,10 @@ fn space_is_told_amid_a_kernel_send() {
         let reply = thread::spawn(move || replying.send(&[1]));
         let writing = thread::spawn(move || {
             map(&sender);
-            sender.send(&[7; 11]);
+            sender.send(&[7; 9]);
             assert_eq!(sender.receive_all(1), [1]);
         });
-        assert_eq!(receiver.receive_all(11), [7; 11]);
+        assert_eq!(receiver.receive_all(9), [7; 9]);
         reply.join().unwrap();
         writing.join().unwrap();
     });

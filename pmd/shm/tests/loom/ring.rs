@@ -102,7 +102,7 @@ fn a_small_ring_wraps() {
 
 #[test]
 fn a_full_ring_goes_on_when_there_is_space() {
-    run(4, 0, &[4, 4], 3);
+    run(8, 0, &[8, 6], 5);
 }
 
 #[test]
