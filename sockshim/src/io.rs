@@ -620,8 +620,9 @@ fn take(
 
 /// The ring is empty: has the direction ended?
 fn take_end(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) -> Took {
-    let marks = stream.incoming().producer.mark.load(Acquire);
+    // The anchor's end comes after the marks, so it is looked at first.
     let seen = stream.rx().anchor.load(Acquire);
+    let marks = stream.incoming().producer.mark.load(Acquire);
     let shut = stream.rx().shut.load(Relaxed) != 0;
     if marks == 0 && seen == 0 && !shut {
         return Took::Nothing;

@@ -93,7 +93,11 @@ fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
     if stream.tx().phase.load(Acquire) != phase::RING {
         ask |= events & OUT;
     }
-    if ask == 0 {
+    // What goes by itself: errors of a direction that the kernel has again.
+    let left = [&stream.rx().phase, &stream.tx().phase]
+        .into_iter()
+        .any(|half| half.load(Acquire) == phase::DEMOTED);
+    if ask == 0 && !left {
         return 0;
     }
     let mut got = sys::poll_one(fd, ask, 0).max(0) as i16;

@@ -365,12 +365,13 @@ pub fn open_read(path: *const libc::c_char) -> isize {
     )
 }
 
-pub fn getrlimit_nofile() -> u64 {
+/// The soft limit of a resource.
+pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
     let mut limit = libc::rlimit {
         rlim_cur: 1024,
         rlim_max: 1024,
     };
-    syscall!(SYS_prlimit64, 0, libc::RLIMIT_NOFILE, 0, &raw mut limit);
+    syscall!(SYS_prlimit64, 0, resource, 0, &raw mut limit);
     limit.rlim_cur
 }
 

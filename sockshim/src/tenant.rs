@@ -208,6 +208,10 @@ fn make_memory() {
 }
 
 fn make_one(name: &std::ffi::CStr, size: usize) -> Option<(*mut u8, c_int)> {
+    // To grow a file beyond this limit would raise SIGXFSZ.
+    if sys::limit_of(libc::RLIMIT_FSIZE) < size as u64 {
+        return None;
+    }
     let fd = sys::memfd(name, libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) as c_int;
     if fd < 0 {
         return None;
@@ -231,7 +235,7 @@ fn make_one(name: &std::ffi::CStr, size: usize) -> Option<(*mut u8, c_int)> {
 
 /// Moves a descriptor of the shim's own out of the way of the program's numbers.
 pub fn hide(fd: c_int) -> c_int {
-    let base = (sys::getrlimit_nofile().min(1024) as usize).saturating_sub(64);
+    let base = (sys::limit_of(libc::RLIMIT_NOFILE).min(1024) as usize).saturating_sub(64);
     let high = sys::fcntl(fd, libc::F_DUPFD_CLOEXEC, base) as c_int;
     let hidden = if high >= 0 {
         sys::close(fd);

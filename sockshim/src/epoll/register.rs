@@ -321,11 +321,11 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
         }
         _ => 0,
     };
-    for ask in [&stream.incoming().bytes, &stream.out().space] {
-        if ask.place.swap(place, AcqRel) != place && place == 0 {
-            // Whoever waits for the bell there was, or sleeps, is told by a byte from now on.
-            rdsock_shm::wake::ask(&ask.want, want::WAKE);
-        }
+    let bytes = stream.incoming().bytes.place.swap(place, AcqRel);
+    let space = stream.out().space.place.swap(place, AcqRel);
+    if place == 0 && (bytes != 0 || space != 0) {
+        // Whoever waits for the bell there was, or sleeps, is told by a byte from now on.
+        ready::ask(stream, ready::IN | ready::OUT, want::WAKE);
     }
 }
 
