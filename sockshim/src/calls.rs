@@ -177,7 +177,9 @@ pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize
         if conn::kind(fd) == Kind::Other || len == 0 {
             return real::read(fd, buf, len);
         }
-        if len > isize::MAX as usize && conn::of(fd).is_some_and(|held| held.conn.stream().is_some()) {
+        if len > isize::MAX as usize
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
+        {
             sys::set_errno(libc::EFAULT);
             return -1;
         }
@@ -194,7 +196,9 @@ pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ss
         if conn::kind(fd) == Kind::Other || len == 0 {
             return real::write(fd, buf, len);
         }
-        if len > isize::MAX as usize && conn::of(fd).is_some_and(|held| held.conn.stream().is_some()) {
+        if len > isize::MAX as usize
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
+        {
             sys::set_errno(libc::EFAULT);
             return -1;
         }

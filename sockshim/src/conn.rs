@@ -439,9 +439,8 @@ fn other_fd(index: usize) -> Option<c_int> {
 /// An fd of this kind, but not `not`.
 pub fn fd_of(kind: Kind, not: c_int) -> Option<c_int> {
     let word = kind.to_word();
-    (0..high_fd()).find(|fd| {
-        *fd != not && entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word)
-    })
+    (0..high_fd())
+        .find(|fd| *fd != not && entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word))
 }
 
 /// The last use of a connection without fds has ended.

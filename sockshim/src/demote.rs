@@ -34,7 +34,12 @@ pub fn is_on_rings(stream: &Stream) -> bool {
         && done.contains(&stream.rx().phase.load(Acquire)))
 }
 
-/// ECONNRESET is reported once: true for the first caller.
+/// ECONNRESET of a reset stream is reported once by a send: true for the first.
+pub fn take_send_error(stream: &Stream) -> bool {
+    stream.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel) & anchor::SEND_ERROR == 0
+}
+
+/// ECONNRESET of a reset stream is reported once by a receive: true for the first.
 pub fn take_error(stream: &Stream) -> bool {
     stream
         .rx()

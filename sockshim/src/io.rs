@@ -201,7 +201,7 @@ fn way_out<'a>(held: &Use, stream: &'a Stream, guard: &TxGuard<'_>, fd: c_int) -
         phase::RING => Way::Ring,
         phase::ANCHOR if try_switch(held, stream, guard, fd) => Way::Ring,
         phase::ANCHOR => Way::Kernel(Some(InKernel::enter(&tx.in_kernel))),
-        phase::RESET => Way::Error(if demote::take_error(stream) {
+        phase::RESET => Way::Error(if demote::take_send_error(stream) {
             BROKEN
         } else {
             PIPE
@@ -246,6 +246,7 @@ pub fn send<'a>(
         }
         if fill(held, stream, &guard, fd, from, &mut done).is_err() {
             stream.reset(fd, Reason::Violation);
+            demote::take_send_error(stream);
             return Outcome::Done(if done == 0 { BROKEN } else { done as isize });
         }
         let check = check_is_due(held, &guard);

@@ -52,9 +52,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
             // The next receive finds out what the anchor has.
             ready |= sys::poll_one(fd, POLLIN, 0).max(0) as i16 & IN;
         }
-        let ended = marks & mark::FIN != 0
-            || seen != 0
-            || stream.rx().shut.load(Relaxed) != 0;
+        let ended = marks & mark::FIN != 0 || seen != 0 || stream.rx().shut.load(Relaxed) != 0;
         if has_enough(stream, fd) || ended {
             ready |= IN;
         }
@@ -127,10 +125,7 @@ pub fn settle_reset(stream: &Stream, fd: c_int) {
         return;
     }
     let guard = stream.lock_rx();
-    if !guard.is_nested()
-        && stream.rx().phase.load(Acquire) == phase::RING
-        && !stream.has_bytes()
-    {
+    if !guard.is_nested() && stream.rx().phase.load(Acquire) == phase::RING && !stream.has_bytes() {
         stream.reset(fd, Reason::PeerReset);
     }
 }

@@ -295,7 +295,10 @@ impl Stream {
     pub fn note_busy(&self) {
         let calls = self.rx().quiet_calls.load(Relaxed).wrapping_add(1);
         self.rx().quiet_calls.store(calls, Relaxed);
-        if calls % HOT_AFTER == 0 && self.incoming().producer.barriers.load(Relaxed) != 0 && HAS_BARRIERS.load(Relaxed) != 0 {
+        if calls % HOT_AFTER == 0
+            && self.incoming().producer.barriers.load(Relaxed) != 0
+            && HAS_BARRIERS.load(Relaxed) != 0
+        {
             self.incoming().bytes.hot.store(1, Relaxed);
         }
     }
@@ -331,7 +334,9 @@ impl Stream {
         }
         self.tx().phase.store(phase::RESET, Release);
         // Not reported yet, whatever the anchor has said.
-        self.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+        self.rx()
+            .anchor
+            .fetch_and(!(anchor::ERROR | anchor::SEND_ERROR), AcqRel);
         self.end().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         crate::tenant::count(Counter::Reset);

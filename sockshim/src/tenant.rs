@@ -93,6 +93,16 @@ struct Guard;
 
 impl Guard {
     fn take() -> Option<Guard> {
+        Self::take_within(u32::MAX)
+    }
+
+    /// For one who may hold the lock of an epoll instance or of a half, for which the holder of
+    /// this one may wait: gives up after a while.
+    fn take_soon() -> Option<Guard> {
+        Self::take_within(1 << 17)
+    }
+
+    fn take_within(most: u32) -> Option<Guard> {
         let me = Owner::new(stream::pid(), sys::thread_pointer());
         let mut turns = 0_u32;
         loop {
@@ -100,7 +110,10 @@ impl Guard {
                 Ok(Taken::Outer) => return Some(Guard),
                 Ok(Taken::Nested) => return None,
                 Err(_) => {
-                    turns = turns.wrapping_add(1);
+                    turns = turns.saturating_add(1);
+                    if turns == most && most != u32::MAX {
+                        return None;
+                    }
                     if turns % 64 == 0 {
                         sys::sched_yield();
                     }
@@ -788,7 +801,11 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
     if stream.end().installed.load(Acquire) != 0 {
         // Inherited over exec: everything stands in the end page.
         stream.free_own_locks();
-        stream.out().producer.barriers.store(stream::has_barriers(), Relaxed);
+        stream
+            .out()
+            .producer
+            .barriers
+            .store(stream::has_barriers(), Relaxed);
         own_options(conn, fd);
         return Ok(stream);
     }
@@ -818,7 +835,11 @@ fn make_ready(conn: &Conn, stream: &Stream, fd: c_int) -> Option<()> {
     // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
     let incoming = stream.incoming();
     incoming.bytes.want.fetch_or(layout::want::WAKE, SeqCst);
-    stream.out().producer.barriers.store(stream::has_barriers(), Relaxed);
+    stream
+        .out()
+        .producer
+        .barriers
+        .store(stream::has_barriers(), Relaxed);
     incoming.consumer.ready.store(1, Release);
     Some(())
 }
@@ -878,7 +899,7 @@ pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) {
 pub fn stream_left(fd: c_int, stream: &Stream, state: State, reason: Reason) {
     let Some(held) = conn::of(fd) else { return };
     held.conn.tell(held.index, state, reason);
-    if let Some(guard) = Guard::take() {
+    if let Some(guard) = Guard::take_soon() {
         put(
             &guard,
             &Request {

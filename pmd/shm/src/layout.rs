@@ -218,8 +218,10 @@ pub mod phase {
 pub mod anchor {
     /// The peer's FIN.
     pub const EOF: u32 = 1;
-    /// An error was reported and taken; later calls see end of file.
+    /// An error of the anchor waits for a receive. On a stream that was reset: it was reported.
     pub const ERROR: u32 = 2;
+    /// On a stream that was reset: a send has reported it.
+    pub const SEND_ERROR: u32 = 4;
 }
 
 /// State of one end, in memory of its own: the other end must not be able to write it.

@@ -140,13 +140,9 @@ impl Change<'_> {
     }
 
     fn add(&mut self, state: &mut State, event: epoll_event) -> Result<(), c_int> {
-        let exclusive = (EPOLLEXCLUSIVE
-            | EPOLLIN
-            | EPOLLOUT
-            | EPOLLERR
-            | EPOLLHUP
-            | EPOLLET
-            | EPOLLWAKEUP) as u32;
+        let exclusive =
+            (EPOLLEXCLUSIVE | EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLET | EPOLLWAKEUP)
+                as u32;
         if event.events & EPOLLEXCLUSIVE as u32 != 0 && event.events & !exclusive != 0 {
             return Err(libc::EINVAL);
         }
@@ -183,8 +179,7 @@ impl Change<'_> {
 
     fn modify(&mut self, state: &mut State, bit: usize, event: epoll_event) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-        if slot.place != Place::Kernel
-            && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
+        if slot.place != Place::Kernel && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
         {
             return Err(libc::EINVAL);
         }
@@ -399,8 +394,7 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
     let epfd = epoll.fd.load(Relaxed);
     match slot.place {
         Place::Kernel => {
-            slot.disabled =
-                slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
+            slot.disabled = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
             sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
         }
         Place::Parked => {}
@@ -424,12 +418,7 @@ fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
     let Some(slot) = state.slot(bit) else {
         return -1;
     };
-    sys::epoll_ctl(
-        epoll.inner.load(Relaxed),
-        EPOLL_CTL_DEL,
-        slot.number,
-        None,
-    );
+    sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.number, None);
     if slot.disabled {
         slot.place = Place::Parked;
     } else {

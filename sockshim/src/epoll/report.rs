@@ -245,7 +245,8 @@ fn of_stream(
         state.mark(bit);
         return None;
     }
-    let interest = (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
+    let interest =
+        (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
     let mut before = Snapshot::of(stream);
     let mut seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
     if seen == 0 && !look.few {

@@ -196,8 +196,9 @@ fn sleep_counted(
             return Some(found as c_int);
         }
         let left = |state: &mut State, bit| match state.slot(bit).map(|slot| slot.target) {
-            Some(Kind::Conn(index)) => conn::by_index(index)
-                .is_some_and(|held| held.conn.stream().is_some_and(has_left)),
+            Some(Kind::Conn(index)) => {
+                conn::by_index(index).is_some_and(|held| held.conn.stream().is_some_and(has_left))
+            }
             _ => false,
         };
         if bell.is_some_and(bell::is_rung) || guard.state().any(epoll.is_few(), left) {
