@@ -12,17 +12,22 @@
 //! Locks: the tenant's, then an instance's, then that of an instance nested in it, then a stream's
 //! half, or the links of the registrations.
 
+mod fdinfo;
+mod links;
+mod moves;
 mod register;
 mod report;
 mod sleep;
 
-pub use register::{ctl, declines, demoted, forget, kick_all, promoted, renumber};
+pub use moves::{declines, demoted, forget, kick_all, promoted, renumber};
+pub use register::ctl;
 pub use report::has_event;
 pub use sleep::{arm, disarm, wait_on};
 
 use crate::conn::{self, Kind};
 use crate::{clock, stream, sys, tenant, wait};
 use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
+use links::{each, link, list_of, unlink};
 use rdsock_shm::layout::{BELL_BITS, Bell};
 use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
@@ -332,7 +337,7 @@ pub fn closed(fd: c_int, index: usize) {
         for bit in 0..state.high {
             if let Some(slot) = state.slot(bit) {
                 let target = slot.target;
-                register::forget_slot(epoll, state, bit, target);
+                register::remove(epoll, state, bit, target);
             }
         }
         if let Some((number, _)) = state.bell.take()
@@ -418,7 +423,7 @@ fn take_word(word: &AtomicU64) -> Taken {
             return taken;
         }
         turns = turns.wrapping_add(1);
-        if turns % 64 == 0 {
+        if turns.is_multiple_of(64) {
             sys::sched_yield();
         }
         std::hint::spin_loop();
@@ -427,79 +432,6 @@ fn take_word(word: &AtomicU64) -> Taken {
 
 fn take(epoll: &Epoll) -> Option<Guard<'_>> {
     (take_word(&epoll.lock) == Taken::Outer).then_some(Guard(epoll))
-}
-
-/// The lists of registrations, held. Nothing else is locked inside.
-struct Links(Taken);
-
-impl Links {
-    fn take() -> Self {
-        Links(take_word(&LINK))
-    }
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        lock::release(&LINK, self.0);
-    }
-}
-
-fn next_of(reference: u32) -> Option<&'static AtomicU32> {
-    let (epoll, _, bit) = of_reference(reference)?;
-    let links = epoll.links.load(Acquire);
-    // SAFETY: the array has BELL_BITS words and is never unmapped.
-    (bit < BELL_BITS && !links.is_null()).then(|| unsafe { &*links.add(bit) })
-}
-
-fn list_of(target: Kind) -> Option<&'static AtomicU32> {
-    match target {
-        Kind::Conn(index) => conn::at(index).map(|conn| &conn.registrations),
-        Kind::Epoll(index) => at(index).map(|epoll| &epoll.registrations),
-        _ => None,
-    }
-}
-
-fn link(target: Kind, reference: u32) {
-    let _links = Links::take();
-    if let (Some(list), Some(next)) = (list_of(target), next_of(reference)) {
-        next.store(list.load(Relaxed), Relaxed);
-        list.store(reference, Release);
-    }
-}
-
-fn unlink(target: Kind, gone: u32) {
-    let _links = Links::take();
-    let (Some(mut place), Some(after)) = (list_of(target), next_of(gone)) else {
-        return;
-    };
-    for _ in 0..BELL_BITS {
-        let here = place.load(Relaxed);
-        if here == gone {
-            place.store(after.load(Relaxed), Release);
-            return;
-        }
-        let Some(next) = next_of(here) else { return };
-        place = next;
-    }
-}
-
-/// Calls `found` with each registration in a list, as it stood at the start: instance, its number,
-/// slot. What is found there may be another registration by now.
-fn each(list: &AtomicU32, mut found: impl FnMut(&'static Epoll, usize, usize)) {
-    if list.load(Acquire) == 0 {
-        return;
-    }
-    let mut all = [0; LINKS];
-    let links = Links::take();
-    let mut next = list.load(Relaxed);
-    for place in &mut all {
-        *place = next;
-        next = next_of(next).map_or(0, |next| next.load(Relaxed));
-    }
-    drop(links);
-    for (epoll, index, bit) in all.into_iter().map_while(of_reference) {
-        found(epoll, index, bit);
-    }
 }
 
 /// Wakes the threads of this process that sleep on an instance, so that they look again.

@@ -110,11 +110,11 @@ impl Guard {
                 Ok(Taken::Outer) => return Some(Guard),
                 Ok(Taken::Nested) => return None,
                 Err(_) => {
-                    turns = turns.saturating_add(1);
+                    turns = turns.wrapping_add(1);
                     if turns == most && most != u32::MAX {
                         return None;
                     }
-                    if turns % 64 == 0 {
+                    if turns.is_multiple_of(64) {
                         sys::sched_yield();
                     }
                     std::hint::spin_loop();
@@ -503,7 +503,7 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     }
     // Tried again with growing distance.
     if !conn.calls.load(Relaxed).is_power_of_two()
-        && conn.calls.load(Relaxed) % 1024 != 0
+        && !conn.calls.load(Relaxed).is_multiple_of(1024)
         && conn.reason.load(Relaxed) != Reason::Young as u32
     {
         return;

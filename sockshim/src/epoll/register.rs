@@ -1,20 +1,16 @@
 //! Registrations: `epoll_ctl`, and where each registration goes when its stream comes and goes.
 
+use super::moves::{demoted, is_on_rings, lift, promoted};
 use super::report::Snapshot;
 use super::*;
-use crate::conn::{Conn, Use, born};
+use crate::conn::{Use, born};
 use crate::{demote, ready};
 use libc::{
-    EPOLL_CTL_MOD, EPOLLERR, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLONESHOT, EPOLLOUT, EPOLLPRI,
-    EPOLLRDHUP, EPOLLWAKEUP,
+    EPOLL_CTL_MOD, EPOLLERR, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLWAKEUP,
 };
 use rdsock_shm::bell;
 use rdsock_shm::layout::want;
 use rdsock_shm::reason::Reason;
-
-fn is_on_rings(held: &Use) -> bool {
-    held.conn.stream().is_some_and(demote::is_on_rings)
-}
 
 /// `epoll_ctl`. `None`: the call is the kernel's alone.
 ///
@@ -238,7 +234,7 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
     unlink(target, reference(epoll.index(), bit));
 }
 
-fn leave_inner(epoll: &Epoll, state: &mut State, bit: usize) {
+pub(super) fn leave_inner(epoll: &Epoll, state: &mut State, bit: usize) {
     set_bit(&mut state.inner, bit, false);
     epoll.streams.fetch_sub(1, Relaxed);
 }
@@ -273,7 +269,7 @@ fn make_inner(epoll: &Epoll, state: &mut State) -> bool {
 
 /// Puts a registration into the inner instance. It is in neither when this is called, and stays so
 /// when this is false.
-fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> bool {
+pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> bool {
     if !make_inner(epoll, state) {
         return false;
     }
@@ -335,268 +331,12 @@ pub(super) fn how(state: &State, bit: usize, stream: &crate::stream::Stream) -> 
 
 /// What the inner instance is asked about an anchor: edges, each of which is looked into. Space on
 /// the anchor counts while a direction has not switched.
-fn inner_event(events: u32, bit: usize) -> epoll_event {
+pub(super) fn inner_event(events: u32, bit: usize) -> epoll_event {
     let out = events & EPOLLOUT as u32;
     epoll_event {
         events: (EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET) as u32 | out,
         u64: bit as u64,
     }
-}
-
-/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
-/// instance that has it must look.
-pub fn kick_all(conn: &Conn) {
-    each(&conn.registrations, |epoll, _, bit| {
-        if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
-            if let Some(guard) = take(epoll) {
-                guard.state().mark(bit);
-            }
-            kick(epoll);
-        }
-    });
-}
-
-/// True when a connection must not get a stream: it is registered in an instance that this process
-/// shares by fork, where two processes would take each other's edges.
-pub fn declines(conn: &Conn) -> bool {
-    let mut declines = false;
-    each(&conn.registrations, |epoll, _, _| {
-        declines |= epoll.is_inherited();
-    });
-    declines
-}
-
-/// A stream was mapped: its registrations move to the inner instances.
-pub fn promoted(held: &Use) {
-    let mut failed = None;
-    each(&held.conn.registrations, |epoll, index, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.target == Kind::Conn(held.index)
-            && is_on_rings(held)
-        {
-            move_in(epoll, state, bit, Some(held)).unwrap_or_else(|fd| failed = Some(fd));
-        }
-        drop(guard);
-        lift(index);
-    });
-    if let Some(fd) = failed {
-        demote::leave(held, fd, Reason::NoMemory);
-    }
-}
-
-/// Moves a registration from the program's instance to the inner one. `Err`: it stays.
-fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> Result<(), c_int> {
-    let Some(slot) = state.slot(bit) else {
-        return Ok(());
-    };
-    let epfd = epoll.fd.load(Relaxed);
-    match slot.place {
-        Place::Kernel => {
-            slot.disabled = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
-            sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
-        }
-        Place::Parked => {}
-        _ => return Ok(()),
-    }
-    if to_inner(epoll, state, bit, held) {
-        return Ok(());
-    }
-    let slot = state.slot(bit).ok_or(-1)?;
-    slot.place = Place::Inner;
-    set_bit(&mut state.inner, bit, true);
-    epoll.streams.fetch_add(1, Relaxed);
-    let number = move_out(epoll, state, bit);
-    Err(number)
-}
-
-/// Moves a registration back to the program's instance; the number of its fd.
-fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
-    leave_inner(epoll, state, bit);
-    state.unmark(bit);
-    let Some(slot) = state.slot(bit) else {
-        return -1;
-    };
-    sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.number, None);
-    if slot.disabled {
-        slot.place = Place::Parked;
-    } else {
-        slot.place = Place::Kernel;
-        let event = epoll_event {
-            events: slot.events,
-            u64: slot.data,
-        };
-        sys::epoll_ctl(
-            epoll.fd.load(Relaxed),
-            EPOLL_CTL_ADD,
-            slot.number,
-            Some(&event),
-        );
-    }
-    slot.number
-}
-
-/// A stream was left: its registrations move back to the program's own instances. Both processes
-/// that share an instance by fork do this: the second one finds it done.
-pub fn demoted(held: &Use, _fd: c_int) {
-    each(&held.conn.registrations, |epoll, _, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.place == Place::Inner
-            && slot.target == Kind::Conn(held.index)
-        {
-            move_out(epoll, state, bit);
-        }
-    });
-}
-
-/// An instance that holds streams is asked through the inner instances of those it is in.
-fn lift(index: usize) {
-    let Some(epoll) = at(index) else { return };
-    if epoll.registrations.load(Acquire) == 0 || epoll.streams.load(SeqCst) == 0 {
-        return;
-    }
-    each(&epoll.registrations, |outer, number, bit| {
-        let Some(guard) = take(outer) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && slot.place == Place::Kernel
-            && slot.target == Kind::Epoll(index)
-        {
-            let _ = move_in(outer, state, bit, None);
-            drop(guard);
-            lift(number);
-        }
-    });
-}
-
-/// The last fd of a connection is closed: the kernel forgets its registrations, and so do we.
-pub fn forget(conn: &Conn) {
-    each(&conn.registrations, |epoll, _, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let state = guard.state();
-        if let Some(slot) = state.slot(bit)
-            && let target @ Kind::Conn(index) = slot.target
-            && conn::at(index).is_some_and(|other| std::ptr::eq(other, conn))
-        {
-            if slot.place == Place::Inner && conn.shared.load(Acquire) == 0 {
-                let inner = epoll.inner.load(Relaxed);
-                sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
-            }
-            // Otherwise the file lives on in another process, and so does what is registered.
-            remove(epoll, state, bit, target);
-        }
-    });
-}
-
-/// Frees a slot of an instance that goes away.
-pub(super) fn forget_slot(epoll: &Epoll, state: &mut State, bit: usize, target: Kind) {
-    remove(epoll, state, bit, target);
-}
-
-/// One of several fds of a connection is about to be closed: what is registered under its number
-/// goes over to another one, since the kernel would keep it where no number leads to.
-pub fn renumber(held: &Use, fd: c_int) {
-    if held.conn.registrations.load(Acquire) == 0 {
-        return;
-    }
-    let other = conn::fd_of(Kind::Conn(held.index), fd).unwrap_or(-1);
-    each(&held.conn.registrations, |epoll, _, bit| {
-        let Some(guard) = take(epoll) else { return };
-        let epfd = epoll.fd.load(Relaxed);
-        let Some(slot) = guard.state().slot(bit) else {
-            return;
-        };
-        if slot.number != fd || slot.target != Kind::Conn(held.index) {
-            return;
-        }
-        let (set, event) = match slot.place {
-            Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
-            Place::Kernel if slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, fd) => {
-                sys::epoll_ctl(epfd, EPOLL_CTL_DEL, fd, None);
-                slot.place = Place::Parked;
-                slot.disabled = true;
-                slot.number = other;
-                return;
-            }
-            Place::Kernel => {
-                let event = epoll_event {
-                    events: slot.events,
-                    u64: slot.data,
-                };
-                (epfd, event)
-            }
-            _ => {
-                slot.number = other;
-                return;
-            }
-        };
-        // A process that shares the instance by fork still has the number.
-        if epoll.is_inherited() {
-            slot.number = other;
-        } else if sys::epoll_ctl(set, EPOLL_CTL_ADD, other, Some(&event)) == 0 {
-            sys::epoll_ctl(set, EPOLL_CTL_DEL, fd, None);
-            slot.number = other;
-        } else {
-            slot.number = -1;
-        }
-    });
-}
-
-/// True when the kernel has disabled a registration with EPOLLONESHOT: only its private bits are
-/// left of what it was asked for.
-fn has_fired(epfd: c_int, fd: c_int) -> bool {
-    let mut path = [0_u8; 48];
-    if std::io::Write::write_fmt(
-        &mut &mut path[..47],
-        format_args!("/proc/self/fdinfo/{epfd}"),
-    )
-    .is_err()
-    {
-        return false;
-    }
-    let file = sys::open_read(path.as_ptr().cast()) as c_int;
-    if file < 0 {
-        return false;
-    }
-    let mut fired = false;
-    let mut line = [0_u8; 64];
-    let mut len = 0;
-    let mut part = [0_u8; 2048];
-    'file: loop {
-        // SAFETY: the buffer is valid for its length.
-        let got = unsafe { sys::pread(file, part.as_mut_ptr(), part.len(), None) };
-        if got <= 0 {
-            break;
-        }
-        for byte in part.iter().take(got as usize) {
-            if *byte == b'\n' {
-                if let Some(events) = line.get(..len).and_then(|line| events_of(line, fd)) {
-                    let asked = EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLERR | EPOLLHUP;
-                    fired = events & (asked as u32 | 0x7c0) == 0;
-                    break 'file;
-                }
-                len = 0;
-            } else if let Some(place) = line.get_mut(len) {
-                *place = *byte;
-                len += 1;
-            }
-        }
-    }
-    sys::close(file);
-    fired
-}
-
-/// The events of a line `tfd: N events: X data: …`, if it is that of `fd`.
-fn events_of(line: &[u8], fd: c_int) -> Option<u32> {
-    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
-    if words.next()? != "tfd:" || words.next()?.parse() != Ok(fd) {
-        return None;
-    }
-    words.next()?;
-    u32::from_str_radix(words.next()?, 16).ok()
 }
 
 /// Asks for a sign when what a registration names comes.

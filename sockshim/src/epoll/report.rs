@@ -359,7 +359,7 @@ fn follow(held: &Use) -> bool {
     }
     demote::settle_incoming(held, stream, fd);
     if !demote::is_on_rings(stream) {
-        register::demoted(held, fd);
+        demoted(held, fd);
     }
     !has_left(stream) || !demote::is_on_rings(stream)
 }

@@ -1,0 +1,211 @@
+//! Where registrations go when their streams come and go, and when fds are closed.
+
+use super::fdinfo::has_fired;
+use super::register::{inner_event, leave_inner, remove, to_inner};
+use super::*;
+use crate::conn::{Conn, Use};
+use crate::demote;
+use libc::EPOLLONESHOT;
+use rdsock_shm::reason::Reason;
+
+/// True when a connection is on rings, or may yet go there.
+pub(super) fn is_on_rings(held: &Use) -> bool {
+    held.conn.stream().is_some_and(demote::is_on_rings)
+}
+
+/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
+/// instance that has it must look.
+pub fn kick_all(conn: &Conn) {
+    each(&conn.registrations, |epoll, _, bit| {
+        if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
+            if let Some(guard) = take(epoll) {
+                guard.state().mark(bit);
+            }
+            kick(epoll);
+        }
+    });
+}
+
+/// True when a connection must not get a stream: it is registered in an instance that this process
+/// shares by fork, where two processes would take each other's edges.
+pub fn declines(conn: &Conn) -> bool {
+    let mut declines = false;
+    each(&conn.registrations, |epoll, _, _| {
+        declines |= epoll.is_inherited();
+    });
+    declines
+}
+
+/// A stream was mapped: its registrations move to the inner instances.
+pub fn promoted(held: &Use) {
+    let mut failed = None;
+    each(&held.conn.registrations, |epoll, index, bit| {
+        let Some(guard) = take(epoll) else { return };
+        let state = guard.state();
+        if let Some(slot) = state.slot(bit)
+            && slot.target == Kind::Conn(held.index)
+            && is_on_rings(held)
+        {
+            move_in(epoll, state, bit, Some(held)).unwrap_or_else(|fd| failed = Some(fd));
+        }
+        drop(guard);
+        lift(index);
+    });
+    if let Some(fd) = failed {
+        demote::leave(held, fd, Reason::NoMemory);
+    }
+}
+
+/// Moves a registration from the program's instance to the inner one. `Err`: it stays.
+fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> Result<(), c_int> {
+    let Some(slot) = state.slot(bit) else {
+        return Ok(());
+    };
+    let epfd = epoll.fd.load(Relaxed);
+    match slot.place {
+        Place::Kernel => {
+            slot.disabled = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
+            sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
+        }
+        Place::Parked => {}
+        _ => return Ok(()),
+    }
+    if to_inner(epoll, state, bit, held) {
+        return Ok(());
+    }
+    let slot = state.slot(bit).ok_or(-1)?;
+    slot.place = Place::Inner;
+    set_bit(&mut state.inner, bit, true);
+    epoll.streams.fetch_add(1, Relaxed);
+    let number = move_out(epoll, state, bit);
+    Err(number)
+}
+
+/// Moves a registration back to the program's instance; the number of its fd.
+fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
+    leave_inner(epoll, state, bit);
+    state.unmark(bit);
+    let Some(slot) = state.slot(bit) else {
+        return -1;
+    };
+    sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.number, None);
+    if slot.disabled {
+        slot.place = Place::Parked;
+    } else {
+        slot.place = Place::Kernel;
+        let event = epoll_event {
+            events: slot.events,
+            u64: slot.data,
+        };
+        sys::epoll_ctl(
+            epoll.fd.load(Relaxed),
+            EPOLL_CTL_ADD,
+            slot.number,
+            Some(&event),
+        );
+    }
+    slot.number
+}
+
+/// A stream was left: its registrations move back to the program's own instances. Both processes
+/// that share an instance by fork do this: the second one finds it done.
+pub fn demoted(held: &Use, _fd: c_int) {
+    each(&held.conn.registrations, |epoll, _, bit| {
+        let Some(guard) = take(epoll) else { return };
+        let state = guard.state();
+        if let Some(slot) = state.slot(bit)
+            && slot.place == Place::Inner
+            && slot.target == Kind::Conn(held.index)
+        {
+            move_out(epoll, state, bit);
+        }
+    });
+}
+
+/// An instance that holds streams is asked through the inner instances of those it is in.
+pub(super) fn lift(index: usize) {
+    let Some(epoll) = at(index) else { return };
+    if epoll.registrations.load(Acquire) == 0 || epoll.streams.load(SeqCst) == 0 {
+        return;
+    }
+    each(&epoll.registrations, |outer, number, bit| {
+        let Some(guard) = take(outer) else { return };
+        let state = guard.state();
+        if let Some(slot) = state.slot(bit)
+            && slot.place == Place::Kernel
+            && slot.target == Kind::Epoll(index)
+        {
+            let _ = move_in(outer, state, bit, None);
+            drop(guard);
+            lift(number);
+        }
+    });
+}
+
+/// The last fd of a connection is closed: the kernel forgets its registrations, and so do we.
+pub fn forget(conn: &Conn) {
+    each(&conn.registrations, |epoll, _, bit| {
+        let Some(guard) = take(epoll) else { return };
+        let state = guard.state();
+        if let Some(slot) = state.slot(bit)
+            && let target @ Kind::Conn(index) = slot.target
+            && conn::at(index).is_some_and(|other| std::ptr::eq(other, conn))
+        {
+            if slot.place == Place::Inner && conn.shared.load(Acquire) == 0 {
+                let inner = epoll.inner.load(Relaxed);
+                sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
+            }
+            // Otherwise the file lives on in another process, and so does what is registered.
+            remove(epoll, state, bit, target);
+        }
+    });
+}
+
+/// One of several fds of a connection is about to be closed: what is registered under its number
+/// goes over to another one, since the kernel would keep it where no number leads to.
+pub fn renumber(held: &Use, fd: c_int) {
+    if held.conn.registrations.load(Acquire) == 0 {
+        return;
+    }
+    let other = conn::fd_of(Kind::Conn(held.index), fd).unwrap_or(-1);
+    each(&held.conn.registrations, |epoll, _, bit| {
+        let Some(guard) = take(epoll) else { return };
+        let epfd = epoll.fd.load(Relaxed);
+        let Some(slot) = guard.state().slot(bit) else {
+            return;
+        };
+        if slot.number != fd || slot.target != Kind::Conn(held.index) {
+            return;
+        }
+        let (set, event) = match slot.place {
+            Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
+            Place::Kernel if slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, fd) => {
+                sys::epoll_ctl(epfd, EPOLL_CTL_DEL, fd, None);
+                slot.place = Place::Parked;
+                slot.disabled = true;
+                slot.number = other;
+                return;
+            }
+            Place::Kernel => {
+                let event = epoll_event {
+                    events: slot.events,
+                    u64: slot.data,
+                };
+                (epfd, event)
+            }
+            _ => {
+                slot.number = other;
+                return;
+            }
+        };
+        // A process that shares the instance by fork still has the number.
+        if epoll.is_inherited() {
+            slot.number = other;
+        } else if sys::epoll_ctl(set, EPOLL_CTL_ADD, other, Some(&event)) == 0 {
+            sys::epoll_ctl(set, EPOLL_CTL_DEL, fd, None);
+            slot.number = other;
+        } else {
+            slot.number = -1;
+        }
+    });
+}
