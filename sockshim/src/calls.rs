@@ -1001,9 +1001,9 @@ pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
 /// As `connect(2)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
-    // SAFETY: an address of the length given, as the caller says.
     if !sys::is_bad_pointer(address.cast())
         && len as usize >= size_of::<libc::sa_family_t>()
+        // SAFETY: an address of the length given, as the caller says.
         && unsafe { (*address).sa_family } as c_int == libc::AF_UNSPEC
         && matches!(conn::kind(fd), Kind::Conn(_))
     {

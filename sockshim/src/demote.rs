@@ -34,9 +34,10 @@ pub fn is_on_rings(stream: &Stream) -> bool {
         && done.contains(&stream.rx().phase.load(Acquire)))
 }
 
-/// ECONNRESET of a reset stream is reported once by a send: true for the first.
+/// ECONNRESET of a reset stream is reported by a send if no call has reported it yet.
 pub fn take_send_error(stream: &Stream) -> bool {
-    stream.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel) & anchor::SEND_ERROR == 0
+    let before = stream.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel);
+    before & (anchor::SEND_ERROR | anchor::ERROR) == 0
 }
 
 /// ECONNRESET of a reset stream is reported once by a receive: true for the first.

@@ -128,7 +128,7 @@ fn broken_pipe(flags: c_int) -> isize {
 fn sent_on_anchor(stream: &Stream, fd: c_int) -> Option<u64> {
     for _ in 0..100 {
         let before = TcpInfo::of(fd)?;
-        let queued = sys::ioctl_int(fd, libc::TIOCOUTQ as u64)?;
+        let queued = sys::ioctl_int(fd, libc::TIOCOUTQ)?;
         if TcpInfo::of(fd)?.acked == before.acked {
             let syn = u64::from(stream.end_number() == 0);
             return (before.acked + queued as u64).checked_sub(syn);
@@ -347,7 +347,7 @@ fn fill(
 fn check_is_due(held: &Use, guard: &TxGuard<'_>) -> bool {
     let calls = held.conn.calls.load(Relaxed).wrapping_add(1);
     held.conn.calls.store(calls, Relaxed);
-    if calls % 16 != 0 {
+    if !calls.is_multiple_of(16) {
         return false;
     }
     let now = clock::ticks();
@@ -648,8 +648,12 @@ fn take_end(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) -> Took {
     if marks & mark::FIN != 0 || shut {
         return Took::End;
     }
-    if seen & anchor::ERROR != 0 {
-        stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+    anchor_end(stream)
+}
+
+/// The anchor has ended: with the error that a look at it has taken, if there was one.
+fn anchor_end(stream: &Stream) -> Took {
+    if stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0 {
         return Took::Error(BROKEN);
     }
     Took::End
@@ -701,7 +705,7 @@ fn take_switching(
         // A receive of one byte, that takes nothing, tells the end and errors.
         let got = sys::recv_now(fd, &mut [0], libc::MSG_PEEK);
         return match got {
-            0 => Took::End,
+            0 => anchor_end(stream),
             AGAIN => Took::Nothing,
             got if got < 0 => Took::Error(got),
             _ if to.total == *done => Took::Some,
@@ -737,7 +741,7 @@ fn take_switching(
         return Took::Some;
     }
     match stop {
-        Some(0) => Took::End,
+        Some(0) => anchor_end(stream),
         Some(AGAIN) | None => Took::Nothing,
         Some(error) => Took::Error(error),
     }

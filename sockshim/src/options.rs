@@ -81,8 +81,8 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_i
         && conn::kind(fd) != Kind::Other
         && let Some(held) = conn::of(fd)
     {
-        // SAFETY: the kernel has just read an int from where the argument points.
         match request {
+            // SAFETY: the kernel has just read an int from where the argument points.
             libc::FIONBIO => note_nonblocking(&held, unsafe { *(arg as *const c_int) } != 0),
             libc::FIOASYNC => demote::leave(&held, fd, Reason::Async),
             _ => {}

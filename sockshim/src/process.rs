@@ -519,7 +519,7 @@ pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
     new: c_int,
 ) -> c_int {
     if let Kind::Conn(index) = conn::kind(fd) {
-        let word = index as u32 + 1 | u32::from(new <= STDERR) << 31;
+        let word = (index as u32 + 1) | (u32::from(new <= STDERR) << 31);
         for place in &ACTIONS {
             if place.compare_exchange(0, word, AcqRel, Relaxed).is_ok() {
                 break;

@@ -77,9 +77,8 @@ impl Stream {
     ) -> Option<Self> {
         let sound = ring_size.is_power_of_two()
             && (MIN_RING..=MAX_RING).contains(&ring_size)
-            && data_offset >= DATA_OFFSET
-            && data_offset <= MAX_RING
-            && data_offset % 64 == 0
+            && (DATA_OFFSET..=MAX_RING).contains(&data_offset)
+            && data_offset.is_multiple_of(64)
             && end < 2;
         let [memory, page, bells] = fds;
         let mapped = sys::file_size(memory)?;
@@ -295,7 +294,7 @@ impl Stream {
     pub fn note_busy(&self) {
         let calls = self.rx().quiet_calls.load(Relaxed).wrapping_add(1);
         self.rx().quiet_calls.store(calls, Relaxed);
-        if calls % HOT_AFTER == 0
+        if calls.is_multiple_of(HOT_AFTER)
             && self.incoming().producer.barriers.load(Relaxed) != 0
             && HAS_BARRIERS.load(Relaxed) != 0
         {
@@ -384,11 +383,11 @@ fn take_slowly(word: &AtomicU64, me: Owner) -> (Taken, bool) {
             Ok(taken) => return (taken, false),
             Err(owner) => {
                 tries = tries.wrapping_add(1);
-                if tries % 64 != 0 {
+                if !tries.is_multiple_of(64) {
                     std::hint::spin_loop();
                 } else {
                     sys::sched_yield();
-                    if tries % 4096 == 0
+                    if tries.is_multiple_of(4096)
                         && !sys::is_alive(Owner::pid_of(owner))
                         && lock::take_from_dead(word, owner, me)
                     {

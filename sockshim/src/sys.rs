@@ -386,7 +386,7 @@ pub fn warn(text: &str) {
 /// Sets errno and gives -1 for a negated error number; other results pass through.
 #[inline]
 pub fn to_c(result: isize) -> isize {
-    if result < 0 && result >= -4095 {
+    if (-4095..0).contains(&result) {
         set_errno(-result as c_int);
         return -1;
     }

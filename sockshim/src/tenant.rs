@@ -937,22 +937,20 @@ pub fn before_exec() {
 fn note_shared(guard: &Guard) {
     conn::each(|index, conn| {
         conn.shared.store(1, Relaxed);
-        match conn.phase.load(Relaxed) {
-            // An answer to an announcement of before the fork must not be followed: the child
-            // would not know.
-            phase::ANNOUNCED => {
-                // SAFETY: the lock is held.
-                if let Some(offer) = unsafe { conn.take_offer() } {
-                    offer.close();
-                }
-                conn.generation.fetch_add(1, Relaxed);
-                conn.phase.store(phase::KERNEL, Relaxed);
-                conn.calls.store(1, Relaxed);
-                conn.tell(index, State::Kernel, Reason::Shared);
-                put(guard, &blank(request::CLOSED, index, conn));
-            }
-            _ => {}
+        if conn.phase.load(Relaxed) != phase::ANNOUNCED {
+            return;
         }
+        // An answer to an announcement of before the fork must not be followed: the child would
+        // not know.
+        // SAFETY: the lock is held.
+        if let Some(offer) = unsafe { conn.take_offer() } {
+            offer.close();
+        }
+        conn.generation.fetch_add(1, Relaxed);
+        conn.phase.store(phase::KERNEL, Relaxed);
+        conn.calls.store(1, Relaxed);
+        conn.tell(index, State::Kernel, Reason::Shared);
+        put(guard, &blank(request::CLOSED, index, conn));
     });
 }
 

@@ -57,13 +57,13 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
         }
         std::hint::spin_loop();
         turns = turns.wrapping_add(1);
-        if turns % 16 == 0 {
+        if turns.is_multiple_of(16) {
             let passed = clock::ticks().wrapping_sub(start);
             if passed > budget {
                 score.store(points.saturating_sub(1), Relaxed);
                 return false;
             }
-            if passed > quiet && turns % 32 == 0 {
+            if passed > quiet && turns.is_multiple_of(32) {
                 sys::sched_yield();
             }
         }
