@@ -40,8 +40,9 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
     let seen = stream.rx().anchor.load(Acquire);
     let marks = stream.incoming().producer.mark.load(Acquire);
     if stream.is_reset() || marks & mark::RESET != 0 {
-        // In a broken stream the bit says that the error was reported.
-        let error = !stream.is_reset() || seen & anchor::ERROR == 0;
+        // In a broken stream the bits say that the error was reported.
+        let told = anchor::ERROR | anchor::SEND_ERROR;
+        let error = !stream.is_reset() || seen & told == 0;
         let ready = IN | OUT | POLLHUP | POLLRDHUP | if error { POLLERR } else { 0 };
         return Some(ready & (events | POLLERR | POLLHUP));
     }
