@@ -23,7 +23,7 @@ const MARGIN: usize = 256;
 /// A value made of zeroes.
 fn zeroed<T: Zero>() -> Box<T> {
     // SAFETY: made of integers and their atomics (`Zero`), for which zeroes are a value.
-    unsafe { Box::<T>::new_zeroed().assume_init() }
+    Box::new(unsafe { std::mem::zeroed() })
 }
 
 /// # Safety
