@@ -26,7 +26,7 @@ CASE(fork_child_uses_it)
     P_WANT_EOF(&d);
 }
 
-CASE(fork_before_first_use)
+CASE(fork_before_first_use, .process = true)
 {
     struct duo d = duo_open(COLD); /* the forking server: accept, fork, the parent closes */
     pid_t pid = (pid_t)MUST(fork());
