@@ -109,6 +109,8 @@ pub struct Conn {
     pub look: AtomicU32,
     /// 1 when a send found the ring full and did not wait: an edge for EPOLLET when space comes.
     pub wants_space: AtomicU32,
+    /// Receives that found bytes since this end last sent: see [`crate::wait::let_gather`].
+    pub one_way: AtomicU32,
     /// One of its fds.
     pub fd: AtomicI32,
     /// `SO_COOKIE`, once it was announced.
@@ -376,6 +378,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             &conn.registrations,
             &conn.options,
             &conn.wants_space,
+            &conn.one_way,
         ] {
             word.store(0, Relaxed);
         }

@@ -255,6 +255,7 @@ pub fn send<'a>(
             demote::after_answer(held, stream, &guard, fd, wants);
         }
         drop(guard);
+        held.conn.one_way.store(0, Relaxed);
         if done == from.total {
             if check {
                 peer_has_gone(held, stream, fd);
@@ -446,6 +447,9 @@ fn recv_all<'a>(
         };
         match outcome {
             Took::Some if done >= enough || done == to.total => {
+                held.conn
+                    .one_way
+                    .store(held.conn.one_way.load(Relaxed).saturating_add(1), Relaxed);
                 // Streams in epoll are asked for again and again: a barrier each time costs more.
                 if held.conn.registrations.load(Relaxed) == 0 {
                     stream.note_busy();
@@ -474,7 +478,8 @@ fn recv_all<'a>(
             Took::Nothing => {}
         }
         if is_nonblocking(stream, flags) {
-            if look_is_due(held) {
+            // While the program's bytes are on the anchor, only `take_switching` may read there.
+            if stream.rx().phase.load(Relaxed) == phase::RING && look_is_due(held) {
                 guard.look(fd);
                 drop(guard);
                 epoll::kick_all(held.conn);
@@ -482,6 +487,7 @@ fn recv_all<'a>(
                     continue;
                 }
             }
+            wait::let_gather(held.conn);
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
         let result = if wait_switching(stream) {
@@ -572,7 +578,18 @@ fn take(
     answer: &mut bool,
 ) -> Took {
     let receiver = &guard.receiver;
-    let mut available = match receiver.available() {
+    // The producer's line is read once: each look takes it away from the producer.
+    let cached = stream
+        .rx()
+        .seen_head
+        .load(Relaxed)
+        .wrapping_sub(stream.rx().tail.load(Relaxed));
+    let enough = cached >= (to.total - *done) as u64;
+    let available = match if enough {
+        receiver.available()
+    } else {
+        receiver.available_now()
+    } {
         Ok(Some(available)) => available,
         Ok(None) => return take_end(stream, guard, fd),
         Err(_) => {
@@ -581,14 +598,6 @@ fn take(
         }
     };
     if available.len < (to.total - *done) as u64 {
-        match receiver.available_now() {
-            Ok(Some(more)) => available = more,
-            Ok(None) => {}
-            Err(_) => {
-                stream.reset(fd, Reason::Violation);
-                return Took::Again;
-            }
-        }
         let whole = libc::MSG_PEEK | libc::MSG_WAITALL;
         if flags & whole == whole
             && flags & libc::MSG_DONTWAIT == 0

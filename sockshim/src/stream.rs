@@ -458,6 +458,9 @@ impl RxGuard<'_> {
     /// Takes wake bytes off the anchor, as many as were counted and have arrived, but none that
     /// another sleeper on this end has not looked after: it would sleep on.
     pub fn drain(&self, fd: c_int) {
+        if self.stream.rx().phase.load(Relaxed) != phase::RING {
+            return;
+        }
         let rx = self.stream.rx();
         let tx = self.stream.tx();
         let mut most = self.outstanding();
