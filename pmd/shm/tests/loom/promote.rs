@@ -103,7 +103,7 @@ fn space_is_told_by_an_end_that_has_not_switched() {
 
 #[test]
 fn space_is_told_amid_a_kernel_send() {
-    check(2, || {
+    check(1, || {
         let [sender, receiver] = connection(8);
         map(&receiver);
         let replying = receiver.thread(1);

@@ -1,6 +1,19 @@
 //! One end of a stream, with the steps of the shim's `stream.rs`, `wait.rs`, `io.rs`, `demote.rs`
 //! and `tenant.rs`. What the shim answers with a reset is a panic here: two honest ends never
 //! reset each other, but where a test allows it ([`Stream::allow_reset`]).
+//!
+//! The shim does not take all these steps yet. Where it does otherwise, commit bbb90c3 has the tests
+//! that fail with its own steps:
+//! - sleepers: it keeps `acknowledged` for each half, which a second sleeper of the same kind
+//!   overwrites; here one count of sleepers decides who may take wake bytes off the anchor;
+//! - `for_anchor` sleeps uncounted;
+//! - `take_switching` reports the anchor's end without a second look at `switch_at`;
+//! - `look` drains whatever the phase;
+//! - `end_sending` of an unswitched direction sends no last wake byte, and one that finds the other
+//!   end DEMOTED marks END and does not send again;
+//! - `abandon` does not look for an END that was marked before;
+//! - `answer_space` answers without the sending half's lock;
+//! - `incoming_ended` takes the last wake byte while others sleep.
 
 use super::{Anchor, Got, Memory, direction, take};
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering::*, fence};
