@@ -1,6 +1,6 @@
 //! One end of a stream, with the steps of the shim's `stream.rs`, `wait.rs`, `io.rs`, `demote.rs`
 //! and `tenant.rs`. What the shim answers with a reset is a panic here: two honest ends never
-//! reset each other, but where a test allows it ([`Stream::allow_reset`]).
+//! reset each other, but in `abandon`, which tells its caller.
 //!
 //! The shim does not take all these steps yet. Where it does otherwise, commit bbb90c3 has the tests
 //! that fail with its own steps:
