@@ -8,7 +8,6 @@
 //!   overwrites; here one count of sleepers decides who may take wake bytes off the anchor;
 //! - `for_anchor` sleeps uncounted;
 //! - `take_switching` reports the anchor's end without a second look at `switch_at`;
-//! - `look` drains whatever the phase;
 //! - `end_sending` of an unswitched direction sends no last wake byte, and one that finds the other
 //!   end DEMOTED marks END and does not send again;
 //! - `abandon` does not look for an END that was marked before;
