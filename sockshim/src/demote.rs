@@ -82,18 +82,19 @@ fn end_sending(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
     }
     if before == phase::RING {
         guard.sender.publish();
-        // The last wake byte, unless the other end has gone to the kernel and would read it.
+        // The last wake byte, unless the other end has gone to the kernel and would read it: then
+        // it gets what it has not read, and needs no mark.
         let last = stream.begin_ringing(&stream.out().bytes.want);
-        if last {
-            producer.wakes.fetch_add(1, AcqRel);
+        if !last {
+            send_again(stream, guard, fd);
+            return;
         }
+        producer.wakes.fetch_add(1, AcqRel);
         producer.mark.fetch_or(mark::END, SeqCst);
-        if last {
-            if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
-                producer.wakes.fetch_sub(1, AcqRel);
-            }
-            rdsock_shm::wake::rung(&stream.out().bytes.want);
+        if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
+            producer.wakes.fetch_sub(1, AcqRel);
         }
+        rdsock_shm::wake::rung(&stream.out().bytes.want);
     } else {
         producer.mark.fetch_or(mark::END, SeqCst);
     }

@@ -510,14 +510,14 @@ fn recv_all<'a>(
 /// a direction that has left the anchor, so this one must switch first; when another thread is in
 /// a kernel send, that one looks again when it is done.
 pub fn answer_space(held: &Use, stream: &Stream, fd: c_int) {
-    if stream.tx().phase.load(Acquire) == phase::ANCHOR {
-        let guard = stream.lock_tx(fd);
-        if stream.tx().phase.load(Acquire) == phase::ANCHOR && !try_switch(held, stream, &guard, fd)
-        {
-            return;
-        }
-    }
-    if stream.tx().phase.load(Acquire) == phase::RING {
+    let guard = stream.lock_tx(fd);
+    let on_ring = match stream.tx().phase.load(Acquire) {
+        phase::RING => true,
+        phase::ANCHOR => try_switch(held, stream, &guard, fd),
+        _ => false,
+    };
+    // Under the lock: no wake byte may follow the mark that ends this direction.
+    if on_ring {
         stream.answer(fd, &stream.incoming().space);
     }
 }
@@ -660,6 +660,15 @@ fn take_end(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) -> Took {
     anchor_end(stream)
 }
 
+/// The anchor has ended while it was read, unless the other end has switched meanwhile: then the
+/// rest is on the ring.
+fn anchor_end_unless_switched(stream: &Stream, before: u64) -> Took {
+    if stream.incoming().producer.switch_at.load(Acquire) != before {
+        return Took::Again;
+    }
+    anchor_end(stream)
+}
+
 /// The anchor has ended: with the error that a look at it has taken, if there was one.
 fn anchor_end(stream: &Stream) -> Took {
     if stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0 {
@@ -714,7 +723,7 @@ fn take_switching(
         // A receive of one byte, that takes nothing, tells the end and errors.
         let got = sys::recv_now(fd, &mut [0], libc::MSG_PEEK);
         return match got {
-            0 => anchor_end(stream),
+            0 => anchor_end_unless_switched(stream, before),
             AGAIN => Took::Nothing,
             got if got < 0 => Took::Error(got),
             _ if to.total == *done => Took::Some,
@@ -750,7 +759,7 @@ fn take_switching(
         return Took::Some;
     }
     match stop {
-        Some(0) => anchor_end(stream),
+        Some(0) => anchor_end_unless_switched(stream, before),
         Some(AGAIN) | None => Took::Nothing,
         Some(error) => Took::Error(error),
     }

@@ -334,9 +334,10 @@ pub fn register_membarrier() -> bool {
 }
 
 /// A full barrier on every thread of every process that takes part.
-pub fn membarrier() {
+/// False when the kernel refuses.
+pub fn membarrier() -> bool {
     const GLOBAL_EXPEDITED: usize = 1 << 1;
-    syscall!(SYS_membarrier, GLOBAL_EXPEDITED, 0, 0);
+    syscall!(SYS_membarrier, GLOBAL_EXPEDITED, 0, 0) == 0
 }
 
 /// # Safety
