@@ -999,6 +999,8 @@ fn hold_inherited() {
     conn::each(|index, conn| {
         if let Some(stream) = conn.stream() {
             conn.tell(index, State::Rings, Reason::None);
+            // The control connection came from the parent's, so it is the same daemon.
+            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
             if let Some(record) = record(index) {
                 record.stream_id.store(stream.id, Relaxed);
             }
