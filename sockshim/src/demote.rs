@@ -16,7 +16,7 @@
 
 use crate::conn::{self, Use};
 use crate::stream::{RxGuard, Stream, TxGuard, WAKE_BYTE};
-use crate::{real, sys};
+use crate::{clock, real, sys};
 use libc::c_int;
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase, want};
 use rdsock_shm::reason::{Reason, State};
@@ -66,21 +66,34 @@ pub fn after_answer(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int,
         stream.tx().phase.store(phase::DEMOTED, Release);
         held.conn.look.store(1, Relaxed);
     } else if taken & want::LEAVE != 0 {
-        end_sending(stream, guard, fd);
+        end_sending(held, stream, guard, fd);
     }
 }
 
-/// Ends this end's own direction: the ring at its head, the rest on the anchor.
-fn end_sending(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
+/// This end has left, and its own direction may not have ended yet.
+pub fn is_leaving(stream: &Stream) -> bool {
+    stream.incoming().bytes.want.load(Acquire) & want::LEAVE != 0
+}
+
+/// Ends this end's own direction: the ring at its head, the rest on the anchor. A direction that
+/// has not moved to its ring does so first, where it can: a wake byte may follow then, for an end
+/// that sleeps for space and has to hear of this. While a thread is inside a kernel send, it is
+/// left to that one, when it comes back.
+pub fn end_sending(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
     let producer = &stream.out().producer;
-    let before = stream.tx().phase.load(Acquire);
+    let tx = stream.tx();
+    let before = tx.phase.load(Acquire);
     if before != phase::RING && before != phase::ANCHOR {
         return;
     }
     for request in [&stream.incoming().bytes.want, &stream.out().space.want] {
         request.fetch_or(want::LEAVE, SeqCst);
     }
-    if before == phase::RING {
+    let shut = tx.shut.load(Relaxed) != 0;
+    if before == phase::ANCHOR && !shut && tx.in_kernel.load(SeqCst) != 0 {
+        return;
+    }
+    if before == phase::RING || crate::io::try_switch(held, stream, guard, fd) {
         guard.sender.publish();
         // The last wake byte, unless the other end has gone to the kernel and would read it: then
         // it gets what it has not read, and needs no mark.
@@ -96,6 +109,7 @@ fn end_sending(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
         }
         rdsock_shm::wake::rung(&stream.out().bytes.want);
     } else {
+        // The other end is not ready, and sees LEAVE when it is; or it is the kernel's.
         producer.mark.fetch_or(mark::END, SeqCst);
     }
     stream.tx().phase.store(phase::DEMOTED, Release);
@@ -138,8 +152,20 @@ fn send_again(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
     }
 }
 
-/// The ring has been read to its end: takes the last wake bytes off the anchor.
+/// Milliseconds for which others that sleep on the anchor may look before the last wake byte is
+/// taken off it. It ends their sleep, too.
+const LAST_LOOK_MS: u64 = 100;
+
+/// The ring has been read to its end: takes the last wake bytes off the anchor. The lock is held
+/// for as long as others may take to look, which they do without it.
 pub fn incoming_ended(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) {
+    let start = clock::nanoseconds();
+    while guard.outstanding() != 0
+        && stream.rx().waiters.load(SeqCst) != 0
+        && clock::nanoseconds() - start < LAST_LOOK_MS * 1_000_000
+    {
+        sys::sched_yield();
+    }
     if take_last_wakes(guard, fd) {
         stream.rx().phase.store(phase::DEMOTED, Release);
     } else {
@@ -170,7 +196,7 @@ pub fn follow(held: &Use, stream: &Stream, fd: c_int) {
         phase::RING if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
             send_again(stream, &guard, fd)
         }
-        phase::RING | phase::ANCHOR => end_sending(stream, &guard, fd),
+        phase::RING | phase::ANCHOR => end_sending(held, stream, &guard, fd),
         _ => {}
     }
     drop(guard);
@@ -193,7 +219,12 @@ fn finished(held: &Use, stream: &Stream, fd: c_int, reason: Reason) {
 /// True when the other end has asked to leave, so that a caller who only looks must follow.
 pub fn peer_has_left(stream: &Stream) -> bool {
     stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE) != 0
-        && matches!(stream.tx().phase.load(Relaxed), phase::RING | phase::ANCHOR)
+        && match stream.tx().phase.load(Relaxed) {
+            phase::RING => true,
+            // Else the thread that is inside a kernel send does what is left.
+            phase::ANCHOR => !is_leaving(stream) || stream.tx().in_kernel.load(Relaxed) == 0,
+            _ => false,
+        }
 }
 
 /// Takes the end of the incoming ring, if that is where the receiver stands.
@@ -225,7 +256,7 @@ pub fn leave(held: &Use, fd: c_int, reason: Reason) {
     }
     let guard = stream.lock_tx(fd);
     if !guard.is_nested() {
-        end_sending(stream, &guard, fd);
+        end_sending(held, stream, &guard, fd);
     }
     drop(guard);
     held.conn.tell(held.index, State::Demoted, reason);
@@ -245,7 +276,7 @@ pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     let mask = sys::block_signals();
     let tx = stream.lock_tx(fd);
     let rx = stream.lock_rx();
-    let left = abandon_locked(stream, &tx, &rx, fd);
+    let left = abandon_locked(held, stream, &tx, &rx, fd);
     drop(rx);
     drop(tx);
     sys::restore_signals(mask);
@@ -256,7 +287,13 @@ pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     }
 }
 
-fn abandon_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int) -> bool {
+fn abandon_locked(
+    held: &Use,
+    stream: &Stream,
+    tx: &TxGuard<'_>,
+    rx: &RxGuard<'_>,
+    fd: c_int,
+) -> bool {
     if stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0
         && stream.tx().phase.load(Acquire) == phase::RING
     {
@@ -269,15 +306,15 @@ fn abandon_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int
         request.fetch_or(want::DEMOTED, SeqCst);
     }
     for request in requests {
-        let start = crate::clock::nanoseconds();
+        let start = clock::nanoseconds();
         while request.load(Acquire) & want::RINGING != 0 {
-            if crate::clock::nanoseconds() - start > RINGING_MS * 1_000_000 {
+            if clock::nanoseconds() - start > RINGING_MS * 1_000_000 {
                 return false;
             }
             sys::sched_yield();
         }
     }
-    end_sending(stream, tx, fd);
+    end_sending(held, stream, tx, fd);
     if stream.rx().phase.load(Acquire) == phase::DEMOTED {
         return true;
     }
@@ -285,9 +322,10 @@ fn abandon_locked(stream: &Stream, tx: &TxGuard<'_>, rx: &RxGuard<'_>, fd: c_int
     let quiet = rx.outstanding() == 0
         || switched == position
         || stream.rx().phase.load(Relaxed) == phase::RING;
-    // Both ends at once: what the other one left in its ring, nobody sends again.
-    let both = stream.out().bytes.want.load(Acquire) & want::DEMOTED != 0;
-    if !quiet || both && stream.has_bytes_after(position) || !take_last_wakes(rx, fd) {
+    // The end is marked by a sender that has not seen DEMOTED, and will not send again.
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::END != 0;
+    let unread = switched != NOT_SWITCHED && stream.has_bytes_after(position.max(switched));
+    if !quiet || ended && unread || !take_last_wakes(rx, fd) {
         return false;
     }
     stream.rx().phase.store(phase::DEMOTED, Release);
@@ -391,7 +429,7 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
                 // Not switched: the FIN goes behind the bytes on the anchor. No wake byte can
                 // follow it, so the other end must not depend on one.
                 stream.tx().shut.store(1, Release);
-                end_sending(stream, &guard, fd);
+                end_sending(held, stream, &guard, fd);
                 held.conn.tell(held.index, State::Demoted, Reason::Call);
             }
         }

@@ -21,7 +21,7 @@ mod sleep;
 
 pub use moves::{declines, demoted, forget, kick_all, promoted, renumber};
 pub use register::ctl;
-pub use report::has_event;
+pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
 
 use crate::conn::{self, Kind};

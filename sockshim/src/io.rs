@@ -199,6 +199,13 @@ fn way_out<'a>(held: &Use, stream: &'a Stream, guard: &TxGuard<'_>, fd: c_int) -
     }
     match tx.phase.load(Acquire) {
         phase::RING => Way::Ring,
+        phase::ANCHOR if demote::is_leaving(stream) => {
+            demote::end_sending(held, stream, guard, fd);
+            if tx.phase.load(Acquire) == phase::ANCHOR {
+                return Way::Kernel(Some(InKernel::enter(&tx.in_kernel)));
+            }
+            way_out(held, stream, guard, fd)
+        }
         phase::ANCHOR if try_switch(held, stream, guard, fd) => Way::Ring,
         phase::ANCHOR => Way::Kernel(Some(InKernel::enter(&tx.in_kernel))),
         phase::RESET => Way::Error(if demote::take_send_error(stream) {
@@ -404,6 +411,10 @@ pub fn recv<'a>(
 ) -> Outcome<'a> {
     let mut answer = false;
     let outcome = recv_all(held, stream, fd, to, flags, &mut answer);
+    if stream.rx().space_due.load(Relaxed) != 0 {
+        stream.rx().space_due.store(0, Relaxed);
+        answer = true;
+    }
     if answer || stream.tx().phase.load(Relaxed) == phase::ANCHOR {
         after_kernel_send(held, stream, fd);
     }
@@ -490,7 +501,7 @@ fn recv_all<'a>(
             wait::let_gather(held.conn);
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
-        let result = if wait_switching(stream) {
+        let result = if wait::is_switching(stream) {
             drop(guard);
             wait::for_anchor(held, stream, fd)
         } else {
@@ -498,7 +509,7 @@ fn recv_all<'a>(
             if wait::spin_for_bytes(held.conn, stream) {
                 continue;
             }
-            wait::for_bytes(held, stream, stream.lock_rx(), fd)
+            wait::for_bytes(held, stream, fd)
         };
         if let Err(error) = result {
             return Outcome::Done(if done == 0 { error } else { done as isize });
@@ -524,15 +535,17 @@ pub fn answer_space(held: &Use, stream: &Stream, fd: c_int) {
 
 /// After a kernel send on a mapped stream: a wake that had to wait for it.
 pub fn after_kernel_send(held: &Use, stream: &Stream, fd: c_int) {
+    if demote::is_leaving(stream) && stream.tx().phase.load(Acquire) == phase::ANCHOR {
+        let guard = stream.lock_tx(fd);
+        if !guard.is_nested() {
+            demote::end_sending(held, stream, &guard, fd);
+        }
+    }
     if stream.rx().phase.load(Acquire) == phase::RING
         && wake::asked(&stream.incoming().space) & (want::WAKE | want::BELL) != 0
     {
         answer_space(held, stream, fd);
     }
-}
-
-fn wait_switching(stream: &Stream) -> bool {
-    stream.rx().phase.load(Relaxed) == phase::SWITCHING
 }
 
 /// True when the anchor should be looked at by a call that found its ring empty.

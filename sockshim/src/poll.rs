@@ -12,8 +12,6 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped.
 const FEW: usize = 64;
-/// Bits that wait for the receiving half.
-const RECEIVES: i16 = ready::IN | POLLRDHUP;
 /// Microseconds between two questions to the kernel while the rings are watched.
 const ASK_KERNEL_US: u64 = 10;
 /// Nanoseconds of sleep at a time where the anchor can't be slept on.
@@ -122,8 +120,10 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
     false
 }
 
-/// Fills in the results of those on rings; how many entries have one.
-fn look(fds: &mut [pollfd]) -> (usize, bool) {
+/// Fills in the results of those on rings; how many entries have one, and whether there are others.
+/// `counted`: the caller is counted in as a sleeper, so it must not wait for those to look; where
+/// the other end has left, that counts as a result.
+fn look(fds: &mut [pollfd], counted: bool) -> (usize, bool) {
     let (mut found, mut others) = (0, false);
     for entry in fds.iter_mut() {
         entry.revents = 0;
@@ -132,10 +132,10 @@ fn look(fds: &mut [pollfd]) -> (usize, bool) {
         }
         if let Some(held) = on_rings(entry.fd)
             && let Some(stream) = held.conn.stream()
-            && let Some(ready) = ready::of(&held, stream, entry.fd, entry.events, true)
+            && let Some(ready) = ready::of(&held, stream, entry.fd, entry.events, !counted)
         {
             entry.revents = ready;
-            found += usize::from(ready != 0);
+            found += usize::from(ready != 0 || counted && epoll::has_left(stream));
         } else if let Some(epoll) = epoll::with_streams(entry.fd) {
             if entry.events & ready::IN != 0 && epoll::has_event(epoll, entry.fd) {
                 entry.revents = entry.events & ready::IN;
@@ -164,8 +164,8 @@ struct Work<'a> {
 enum Entered {
     /// The kernel's.
     Nothing,
-    /// The number of a connection, in use, and what it is waited for.
-    Conn(u32, i16),
+    /// The number of a connection, in use, and whether the caller is counted in at its stream.
+    Conn(u32, bool),
     /// The number of an epoll instance.
     Epoll(u32),
 }
@@ -253,7 +253,7 @@ impl Work<'_> {
 
     /// What the rings have, and now and then what the kernel has.
     fn look(&mut self) -> usize {
-        let (rings, others) = look(self.fds);
+        let (rings, others) = look(self.fds, false);
         let now = clock::ticks();
         if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(ASK_KERNEL_US) {
             self.asked_at = now;
@@ -310,10 +310,14 @@ impl Work<'_> {
 
     /// Sleeps in the kernel on all fds. `None`: look again.
     fn sleep(&mut self, deadline: Deadline) -> Option<c_int> {
-        let in_steps = self.enter();
-        let (found, _) = look(self.fds);
-        let mut result = (found != 0).then_some(found as c_int);
-        if result.is_none() {
+        let Some(in_steps) = self.enter() else {
+            self.leave();
+            wait::give_way();
+            return None;
+        };
+        let mut result = None;
+        let awake = look(self.fds, true).0 != 0;
+        if !awake {
             tenant::count(Counter::Sleeps);
             let step = timespec {
                 tv_sec: 0,
@@ -335,11 +339,11 @@ impl Work<'_> {
         let error = sys::errno();
         self.leave();
         sys::set_errno(error);
-        if result.is_some() {
+        if awake || result.is_some() {
             return result;
         }
         // Merge what the kernel says of its own with what the rings say now.
-        let (mut found, _) = look(self.fds);
+        let (mut found, _) = look(self.fds, false);
         for ((entry, seen), entered) in self
             .fds
             .iter_mut()
@@ -356,16 +360,16 @@ impl Work<'_> {
     }
 
     /// Counts the caller in at every stream, and prepares what the kernel is asked. True when it
-    /// must not be asked for long.
-    fn enter(&mut self) -> bool {
+    /// must not be asked for long; `None` when others must look first.
+    fn enter(&mut self) -> Option<bool> {
         let mut in_steps = false;
+        self.entered.fill(Entered::Nothing);
         for ((to, from), entered) in self
             .copy
             .iter_mut()
             .zip(self.fds.iter())
             .zip(self.entered.iter_mut())
         {
-            *entered = Entered::Nothing;
             *to = pollfd {
                 revents: 0,
                 ..*from
@@ -374,10 +378,14 @@ impl Work<'_> {
                 let Some(stream) = held.conn.stream() else {
                     continue;
                 };
-                *entered = Entered::Conn(held.index as u32, from.events);
-                let (events, steps) = enter_stream(stream, from);
-                to.events = events;
-                in_steps |= steps;
+                let waits = from.events & (ready::IN | ready::OUT | POLLRDHUP) != 0;
+                (to.events, in_steps) = if waits {
+                    let (events, steps) = enter_stream(stream, from)?;
+                    (events, in_steps | steps)
+                } else {
+                    (from.events & POLLPRI, in_steps)
+                };
+                *entered = Entered::Conn(held.index as u32, waits);
                 // In use until it is left.
                 std::mem::forget(held);
             } else if let Kind::Epoll(index) = conn::kind(from.fd)
@@ -387,7 +395,7 @@ impl Work<'_> {
                 epoll::arm(epoll);
             }
         }
-        in_steps
+        Some(in_steps)
     }
 
     /// Counts the caller out, exactly where it was counted in.
@@ -396,7 +404,7 @@ impl Work<'_> {
             match *entered {
                 Entered::Nothing => {}
                 Entered::Epoll(index) => epoll::disarm(index as usize),
-                Entered::Conn(index, events) => {
+                Entered::Conn(index, counted) => {
                     let index = index as usize;
                     let Some(conn) = conn::at(index) else {
                         continue;
@@ -406,12 +414,8 @@ impl Work<'_> {
                     if seen.revents != 0 {
                         held.conn.look.store(1, Relaxed);
                     }
-                    if let Some(stream) = held.conn.stream() {
-                        wait::Sleeper::leave(
-                            stream,
-                            events & RECEIVES != 0,
-                            events & ready::OUT != 0,
-                        );
+                    if let Some(stream) = held.conn.stream().filter(|_| counted) {
+                        drop(wait::Sleeper::remembered(stream));
                     }
                 }
             }
@@ -420,30 +424,17 @@ impl Work<'_> {
 }
 
 /// Counts a sleeper in at a stream and asks it for a sign. What the kernel is asked about its
-/// anchor, and true when that would not wait.
-fn enter_stream(stream: &Stream, entry: &pollfd) -> (i16, bool) {
-    // Left again in `leave`, whatever happens.
-    let sleeper = wait::Sleeper::enter(
-        stream,
-        entry.events & RECEIVES != 0,
-        entry.events & ready::OUT != 0,
-    );
+/// anchor, and true when that would not wait; `None` when others must look first.
+fn enter_stream(stream: &Stream, entry: &pollfd) -> Option<(i16, bool)> {
     crate::io::settle_switch(stream);
-    let guard = stream.lock_rx();
+    // Left again in `leave`, whatever happens.
+    std::mem::forget(wait::Sleeper::enter(stream, entry.fd)?);
     let receives = stream.rx().phase.load(Relaxed);
-    if receives == phase::RING {
-        sleeper.clear(&guard, entry.fd);
-    }
-    drop(guard);
-    std::mem::forget(sleeper);
     ready::ask(stream, entry.events, want::WAKE);
     let sends = stream.tx().phase.load(Relaxed);
     let mut events = entry.events & (POLLRDHUP | POLLPRI);
     if sends != phase::RING {
         events |= entry.events & ready::OUT;
-    }
-    if entry.events & (ready::IN | ready::OUT | POLLRDHUP) == 0 {
-        return (0, false);
     }
     // Bytes that stand on the anchor, and that the caller does not wait for, would end the sleep
     // at once.
@@ -453,7 +444,7 @@ fn enter_stream(stream: &Stream, entry: &pollfd) -> (i16, bool) {
     if !full {
         events |= POLLIN;
     }
-    (events, full)
+    Some((events, full))
 }
 
 /// The sets of a `select` call.

@@ -421,20 +421,38 @@ impl TxGuard<'_> {
     }
 }
 
+impl TxGuard<'_> {
+    /// What a nested sender left behind since the last publication.
+    #[inline]
+    fn left_behind(&self) -> bool {
+        self.sender.is_behind() && self.stream.tx().phase.load(Relaxed) == phase::RING
+    }
+}
+
 impl Drop for TxGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.taken == Taken::Outer {
-            // What a nested sender left behind since the last publication.
-            if self.stream.tx().phase.load(Relaxed) == phase::RING
-                && self.sender.head() != self.stream.out().producer.head.load(Relaxed)
-            {
+        if self.taken == Taken::Nested {
+            return;
+        }
+        loop {
+            if self.left_behind() {
                 self.sender.publish();
                 if wake::asked(&self.stream.out().bytes) != 0 {
                     self.stream.answer(self.fd, &self.stream.out().bytes);
                 }
             }
             lock::release(&self.stream.tx().lock, self.taken);
+            // Once more, since one may have come before the release. Whoever has the lock by now
+            // comes here as well.
+            if !self.left_behind()
+                || !matches!(
+                    lock::try_take(&self.stream.tx().lock, me()),
+                    Ok(Taken::Outer)
+                )
+            {
+                return;
+            }
         }
     }
 }
@@ -460,27 +478,14 @@ impl RxGuard<'_> {
         sent.wrapping_sub(self.stream.rx().drained.load(Relaxed))
     }
 
-    /// Takes wake bytes off the anchor, as many as were counted and have arrived, but none that
-    /// another sleeper on this end has not looked after: it would sleep on.
+    /// Takes wake bytes off the anchor, as many as were counted and have arrived; but none while
+    /// somebody sleeps there, who would sleep on, and none before the ring is read, since the
+    /// program's own bytes may come first.
     pub fn drain(&self, fd: c_int) {
-        if self.stream.rx().phase.load(Relaxed) != phase::RING {
-            return;
-        }
         let rx = self.stream.rx();
-        let tx = self.stream.tx();
-        let mut most = self.outstanding();
-        for (waiters, acknowledged) in [
-            (&rx.waiters, &rx.acknowledged),
-            (&tx.waiters, &tx.acknowledged),
-        ] {
-            if waiters.load(SeqCst) != 0 {
-                let looked = acknowledged
-                    .load(SeqCst)
-                    .wrapping_sub(rx.drained.load(Relaxed));
-                most = most.min(if looked > i32::MAX as u32 { 0 } else { looked });
-            }
+        if rx.phase.load(Relaxed) == phase::RING && rx.waiters.load(SeqCst) == 0 {
+            self.drain_all(fd);
         }
-        self.take_wakes(fd, most);
     }
 
     /// Takes wake bytes off the anchor, whoever sleeps.
@@ -549,17 +554,34 @@ impl RxGuard<'_> {
     }
 }
 
+impl RxGuard<'_> {
+    /// What a nested receiver left behind since the last publication.
+    #[inline]
+    fn left_behind(&self) -> bool {
+        self.receiver.is_behind() && self.stream.rx().phase.load(Relaxed) == phase::RING
+    }
+}
+
 impl Drop for RxGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.taken == Taken::Outer {
-            if self.stream.rx().phase.load(Relaxed) == phase::RING
-                && self.stream.rx().tail.load(Relaxed)
-                    != self.stream.incoming().consumer.tail.load(Relaxed)
-            {
-                self.receiver.publish();
+        if self.taken == Taken::Nested {
+            return;
+        }
+        loop {
+            if self.left_behind() && self.receiver.publish() {
+                self.stream.rx().space_due.store(1, Relaxed);
             }
             lock::release(&self.stream.rx().lock, self.taken);
+            // As for the sending half.
+            if !self.left_behind()
+                || !matches!(
+                    lock::try_take(&self.stream.rx().lock, me()),
+                    Ok(Taken::Outer)
+                )
+            {
+                return;
+            }
         }
     }
 }

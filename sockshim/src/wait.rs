@@ -4,7 +4,7 @@
 
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
-use crate::stream::{RxGuard, Stream};
+use crate::stream::Stream;
 use crate::{real, sys};
 use libc::c_int;
 use rdsock_shm::layout::{Counter, phase, want};
@@ -104,85 +104,60 @@ pub fn sendable(stream: &Stream, enough: u64) -> bool {
         || stream.tx().phase.load(Relaxed) != phase::RING
 }
 
-/// A sleeper on a stream: counted, so that nobody takes the wake byte that is meant for it before
-/// it has looked.
+/// A sleeper on a stream's anchor, for bytes or for space.
+///
+/// All of an end's sleepers sleep on one fd, and a wake byte ends the sleep of each of them, as long
+/// as it lies there. Whoever is counted was so before the bytes that are there now came, or is
+/// about to look, and stays counted until it has looked. So only one that finds nobody counted
+/// takes them off; one that finds both others and bytes gives way, until those have looked.
 #[derive(Debug)]
 pub struct Sleeper<'a> {
     stream: &'a Stream,
-    receives: bool,
-    sends: bool,
 }
 
 impl<'a> Sleeper<'a> {
-    /// Counts the caller in. It looks for what it waits for after this.
-    pub fn enter(stream: &'a Stream, receives: bool, sends: bool) -> Self {
-        let wakes = stream.incoming().producer.wakes.load(SeqCst);
-        if receives {
-            stream.rx().acknowledged.store(wakes, SeqCst);
-            stream.rx().waiters.fetch_add(1, SeqCst);
-        }
-        if sends {
-            stream.tx().acknowledged.store(wakes, SeqCst);
-            stream.tx().waiters.fetch_add(1, SeqCst);
-        }
-        Sleeper {
-            stream,
-            receives,
-            sends,
-        }
-    }
-
-    /// Takes the wake bytes that nobody waits for any more off the anchor, so that it can be slept
-    /// on. False when some must stay for another sleeper, which has the core now.
-    pub fn clear(&self, guard: &RxGuard<'_>, fd: c_int) -> bool {
-        static TURNS: AtomicU32 = AtomicU32::new(0);
+    /// Clears the anchor of wake bytes and counts the caller in, who asks the other end for a sign
+    /// and looks for what it waits for after this. `None`: [`give_way`] and look again.
+    pub fn enter(stream: &'a Stream, fd: c_int) -> Option<Self> {
+        let guard = stream.lock_rx();
         guard.drain(fd);
-        if guard.outstanding() == 0 {
-            return true;
-        }
-        // A sleeper that was cancelled never looks.
-        if TURNS.fetch_add(1, Relaxed) % 4096 == 4095 {
-            guard.drain_all(fd);
-        }
-        // Counted, but not here yet: it will end the sleep at once.
-        sys::poll_one(fd, libc::POLLIN, 0) <= 0
+        let others = stream.rx().waiters.fetch_add(1, SeqCst);
+        let sleeper = Sleeper { stream };
+        (others == 0 || guard.outstanding() == 0).then_some(sleeper)
+    }
+
+    /// The sleeper that was counted in and forgotten.
+    pub fn remembered(stream: &'a Stream) -> Self {
+        Sleeper { stream }
     }
 }
 
-impl Sleeper<'_> {
-    /// Counts out one that was counted in and forgotten.
-    pub fn leave(stream: &Stream, receives: bool, sends: bool) {
-        drop(Sleeper {
-            stream,
-            receives,
-            sends,
-        });
+/// Lets others run, who are awake and about to look. Those that were stopped or cancelled in their
+/// sleep never do: so this does not take all of a core.
+pub fn give_way() {
+    static TURNS: AtomicU32 = AtomicU32::new(0);
+    if TURNS.fetch_add(1, Relaxed) % 64 == 63 {
+        sys::poll_one(-1, 0, 1);
+    } else {
+        sys::sched_yield();
     }
-}
-
-fn count_out(waiters: &AtomicU32) {
-    let _ = waiters.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
 }
 
 impl Drop for Sleeper<'_> {
     fn drop(&mut self) {
-        if self.receives {
-            count_out(&self.stream.rx().waiters);
-        }
-        if self.sends {
-            count_out(&self.stream.tx().waiters);
-        }
+        let less = |count: u32| count.checked_sub(1);
+        let _ = self.stream.rx().waiters.fetch_update(SeqCst, SeqCst, less);
     }
 }
 
 /// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
 pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result<(), isize> {
-    let sleeper = Sleeper::enter(stream, true, false);
-    let guard = stream.lock_rx();
-    let cleared = sleeper.clear(&guard, fd);
-    drop(guard);
+    let Some(sleeper) = Sleeper::enter(stream, fd) else {
+        give_way();
+        return finish(held, stream, fd, 1);
+    };
     stream.ask_for_bytes(want::WAKE);
-    let result = if !cleared || stream.has_bytes_after(position) || has_ended(stream) {
+    let result = if stream.has_bytes_after(position) || has_ended(stream) {
         1
     } else {
         peek(fd)
@@ -191,16 +166,12 @@ pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result
     finish(held, stream, fd, result)
 }
 
-/// Sleeps until bytes may be there. The guard is released meanwhile. An error is negated.
-pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> Result<(), isize> {
-    let sleeper = Sleeper::enter(stream, true, false);
-    let cleared = sleeper.clear(&guard, fd);
-    drop(guard);
-    if !cleared {
-        drop(sleeper);
-        sys::sched_yield();
-        return Ok(());
-    }
+/// Sleeps until bytes may be there. An error is negated.
+pub fn for_bytes(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    let Some(sleeper) = Sleeper::enter(stream, fd) else {
+        give_way();
+        return finish(held, stream, fd, 1);
+    };
     crate::epoll::kick_all(held.conn);
     stream.ask_for_bytes(want::WAKE);
     let result = if receivable(stream) { 1 } else { peek(fd) };
@@ -210,14 +181,25 @@ pub fn for_bytes(held: &Use, stream: &Stream, guard: RxGuard<'_>, fd: c_int) -> 
 
 /// Sleeps until the anchor has something, while bytes may still come on it.
 pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    let Some(sleeper) = Sleeper::enter(stream, fd) else {
+        give_way();
+        return finish(held, stream, fd, 1);
+    };
     stream.ask_for_bytes(want::WAKE);
     let switched =
         stream.incoming().producer.switch_at.load(Acquire) == stream.rx().tail.load(Relaxed);
-    if switched || has_ended(stream) {
-        return Ok(());
-    }
-    let result = peek(fd);
+    let result = if switched || has_ended(stream) || !is_switching(stream) {
+        1
+    } else {
+        peek(fd)
+    };
+    drop(sleeper);
     finish(held, stream, fd, result)
+}
+
+/// True while bytes of the ring come behind some on the anchor.
+pub fn is_switching(stream: &Stream) -> bool {
+    stream.rx().phase.load(Relaxed) == phase::SWITCHING
 }
 
 /// Sleeps until space may be there. An error is negated.
@@ -234,21 +216,16 @@ pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
             Err(-(libc::EBADF as isize))
         };
     }
-    let sleeper = Sleeper::enter(stream, false, true);
-    let guard = stream.lock_rx();
-    let cleared = stream.rx().phase.load(Acquire) != phase::RING || sleeper.clear(&guard, fd);
-    drop(guard);
-    if !cleared {
-        drop(sleeper);
-        sys::sched_yield();
-        return Ok(());
-    }
+    let Some(sleeper) = Sleeper::enter(stream, fd) else {
+        give_way();
+        return finish(held, stream, fd, 1);
+    };
     crate::epoll::kick_all(held.conn);
     wake::ask(&stream.out().space.want, want::WAKE);
     let result = if sendable(stream, enough) {
         1
     } else {
-        sleep_for_send(fd)
+        sleep_for_send(held, fd)
     };
     drop(sleeper);
     finish(held, stream, fd, result)
@@ -269,14 +246,14 @@ fn peek(fd: c_int) -> isize {
 }
 
 /// As [`peek`], with the send timeout where the program has set timeouts.
-fn sleep_for_send(fd: c_int) -> isize {
+fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     let limit = |name| {
         let value: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, name);
         value.map_or(0, |value| value.tv_sec * 1000 + value.tv_usec / 1000)
     };
     let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
-    if !conn::is_single_threaded() && send == 0 {
-        // Another thread's shutdown leaves no trace on the anchor: look for it now and then.
+    if send == 0 && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0) {
+        // Another thread's (or process's) shutdown leaves no trace on the anchor: look for it now and then.
         let mut one = libc::pollfd {
             fd,
             events: libc::POLLIN,

@@ -155,6 +155,9 @@ pub struct TxState {
     pub lock: AtomicU64,
     /// Position after the last byte that was reserved and written.
     pub head: AtomicU64,
+    /// What [`Producer::head`] was last set to: its line is the consumer's most of the time, and
+    /// what lies there could have been written by the other end.
+    pub published: AtomicU64,
     /// Own copy of [`Producer::origin`].
     pub origin: AtomicU64,
     /// The consumer's tail when last looked at.
@@ -165,10 +168,6 @@ pub struct TxState {
     pub in_kernel: AtomicU32,
     /// `shutdown(SHUT_WR)` was called.
     pub shut: AtomicU32,
-    /// Threads that sleep for space in the kernel.
-    pub waiters: AtomicU32,
-    /// Wake bytes of the other end after which the latest of them last looked.
-    pub acknowledged: AtomicU32,
 }
 
 /// The receiving half of one end. See [`TxState`].
@@ -180,6 +179,8 @@ pub struct RxState {
     pub lock: AtomicU64,
     /// Position after the last byte given to the program.
     pub tail: AtomicU64,
+    /// What [`Consumer::tail`] was last set to.
+    pub published: AtomicU64,
     /// The producer's head when last looked at.
     pub seen_head: AtomicU64,
     /// [`phase`] of this direction.
@@ -194,10 +195,10 @@ pub struct RxState {
     pub anchor: AtomicU32,
     /// Receives that found bytes since the last sleep.
     pub quiet_calls: AtomicU32,
-    /// Threads that sleep for bytes in the kernel.
+    /// Threads that sleep in the kernel on the anchor, for bytes or for space.
     pub waiters: AtomicU32,
-    /// Wake bytes of the other end after which the latest of them last looked.
-    pub acknowledged: AtomicU32,
+    /// 1 when the producer, which may wait for space, is still to be told of some.
+    pub space_due: AtomicU32,
 }
 
 /// Where the bytes of a direction travel, in [`TxState::phase`] and [`RxState::phase`].
@@ -421,9 +422,9 @@ mod assertions {
         assert!(offset_of!(StreamHeader, data_offset) == 32);
         assert!(offset_of!(StreamHeader, directions) == 128);
         assert!(size_of::<TxState>() == 128);
-        assert!(offset_of!(TxState, phase) == 32);
+        assert!(offset_of!(TxState, phase) == 40);
         assert!(size_of::<RxState>() == 128);
-        assert!(offset_of!(RxState, phase) == 24);
+        assert!(offset_of!(RxState, phase) == 32);
         assert!(size_of::<EndPage>() == 384);
         assert!(offset_of!(EndPage, holders) == 24);
         assert!(offset_of!(EndPage, tx) == 128);

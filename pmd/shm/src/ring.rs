@@ -202,21 +202,19 @@ impl<'a> Sender<'a> {
         self.own.head.store(at, Ordering::Relaxed);
         self.own.origin.store(at, Ordering::Relaxed);
         self.own.seen_tail.store(at, Ordering::Relaxed);
+        self.own.published.store(at, Ordering::Relaxed);
         self.wire.producer.origin.store(at, Ordering::Relaxed);
         self.wire.producer.head.store(at, Ordering::Relaxed);
         self.wire.producer.switch_at.store(at, Ordering::Release);
     }
 
-    /// After the lock was taken from a dead process: forgets what that had not published.
+    /// After the lock was taken from a dead process: forgets what that had not published. Its
+    /// last step may have been to note a publication that it did not make any more.
     pub fn recover(&self) {
-        self.own.head.store(
-            self.wire.producer.head.load(Ordering::Relaxed),
-            Ordering::Relaxed,
-        );
-        self.own.origin.store(
-            self.wire.producer.origin.load(Ordering::Relaxed),
-            Ordering::Relaxed,
-        );
+        // The origin was moved only if the ring was empty: wherever it is now, it stays.
+        let published = self.own.published.load(Ordering::Relaxed);
+        self.own.head.store(published, Ordering::Relaxed);
+        self.publish();
     }
 
     /// Looks at the consumer's position.
@@ -334,11 +332,19 @@ impl<'a> Sender<'a> {
             producer
                 .origin
                 .store(self.own.origin.load(Ordering::Relaxed), Ordering::Relaxed);
+            // First the own note, for `recover`: all up to here is filled.
+            self.own.published.store(head, Ordering::Release);
             producer.head.store(head, Ordering::Release);
-            if self.own.head.load(Ordering::Relaxed) == head {
+            if !self.is_behind() {
                 return;
             }
         }
+    }
+
+    /// True when a nested sender has left something to publish.
+    #[inline]
+    pub fn is_behind(&self) -> bool {
+        self.own.head.load(Ordering::Relaxed) != self.own.published.load(Ordering::Relaxed)
     }
 
     /// The position after the last reserved byte.
@@ -418,6 +424,7 @@ impl<'a> Receiver<'a> {
     pub fn switch(&self, at: u64) {
         self.own.tail.store(at, Ordering::Relaxed);
         self.own.seen_head.store(at, Ordering::Relaxed);
+        self.own.published.store(at, Ordering::Relaxed);
         self.wire.consumer.tail.store(at, Ordering::Release);
     }
 
@@ -494,15 +501,22 @@ impl<'a> Receiver<'a> {
         if self.nested {
             return false;
         }
-        let before = self.wire.consumer.tail.load(Ordering::Relaxed);
+        let before = self.own.published.load(Ordering::Relaxed);
         loop {
             let tail = self.own.tail.load(Ordering::Relaxed);
+            self.own.published.store(tail, Ordering::Relaxed);
             self.wire.consumer.tail.store(tail, Ordering::Release);
-            if self.own.tail.load(Ordering::Relaxed) == tail {
+            if !self.is_behind() {
                 let part = self.ring.size() / SPACE_CHECKS_PER_RING;
                 return before / part != tail / part;
             }
         }
+    }
+
+    /// True when a nested receiver has left something to publish.
+    #[inline]
+    pub fn is_behind(&self) -> bool {
+        self.own.tail.load(Ordering::Relaxed) != self.own.published.load(Ordering::Relaxed)
     }
 }
 

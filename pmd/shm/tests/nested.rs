@@ -64,8 +64,7 @@ impl Stream {
             _ => false,
         };
         if taken == Taken::Outer {
-            let is_behind = || sender.head() != self.wire.producer.head.load(Relaxed);
-            self.leave(&self.tx.lock, is_behind, || sender.publish());
+            self.leave(&self.tx.lock, || sender.is_behind(), || sender.publish());
         }
         sent
     }
@@ -105,11 +104,10 @@ impl Stream {
         };
         receiver.publish();
         if taken == Taken::Outer {
-            let tail = &self.wire.consumer.tail;
-            let is_behind = || self.rx.tail.load(Relaxed) != tail.load(Relaxed);
-            self.leave(&self.rx.lock, is_behind, || {
+            let publish = || {
                 receiver.publish();
-            });
+            };
+            self.leave(&self.rx.lock, || receiver.is_behind(), publish);
         }
         got
     }

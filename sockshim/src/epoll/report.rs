@@ -298,7 +298,7 @@ fn of_stream(
 }
 
 /// True when a stream's other end has left, or the stream has, so that its registrations must move.
-pub(super) fn has_left(stream: &Stream) -> bool {
+pub fn has_left(stream: &Stream) -> bool {
     if demote::peer_has_left(stream) || !demote::is_on_rings(stream) {
         return true;
     }

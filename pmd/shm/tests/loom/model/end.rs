@@ -2,17 +2,9 @@
 //! and `tenant.rs`. What the shim answers with a reset is a panic here: two honest ends never
 //! reset each other, but in `abandon`, which tells its caller.
 //!
-//! The shim does not take all these steps yet. Where it does otherwise, commit bbb90c3 has the tests
-//! that fail with its own steps:
-//! - sleepers: it keeps `acknowledged` for each half, which a second sleeper of the same kind
-//!   overwrites; here one count of sleepers decides who may take wake bytes off the anchor;
-//! - `for_anchor` sleeps uncounted;
-//! - `take_switching` reports the anchor's end without a second look at `switch_at`;
-//! - `end_sending` of an unswitched direction sends no last wake byte, and one that finds the other
-//!   end DEMOTED marks END and does not send again;
-//! - `abandon` does not look for an END that was marked before;
-//! - `answer_space` answers without the sending half's lock;
-//! - `incoming_ended` takes the last wake byte while others sleep.
+//! Where the shim does more: it gives a stopped sleeper a limited time to look before it takes the
+//! last wake byte, and it leaves requests standing when the last sleeper goes, since `epoll` asks
+//! with the same words.
 
 use super::{Anchor, Got, Memory, direction, take};
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering::*, fence};
