@@ -1,8 +1,8 @@
 //! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
 //!
-//! `calls.rs` holds the functions that programs call, thin wrappers all; `io.rs`, `poll.rs` and
-//! `epoll.rs` do what they do on a stream; `wait.rs` sleeps and wakes; `demote.rs` goes back to the
-//! kernel; `tenant.rs` talks to the daemon; `process.rs` follows fork and exec. The shim never
+//! `calls` holds the functions that programs call, thin wrappers all; `io.rs`, `poll.rs` and
+//! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes; `demote.rs` goes back to the
+//! kernel; `tenant` talks to the daemon; `process.rs` follows fork and exec. The shim never
 //! panics, never allocates from the heap, never takes a lock that it would hold while it sleeps,
 //! and leaves every call that it does not understand to libc.
 

@@ -242,7 +242,7 @@ CASE(recvmmsg_timeout)
     struct mmsghdr msgs[2] = {{.msg_hdr = {.msg_iov = &in[0], .msg_iovlen = 1}},
                               {.msg_hdr = {.msg_iov = &in[1], .msg_iovlen = 1}}};
     struct timespec limit = {0, 20000000};
-    p_start(&d, do_send_later, 60); /* the limit is looked at only after a message has come */
+    p_start(&d, do_send_later, 300); /* the limit is looked at only after a message has come */
     EQ(recvmmsg(d.fd, msgs, 2, 0, &limit), 1);
     EQ(msgs[0].msg_len, 4);
     p_finish(&d);

@@ -276,8 +276,8 @@ void duo_warm_all(const struct duo *d, int count)
     free(before);
     for (int i = 0; i < count; i++)
         count_pair(i >= slow);
-    CHECK(!slow || !settings.need_rings, "expected %d connections on rings after the warm-up, saw %d in the kernel",
-          count, slow);
+    TIMELY(!slow || !settings.need_rings, "expected %d connections on rings after the warm-up, saw %d in the kernel",
+           count, slow);
 }
 
 void duo_warm(const struct duo *d) { duo_warm_all(d, 1); }

@@ -41,12 +41,13 @@ CASE(poll_waits)
     int64_t start = now_ms();
     EQ(events_of(d.fd, POLLIN, 50), 0);
     int64_t took = now_ms() - start;
-    CHECK(took >= 49 && took < 4000, "expected to wait 50 ms, saw %lld", (long long)took);
+    CHECK(took >= 49, "expected to wait 50 ms, saw %lld", (long long)took);
+    TIMELY(took < 4000, "expected to wait 50 ms, saw %lld", (long long)took);
     p_start(&d, do_send_later, 60);
     start = now_ms();
     EQ(events_of(d.fd, POLLIN, -1), POLLIN);
     took = now_ms() - start;
-    CHECK(took >= 55, "expected to be woken after 60 ms, saw %lld", (long long)took);
+    TIMELY(took >= 55, "expected to be woken after 60 ms, saw %lld", (long long)took);
     p_finish(&d);
     WANT(d.fd, "late");
     p_start(&d, do_shutdown_later, 30);
@@ -249,7 +250,7 @@ CASE(select_leaves_the_time_left)
     struct timeval limit = {10, 0};
     p_start(&d, do_send_later, 50);
     EQ(select(d.fd + 1, &in, NULL, NULL, &limit), 1);
-    CHECK(limit.tv_sec == 9, "expected Linux to leave 9.9 s, saw %ld.%06ld", (long)limit.tv_sec, (long)limit.tv_usec);
+    TIMELY(limit.tv_sec == 9, "expected Linux to leave 9.9 s, saw %ld.%06ld", (long)limit.tv_sec, (long)limit.tv_usec);
     p_finish(&d);
     WANT(d.fd, "late");
 }

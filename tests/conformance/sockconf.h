@@ -99,6 +99,12 @@ void count_pair(bool on_rings);
         if (!(condition))                                                                      \
             fail(HERE, __VA_ARGS__);                                                           \
     } while (0)
+/*
+ * As CHECK, for an expectation that a busy machine may miss though every byte and every wake-up is right: how long
+ * something took, or what came first. The tests try a case again only when it failed in one of these.
+ */
+#define TIMELY(condition, ...) CHECK(condition, TIMING __VA_ARGS__)
+#define TIMING "timing: "
 /* The expression has this value. */
 #define EQ(expression, want)                                                                   \
     do {                                                                                       \

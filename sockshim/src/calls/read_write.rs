@@ -1,0 +1,168 @@
+//! `read`, `write` and their kin: the calls that any descriptor takes.
+
+use super::transfer::{IOV_MAX, one, receive, transmit};
+use crate::conn::{self, Kind};
+use crate::{real, sys};
+use libc::{c_int, c_void, iovec, off_t, size_t, ssize_t};
+
+/// # Safety
+/// As `read(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
+    // SAFETY: arguments pass through; a tracked fd's buffer is described by the local entry.
+    unsafe {
+        if conn::kind(fd) == Kind::Other || len == 0 {
+            return real::read(fd, buf, len);
+        }
+        if len > isize::MAX as usize
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
+        {
+            sys::set_errno(libc::EFAULT);
+            return -1;
+        }
+        receive(fd, &one(buf, len), 1, 0, &|| real::read(fd, buf, len))
+    }
+}
+
+/// # Safety
+/// As `write(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
+    // SAFETY: as in `read`.
+    unsafe {
+        if conn::kind(fd) == Kind::Other || len == 0 {
+            return real::write(fd, buf, len);
+        }
+        if len > isize::MAX as usize
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
+        {
+            sys::set_errno(libc::EFAULT);
+            return -1;
+        }
+        transmit(fd, &one(buf, len), 1, 0, &|| real::write(fd, buf, len))
+    }
+}
+
+/// # Safety
+/// As `readv(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn readv(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe {
+        if conn::kind(fd) == Kind::Other
+            || !(1..=IOV_MAX).contains(&count)
+            || sys::is_bad_pointer(iov.cast())
+        {
+            return real::readv(fd, iov, count);
+        }
+        receive(fd, iov, count as usize, 0, &|| real::readv(fd, iov, count))
+    }
+}
+
+/// # Safety
+/// As `writev(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe {
+        if conn::kind(fd) == Kind::Other
+            || !(1..=IOV_MAX).contains(&count)
+            || sys::is_bad_pointer(iov.cast())
+        {
+            return real::writev(fd, iov, count);
+        }
+        transmit(fd, iov, count as usize, 0, &|| real::writev(fd, iov, count))
+    }
+}
+
+/// # Safety
+/// As `preadv2(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn preadv2(
+    fd: c_int,
+    iov: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe {
+        let in_kernel = || real::preadv2(fd, iov, count, offset, flags);
+        if conn::kind(fd) == Kind::Other
+            || offset != -1
+            || !(1..=IOV_MAX).contains(&count)
+            || sys::is_bad_pointer(iov.cast())
+        {
+            return in_kernel();
+        }
+        if flags & !(libc::RWF_NOWAIT | libc::RWF_HIPRI) != 0 {
+            return in_kernel();
+        }
+        let flags = if flags & libc::RWF_NOWAIT != 0 {
+            libc::MSG_DONTWAIT
+        } else {
+            0
+        };
+        receive(fd, iov, count as usize, flags, &in_kernel)
+    }
+}
+
+/// # Safety
+/// As `pwritev2(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pwritev2(
+    fd: c_int,
+    iov: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe {
+        let in_kernel = || real::pwritev2(fd, iov, count, offset, flags);
+        if conn::kind(fd) == Kind::Other
+            || offset != -1
+            || !(1..=IOV_MAX).contains(&count)
+            || sys::is_bad_pointer(iov.cast())
+        {
+            return in_kernel();
+        }
+        if flags & !(libc::RWF_NOWAIT | libc::RWF_HIPRI) != 0 {
+            return in_kernel();
+        }
+        let flags = if flags & libc::RWF_NOWAIT != 0 {
+            libc::MSG_DONTWAIT
+        } else {
+            0
+        };
+        transmit(fd, iov, count as usize, flags, &in_kernel)
+    }
+}
+
+/// # Safety
+/// As `preadv2(2)`; the name that programs built for large files use.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn preadv64v2(
+    fd: c_int,
+    iov: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe { preadv2(fd, iov, count, offset, flags) }
+}
+
+/// # Safety
+/// As `pwritev2(2)`; the name that programs built for large files use.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pwritev64v2(
+    fd: c_int,
+    iov: *const iovec,
+    count: c_int,
+    offset: off_t,
+    flags: c_int,
+) -> ssize_t {
+    // SAFETY: arguments pass through.
+    unsafe { pwritev2(fd, iov, count, offset, flags) }
+}

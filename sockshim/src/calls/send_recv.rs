@@ -1,0 +1,253 @@
+//! `send`, `recv` and their kin: the calls that only sockets take, with flags, addresses, messages
+//! and the descriptors that messages pass.
+
+use super::transfer::{IOV_MAX, one, receive, transmit};
+use crate::conn::{self, Kind};
+use crate::poll::{self, nanoseconds_of};
+use crate::{demote, real, sys};
+use libc::{
+    c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
+};
+use rdsock_shm::reason::Reason;
+
+/// # Safety
+/// As `recv(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: as in `read`.
+    unsafe {
+        if conn::kind(fd) == Kind::Other {
+            return real::recv(fd, buf, len, flags);
+        }
+        receive(fd, &one(buf, len), 1, flags, &|| {
+            real::recv(fd, buf, len, flags)
+        })
+    }
+}
+
+/// # Safety
+/// As `send(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: as in `read`.
+    unsafe {
+        if conn::kind(fd) == Kind::Other {
+            return real::send(fd, buf, len, flags);
+        }
+        transmit(fd, &one(buf, len), 1, flags, &|| {
+            real::send(fd, buf, len, flags)
+        })
+    }
+}
+
+/// # Safety
+/// As `recvfrom(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recvfrom(
+    fd: c_int,
+    buf: *mut c_void,
+    len: size_t,
+    flags: c_int,
+    from: *mut sockaddr,
+    from_len: *mut socklen_t,
+) -> ssize_t {
+    // SAFETY: as in `read`.
+    unsafe {
+        if conn::kind(fd) == Kind::Other {
+            return real::recvfrom(fd, buf, len, flags, from, from_len);
+        }
+        let result = receive(fd, &one(buf, len), 1, flags, &|| {
+            real::recvfrom(fd, buf, len, flags, from, from_len)
+        });
+        // TCP names no sender.
+        if result >= 0
+            && !from.is_null()
+            && !from_len.is_null()
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
+        {
+            *from_len = 0;
+        }
+        result
+    }
+}
+
+/// # Safety
+/// As `sendto(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sendto(
+    fd: c_int,
+    buf: *const c_void,
+    len: size_t,
+    flags: c_int,
+    to: *const sockaddr,
+    to_len: socklen_t,
+) -> ssize_t {
+    // SAFETY: as in `read`.
+    unsafe {
+        if conn::kind(fd) == Kind::Other {
+            return real::sendto(fd, buf, len, flags, to, to_len);
+        }
+        transmit(fd, &one(buf, len), 1, flags, &|| {
+            real::sendto(fd, buf, len, flags, to, to_len)
+        })
+    }
+}
+
+/// # Safety
+/// As `recvmsg(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: arguments pass through; a header is only read when it is not null.
+    unsafe {
+        let in_kernel = || real::recvmsg(fd, msg, flags);
+        if conn::kind(fd) == Kind::Other {
+            let result = in_kernel();
+            if result >= 0 && (*msg).msg_controllen != 0 {
+                each_passed(msg, |fd| {
+                    conn::replace(fd, Kind::Other);
+                });
+            }
+            return result;
+        }
+        if sys::is_bad_pointer(msg.cast()) || (*msg).msg_iovlen > IOV_MAX as usize {
+            return in_kernel();
+        }
+        let result = receive(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
+        if result >= 0
+            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some_and(demote::is_on_rings))
+        {
+            let header = &mut *msg;
+            header.msg_namelen = 0;
+            header.msg_controllen = 0;
+            header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
+        }
+        result
+    }
+}
+
+/// # Safety
+/// As `sendmsg(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: arguments pass through; a header is only read when it is not null.
+    unsafe {
+        let in_kernel = || real::sendmsg(fd, msg, flags);
+        if conn::kind(fd) == Kind::Other {
+            if !msg.is_null() && (*msg).msg_controllen != 0 {
+                each_passed(msg, |passed| {
+                    if let Some(held) = conn::of(passed) {
+                        demote::abandon(&held, passed, Reason::Passed);
+                    }
+                });
+            }
+            return in_kernel();
+        }
+        if sys::is_bad_pointer(msg.cast()) || (*msg).msg_iovlen > IOV_MAX as usize {
+            return in_kernel();
+        }
+        if (*msg).msg_controllen != 0
+            && let Some(held) = conn::of(fd)
+        {
+            demote::leave(&held, fd, Reason::Call);
+        }
+        transmit(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel)
+    }
+}
+
+/// # Safety
+/// As `recvmmsg(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recvmmsg(
+    fd: c_int,
+    msgs: *mut mmsghdr,
+    count: c_uint,
+    flags: c_int,
+    limit: *mut timespec,
+) -> c_int {
+    // SAFETY: arguments pass through.
+    unsafe {
+        if conn::kind(fd) == Kind::Other || sys::is_bad_pointer(msgs.cast()) {
+            return real::recvmmsg(fd, msgs, count, flags, limit);
+        }
+        let mut flags = flags;
+        let end = match nanoseconds_of(limit) {
+            Ok(limit) => poll::Deadline::after(limit),
+            Err(()) => {
+                sys::set_errno(libc::EINVAL);
+                return -1;
+            }
+        };
+        for i in 0..count.min(1024) as usize {
+            let entry = &mut *msgs.add(i);
+            let got = recvmsg(fd, &mut entry.msg_hdr, flags & !libc::MSG_WAITFORONE);
+            if got < 0 || (got == 0 && i != 0) {
+                return if i == 0 { -1 } else { i as c_int };
+            }
+            entry.msg_len = got as c_uint;
+            if flags & libc::MSG_WAITFORONE != 0 {
+                flags |= libc::MSG_DONTWAIT;
+            }
+            if got == 0 || end.left() == Some(0) {
+                return i as c_int + 1;
+            }
+        }
+        count.min(1024) as c_int
+    }
+}
+
+/// # Safety
+/// As `sendmmsg(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sendmmsg(
+    fd: c_int,
+    msgs: *mut mmsghdr,
+    count: c_uint,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: arguments pass through.
+    unsafe {
+        if sys::is_bad_pointer(msgs.cast()) {
+            return real::sendmmsg(fd, msgs, count, flags);
+        }
+        if conn::kind(fd) == Kind::Other
+            && (0..count.min(1024) as usize).all(|i| (*msgs.add(i)).msg_hdr.msg_controllen == 0)
+        {
+            return real::sendmmsg(fd, msgs, count, flags);
+        }
+        for i in 0..count.min(1024) as usize {
+            let entry = &mut *msgs.add(i);
+            let sent = sendmsg(fd, &entry.msg_hdr, flags);
+            if sent < 0 {
+                return if i == 0 { -1 } else { i as c_int };
+            }
+            entry.msg_len = sent as c_uint;
+        }
+        count.min(1024) as c_int
+    }
+}
+
+/// Calls `found` with each fd that a message passes.
+///
+/// # Safety
+/// A valid message header.
+unsafe fn each_passed(msg: *const msghdr, mut found: impl FnMut(c_int)) {
+    // SAFETY: the caller vouches for the header; the macros stay inside its control part.
+    unsafe {
+        let mut item = libc::CMSG_FIRSTHDR(msg);
+        while !item.is_null() {
+            if (*item).cmsg_level == libc::SOL_SOCKET && (*item).cmsg_type == libc::SCM_RIGHTS {
+                let count =
+                    ((*item).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize) / 4;
+                for i in 0..count.min(253) {
+                    found(
+                        libc::CMSG_DATA(item)
+                            .cast::<c_int>()
+                            .add(i)
+                            .read_unaligned(),
+                    );
+                }
+            }
+            item = libc::CMSG_NXTHDR(msg, item);
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The life of a socket, from `socket` to `shutdown`: here it is seen that a TCP connection comes
+//! to be.
+
+use crate::conn::{self, Kind, born};
+use crate::{demote, process, real, sys, tenant};
+use libc::{c_int, sockaddr, socklen_t};
+use rdsock_shm::reason::Reason;
+use std::sync::atomic::Ordering::*;
+
+/// # Safety
+/// As `socket(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+    // SAFETY: arguments pass through.
+    let fd = unsafe { real::socket(domain, kind, protocol) };
+    if fd >= 0 && process::is_ready() {
+        let tcp = matches!(domain, libc::AF_INET | libc::AF_INET6)
+            && kind & 0xf == libc::SOCK_STREAM
+            && matches!(protocol, 0 | libc::IPPROTO_TCP);
+        if process::is_foreign() {
+            return fd;
+        }
+        if tcp {
+            conn::track(fd, born::NOT_YET);
+        } else if conn::kind(fd) != Kind::Other {
+            conn::replace(fd, Kind::Other);
+        }
+    }
+    fd
+}
+
+/// # Safety
+/// As `bind(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bind(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: arguments pass through: a port is the kernel's to give.
+    unsafe { real::bind(fd, address, len) }
+}
+
+/// # Safety
+/// As `listen(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
+    // SAFETY: arguments pass through.
+    let result = unsafe { real::listen(fd, backlog) };
+    if result == 0 && matches!(conn::kind(fd), Kind::Conn(_)) {
+        tenant::ensure();
+    }
+    result
+}
+
+/// # Safety
+/// As `connect(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    if !sys::is_bad_pointer(address.cast())
+        && len as usize >= size_of::<libc::sa_family_t>()
+        // SAFETY: an address of the length given, as the caller says.
+        && unsafe { (*address).sa_family } as c_int == libc::AF_UNSPEC
+        && matches!(conn::kind(fd), Kind::Conn(_))
+    {
+        return disconnect(fd, address, len);
+    }
+    let held = conn::of(fd);
+    if held.is_some() {
+        tenant::ensure();
+    }
+    // SAFETY: arguments pass through.
+    let result = unsafe { real::connect(fd, address, len) };
+    if let Some(held) = held {
+        let error = sys::errno();
+        if result == 0 || matches!(error, libc::EINPROGRESS | libc::EINTR) {
+            let _ = held
+                .conn
+                .born
+                .compare_exchange(born::NOT_YET, born::ACTIVE, AcqRel, Relaxed);
+        }
+        sys::set_errno(error);
+    }
+    result
+}
+
+/// `connect` to no address: the connection is reset, and the socket is as new.
+fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+    if let Some(held) = conn::of(fd)
+        && let Some(stream) = held.conn.stream()
+    {
+        stream.reset(fd, Reason::Call);
+    }
+    conn::replace(fd, Kind::Other);
+    // SAFETY: arguments pass through.
+    let result = unsafe { real::connect(fd, address, len) };
+    if let Some(index) = conn::track(fd, born::NOT_YET)
+        && let Some(conn) = conn::at(index)
+    {
+        conn.keep_on_kernel(index, Reason::Call);
+    }
+    result
+}
+
+/// # Safety
+/// As `accept(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+    // SAFETY: arguments pass through.
+    accepted(fd, unsafe { real::accept(fd, address, len) })
+}
+
+/// # Safety
+/// As `accept4(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn accept4(
+    fd: c_int,
+    address: *mut sockaddr,
+    len: *mut socklen_t,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: arguments pass through.
+    accepted(fd, unsafe { real::accept4(fd, address, len, flags) })
+}
+
+fn accepted(listener: c_int, fd: c_int) -> c_int {
+    if fd < 0 || !process::is_ready() || process::is_foreign() {
+        return fd;
+    }
+    let error = sys::errno();
+    if matches!(conn::kind(listener), Kind::Conn(_)) || process::is_tcp(fd) {
+        tenant::ensure();
+        conn::track(fd, born::PASSIVE);
+    } else if conn::kind(fd) != Kind::Other {
+        conn::replace(fd, Kind::Other);
+    }
+    sys::set_errno(error);
+    fd
+}
+
+/// # Safety
+/// As `shutdown(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
+    if let Some(held) = conn::of(fd) {
+        match demote::shutdown(&held, fd, how) {
+            Some(0) => return 0,
+            Some(error) => {
+                sys::set_errno(error);
+                return -1;
+            }
+            None => {}
+        }
+        if held.conn.stream().is_none() {
+            held.conn.keep_on_kernel(held.index, Reason::Call);
+        }
+    }
+    // SAFETY: arguments pass through.
+    unsafe { real::shutdown(fd, how) }
+}
+
+/// # Safety
+/// As `sockatmark(3)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
+    // Urgent data makes its sender leave the rings, so the kernel knows the mark, once what came on
+    // the ring before it has been read.
+    if let Some(held) = conn::of(fd)
+        && let Some(stream) = held.conn.stream()
+        && demote::is_on_rings(stream)
+    {
+        demote::settle_incoming(&held, stream, fd);
+        if stream.has_unread_ring() {
+            return 0;
+        }
+    }
+    // SAFETY: arguments pass through.
+    unsafe { real::sockatmark(fd) }
+}

@@ -1,0 +1,165 @@
+//! What the calls that move bytes have in common: on the stream when there is one, else in the
+//! kernel, and counted there, so that no stream is set up meanwhile.
+
+use crate::conn::{self, Use, phase};
+use crate::io::{self, Buffers, InKernel, Outcome};
+use crate::stream::Stream;
+use crate::{demote, sys, tenant};
+use libc::{c_int, c_void, iovec, size_t};
+use rdsock_shm::reason::Reason;
+use std::sync::atomic::Ordering::*;
+
+type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
+
+/// A call that moves bytes: on the stream when there is one, else in the kernel, counted in so that
+/// no stream is set up meanwhile.
+#[inline]
+pub(super) fn transfer(
+    fd: c_int,
+    receives: bool,
+    on_stream: StreamCall<'_>,
+    in_kernel: &dyn Fn() -> isize,
+) -> isize {
+    let Some(held) = conn::of(fd) else {
+        return in_kernel();
+    };
+    loop {
+        if let Some(stream) = held.conn.stream() {
+            return match on_stream(&held, stream) {
+                Outcome::Done(result) => sys::to_c(result),
+                Outcome::Kernel(counted) => {
+                    let result = in_kernel();
+                    if counted.is_some() {
+                        let error = sys::errno();
+                        if result < 0 && error == libc::EAGAIN {
+                            held.conn.wants_space.store(1, SeqCst);
+                        }
+                        drop(counted);
+                        io::after_kernel_send(&held, stream, fd);
+                        sys::set_errno(error);
+                    }
+                    result
+                }
+            };
+        }
+        let counted = InKernel::enter(if receives {
+            &held.conn.in_rx
+        } else {
+            &held.conn.in_tx
+        });
+        match held.conn.phase.load(SeqCst) {
+            phase::INSTALLING => {
+                drop(counted);
+                sys::sched_yield();
+            }
+            phase::MAPPED => {}
+            _ => {
+                let result = in_kernel();
+                drop(counted);
+                let error = sys::errno();
+                tenant::after_call(held.index, held.conn, fd, result);
+                sys::set_errno(error);
+                return result;
+            }
+        }
+    }
+}
+
+/// Flags of a receive that rings honour; with any other the kernel decides.
+const RECV_FLAGS: c_int = libc::MSG_PEEK
+    | libc::MSG_WAITALL
+    | libc::MSG_DONTWAIT
+    | libc::MSG_NOSIGNAL
+    | libc::MSG_TRUNC
+    | libc::MSG_CMSG_CLOEXEC;
+/// Flags of a send that rings honour.
+const SEND_FLAGS: c_int = libc::MSG_DONTWAIT
+    | libc::MSG_NOSIGNAL
+    | libc::MSG_MORE
+    | libc::MSG_EOR
+    | libc::MSG_CONFIRM
+    | libc::MSG_DONTROUTE;
+
+/// Flags that make a stream leave the rings, or that ask for something only the kernel has.
+fn leave_for_flags(fd: c_int, flags: c_int, known: c_int) {
+    if flags & !known != 0
+        && flags & libc::MSG_ERRQUEUE == 0
+        && let Some(held) = conn::of(fd)
+    {
+        let reason = if flags & libc::MSG_OOB != 0 {
+            Reason::Urgent
+        } else {
+            Reason::Call
+        };
+        demote::leave(&held, fd, reason);
+    }
+}
+
+/// # Safety
+/// `parts` points to `count` entries that describe the program's buffers.
+pub(super) unsafe fn receive(
+    fd: c_int,
+    parts: *const iovec,
+    count: usize,
+    flags: c_int,
+    in_kernel: &dyn Fn() -> isize,
+) -> isize {
+    if flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 {
+        return in_kernel();
+    }
+    if flags & !RECV_FLAGS != 0 {
+        leave_for_flags(fd, flags, RECV_FLAGS);
+    }
+    let on_stream = |held: &Use, stream: &Stream| -> isize {
+        // SAFETY: the caller vouches for the entries.
+        match unsafe { Buffers::new(parts, count, flags) } {
+            Ok(buffers) => match io::recv(held, stream, fd, &buffers, flags) {
+                Outcome::Done(result) => result,
+                Outcome::Kernel(_) => isize::MIN,
+            },
+            Err(error) => error,
+        }
+    };
+    transfer(
+        fd,
+        true,
+        &|held, stream| match on_stream(held, stream) {
+            isize::MIN => Outcome::Kernel(None),
+            result => Outcome::Done(result),
+        },
+        in_kernel,
+    )
+}
+
+/// # Safety
+/// As [`receive`].
+pub(super) unsafe fn transmit(
+    fd: c_int,
+    parts: *const iovec,
+    count: usize,
+    flags: c_int,
+    in_kernel: &dyn Fn() -> isize,
+) -> isize {
+    if flags & !SEND_FLAGS != 0 {
+        leave_for_flags(fd, flags, SEND_FLAGS);
+    }
+    transfer(
+        fd,
+        false,
+        // SAFETY: the caller vouches for the entries.
+        &|held, stream| match unsafe { Buffers::new(parts, count, flags) } {
+            Ok(buffers) => io::send(held, stream, fd, &buffers, flags),
+            Err(error) => Outcome::Done(error),
+        },
+        in_kernel,
+    )
+}
+
+pub(super) fn one(buf: *const c_void, len: size_t) -> iovec {
+    iovec {
+        iov_base: buf.cast_mut(),
+        iov_len: len.min(isize::MAX as usize),
+    }
+}
+
+pub(super) const IOV_MAX: c_int = 1024;

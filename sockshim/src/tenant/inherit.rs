@@ -1,0 +1,180 @@
+//! Connections that go over to another process, by fork or by exec: which must not be promoted
+//! meanwhile, and how the process that has them now learns what they are.
+
+use super::attach::{CONTROL, EPOCH, INHERITED, TRIED_AT, ensure};
+use super::hidden::close_hidden;
+use super::lock::{Guard, LOCK};
+use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
+use super::messages::{read_messages, receive_with, send_with};
+use super::requests::{blank, put};
+use crate::conn::{self, phase};
+use crate::{clock, sys};
+use libc::c_int;
+use rdsock_shm::control::{self, Lookup, Message, Request, kind, request};
+use rdsock_shm::lock::{self, Taken};
+use rdsock_shm::reason::{Reason, State};
+use std::sync::atomic::Ordering::*;
+
+/// Milliseconds that a program waits for the answer about an inherited connection.
+const LOOKUP_MS: i64 = 1000;
+
+/// Before fork: nothing of the tenant's may be half done. True when the lock was taken.
+pub fn before_fork() -> bool {
+    let Some(guard) = Guard::take() else {
+        return false;
+    };
+    note_shared(&guard);
+    conn::each(|_, conn| {
+        if let Some(stream) = conn.stream() {
+            stream.end().holders.fetch_add(1, AcqRel);
+        }
+    });
+    std::mem::forget(guard);
+    true
+}
+
+/// Before a program is spawned or executed: it may get any connection, so what is not promoted yet
+/// must be looked at again.
+pub fn before_exec() {
+    if let Some(guard) = Guard::take() {
+        note_shared(&guard);
+    }
+}
+
+fn note_shared(guard: &Guard) {
+    conn::each(|index, conn| {
+        conn.shared.store(1, Relaxed);
+        if conn.phase.load(Relaxed) != phase::ANNOUNCED {
+            return;
+        }
+        // An answer to an announcement of before the fork must not be followed: the child would
+        // not know.
+        // SAFETY: the lock is held.
+        if let Some(offer) = unsafe { conn.take_offer() } {
+            offer.close();
+        }
+        conn.generation.fetch_add(1, Relaxed);
+        conn.phase.store(phase::KERNEL, Relaxed);
+        conn.calls.store(1, Relaxed);
+        conn.tell(index, State::Kernel, Reason::Shared);
+        put(guard, &blank(request::CLOSED, index, conn));
+    });
+}
+
+/// After fork, in the parent. The child may not exist: then the counts of holders are one high,
+/// and the ends are only seen by the kernel's own end of file.
+pub fn after_fork_in_parent() {
+    lock::release(&LOCK, Taken::Outer);
+}
+
+/// After fork, in the child: a tenant of its own, when it first needs to be one.
+pub fn after_fork_in_child() {
+    LOCK.store(0, Relaxed);
+    let control = CONTROL.swap(-1, Relaxed);
+    let inherited = INHERITED.swap(-1, Relaxed);
+    let keep = if control >= 0 { control } else { inherited };
+    if inherited >= 0 && inherited != keep {
+        close_hidden(inherited);
+    }
+    INHERITED.store(keep, Relaxed);
+    for place in &MEMFDS {
+        let fd = place.swap(-1, Relaxed);
+        if fd >= 0 {
+            close_hidden(fd);
+        }
+    }
+    // The mappings are the parent's; they stay, since streams of the parent's may ring its bells.
+    MEMORY.store(std::ptr::null_mut(), Relaxed);
+    BOARD.store(std::ptr::null_mut(), Relaxed);
+    BELLS_IN_USE.store(0, Relaxed);
+    TRIED_AT.store(0, Relaxed);
+    let mut streams = false;
+    conn::each(|_, conn| {
+        conn.users.store(0, Relaxed);
+        conn.in_rx.store(0, Relaxed);
+        conn.in_tx.store(0, Relaxed);
+        streams |= conn.stream().is_some();
+    });
+    if streams {
+        hold_inherited();
+    }
+}
+
+/// Tells the daemon which streams this process has by inheritance.
+fn hold_inherited() {
+    ensure();
+    conn::each(|index, conn| {
+        if let Some(stream) = conn.stream() {
+            conn.tell(index, State::Rings, Reason::None);
+            // The control connection came from the parent's, so it is the same daemon.
+            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
+            if let Some(record) = record(index) {
+                record.stream_id.store(stream.id, Relaxed);
+            }
+            if let Some(guard) = Guard::take() {
+                put(
+                    &guard,
+                    &Request {
+                        stream_id: stream.id,
+                        active: stream.end_number(),
+                        ..blank(request::HOLDS, index, conn)
+                    },
+                );
+            }
+        }
+    });
+}
+
+/// Asks whether an inherited socket is a stream, and maps it if it is. Waits for the answer.
+pub fn look_up(index: usize, fd: c_int) {
+    ensure();
+    let Some(held) = conn::by_index(index) else {
+        return;
+    };
+    let Some(cookie) = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE) else {
+        return;
+    };
+    let control = CONTROL.load(Relaxed);
+    if control < 0 {
+        return;
+    }
+    held.conn.generation.fetch_add(1, Relaxed);
+    held.conn.cookie.store(cookie, Relaxed);
+    let generation = held.conn.generation.load(Relaxed);
+    held.conn.phase.store(phase::ANNOUNCED, Release);
+    let question = Lookup {
+        conn: index as u32,
+        generation,
+        cookie,
+        fd,
+        reserved: 0,
+    };
+    if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
+        let end = clock::nanoseconds() + LOOKUP_MS as u64 * 1_000_000;
+        while clock::nanoseconds() < end && held.conn.phase.load(Acquire) == phase::ANNOUNCED {
+            if sys::poll_one(control, libc::POLLIN, LOOKUP_MS) <= 0 {
+                break;
+            }
+            let mut bytes = [0_u8; 256];
+            let (got, copies) = receive_with(control, &mut bytes, libc::MSG_PEEK);
+            for fd in copies.into_iter().filter(|fd| *fd >= 0) {
+                sys::close(fd);
+            }
+            let not_found = got > 0
+                && bytes
+                    .get(..got as usize)
+                    .and_then(|bytes| control::parse(bytes).ok())
+                    .is_some_and(|(message, _)| message == kind::NOT_FOUND);
+            if let Some(guard) = Guard::take() {
+                read_messages(&guard);
+            }
+            if not_found {
+                break;
+            }
+        }
+    }
+    let _ = held
+        .conn
+        .phase
+        .compare_exchange(phase::ANNOUNCED, phase::KERNEL, AcqRel, Relaxed);
+}

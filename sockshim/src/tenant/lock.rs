@@ -1,0 +1,58 @@
+//! The tenant's lock: over its queue of requests, its control connection and the offers that wait.
+//! The first in the order of locks (see `epoll.rs`), but for those who give up soon. Never held while
+//! its holder waits for the daemon.
+
+use crate::{stream, sys};
+use rdsock_shm::lock::{self, Owner, Taken};
+use std::cell::UnsafeCell;
+use std::sync::atomic::AtomicU64;
+
+pub(super) static LOCK: AtomicU64 = AtomicU64::new(0);
+
+/// The tenant's lock. `None` when this thread holds it already, further up its stack: the caller
+/// gives up, which is always possible.
+pub(super) struct Guard;
+
+impl Guard {
+    pub(super) fn take() -> Option<Guard> {
+        Self::take_within(u32::MAX)
+    }
+
+    /// For one who may hold the lock of an epoll instance or of a half, for which the holder of
+    /// this one may wait: gives up after a while.
+    pub(super) fn take_soon() -> Option<Guard> {
+        Self::take_within(1 << 17)
+    }
+
+    fn take_within(most: u32) -> Option<Guard> {
+        let me = Owner::new(stream::pid(), sys::thread_pointer());
+        let mut turns = 0_u32;
+        loop {
+            match lock::try_take(&LOCK, me) {
+                Ok(Taken::Outer) => return Some(Guard),
+                Ok(Taken::Nested) => return None,
+                Err(_) => {
+                    turns = turns.wrapping_add(1);
+                    if turns == most && most != u32::MAX {
+                        return None;
+                    }
+                    if turns.is_multiple_of(64) {
+                        sys::sched_yield();
+                    }
+                    std::hint::spin_loop();
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        lock::release(&LOCK, Taken::Outer);
+    }
+}
+
+/// What is changed under the lock only (the path: by the constructor only).
+pub(super) struct Shared<T>(pub(super) UnsafeCell<T>);
+// SAFETY: used under LOCK only (the path: written by the constructor only).
+unsafe impl<T> Sync for Shared<T> {}

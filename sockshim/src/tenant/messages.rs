@@ -1,0 +1,180 @@
+//! Messages over the control connection: sent without waiting, and read when the daemon's count of
+//! them has moved.
+
+use super::attach::{CONTROL, detach, disable};
+use super::lock::Guard;
+use super::memory::memory;
+use super::offer::{Offer, follow};
+use crate::conn::{self, phase};
+use crate::sys;
+use libc::c_int;
+use rdsock_shm::control::{self, Message, Promote, Verdict, kind};
+use rdsock_shm::reason::{Reason, State};
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+pub(super) static SEEN: AtomicU64 = AtomicU64::new(0);
+
+pub(super) fn send_with(socket: c_int, message: &Message, fds: &[c_int]) -> isize {
+    let bytes = message.as_bytes();
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr() as *mut _,
+        iov_len: bytes.len(),
+    };
+    let mut room = [0_u64; 8];
+    // SAFETY: a header made of integers and pointers; zeroes are a value.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &mut part;
+    header.msg_iovlen = 1;
+    if !fds.is_empty() && fds.len() <= 3 {
+        header.msg_control = room.as_mut_ptr().cast();
+        // SAFETY: the room is aligned and large enough for three fds; the CMSG macros stay in it.
+        unsafe {
+            header.msg_controllen = libc::CMSG_SPACE(size_of_val(fds) as u32) as _;
+            let item = libc::CMSG_FIRSTHDR(&header);
+            (*item).cmsg_level = libc::SOL_SOCKET;
+            (*item).cmsg_type = libc::SCM_RIGHTS;
+            (*item).cmsg_len = libc::CMSG_LEN(size_of_val(fds) as u32) as _;
+            std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(item).cast(), fds.len());
+        }
+    }
+    // SAFETY: the header points to the locals above.
+    unsafe { sys::sendmsg(socket, &header, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
+}
+
+/// Reads what the daemon has sent, if it has sent something.
+#[inline]
+pub fn look() {
+    if let Some(memory) = memory()
+        && memory.header.messages.load(Relaxed) != SEEN.load(Relaxed)
+        && let Some(guard) = Guard::take()
+    {
+        read_messages(&guard);
+    }
+}
+
+#[cold]
+pub(super) fn read_messages(guard: &Guard) {
+    let Some(memory) = memory() else { return };
+    let control = CONTROL.load(Relaxed);
+    if control < 0 {
+        return;
+    }
+    SEEN.store(memory.header.messages.load(Acquire), Relaxed);
+    let mask = sys::block_signals();
+    loop {
+        let mut bytes = [0_u8; 256];
+        let (got, fds) = receive_with(control, &mut bytes, 0);
+        if got <= 0 {
+            if got == 0 || got == -(libc::ECONNRESET as isize) {
+                detach();
+            }
+            break;
+        }
+        let fds_of = |fds: [c_int; 3]| {
+            fds.into_iter().filter(|fd| *fd >= 0).for_each(|fd| {
+                sys::close(fd);
+            })
+        };
+        let Some((message, body)) = bytes
+            .get(..got as usize)
+            .and_then(|bytes| control::parse(bytes).ok())
+        else {
+            fds_of(fds);
+            continue;
+        };
+        match (
+            message,
+            control::from_bytes::<Promote>(body),
+            control::from_bytes::<Verdict>(body),
+        ) {
+            (kind::PROMOTE, Some(promote), _) if fds.iter().all(|fd| *fd >= 0) => {
+                follow(guard, Offer { promote, fds });
+                continue;
+            }
+            (kind::VERDICT, _, Some(verdict)) => take_verdict(&verdict),
+            (kind::REFUSED, ..) => {
+                disable();
+                sys::warn(
+                    "the daemon refused this program (see its log); connections stay on kernel TCP",
+                );
+            }
+            _ => {}
+        }
+        fds_of(fds);
+    }
+    sys::restore_signals(mask);
+}
+
+pub(super) fn receive_with(socket: c_int, bytes: &mut [u8], flags: c_int) -> (isize, [c_int; 3]) {
+    let mut fds = [-1; 3];
+    let mut part = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let mut room = [0_u64; 8];
+    // SAFETY: a header made of integers and pointers; zeroes are a value.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = room.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&room) as _;
+    // SAFETY: the header points to the locals above.
+    let got = unsafe {
+        sys::recvmsg(
+            socket,
+            &mut header,
+            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT | flags,
+        )
+    };
+    if got <= 0 {
+        return (got, fds);
+    }
+    // SAFETY: the kernel filled the room; the macros stay inside it.
+    unsafe {
+        let item = libc::CMSG_FIRSTHDR(&header);
+        if !item.is_null()
+            && (*item).cmsg_level == libc::SOL_SOCKET
+            && (*item).cmsg_type == libc::SCM_RIGHTS
+        {
+            let count = ((*item).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize) / 4;
+            for i in 0..count {
+                let fd = libc::CMSG_DATA(item)
+                    .cast::<c_int>()
+                    .add(i)
+                    .read_unaligned();
+                match fds.get_mut(i) {
+                    Some(place) => *place = fd,
+                    None => {
+                        sys::close(fd);
+                    }
+                }
+            }
+        }
+    }
+    (got, fds)
+}
+
+fn take_verdict(verdict: &Verdict) {
+    let (Some(held), Some(reason)) = (
+        conn::by_index(verdict.conn as usize),
+        Reason::from_code(verdict.reason),
+    ) else {
+        return;
+    };
+    let conn = held.conn;
+    if conn.generation.load(Relaxed) != verdict.generation {
+        return;
+    }
+    if reason == Reason::Shared {
+        // Asked again later: the other holder may be about to close.
+        if conn
+            .phase
+            .compare_exchange(phase::ANNOUNCED, phase::KERNEL, AcqRel, Relaxed)
+            .is_ok()
+        {
+            conn.tell(held.index, State::Kernel, reason);
+        }
+    } else if conn.phase.load(Relaxed) == phase::ANNOUNCED {
+        conn.tell(held.index, State::Announced, reason);
+    }
+}

@@ -1,0 +1,189 @@
+//! A stream that the daemon offers for a connection: mapped while no call on the connection is in
+//! the kernel, and declined when it can't be.
+
+use super::attach::EPOCH;
+use super::hidden::{close_hidden, hide};
+use super::lock::Guard;
+use super::memory::{count, record};
+use super::requests::{blank, put};
+use crate::conn::{self, Conn, phase};
+use crate::io::TcpInfo;
+use crate::stream::{self, Stream};
+use crate::sys;
+use libc::c_int;
+use rdsock_shm::control::{Promote, Request, request};
+use rdsock_shm::layout::{self, Counter};
+use rdsock_shm::reason::{Reason, State};
+use std::sync::atomic::Ordering::*;
+
+/// What the daemon offers for a connection: the fds of a stream's memory.
+#[derive(Debug)]
+pub struct Offer {
+    pub(super) promote: Promote,
+    pub(super) fds: [c_int; 3],
+}
+
+impl Offer {
+    pub(super) fn close(self) {
+        for fd in self.fds {
+            close_hidden(fd);
+        }
+    }
+}
+
+/// Maps an offered stream, or keeps the offer until the kernel calls under way have ended.
+pub(super) fn follow(guard: &Guard, offer: Offer) {
+    let Some(held) = conn::by_index(offer.promote.conn as usize) else {
+        offer.close();
+        return;
+    };
+    let mask = sys::block_signals();
+    follow_with_signals_blocked(guard, offer, &held);
+    sys::restore_signals(mask);
+}
+
+fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
+    let Promote {
+        generation,
+        stream_id,
+        ..
+    } = offer.promote;
+    let (index, conn) = (held.index, held.conn);
+    let declined = Request {
+        stream_id,
+        generation,
+        ..blank(request::DECLINED, index, conn)
+    };
+    if crate::epoll::declines(conn)
+        || conn.generation.load(Relaxed) != generation
+        || conn
+            .phase
+            .compare_exchange(phase::ANNOUNCED, phase::INSTALLING, SeqCst, Relaxed)
+            .is_err()
+    {
+        offer.close();
+        put(guard, &declined);
+        return;
+    }
+    if conn.in_rx.load(SeqCst) != 0 || conn.in_tx.load(SeqCst) != 0 {
+        conn.phase.store(phase::ANNOUNCED, SeqCst);
+        // SAFETY: the lock is held.
+        unsafe {
+            conn.set_offer(Offer {
+                fds: offer.fds.map(hide),
+                ..offer
+            })
+        };
+        return;
+    }
+    match install(conn, &offer.promote, offer.fds) {
+        Ok(stream) => {
+            // SAFETY: the phase is INSTALLING, set above.
+            unsafe { conn.set_stream(stream) };
+            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
+            conn.phase.store(phase::MAPPED, SeqCst);
+            conn.tell(index, State::Rings, Reason::None);
+            if let Some(record) = record(index) {
+                record.stream_id.store(stream_id, Relaxed);
+            }
+            count(Counter::Promoted);
+            put(
+                guard,
+                &Request {
+                    stream_id,
+                    generation,
+                    ..blank(request::MAPPED, index, conn)
+                },
+            );
+            crate::epoll::promoted(held);
+        }
+        Err(reason) => {
+            conn.phase.store(phase::NEVER, SeqCst);
+            conn.tell(index, State::Kernel, reason);
+            put(guard, &declined);
+        }
+    }
+    offer.close();
+}
+
+/// Maps a stream, and makes the receiving half ready: the other end may switch from then on.
+fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Reason> {
+    let fd = conn.fd.load(Relaxed);
+    let stream = Stream::map(
+        fds,
+        promote.ring_size,
+        promote.data_offset,
+        promote.end,
+        promote.stream_id,
+    )
+    .ok_or(Reason::NoMemory)?;
+    if stream.end().installed.load(Acquire) != 0 {
+        // Inherited over exec: everything stands in the end page.
+        stream.free_own_locks();
+        stream
+            .out()
+            .producer
+            .barriers
+            .store(stream::has_barriers(), Relaxed);
+        own_options(conn, fd);
+        return Ok(stream);
+    }
+    match make_ready(conn, &stream, fd) {
+        Some(()) => Ok(stream),
+        None => {
+            stream.unmap();
+            Err(Reason::NotQuiet)
+        }
+    }
+}
+
+/// Finds the position of the receiving half, and publishes that it is ready.
+fn make_ready(conn: &Conn, stream: &Stream, fd: c_int) -> Option<()> {
+    if TcpInfo::of(fd)?.state != TcpInfo::ESTABLISHED {
+        return None;
+    }
+    let position = settle(fd)?;
+    own_options(conn, fd);
+    let flags = sys::fcntl(fd, libc::F_GETFL, 0);
+    let nonblocking = flags & libc::O_NONBLOCK as isize != 0;
+    let end = stream.end();
+    end.installed.store(1, Release);
+    end.nonblock.store(u32::from(nonblocking), Relaxed);
+    stream.rx().tail.store(position, Relaxed);
+    stream.rx().phase.store(layout::phase::SWITCHING, Release);
+    // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
+    let incoming = stream.incoming();
+    incoming.bytes.want.fetch_or(layout::want::WAKE, SeqCst);
+    stream
+        .out()
+        .producer
+        .barriers
+        .store(stream::has_barriers(), Relaxed);
+    incoming.consumer.ready.store(1, Release);
+    Some(())
+}
+
+/// The receive position, read until it stands still for the length of two calls.
+fn settle(fd: c_int) -> Option<u64> {
+    for _ in 0..1000 {
+        let before = TcpInfo::of(fd)?.received;
+        let unread = sys::ioctl_int(fd, libc::FIONREAD)? as u64;
+        if TcpInfo::of(fd)?.received == before {
+            return before.checked_sub(unread);
+        }
+    }
+    None
+}
+
+/// The anchor sends single bytes from now on, which must leave at once.
+fn own_options(conn: &Conn, fd: c_int) {
+    let on = |name| {
+        sys::getsockopt::<c_int>(fd, libc::IPPROTO_TCP, name).is_some_and(|value| value != 0)
+    };
+    let options = u32::from(on(libc::TCP_NODELAY)) | u32::from(on(libc::TCP_CORK)) << 1;
+    conn.options.store(options, Relaxed);
+    if options & 2 != 0 {
+        sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CORK, &0_i32);
+    }
+    sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, &1_i32);
+}
