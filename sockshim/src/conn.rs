@@ -111,6 +111,8 @@ pub struct Conn {
     pub wants_space: AtomicU32,
     /// Receives that found bytes since this end last sent: see [`crate::wait::let_gather`].
     pub one_way: AtomicU32,
+    /// How long its receiver looks away to let bytes gather, in steps.
+    pub gather: AtomicU32,
     /// One of its fds.
     pub fd: AtomicI32,
     /// `SO_COOKIE`, once it was announced.
@@ -379,6 +381,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             &conn.options,
             &conn.wants_space,
             &conn.one_way,
+            &conn.gather,
         ] {
             word.store(0, Relaxed);
         }

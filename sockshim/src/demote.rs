@@ -16,7 +16,7 @@
 
 use crate::conn::{self, Use};
 use crate::stream::{RxGuard, Stream, TxGuard, WAKE_BYTE};
-use crate::{clock, real, sys};
+use crate::{clock, real, sys, wait};
 use libc::c_int;
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase, want};
 use rdsock_shm::reason::{Reason, State};
@@ -152,17 +152,13 @@ fn send_again(stream: &Stream, guard: &TxGuard<'_>, fd: c_int) {
     }
 }
 
-/// Milliseconds for which others that sleep on the anchor may look before the last wake byte is
-/// taken off it. It ends their sleep, too.
-const LAST_LOOK_MS: u64 = 100;
-
-/// The ring has been read to its end: takes the last wake bytes off the anchor. The lock is held
-/// for as long as others may take to look, which they do without it.
+/// The ring has been read to its end: takes the last wake bytes off the anchor. They end the sleep
+/// of others, who may look first, which they do without the lock.
 pub fn incoming_ended(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) {
     let start = clock::nanoseconds();
     while guard.outstanding() != 0
         && stream.rx().waiters.load(SeqCst) != 0
-        && clock::nanoseconds() - start < LAST_LOOK_MS * 1_000_000
+        && clock::nanoseconds() - start < u64::from(wait::PATIENCE_MS) * 1_000_000
     {
         sys::sched_yield();
     }

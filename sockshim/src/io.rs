@@ -415,7 +415,11 @@ pub fn recv<'a>(
         stream.rx().space_due.store(0, Relaxed);
         answer = true;
     }
-    if answer || stream.tx().phase.load(Relaxed) == phase::ANCHOR {
+    // On the anchor: an answer may have had to wait until this end's own direction can move.
+    if answer
+        || stream.tx().phase.load(Relaxed) == phase::ANCHOR
+            && stream.incoming().space.want.load(Relaxed) != 0
+    {
         after_kernel_send(held, stream, fd);
     }
     outcome
@@ -438,7 +442,7 @@ fn recv_all<'a>(
         }
         let guard = stream.lock_rx();
         let outcome = match stream.rx().phase.load(Acquire) {
-            phase::RING => take(stream, &guard, fd, to, flags, &mut done, answer),
+            phase::RING => take(held, stream, &guard, fd, to, flags, &mut done, answer),
             phase::SWITCHING => take_switching(stream, &guard, fd, to, flags, &mut done),
             phase::RESET if done != 0 => return Outcome::Done(done as isize),
             phase::RESET => {
@@ -498,7 +502,6 @@ fn recv_all<'a>(
                     continue;
                 }
             }
-            wait::let_gather(held.conn);
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
         let result = if wait::is_switching(stream) {
@@ -582,6 +585,7 @@ enum Took {
 #[inline]
 #[allow(clippy::too_many_arguments)]
 fn take(
+    held: &Use,
     stream: &Stream,
     guard: &RxGuard<'_>,
     fd: c_int,
@@ -598,7 +602,7 @@ fn take(
         .load(Relaxed)
         .wrapping_sub(stream.rx().tail.load(Relaxed));
     let enough = cached >= (to.total - *done) as u64;
-    let available = match if enough {
+    let mut available = match if enough {
         receiver.available()
     } else {
         receiver.available_now()
@@ -611,6 +615,12 @@ fn take(
         }
     };
     if available.len < (to.total - *done) as u64 {
+        wait::let_gather(held.conn, available.len, || {
+            if let Ok(Some(now)) = receiver.available_now() {
+                available = now;
+            }
+            available.len
+        });
         let whole = libc::MSG_PEEK | libc::MSG_WAITALL;
         if flags & whole == whole
             && flags & libc::MSG_DONTWAIT == 0

@@ -1,6 +1,6 @@
 //! A mapped stream, as one end sees it: its halves, their locks, and how the other end is woken.
 
-use crate::sys;
+use crate::{conn, sys};
 use libc::c_int;
 use rdsock_shm::bell::{self, Place};
 use rdsock_shm::layout::{
@@ -189,7 +189,7 @@ impl Stream {
     /// Takes the sending half.
     #[inline]
     pub fn lock_tx(&self, fd: c_int) -> TxGuard<'_> {
-        let (taken, recovered) = take(&self.tx().lock);
+        let (taken, recovered) = self.take(&self.tx().lock);
         let sender = Sender::new(
             self.tx(),
             self.out(),
@@ -210,7 +210,7 @@ impl Stream {
     /// Takes the receiving half.
     #[inline]
     pub fn lock_rx(&self) -> RxGuard<'_> {
-        let (taken, _) = take(&self.rx().lock);
+        let (taken, _) = self.take(&self.rx().lock);
         let receiver = Receiver::new(
             self.rx(),
             self.incoming(),
@@ -221,6 +221,23 @@ impl Stream {
             stream: self,
             receiver,
             taken,
+        }
+    }
+
+    /// Takes a half's lock, whoever has it. True when it was taken from a dead process.
+    #[inline]
+    fn take(&self, word: &AtomicU64) -> (Taken, bool) {
+        let me = me();
+        // A fork counts the child among the holders before there is one.
+        let alone = conn::is_single_threaded() && self.end().holders.load(Relaxed) == 1;
+        let tried = if alone {
+            lock::try_take_alone(word, me)
+        } else {
+            lock::try_take(word, me)
+        };
+        match tried {
+            Ok(taken) => (taken, false),
+            Err(_) => take_slowly(word, me),
         }
     }
 
@@ -367,16 +384,6 @@ impl Stream {
     /// True once the stream was reset.
     pub fn is_reset(&self) -> bool {
         self.rx().phase.load(Acquire) == phase::RESET
-    }
-}
-
-/// Takes a half's lock, whoever has it. True when it was taken from a dead process.
-#[inline]
-fn take(word: &AtomicU64) -> (Taken, bool) {
-    let me = me();
-    match lock::try_take(word, me) {
-        Ok(taken) => (taken, false),
-        Err(_) => take_slowly(word, me),
     }
 }
 

@@ -104,12 +104,16 @@ pub fn sendable(stream: &Stream, enough: u64) -> bool {
         || stream.tx().phase.load(Relaxed) != phase::RING
 }
 
+/// Milliseconds in which whoever was woken has looked.
+pub const PATIENCE_MS: u32 = 100;
+
 /// A sleeper on a stream's anchor, for bytes or for space.
 ///
 /// All of an end's sleepers sleep on one fd, and a wake byte ends the sleep of each of them, as long
 /// as it lies there. Whoever is counted was so before the bytes that are there now came, or is
 /// about to look, and stays counted until it has looked. So only one that finds nobody counted
-/// takes them off; one that finds both others and bytes gives way, until those have looked.
+/// takes them off; one that finds both others and bytes gives way, until those have looked. Those
+/// that do not were killed, cancelled or stopped in their sleep.
 #[derive(Debug)]
 pub struct Sleeper<'a> {
     stream: &'a Stream,
@@ -123,7 +127,18 @@ impl<'a> Sleeper<'a> {
         guard.drain(fd);
         let others = stream.rx().waiters.fetch_add(1, SeqCst);
         let sleeper = Sleeper { stream };
-        (others == 0 || guard.outstanding() == 0).then_some(sleeper)
+        if others == 0 || guard.outstanding() == 0 {
+            return Some(sleeper);
+        }
+        if !have_had_time(stream) {
+            return None;
+        }
+        stream.rx().waiters.store(1, SeqCst);
+        // For one that is only stopped.
+        stream.ask_for_bytes(want::WAKE);
+        wake::ask(&stream.out().space.want, want::WAKE);
+        guard.drain_all(fd);
+        Some(sleeper)
     }
 
     /// The sleeper that was counted in and forgotten.
@@ -132,15 +147,24 @@ impl<'a> Sleeper<'a> {
     }
 }
 
-/// Lets others run, who are awake and about to look. Those that were stopped or cancelled in their
-/// sleep never do: so this does not take all of a core.
-pub fn give_way() {
-    static TURNS: AtomicU32 = AtomicU32::new(0);
-    if TURNS.fetch_add(1, Relaxed) % 64 == 63 {
-        sys::poll_one(-1, 0, 1);
-    } else {
-        sys::sched_yield();
+/// True when the wake bytes that are on the anchor have been there for long, so that everybody who
+/// was asleep and is alive has looked.
+fn have_had_time(stream: &Stream) -> bool {
+    let rx = stream.rx();
+    let now = (clock::nanoseconds() / 1_000_000) as u32;
+    let noted = rx.gave_way.load(Relaxed);
+    let drained = rx.drained.load(Relaxed);
+    if noted as u32 != drained || noted == 0 {
+        rx.gave_way
+            .store(u64::from(now) << 32 | u64::from(drained), Relaxed);
+        return false;
     }
+    now.wrapping_sub((noted >> 32) as u32) > PATIENCE_MS
+}
+
+/// Lets others run, who are awake and about to look.
+pub fn give_way() {
+    sys::sched_yield();
 }
 
 impl Drop for Sleeper<'_> {
@@ -304,19 +328,33 @@ fn finish(held: &Use, stream: &Stream, fd: c_int, result: isize) -> Result<(), i
 /// Receives in a row, without a send between them, after which a connection is taken for a stream
 /// of messages in one direction.
 const ONE_WAY_AFTER: u32 = 64;
-/// Pauses between two looks at the ring of such a connection.
-const GATHER_PAUSES: u32 = 16;
+/// Steps of looking away, at most; each is so many pauses, some hundred nanoseconds.
+const GATHER_STEPS: u32 = 6;
+const GATHER_PAUSES: u32 = 6;
+/// Of the receives of a stream for which looking away does not pay, one in so many tries it again.
+const GATHER_PROBE: u32 = 64;
+/// Bytes that are enough without.
+const GATHERED: u64 = 4096;
 
 /// On a stream of messages in one direction, a receiver that looks all the time takes the
-/// producer's cache lines away for each single message. It looks away for a moment, so that several
-/// come at once: less than a microsecond, and never where a request waits for its reply.
+/// producer's cache lines away for each single message. So it looks away for a moment when it has
+/// found few bytes, as long as more come meanwhile: for a microsecond at most, and never where a
+/// request waits for its reply. `found` bytes are there; `look` says how many are there now.
 #[inline]
-pub fn let_gather(conn: &Conn) {
-    if conn.one_way.load(Relaxed) > ONE_WAY_AFTER {
-        for _ in 0..GATHER_PAUSES {
-            std::hint::spin_loop();
-        }
+pub fn let_gather(conn: &Conn, found: u64, look: impl FnOnce() -> u64) {
+    let calls = conn.one_way.load(Relaxed);
+    if calls < ONE_WAY_AFTER || found >= GATHERED {
+        return;
     }
+    let steps = conn.gather.load(Relaxed).min(GATHER_STEPS);
+    if steps == 0 && !calls.is_multiple_of(GATHER_PROBE) {
+        return;
+    }
+    for _ in 0..steps.max(1) * GATHER_PAUSES {
+        std::hint::spin_loop();
+    }
+    conn.gather
+        .store(if look() > found { steps + 1 } else { 0 }, Relaxed);
 }
 
 /// Spins for bytes on behalf of a connection.

@@ -199,6 +199,9 @@ pub struct RxState {
     pub waiters: AtomicU32,
     /// 1 when the producer, which may wait for space, is still to be told of some.
     pub space_due: AtomicU32,
+    /// When a would-be sleeper first gave way to those counted in `waiters`: in milliseconds (upper
+    /// half), and `drained` at that time.
+    pub gave_way: AtomicU64,
 }
 
 /// Where the bytes of a direction travel, in [`TxState::phase`] and [`RxState::phase`].

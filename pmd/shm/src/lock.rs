@@ -7,6 +7,7 @@
 //! ([`Taken::Nested`]): every critical section is written so that a nested one may run at any of
 //! its instructions (see [`crate::ring`]).
 
+use crate::ring::swap_if;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Who may own a lock: a thread of a process.
@@ -43,6 +44,17 @@ pub fn try_take(lock: &AtomicU64, me: Owner) -> Result<Taken, u64> {
         Err(owner) if owner == me.0 => Ok(Taken::Nested),
         Err(owner) => Err(owner),
     }
+}
+
+/// As [`try_take`], for a caller whose process has one thread and alone holds the end: only a signal
+/// handler can come between. A locked instruction would wait until all earlier stores have reached
+/// the cache, which those to the ring take long to do.
+#[inline]
+pub fn try_take_alone(lock: &AtomicU64, me: Owner) -> Result<Taken, u64> {
+    if swap_if(lock, 0, me.0) {
+        return Ok(Taken::Outer);
+    }
+    try_take(lock, me)
 }
 
 /// Takes the lock for `me` from `dead`, a process that has ended. True when it worked.

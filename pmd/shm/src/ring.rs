@@ -31,6 +31,10 @@ pub const REWIND_AFTER: u64 = if cfg!(loom) { 4 } else { 4096 };
 /// stream of long ones gains nothing from few lines.
 const REWIND_BELOW: u64 = if cfg!(loom) { 2 } else { 64 };
 
+/// Bytes ahead of those that are written now, of which a sender asks for the line: it was last in
+/// the consumer's cache, and the sender's next locked instruction would wait until it has come.
+const PREFETCH_AHEAD: u64 = 256;
+
 /// A consumer looks for a waiting producer each time it has crossed this fraction of the ring.
 const SPACE_CHECKS_PER_RING: u64 = 8;
 
@@ -136,6 +140,20 @@ impl RingMemory {
         }
     }
 
+    /// Asks for the line at `offset`, to be written soon.
+    #[inline(always)]
+    fn prefetch_for_write(self, offset: u64) {
+        #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+        // SAFETY: a hint, for a line of the ring.
+        unsafe {
+            let line = self.start.add((offset & self.mask) as usize);
+            std::arch::asm!("prefetchw [{line}]", line = in(reg) line,
+                options(nostack, preserves_flags, readonly));
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
+        let _ = offset;
+    }
+
     /// A contiguous piece at `offset`, for system calls that read or write the ring directly.
     #[cfg(not(loom))]
     fn piece(self, offset: u64, len: u64) -> (*mut u8, usize) {
@@ -148,7 +166,7 @@ impl RingMemory {
 /// Compare-and-swap against code that runs nested on this very thread: on x86-64 an instruction
 /// without a bus lock does, since other threads are kept away by the half's lock.
 #[inline]
-fn swap_if(word: &AtomicU64, old: u64, new: u64) -> bool {
+pub(crate) fn swap_if(word: &AtomicU64, old: u64, new: u64) -> bool {
     #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
     {
         let equal: u8;
@@ -253,7 +271,11 @@ impl<'a> Sender<'a> {
             }
             let mut tail = self.own.seen_tail.load(Ordering::Relaxed);
             let used = head.wrapping_sub(self.own.origin.load(Ordering::Relaxed));
-            if used >= REWIND_AFTER && !self.nested && len < size / REWIND_BELOW {
+            if used >= REWIND_AFTER
+                && used % REWIND_AFTER < len
+                && !self.nested
+                && len < size / REWIND_BELOW
+            {
                 tail = self.refresh(head)?;
                 if tail == head && swap_if(&self.own.head, head, head | REWINDING) {
                     self.finish_rewind(head | REWINDING);
@@ -270,6 +292,12 @@ impl<'a> Sender<'a> {
                 return Ok(None);
             }
             if swap_if(&self.own.head, head, head + len) {
+                if space - len > 2 * PREFETCH_AHEAD {
+                    self.ring.prefetch_for_write(
+                        head.wrapping_add(len + PREFETCH_AHEAD)
+                            .wrapping_sub(self.own.origin.load(Ordering::Relaxed)),
+                    );
+                }
                 return Ok(Some(Reserved { at: head, len }));
             }
         }

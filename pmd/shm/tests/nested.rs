@@ -50,7 +50,7 @@ impl Stream {
 
     /// As the shim sends: the guard publishes what a nested sender left behind.
     fn send(&self, bytes: &[u8]) -> bool {
-        let Ok(taken) = lock::try_take(&self.tx.lock, ME) else {
+        let Ok(taken) = lock::try_take_alone(&self.tx.lock, ME) else {
             return false;
         };
         let sender = self.sender(taken == Taken::Nested);
@@ -79,7 +79,7 @@ impl Stream {
             lock::release(lock, Taken::Outer);
             // Once the lock is free, a handler publishes itself; what one did before shows here.
             // Whoever has taken the lock meanwhile publishes it.
-            if !is_behind() || lock::try_take(lock, ME) != Ok(Taken::Outer) {
+            if !is_behind() || lock::try_take_alone(lock, ME) != Ok(Taken::Outer) {
                 return;
             }
         }
@@ -87,7 +87,7 @@ impl Stream {
 
     /// As the shim receives: again from the start when a nested receiver took the bytes.
     fn receive(&self, bytes: &mut [u8]) -> usize {
-        let Ok(taken) = lock::try_take(&self.rx.lock, ME) else {
+        let Ok(taken) = lock::try_take_alone(&self.rx.lock, ME) else {
             return 0;
         };
         let receiver = self.receiver(taken == Taken::Nested);

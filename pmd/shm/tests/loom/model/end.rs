@@ -1,5 +1,5 @@
 //! One end of a stream, with the steps of the shim's `stream.rs`, `wait.rs`, `io.rs`, `demote.rs`
-//! and `tenant.rs`. What the shim answers with a reset is a panic here: two honest ends never
+//! and `tenant/offer.rs`. What the shim answers with a reset is a panic here: two honest ends never
 //! reset each other, but in `abandon`, which tells its caller.
 //!
 //! Where the shim does more: it gives a stopped sleeper a limited time to look before it takes the
@@ -273,7 +273,7 @@ impl End {
         }
     }
 
-    // tenant.rs: the start.
+    // tenant/offer.rs: the start.
 
     /// `tenant::install`: the connection's kernel calls have ended, so the position stands still
     /// but for what arrives.
