@@ -221,6 +221,8 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 static HIGH_FD: AtomicI32 = AtomicI32::new(0);
 /// One more than the highest connection number ever used.
 static HIGH: AtomicU32 = AtomicU32::new(0);
+/// 1 when no connection is tracked any more.
+static FORGOTTEN: AtomicU32 = AtomicU32::new(0);
 static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Reserves the tables. Without them (no address space) every fd is the kernel's.
@@ -355,6 +357,9 @@ pub fn by_index(index: usize) -> Option<Use> {
 /// Tracks a new TCP socket. Nothing is done when the pool is full: it stays the kernel's.
 pub fn track(fd: c_int, born: u32) -> Option<usize> {
     entry(fd)?;
+    if FORGOTTEN.load(Relaxed) != 0 {
+        return None;
+    }
     let start = NEXT.load(Relaxed) as usize;
     for step in 0..CONNS {
         let index = (start + step) % CONNS;
@@ -400,6 +405,16 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
 pub fn replace(fd: c_int, kind: Kind) {
     let old = set_kind(fd, kind);
     let_go(fd, old);
+}
+
+/// Forgets which fds are connections: the kernel has them all, for as long as the process runs.
+pub fn forget_all() {
+    FORGOTTEN.store(1, Relaxed);
+    for fd in 0..high_fd() {
+        if matches!(kind(fd), Kind::Conn(_)) {
+            set_kind(fd, Kind::Other);
+        }
+    }
 }
 
 /// Another fd for the same connection.

@@ -1,8 +1,37 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
-use crate::{calls, demote, options, process, real, tenant};
+use crate::{calls, conn, demote, options, process, real, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
+
+/// Operations of `seccomp(2)`, from linux/seccomp.h.
+const SECCOMP_SET_MODE_STRICT: c_ulong = 0;
+const SECCOMP_SET_MODE_FILTER: c_ulong = 1;
+
+/// A filter may forbid any call that the shim makes, at the price of the program's life: the kernel
+/// has every connection from here on, and the shim does nothing any more.
+fn before_sandbox() {
+    demote::abandon_all(Reason::Sandbox);
+    tenant::disable();
+    conn::forget_all();
+}
+
+/// # Safety
+/// As `prctl(2)`: its arguments come in registers, as in C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn prctl(
+    option: c_int,
+    a: c_ulong,
+    b: c_ulong,
+    c: c_ulong,
+    d: c_ulong,
+) -> c_int {
+    if option == libc::PR_SET_SECCOMP {
+        before_sandbox();
+    }
+    // SAFETY: as the caller says.
+    unsafe { real::prctl(option, a, b, c, d) }
+}
 
 /// # Safety
 /// As `syscall(2)`: its arguments come in registers (and the last on the stack), as in C.
@@ -73,6 +102,13 @@ pub unsafe extern "C" fn syscall(
                 // What a ring of the kernel's does to a connection, the shim does not see.
                 demote::abandon_all(Reason::IoUring);
                 tenant::disable();
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_prctl => prctl(a as _, b, c, d, e) as _,
+            libc::SYS_seccomp => {
+                if a == SECCOMP_SET_MODE_STRICT || a == SECCOMP_SET_MODE_FILTER {
+                    before_sandbox();
+                }
                 real::syscall(number, a, b, c, d, e, f)
             }
             _ => real::syscall(number, a, b, c, d, e, f),

@@ -97,6 +97,8 @@ coded! {
         Call = 25, "a call that rings do not carry was used";
         /// The other end broke the stream, or closed it with unread bytes.
         PeerReset = 26, "the other end broke the stream";
+        /// A seccomp filter is in force.
+        Sandbox = 27, "the program has put itself into a sandbox (seccomp), which may forbid what rings need";
     }
 }
 
