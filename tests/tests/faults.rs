@@ -516,14 +516,38 @@ fn the_limit_of_streams_is_kept_and_told() {
     assert!(client.finish(LIMIT).contains("done 8"));
 }
 
+/// KiB of a process's mappings of this name that are in memory.
+fn resident(pid: u32, name: &str) -> u64 {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut named = false;
+    let mut sum = 0;
+    for line in maps.lines() {
+        if let Some(kib) = line.strip_prefix("Rss:") {
+            let kib = kib.trim().trim_end_matches(" kB");
+            sum += if named { kib.parse().unwrap() } else { 0 };
+        } else if line.split_whitespace().count() >= 5 && !line.contains("kB") {
+            named = line.contains(name);
+        }
+    }
+    sum
+}
+
 #[test]
-fn idle_connections_use_no_processor() {
-    let mut ground = Ground::new("");
+fn idle_connections_use_no_processor_and_little_memory() {
+    // In huge pages a stream has its rings whole.
+    let mut ground = Ground::new("huge_pages = \"never\"\n");
     let (server, port) = ground.serve();
     let mut client = ground.pump(&format!("hold {port} 100 5")).start();
     client.wait_for_output("held", LIMIT);
     ground.wait_for_rings(&client, 100);
     std::thread::sleep(Duration::from_millis(500));
+    let of_ends = [client.pid(), server.pid()].map(|pid| resident(pid, "/memfd:rdsock-end"));
+    let of_streams = resident(client.pid(), "/memfd:rdsock-stream");
+    let each = (of_ends.iter().sum::<u64>() + of_streams) as f64 / 100.0;
+    assert!(
+        (8.0..=16.0).contains(&each),
+        "{each} KiB for each connection: ends {of_ends:?}, streams {of_streams}"
+    );
     let pids = [client.pid(), server.pid(), ground.daemon.running().pid()];
     let before = pids.map(program::cpu_seconds);
     std::thread::sleep(Duration::from_secs(2));

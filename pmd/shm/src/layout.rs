@@ -380,9 +380,10 @@ pub struct BellBoard {
     pub bells: [Bell; BELLS],
 }
 
-/// Offset of the first ring in a stream's memory of ordinary pages; with huge pages the rings
-/// follow directly, too, since all of it is one mapping.
-pub const DATA_OFFSET: u64 = 4096;
+/// Offset of the first ring in a stream's memory: behind the header, in its page. A stream of small
+/// messages stays in the first [`crate::ring::REWIND_AFTER`] bytes of each ring, so an idle one has
+/// two pages here and two end pages.
+pub const DATA_OFFSET: u64 = 2048;
 
 /// Bytes of a stream's memory with rings of `ring_size` bytes, before rounding to huge pages.
 pub const fn stream_bytes(ring_size: u64) -> u64 {

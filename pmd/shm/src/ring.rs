@@ -2,7 +2,7 @@
 //!
 //! Positions are 64-bit and count the bytes of the direction from the connection's birth; position
 //! `p` lies at offset `(p - origin) mod size`. The producer moves `origin` to its position when the
-//! ring is empty and a few pages of it were used, so a request-reply stream stays in a few lines of
+//! ring is empty and half a page of it was used, so a request-reply stream stays in a few lines of
 //! cache, while a stream that keeps its ring full uses all of it.
 //!
 //! Each half-type is used under its half's lock ([`crate::lock`]). A signal handler may run the
@@ -25,7 +25,7 @@ pub struct Violation;
 const REWINDING: u64 = 1 << 63;
 
 /// Bytes after which a sender looks whether the ring is empty, to start at offset 0 again.
-pub const REWIND_AFTER: u64 = if cfg!(loom) { 4 } else { 4096 };
+pub const REWIND_AFTER: u64 = if cfg!(loom) { 4 } else { 2048 };
 
 /// A sender starts again only for a message that is shorter than this fraction of the ring: a
 /// stream of long ones gains nothing from few lines.
