@@ -1,6 +1,6 @@
 //! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
 //!
-//! `calls` holds the functions that programs call, thin wrappers all; `io.rs`, `poll.rs` and
+//! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
 //! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes; `demote.rs` goes back to the
 //! kernel; `tenant` talks to the daemon; `process.rs` follows fork and exec. The shim never
 //! panics, never allocates from the heap, never takes a lock that it would hold while it sleeps,

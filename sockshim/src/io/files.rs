@@ -1,0 +1,200 @@
+//! From files and pipes onto a stream, and from a stream into a pipe.
+
+use super::send::{Way, way_out};
+use super::*;
+use crate::conn::Use;
+use crate::{demote, wait};
+use rdsock_shm::layout::{phase, want};
+use rdsock_shm::reason::Reason;
+use rdsock_shm::wake;
+
+/// `sendfile` onto a stream: the file is read straight into the ring. `offset` is where to read,
+/// and is moved; without one the file's own position is used.
+pub fn send_file<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    file: c_int,
+    mut offset: Option<&mut i64>,
+    count: usize,
+) -> Outcome<'a> {
+    let mut done = 0_usize;
+    let count = count.min(MOST);
+    loop {
+        let guard = stream.lock_tx(fd);
+        match way_out(held, stream, &guard, fd) {
+            Way::Ring => {}
+            Way::Kernel(_) if done != 0 => return Outcome::Done(done as isize),
+            Way::Kernel(counted) => return Outcome::Kernel(counted),
+            Way::Error(_) if done != 0 => return Outcome::Done(done as isize),
+            Way::Error(error) => {
+                drop(guard);
+                return Outcome::Done(if error == PIPE { broken_pipe(0) } else { error });
+            }
+        }
+        let (mut full, mut stop) = (false, None);
+        while done < count && stop.is_none() && stream.tx().phase.load(Relaxed) == phase::RING {
+            let space = match guard.sender.reserve(((count - done) as u64).min(CHUNK * 4)) {
+                Ok(Some(space)) => space,
+                Ok(None) => {
+                    full = true;
+                    break;
+                }
+                Err(_) => {
+                    stream.reset(fd, Reason::Violation);
+                    return Outcome::Done(if done == 0 { BROKEN } else { done as isize });
+                }
+            };
+            let (at, len) = guard.sender.piece(space);
+            // SAFETY: the piece is reserved space of the ring.
+            let got = unsafe { sys::pread(file, at, len, offset.as_ref().map(|at| **at)) };
+            let used = got.max(0) as u64;
+            if used != space.len && !guard.sender.give_back(space, used) {
+                // Only a handler that sent in the middle of this brings us here: its bytes lie
+                // behind a gap that cannot be closed.
+                stream.reset(fd, Reason::Call);
+                return Outcome::Done(BROKEN);
+            }
+            if let Some(offset) = offset.as_deref_mut() {
+                *offset += used as i64;
+            }
+            done += used as usize;
+            if got <= 0 {
+                stop = Some(got);
+            }
+            guard.sender.publish();
+            if wake::asked(&stream.out().bytes) != 0 {
+                demote::after_answer(
+                    held,
+                    stream,
+                    &guard,
+                    fd,
+                    stream.answer(fd, &stream.out().bytes),
+                );
+            }
+        }
+        let wants = stream.out().bytes.want.load(Acquire);
+        if full && wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
+            demote::after_answer(held, stream, &guard, fd, wants);
+        }
+        drop(guard);
+        match stop {
+            Some(error) if error < 0 && done == 0 => return Outcome::Done(error),
+            Some(_) => return Outcome::Done(done as isize),
+            None if done == count => return Outcome::Done(done as isize),
+            None => {}
+        }
+        if !full || peer_has_gone(held, stream, fd) {
+            continue;
+        }
+        if is_nonblocking(stream, 0) {
+            // Said before the last look, so that space which comes now is an edge.
+            held.conn.wants_space.store(1, SeqCst);
+            if wait::sendable(stream, stream.ring_size() / 3) {
+                continue;
+            }
+            return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
+        }
+        if !wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1))
+            && let Err(error) = wait::for_space(held, stream, fd)
+        {
+            return Outcome::Done(if done == 0 { error } else { done as isize });
+        }
+    }
+}
+
+/// `splice` from a pipe onto a stream: what the pipe holds now is read straight into the ring.
+pub fn splice_in<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    pipe: c_int,
+    len: usize,
+    wait: bool,
+) -> Outcome<'a> {
+    if stream.tx().phase.load(Acquire) != phase::RING {
+        match send_file(held, stream, fd, pipe, None, 0) {
+            Outcome::Done(0) => {}
+            other => return other,
+        }
+    }
+    loop {
+        match sys::ioctl_int(pipe, libc::FIONREAD) {
+            None => return Outcome::Done(-(libc::EINVAL as isize)),
+            Some(0) => {}
+            Some(ready) => return send_file(held, stream, fd, pipe, None, len.min(ready as usize)),
+        }
+        let nonblocking =
+            !wait || sys::fcntl(pipe, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0;
+        let seen = sys::poll_one(pipe, libc::POLLIN, if nonblocking { 0 } else { 1000 });
+        if seen < 0 {
+            return Outcome::Done(seen);
+        }
+        let readable = sys::ioctl_int(pipe, libc::FIONREAD) != Some(0);
+        if seen & libc::POLLHUP as isize != 0 && !readable {
+            return Outcome::Done(0);
+        }
+        if nonblocking && !readable {
+            return Outcome::Done(AGAIN);
+        }
+    }
+}
+
+/// Bytes that a pipe takes without blocking once it is writable.
+const PIPE_PIECE: usize = 4096;
+
+/// `splice` from a stream into a pipe: a piece that the pipe has room for.
+pub fn splice_out<'a>(
+    held: &Use,
+    stream: &'a Stream,
+    fd: c_int,
+    pipe: c_int,
+    len: usize,
+    wait: bool,
+) -> Outcome<'a> {
+    if !matches!(
+        stream.rx().phase.load(Acquire),
+        phase::RING | phase::SWITCHING
+    ) {
+        return Outcome::Kernel(None);
+    }
+    let mut bytes = [0_u8; PIPE_PIECE];
+    let part = iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: len.min(PIPE_PIECE),
+    };
+    // SAFETY: one entry that describes the local buffer.
+    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+        return Outcome::Done(AGAIN);
+    };
+    let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
+    // Wait for bytes first, then for room, then move them.
+    let ready = match recv(held, stream, fd, &buffers, libc::MSG_PEEK | flags) {
+        Outcome::Done(ready) if ready > 0 => ready as usize,
+        other => return other,
+    };
+    loop {
+        let seen = sys::poll_one(pipe, libc::POLLOUT, if wait { 1000 } else { 0 });
+        if seen & libc::POLLOUT as isize != 0 && seen > 0 {
+            break;
+        }
+        if seen < 0 || !wait {
+            return Outcome::Done(if seen < 0 { seen } else { AGAIN });
+        }
+    }
+    let part = iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: ready,
+    };
+    // SAFETY: as above.
+    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+        return Outcome::Done(AGAIN);
+    };
+    match recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT) {
+        Outcome::Done(got) if got > 0 => {
+            // SAFETY: `got` bytes of the local buffer are filled.
+            Outcome::Done(unsafe { sys::write(pipe, bytes.as_ptr(), got as usize) })
+        }
+        other => other,
+    }
+}
