@@ -1,9 +1,9 @@
 //! From files and pipes onto a stream, and from a stream into a pipe.
 
-use super::send::{Way, way_out};
+use super::send::{Way, wait_for_space, way_out};
 use super::*;
 use crate::conn::Use;
-use crate::{demote, wait};
+use crate::demote;
 use rdsock_shm::layout::{phase, want};
 use rdsock_shm::reason::Reason;
 use rdsock_shm::wake;
@@ -84,20 +84,7 @@ pub fn send_file<'a>(
             None if done == count => return Outcome::Done(done as isize),
             None => {}
         }
-        if !full || peer_has_gone(held, stream, fd) {
-            continue;
-        }
-        if is_nonblocking(stream, 0) {
-            // Said before the last look, so that space which comes now is an edge.
-            held.conn.wants_space.store(1, SeqCst);
-            if wait::sendable(stream, stream.ring_size() / 3) {
-                continue;
-            }
-            return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
-        }
-        if !wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1))
-            && let Err(error) = wait::for_space(held, stream, fd)
-        {
+        if full && let Err(error) = wait_for_space(held, stream, fd, 0) {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
     }

@@ -103,24 +103,36 @@ pub fn send<'a>(
         if stream.tx().phase.load(Relaxed) != phase::RING {
             continue;
         }
-        // The ring is full.
-        if peer_has_gone(held, stream, fd) {
-            continue;
-        }
-        if is_nonblocking(stream, flags) {
-            // Said before the last look, so that space which comes now is an edge.
-            held.conn.wants_space.store(1, SeqCst);
-            if wait::sendable(stream, stream.ring_size() / 3) {
-                continue;
-            }
-            return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
-        }
-        if !wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1))
-            && let Err(error) = wait::for_space(held, stream, fd)
-        {
+        if let Err(error) = wait_for_space(held, stream, fd, flags) {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
     }
+}
+
+/// The ring is full: waits for space, unless the peer has gone. `Err`: to be reported, unless some
+/// bytes were sent.
+pub(super) fn wait_for_space(
+    held: &Use,
+    stream: &Stream,
+    fd: c_int,
+    flags: c_int,
+) -> Result<(), isize> {
+    if peer_has_gone(held, stream, fd) {
+        return Ok(());
+    }
+    if is_nonblocking(stream, flags) {
+        // Said before the last look, so that space which comes now is an edge.
+        held.conn.wants_space.store(1, SeqCst);
+        return if wait::sendable(stream, stream.ring_size() / 3) {
+            Ok(())
+        } else {
+            Err(AGAIN)
+        };
+    }
+    if wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1)) {
+        return Ok(());
+    }
+    wait::for_space(held, stream, fd)
 }
 
 /// Sends what a blocking call has left on the anchor, since the stream was left in its middle. How
