@@ -121,6 +121,8 @@ pub struct Conn {
     pub looked_at: AtomicU64,
     /// First of its epoll registrations, 0 for none: see [`crate::epoll`].
     pub registrations: AtomicU32,
+    /// Those of them that the program has deleted, and may make again.
+    pub resting: AtomicU32,
     /// The attachment to a daemon that its stream came from.
     pub epoch: AtomicU32,
     /// A [`Reason`].
@@ -383,6 +385,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             &conn.in_tx,
             &conn.look,
             &conn.registrations,
+            &conn.resting,
             &conn.options,
             &conn.wants_space,
             &conn.one_way,

@@ -58,6 +58,9 @@ enum Place {
     Kernel,
     /// In the inner one.
     Inner,
+    /// In the inner one, but deleted by the program. Many delete and add one several times for each
+    /// message; it goes when there is an edge that nobody waits for.
+    Resting,
     /// In neither: EPOLLONESHOT has fired, and the kernel would report errors all the same.
     Parked,
 }

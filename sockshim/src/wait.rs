@@ -23,6 +23,17 @@ const YIELD_AFTER_US: u64 = 4;
 /// Milliseconds that a sender of a process with threads sleeps at a time.
 const SLICE_MS: c_int = 50;
 
+/// A yield that took longer gave the core to somebody else.
+const LOST_US: u64 = 20;
+/// Milliseconds without spinning after the core was lost: the least and the most.
+const QUIET_MS: [u64; 2] = [8, 512];
+
+/// While others want the core as well, a sleeper gets it back sooner than one that yields it. So
+/// nobody in this process spins before this time, in ticks,
+static QUIET_UNTIL: AtomicU64 = AtomicU64::new(0);
+/// which was so many milliseconds away: twice as many each time the core is lost again.
+static QUIET_FOR_MS: AtomicU64 = AtomicU64::new(0);
+
 static SPIN_US: AtomicU64 = AtomicU64::new(DEFAULT_SPIN_US);
 static PROBES: AtomicU32 = AtomicU32::new(0);
 
@@ -48,6 +59,9 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
         return false;
     }
     let start = clock::ticks();
+    if start < QUIET_UNTIL.load(Relaxed) {
+        return false;
+    }
     let (budget, quiet) = (clock::ticks_of(us), clock::ticks_of(YIELD_AFTER_US));
     let mut turns = 0_u32;
     loop {
@@ -63,11 +77,29 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
                 score.store(points.saturating_sub(1), Relaxed);
                 return false;
             }
-            if passed > quiet && turns.is_multiple_of(32) {
-                sys::sched_yield();
+            if passed > quiet && turns.is_multiple_of(32) && yield_has_lost_core() {
+                return ready();
             }
         }
     }
+}
+
+/// Yields the core; true when somebody else had it meanwhile.
+fn yield_has_lost_core() -> bool {
+    let before = clock::ticks();
+    sys::sched_yield();
+    let now = clock::ticks();
+    let lost = now.wrapping_sub(before) > clock::ticks_of(LOST_US);
+    let quiet_for = QUIET_FOR_MS.load(Relaxed);
+    if lost {
+        let [least, most] = QUIET_MS;
+        let ms = (2 * quiet_for).clamp(least, most);
+        QUIET_FOR_MS.store(ms, Relaxed);
+        QUIET_UNTIL.store(now + clock::ticks_of(1000 * ms), Relaxed);
+    } else if quiet_for != 0 {
+        QUIET_FOR_MS.store(quiet_for - 1, Relaxed);
+    }
+    lost
 }
 
 /// True when the fd still names this connection, after a sleep.

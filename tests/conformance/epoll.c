@@ -100,6 +100,57 @@ CASE(epoll_edge)
     WANT_EOF(d.fd);
 }
 
+CASE(epoll_deleted_and_added_again)
+{
+    struct duo d = duo_open(0), e = duo_more(&d, 0);
+    int set = new_set(), other = new_set();
+    for (uint64_t i = 0; i < 100; i++) { /* as redis-benchmark does for each request */
+        add(set, d.fd, EPOLLOUT, i);
+        ONE(set, 0, EPOLLOUT, i);
+        PUT(d.fd, "ask");
+        MUST(epoll_ctl(set, EPOLL_CTL_DEL, d.fd, NULL));
+        add(set, d.fd, EPOLLIN | (i % 2 ? EPOLLET : 0), i + 1000);
+        P_WANT(&d, "ask");
+        if (i % 10 == 0)
+            NOTHING(set, 20);
+        p_send(&d, "answer");
+        ONE(set, 10000, EPOLLIN, i + 1000);
+        WANT(d.fd, "answer");
+        MUST(epoll_ctl(set, EPOLL_CTL_DEL, d.fd, NULL));
+    }
+    ERR(epoll_ctl(set, EPOLL_CTL_DEL, d.fd, NULL), ENOENT);
+    ERR(epoll_ctl(set, EPOLL_CTL_MOD, d.fd, &(struct epoll_event){.events = EPOLLIN}), ENOENT);
+    /* What comes while it is deleted wakes nobody, and is reported when it is there again. */
+    p_send(&d, "meanwhile");
+    NOTHING(set, 30);
+    add(set, e.fd, EPOLLIN, 7);
+    NOTHING(set, 30);
+    add(other, d.fd, EPOLLIN, 8);
+    ONE(other, 10000, EPOLLIN, 8);
+    add(set, d.fd, EPOLLIN | EPOLLET, 9);
+    ONE(set, 10000, EPOLLIN, 9);
+    NOTHING(set, 30);
+    WANT(d.fd, "meanwhile");
+    ERR(epoll_ctl(set, EPOLL_CTL_ADD, d.fd, &(struct epoll_event){.events = EPOLLIN}), EEXIST);
+    MUST(epoll_ctl(set, EPOLL_CTL_DEL, d.fd, NULL));
+    p_send(&e, "other");
+    ONE(set, 10000, EPOLLIN, 7);
+    WANT(e.fd, "other");
+    /* So is the end. */
+    p_shutdown(&d, SHUT_WR);
+    NOTHING(set, 30);
+    add(set, d.fd, EPOLLIN | EPOLLRDHUP | EPOLLET, 10);
+    ONE(set, 10000, EPOLLIN | EPOLLRDHUP, 10);
+    MUST(epoll_ctl(set, EPOLL_CTL_DEL, d.fd, NULL));
+    /* A number that leads to another connection is another registration. */
+    MUST(dup2(e.fd, d.fd));
+    ERR(epoll_ctl(set, EPOLL_CTL_MOD, d.fd, &(struct epoll_event){.events = EPOLLIN}), ENOENT);
+    add(set, d.fd, EPOLLIN, 11);
+    MUST(epoll_ctl(set, EPOLL_CTL_DEL, e.fd, NULL));
+    p_send(&e, "twice");
+    ONE(set, 10000, EPOLLIN, 11);
+}
+
 CASE(epoll_edge_starts_ready)
 {
     struct duo d = duo_open(0);

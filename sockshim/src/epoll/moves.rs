@@ -1,7 +1,7 @@
 //! Where registrations go when their streams come and go, and when fds are closed.
 
 use super::fdinfo::has_fired;
-use super::register::{inner_event, leave_inner, remove, to_inner};
+use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner};
 use super::*;
 use crate::conn::{Conn, Use};
 use crate::demote;
@@ -114,10 +114,15 @@ pub fn demoted(held: &Use, _fd: c_int) {
         let Some(guard) = take(epoll) else { return };
         let state = guard.state();
         if let Some(slot) = state.slot(bit)
-            && slot.place == Place::Inner
             && slot.target == Kind::Conn(held.index)
         {
-            move_out(epoll, state, bit);
+            match slot.place {
+                Place::Inner => {
+                    move_out(epoll, state, bit);
+                }
+                Place::Resting => drop_resting(epoll, state, bit),
+                _ => {}
+            }
         }
     });
 }
@@ -151,7 +156,8 @@ pub fn forget(conn: &Conn) {
             && let target @ Kind::Conn(index) = slot.target
             && conn::at(index).is_some_and(|other| std::ptr::eq(other, conn))
         {
-            if slot.place == Place::Inner && conn.shared.load(Acquire) == 0 {
+            let inside = matches!(slot.place, Place::Inner | Place::Resting);
+            if inside && conn.shared.load(Acquire) == 0 {
                 let inner = epoll.inner.load(Relaxed);
                 sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
             }
@@ -175,6 +181,10 @@ pub fn renumber(held: &Use, fd: c_int) {
             return;
         };
         if slot.number != fd || slot.target != Kind::Conn(held.index) {
+            return;
+        }
+        if slot.place == Place::Resting {
+            drop_resting(epoll, guard.state(), bit);
             return;
         }
         let (set, event) = match slot.place {

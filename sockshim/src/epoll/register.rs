@@ -101,7 +101,7 @@ struct Change<'a> {
 
 impl Change<'_> {
     /// The program's registration of this very fd.
-    fn known(&self, state: &mut State) -> Option<usize> {
+    fn known(&self, state: &mut State) -> Option<(usize, Place)> {
         let mut known = None;
         each(list_of(self.target)?, |_, index, bit| {
             if index == self.index
@@ -110,10 +110,17 @@ impl Change<'_> {
                 && slot.fd == self.fd
                 && slot.target == self.target
             {
-                known = Some(bit);
+                known = Some((bit, slot.place));
             }
         });
         known
+    }
+
+    /// True when the anchor counts for nothing but its end.
+    fn is_all_on_rings(&self) -> bool {
+        self.held
+            .and_then(|held| held.conn.stream())
+            .is_some_and(|stream| stream.is_all_on_rings())
     }
 
     fn kernel(&self, op: c_int, number: c_int, event: Option<&epoll_event>) -> Result<(), c_int> {
@@ -124,7 +131,21 @@ impl Change<'_> {
     }
 
     fn make(&mut self, state: &mut State, event: Option<epoll_event>) -> Result<(), c_int> {
-        match (self.op, self.known(state), event) {
+        let mut known = self.known(state);
+        if let Some((bit, Place::Resting)) = known {
+            if let Some(event) = event
+                && self.op == EPOLL_CTL_ADD
+                && self.on_rings
+                && event.events & EPOLLEXCLUSIVE as u32 == 0
+            {
+                self.revive(state, bit, event);
+                return Ok(());
+            }
+            drop_resting(self.epoll, state, bit);
+            known = None;
+        }
+        let known = known.map(|(bit, _)| bit);
+        match (self.op, known, event) {
             (EPOLL_CTL_ADD | EPOLL_CTL_MOD, _, None) => Err(libc::EFAULT),
             (EPOLL_CTL_ADD, Some(_), _) => Err(libc::EEXIST),
             (EPOLL_CTL_ADD, None, Some(event)) => self.add(state, event),
@@ -145,7 +166,7 @@ impl Change<'_> {
         if !self.on_rings {
             self.kernel(EPOLL_CTL_ADD, self.fd, Some(&event))?;
         }
-        let added = state.add(Registration {
+        let registration = Registration {
             place: Place::Kernel,
             fd: self.fd,
             number: self.fd,
@@ -155,7 +176,12 @@ impl Change<'_> {
             disabled: false,
             fresh: true,
             reported: Snapshot::default(),
-        });
+        };
+        let mut added = state.add(registration);
+        if added.is_none() {
+            (0..state.high).for_each(|bit| drop_resting(self.epoll, state, bit));
+            added = state.add(registration);
+        }
         let Some(bit) = added else {
             // No room: this connection stays with the kernel here.
             self.leave = Some(Reason::TableFull);
@@ -173,6 +199,27 @@ impl Change<'_> {
         Ok(())
     }
 
+    /// The program makes a registration again that it has deleted.
+    fn revive(&mut self, state: &mut State, bit: usize, event: epoll_event) {
+        if event.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
+            let event = inner_event(event.events, bit);
+            let inner = self.epoll.inner.load(Relaxed);
+            sys::epoll_ctl(inner, EPOLL_CTL_MOD, self.fd, Some(&event));
+        }
+        let Some(slot) = state.slot(bit) else { return };
+        *slot = Registration {
+            events: event.events,
+            data: event.u64,
+            disabled: false,
+            reported: Snapshot::default(),
+            ..*slot
+        };
+        if let Some(held) = self.held {
+            held.conn.resting.fetch_sub(1, Relaxed);
+        }
+        enter_inner(self.epoll, state, bit, self.held);
+    }
+
     fn modify(&mut self, state: &mut State, bit: usize, event: epoll_event) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
         if slot.place != Place::Kernel && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
@@ -181,7 +228,7 @@ impl Change<'_> {
         }
         match slot.place {
             Place::Inner => {
-                if event.events & !slot.events & EPOLLOUT as u32 != 0 {
+                if event.events & !slot.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
                     let event = inner_event(event.events, bit);
                     let inner = self.epoll.inner.load(Relaxed);
                     sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event));
@@ -208,6 +255,17 @@ impl Change<'_> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
         match slot.place {
             Place::Inner => {
+                if let Some(held) = self.held
+                    && slot.number == self.fd
+                    && !self.epoll.is_inherited()
+                    && self.on_rings
+                {
+                    slot.place = Place::Resting;
+                    held.conn.resting.fetch_add(1, Relaxed);
+                    leave_inner(self.epoll, state, bit);
+                    state.unmark(bit);
+                    return Ok(());
+                }
                 let inner = self.epoll.inner.load(Relaxed);
                 sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
             }
@@ -225,13 +283,35 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
     if slot.place == Place::Free || slot.target != target {
         return;
     }
-    let was = std::mem::replace(&mut slot.place, Place::Free);
-    if was == Place::Inner {
-        leave_inner(epoll, state, bit);
+    match std::mem::replace(&mut slot.place, Place::Free) {
+        Place::Inner => leave_inner(epoll, state, bit),
+        Place::Resting => {
+            if let Kind::Conn(index) = target
+                && let Some(conn) = conn::at(index)
+            {
+                conn.resting.fetch_sub(1, Relaxed);
+            }
+        }
+        _ => {}
     }
     state.unmark(bit);
     state.free = state.free.min(bit);
     unlink(target, reference(epoll.index(), bit));
+}
+
+/// Frees a slot whose registration the program has deleted, if it is one.
+pub(super) fn drop_resting(epoll: &Epoll, state: &mut State, bit: usize) {
+    let Some(slot) = state.slot(bit).copied() else {
+        return;
+    };
+    if slot.place == Place::Resting {
+        // In a forked child it is the parent's to take out.
+        if !epoll.is_inherited() {
+            let inner = epoll.inner.load(Relaxed);
+            sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
+        }
+        remove(epoll, state, bit, slot.target);
+    }
 }
 
 pub(super) fn leave_inner(epoll: &Epoll, state: &mut State, bit: usize) {
@@ -282,6 +362,13 @@ pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Optio
     if got != 0 && got != -(libc::EEXIST as isize) {
         return false;
     }
+    enter_inner(epoll, state, bit, held);
+    true
+}
+
+/// A registration that is in the inner instance counts from now on.
+fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) {
+    let Some(slot) = state.slot(bit) else { return };
     slot.place = Place::Inner;
     slot.fresh = true;
     set_bit(&mut state.inner, bit, true);
@@ -292,7 +379,6 @@ pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Optio
     }
     // Whoever sleeps has not asked this stream, nor been counted at a bell that was taken just now.
     kick(epoll);
-    true
 }
 
 /// Says on the stream where its readiness is told: on the bell, if there is only one to tell. The
@@ -303,6 +389,7 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
     };
     let mut registrations = 0;
     each(&held.conn.registrations, |_, _, _| registrations += 1);
+    let registrations = registrations - held.conn.resting.load(Relaxed).min(registrations);
     let own = held.conn.shared.load(Acquire) == 0
         && held.conn.born.load(Relaxed) != born::UNKNOWN
         && !epoll.is_inherited();

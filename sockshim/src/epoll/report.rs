@@ -78,9 +78,20 @@ pub(super) fn harvest(epoll: &Epoll) {
         let state = guard.state();
         for event in events.iter().take(got as usize) {
             let bit = event.u64 as usize;
-            let Some(slot) = state.slot(bit).filter(|slot| slot.place == Place::Inner) else {
+            let Some(slot) = state.slot(bit) else {
                 continue;
             };
+            match (slot.place, slot.target) {
+                (Place::Inner, _) => {}
+                (Place::Resting, Kind::Conn(index)) => {
+                    if let Some(held) = conn::by_index(index) {
+                        held.conn.look.store(1, Relaxed);
+                    }
+                    register::drop_resting(epoll, state, bit);
+                    continue;
+                }
+                _ => continue,
+            }
             match slot.target {
                 Kind::Conn(index) => {
                     let Some(held) = conn::by_index(index) else {
