@@ -24,6 +24,8 @@ use std::sync::atomic::Ordering::*;
 
 /// Milliseconds that a wake byte which was counted may take to arrive.
 const IN_FLIGHT_MS: i64 = 1000;
+/// Milliseconds that a close waits for wake bytes on their way.
+const CLOSING_MS: u64 = 100;
 /// Milliseconds that the other end may take from deciding on a wake byte to having sent it.
 const RINGING_MS: u64 = 5000;
 
@@ -93,21 +95,30 @@ pub fn end_sending(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int) 
     if before == phase::ANCHOR && !shut && tx.in_kernel.load(SeqCst) != 0 {
         return;
     }
-    if before == phase::RING || crate::io::try_switch(held, stream, guard, fd) {
+    let peer = &stream.out().bytes.want;
+    let closed = peer.load(Acquire) & want::CLOSED != 0;
+    if before == phase::RING || !closed && crate::io::try_switch(held, stream, guard, fd) {
         guard.sender.publish();
         // The last wake byte, unless the other end has gone to the kernel and would read it: then
         // it gets what it has not read, and needs no mark.
-        let last = stream.begin_ringing(&stream.out().bytes.want);
-        if !last {
-            send_again(stream, guard, fd);
-            return;
+        match stream.begin_ringing(peer) {
+            Ok(()) => {
+                producer.wakes.fetch_add(1, AcqRel);
+                producer.mark.fetch_or(mark::END, SeqCst);
+                if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
+                    producer.wakes.fetch_sub(1, AcqRel);
+                }
+                rdsock_shm::wake::rung(peer);
+            }
+            Err(wants) if wants & want::DEMOTED != 0 => {
+                send_again(stream, guard, fd);
+                return;
+            }
+            // It has closed, and what it sent before is still to be read here.
+            Err(_) => {
+                producer.mark.fetch_or(mark::END, SeqCst);
+            }
         }
-        producer.wakes.fetch_add(1, AcqRel);
-        producer.mark.fetch_or(mark::END, SeqCst);
-        if sys::send_now(fd, &[WAKE_BYTE]) != 1 {
-            producer.wakes.fetch_sub(1, AcqRel);
-        }
-        rdsock_shm::wake::rung(&stream.out().bytes.want);
     } else {
         // The other end is not ready, and sees LEAVE when it is; or it is the kernel's.
         producer.mark.fetch_or(mark::END, SeqCst);
@@ -162,20 +173,20 @@ pub fn incoming_ended(stream: &Stream, guard: &RxGuard<'_>, fd: c_int) {
     {
         sys::sched_yield();
     }
-    if take_last_wakes(guard, fd) {
+    if take_last_wakes(guard, fd, IN_FLIGHT_MS) {
         stream.rx().phase.store(phase::DEMOTED, Release);
     } else {
         stream.reset(fd, Reason::NotQuiet);
     }
 }
 
-fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int) -> bool {
+fn take_last_wakes(guard: &RxGuard<'_>, fd: c_int, ms: i64) -> bool {
     for _ in 0..64 {
         guard.drain_all(fd);
         if guard.outstanding() == 0 {
             return true;
         }
-        if sys::poll_one(fd, libc::POLLIN, IN_FLIGHT_MS) <= 0 {
+        if sys::poll_one(fd, libc::POLLIN, ms) <= 0 {
             return guard.outstanding() == 0;
         }
     }
@@ -321,7 +332,7 @@ fn abandon_locked(
     // The end is marked by a sender that has not seen DEMOTED, and will not send again.
     let ended = stream.incoming().producer.mark.load(Acquire) & mark::END != 0;
     let unread = switched != NOT_SWITCHED && stream.has_bytes_after(position.max(switched));
-    if !quiet || ended && unread || !take_last_wakes(rx, fd) {
+    if !quiet || ended && unread || !take_last_wakes(rx, fd, IN_FLIGHT_MS) {
         return false;
     }
     stream.rx().phase.store(phase::DEMOTED, Release);
@@ -379,12 +390,23 @@ pub fn before_close(held: &Use, fd: c_int) {
     } else if stream.tx().phase.load(Acquire) == phase::RING {
         producer.mark.fetch_or(mark::FIN, AcqRel);
     }
-    for request in [&stream.incoming().bytes.want, &stream.out().space.want] {
+    let requests = [&stream.incoming().bytes.want, &stream.out().space.want];
+    for request in requests {
         request.fetch_or(want::CLOSED, SeqCst);
     }
-    // The kernel would answer a close with unread wake bytes with a reset as well.
+    // The kernel would answer a close with unread wake bytes with a reset as well, and one that
+    // comes later; and would drop what it has not sent yet.
+    crate::io::settle_switch(stream);
+    let start = clock::nanoseconds();
+    while requests
+        .iter()
+        .any(|request| request.load(Acquire) & want::RINGING != 0)
+        && clock::nanoseconds() - start < CLOSING_MS * 1_000_000
+    {
+        sys::sched_yield();
+    }
     if stream.rx().phase.load(Acquire) == phase::RING {
-        stream.lock_rx().drain_all(fd);
+        take_last_wakes(&stream.lock_rx(), fd, CLOSING_MS as i64);
     }
 }
 

@@ -324,15 +324,16 @@ impl Stream {
         }
     }
 
-    /// Puts RINGING into the other end's request, so that a last wake byte may be sent. False when
-    /// that end reads the anchor as data.
-    pub fn begin_ringing(&self, request: &AtomicU32) -> bool {
+    /// Puts RINGING into the other end's request, so that a last wake byte may be sent. `Err` when
+    /// that end reads the anchor as data (DEMOTED), or has closed it (CLOSED), so that the kernel
+    /// would answer with a reset: what the request holds.
+    pub fn begin_ringing(&self, request: &AtomicU32) -> Result<(), u32> {
         request
             .fetch_update(AcqRel, Acquire, |old| {
-                (old & want::DEMOTED == 0)
+                (old & (want::DEMOTED | want::CLOSED) == 0)
                     .then_some(old & !(want::BELL | want::WAKE) | want::RINGING)
             })
-            .is_ok()
+            .map(|_| ())
     }
 
     /// Sends one byte on the anchor.
