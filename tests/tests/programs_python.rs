@@ -91,6 +91,20 @@ assert not failed, failed
 print("all right")
 "#;
 
+/// Connections that are never on rings, each left to a program by exec: how long the median one takes.
+const INHERITED: &str = r#"
+import socket, statistics, subprocess, time
+listener = socket.create_server(("127.0.0.1", 0))
+def seconds():
+    with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+        start = time.monotonic()
+        subprocess.run(["/bin/true"], stdin=connection, check=True)
+        return time.monotonic() - start
+median = statistics.median(seconds() for _ in range(15))
+assert median < 0.8, median
+print("all soon")
+"#;
+
 fn http_server(site: Site) {
     let port = place::free_port();
     let mut state = 1_usize;
@@ -147,4 +161,19 @@ fn threads_in_one_process(site: Site) {
     assert!(output.contains("all right"), "python3 says:\n{output}");
 }
 
-in_each_mode!(http_server, asyncio_echo, threads_in_one_process);
+/// A program that inherits a connection asks the daemon for its stream, and does not wait when there is none.
+fn inherited_without_a_stream(site: Site) {
+    let script = site.folder.write("inherited.py", INHERITED);
+    let output = site
+        .server(place::command(&["python3"]))
+        .arg(script)
+        .run(LIMIT);
+    assert!(output.contains("all soon"), "python3 says:\n{output}");
+}
+
+in_each_mode!(
+    http_server,
+    asyncio_echo,
+    threads_in_one_process,
+    inherited_without_a_stream,
+);

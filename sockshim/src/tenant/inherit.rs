@@ -5,12 +5,12 @@ use super::attach::{CONTROL, EPOCH, INHERITED, TRIED_AT, ensure};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
-use super::messages::{read_messages, receive_with, send_with};
+use super::messages::{read_messages, send_with};
 use super::requests::{blank, put};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
-use rdsock_shm::control::{self, Lookup, Message, Request, kind, request};
+use rdsock_shm::control::{Lookup, Message, Request, kind, request};
 use rdsock_shm::lock::{self, Taken};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
@@ -155,19 +155,8 @@ pub fn look_up(index: usize, fd: c_int) {
             if sys::poll_one(control, libc::POLLIN, LOOKUP_MS) <= 0 {
                 break;
             }
-            let mut bytes = [0_u8; 256];
-            let (got, copies) = receive_with(control, &mut bytes, libc::MSG_PEEK);
-            for fd in copies.into_iter().filter(|fd| *fd >= 0) {
-                sys::close(fd);
-            }
-            let not_found = got > 0
-                && bytes
-                    .get(..got as usize)
-                    .and_then(|bytes| control::parse(bytes).ok())
-                    .is_some_and(|(message, _)| message == kind::NOT_FOUND);
-            if let Some(guard) = Guard::take() {
-                read_messages(&guard);
-            }
+            // The answer may come together with the one to HELLO.
+            let not_found = Guard::take().is_some_and(|guard| read_messages(&guard));
             if not_found {
                 break;
             }

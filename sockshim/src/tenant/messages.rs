@@ -52,18 +52,23 @@ pub fn look() {
     }
 }
 
+/// Reads all that has come. True when the daemon's "no" to a look-up was among it, which nobody
+/// else will see.
 #[cold]
-pub(super) fn read_messages(guard: &Guard) {
-    let Some(memory) = memory() else { return };
+pub(super) fn read_messages(guard: &Guard) -> bool {
+    let mut not_found = false;
+    let Some(memory) = memory() else {
+        return not_found;
+    };
     let control = CONTROL.load(Relaxed);
     if control < 0 {
-        return;
+        return not_found;
     }
     SEEN.store(memory.header.messages.load(Acquire), Relaxed);
     let mask = sys::block_signals();
     loop {
         let mut bytes = [0_u8; 256];
-        let (got, fds) = receive_with(control, &mut bytes, 0);
+        let (got, fds) = receive(control, &mut bytes);
         if got <= 0 {
             if got == 0 || got == -(libc::ECONNRESET as isize) {
                 detach();
@@ -92,6 +97,7 @@ pub(super) fn read_messages(guard: &Guard) {
                 continue;
             }
             (kind::VERDICT, _, Some(verdict)) => take_verdict(&verdict),
+            (kind::NOT_FOUND, ..) => not_found = true,
             (kind::REFUSED, ..) => {
                 disable();
                 sys::warn(
@@ -103,9 +109,10 @@ pub(super) fn read_messages(guard: &Guard) {
         fds_of(fds);
     }
     sys::restore_signals(mask);
+    not_found
 }
 
-pub(super) fn receive_with(socket: c_int, bytes: &mut [u8], flags: c_int) -> (isize, [c_int; 3]) {
+fn receive(socket: c_int, bytes: &mut [u8]) -> (isize, [c_int; 3]) {
     let mut fds = [-1; 3];
     let mut part = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
@@ -123,7 +130,7 @@ pub(super) fn receive_with(socket: c_int, bytes: &mut [u8], flags: c_int) -> (is
         sys::recvmsg(
             socket,
             &mut header,
-            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT | flags,
+            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT,
         )
     };
     if got <= 0 {
