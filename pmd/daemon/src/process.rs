@@ -133,12 +133,14 @@ pub enum OtherHolder {
 }
 
 /// Looks for a process other than `pid` that holds the socket with this inode, for at most
-/// `allowed`. Relatives of `pid` come first: they are who inherits.
+/// `allowed`. Relatives of `pid` come first: they are who inherits. This process, whose many
+/// descriptors are none of a tenant's sockets, is left out.
 pub fn other_holder(pid: i32, inode: u64, allowed: Duration) -> OtherHolder {
     let end = Instant::now() + allowed;
+    let own = std::process::id() as i32;
     let parent = parent_of(pid);
     let mut others: Vec<(bool, i32)> = processes()
-        .filter(|other| *other != pid)
+        .filter(|other| *other != pid && *other != own)
         .map(|other| {
             let its_parent = parent_of(other);
             let related = Some(other) == parent
@@ -227,6 +229,9 @@ mod tests {
         let child = std::process::Command::new("sleep").arg("5").spawn();
         let mut child = child.unwrap();
         assert_eq!(parent_of(child.id() as i32), Some(me));
+        // Held by this process alone, which does not count.
+        let nobody = other_holder(child.id() as i32, inode, second);
+        assert_eq!(nobody, OtherHolder::Nobody);
         child.kill().unwrap();
         child.wait().unwrap();
     }
