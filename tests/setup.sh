@@ -4,9 +4,11 @@
 # Quick when all is there, and safe to run again. Starts no service and leaves none enabled that was not there.
 set -eu
 
-# command:package. nginx is handled below, since its package has two names.
+# command:package. nginx is handled below, since its package has two names, and postgres, which Debian keeps
+# in a folder for each version.
 NEEDED="redis-server:redis-server redis-cli:redis-tools redis-benchmark:redis-tools nginx:nginx wrk:wrk curl:curl
-iperf3:iperf3 sockperf:sockperf socat:socat python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind"
+iperf3:iperf3 sockperf:sockperf socat:socat python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind
+sshd:openssh-server ssh:openssh-client sftp:openssh-client ssh-keygen:openssh-client setpriv:util-linux"
 
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -15,6 +17,9 @@ missing() {
     for pair in $NEEDED; do
         command -v "${pair%%:*}" >/dev/null 2>&1 || echo "${pair##*:}"
     done | sort -u
+    for program in initdb postgres psql pgbench; do
+        ls /usr/lib/postgresql/*/bin/$program >/dev/null 2>&1 || { echo postgresql; break; }
+    done
     # Part of the conformance tests is linked statically.
     if command -v gcc >/dev/null 2>&1; then
         case $(gcc -print-file-name=libc.a) in /*) ;; *) echo libc6-dev ;; esac
@@ -69,7 +74,8 @@ apt-get install -y -qq --no-install-recommends $chosen >/dev/null
 if command -v systemctl >/dev/null 2>&1; then
     for package in $packages; do
         case $package in
-            redis-server | nginx) systemctl disable --now "$package" >/dev/null 2>&1 || true ;;
+            redis-server | nginx | postgresql) systemctl disable --now "$package" >/dev/null 2>&1 || true ;;
+            openssh-server) systemctl disable --now ssh ssh.socket >/dev/null 2>&1 || true ;;
         esac
     done
 fi
