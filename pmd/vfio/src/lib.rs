@@ -22,5 +22,5 @@ mod views;
 pub use device::{Access, BusError, Device, RegionInfo, Registers};
 pub use dma::{DmaMemory, HUGE_PAGE, Space};
 pub use iova::Iovas;
-pub use nix::sys::eventfd::EventFd;
+pub use nix::sys::eventfd::{EfdFlags as EventFlags, EventFd};
 pub use views::{Buffer, InFlight, Piece, Shared, Words};
