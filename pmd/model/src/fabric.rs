@@ -127,7 +127,7 @@ impl Function {
 
     /// Loads a register of `width` (4 or 8) bytes; all ones where there is none.
     pub fn read(&self, bar: Bar, offset: u64, width: u32) -> u64 {
-        self.front.accesses.reads.fetch_add(1, Ordering::Relaxed);
+        self.accesses(bar, offset).reads.add();
         let ones = if width == 4 {
             u32::MAX.into()
         } else {
@@ -146,8 +146,7 @@ impl Function {
     /// Stores to a register of `width` (4 or 8) bytes; nothing happens where there is none.
     #[inline]
     pub fn write(&self, bar: Bar, offset: u64, width: u32, value: u64) {
-        let accesses = &self.front.accesses;
-        accesses.writes.fetch_add(1, Ordering::Relaxed);
+        self.accesses(bar, offset).writes.add();
         if self.is_removed() || !offset.is_multiple_of(width.max(1).into()) {
             return;
         }
@@ -179,8 +178,22 @@ impl Function {
 
     /// What the device has done.
     pub fn counters(&self) -> Counters {
-        let counters = self.fabric.lock().nodes[self.node].counters;
-        self.front.accesses.add_to(counters)
+        let mut counters = self.fabric.lock().nodes[self.node].counters;
+        self.front.accesses.add_to(&mut counters);
+        for page in &self.front.pages {
+            page.accesses.add_to(&mut counters);
+        }
+        counters
+    }
+
+    /// Who counts an access.
+    #[inline]
+    fn accesses(&self, bar: Bar, offset: u64) -> &Accesses {
+        let page = match bar {
+            Bar::Management => None,
+            Bar::Pages => self.front.pages.get((offset / PAGE_SIZE) as usize),
+        };
+        page.map_or(&self.front.accesses, |page| &page.accesses)
     }
 
     fn is_removed(&self) -> bool {
@@ -212,14 +225,11 @@ impl Function {
         if page::width(offset) != width || !page::writable(offset) {
             return;
         }
-        let accesses = &self.front.accesses;
         match offset {
-            sheet::page::WQ_TAIL => accesses.doorbells.fetch_add(1, Ordering::Relaxed),
-            sheet::page::CQ_HEAD | sheet::page::MQ_HEAD => {
-                accesses.heads.fetch_add(1, Ordering::Relaxed)
-            }
-            _ => 0,
-        };
+            sheet::page::WQ_TAIL => page.accesses.doorbells.add(),
+            sheet::page::CQ_HEAD | sheet::page::MQ_HEAD => page.accesses.heads.add(),
+            _ => {}
+        }
         match width {
             4 => page.store32(offset, value as u32),
             _ => page.store64(offset, value),

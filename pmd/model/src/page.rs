@@ -1,21 +1,25 @@
 //! A queue page: memory-like registers (`docs/device.md`, 5.1) that the driver stores to while
 //! the model looks at them.
 
+use crate::counters::Accesses;
 use crate::sheet::{PAGE_SIZE, page};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const WORDS: usize = PAGE_SIZE as usize / 8;
 
-/// The words of one page.
+/// The words of one page. Aligned, so that a register's line is the one that the data sheet means.
 #[derive(Debug)]
+#[repr(align(4096))]
 pub(crate) struct Page {
-    words: Box<[AtomicU64]>,
+    words: [AtomicU64; WORDS],
+    pub accesses: Accesses,
 }
 
 impl Page {
     pub fn new() -> Self {
         Page {
-            words: (0..WORDS).map(|_| AtomicU64::new(0)).collect(),
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+            accesses: Accesses::default(),
         }
     }
 

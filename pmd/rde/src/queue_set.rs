@@ -37,7 +37,8 @@ pub struct Stats {
     pub full: u64,
 }
 
-/// A running queue set.
+/// A running queue set. Dropping it stops it: what has not completed, and messages that have not arrived,
+/// may be forgotten. To be sure, post something with a report last (in each lane that matters), and wait for it.
 #[derive(Debug)]
 pub struct QueueSet {
     pages: Arc<dyn Registers>,
