@@ -28,6 +28,8 @@ pub(crate) struct Node {
     pub corrupt: Option<Corruption>,
     pub reset_in_flight: bool,
     pub link_up: bool,
+    /// It is in the routes.
+    has_id: bool,
     link_cut: bool,
     link_cut_until: u64,
     pub generation: u64,
@@ -49,6 +51,7 @@ impl Node {
             corrupt: None,
             reset_in_flight: false,
             link_up: false,
+            has_id: false,
             link_cut: false,
             link_cut_until: 0,
             generation: 0,
@@ -389,15 +392,23 @@ impl Core {
     /// Brings routes and link states up to date, and tells the hosts.
     pub fn refresh_links(&mut self) {
         self.routes.fill(None);
+        // Who has an id keeps it; then who wants one gets it, if it is free.
+        for keeps in [true, false] {
+            for (n, node) in self.nodes.iter_mut().enumerate() {
+                if node.has_id != keeps {
+                    continue;
+                }
+                let id = node.management.node_id as usize;
+                let joined = node.management.fabric && id != 0 && !node.is_removed();
+                node.has_id = joined && self.routes[id].is_none();
+                if node.has_id {
+                    self.routes[id] = Some(n);
+                }
+            }
+        }
         for n in 0..self.nodes.len() {
             let node = &self.nodes[n];
-            let id = node.management.node_id as usize;
-            let joined = node.management.fabric && id != 0 && !node.is_removed();
-            let first = joined && self.routes[id].is_none();
-            if first {
-                self.routes[id] = Some(n);
-            }
-            let up = first && !node.link_cut && node.link_cut_until <= self.now;
+            let up = node.has_id && !node.link_cut && node.link_cut_until <= self.now;
             if up != node.link_up {
                 self.set_link(n, up);
             }

@@ -228,10 +228,20 @@ fn a_node_that_stays_away_is_unreachable() {
         nodes.nodes[0].completions()[0].status,
         Status(status::UNREACHABLE)
     );
-    // A second device with the same id gets no link; the first keeps it.
-    nodes.nodes[1].rde.management().join(1, &[1]);
-    assert!(!nodes.nodes[1].set.link_up() && nodes.nodes[0].set.link_up());
-    assert!(!nodes.nodes[1].rde.management().status().link_up());
+}
+
+#[test]
+fn an_id_belongs_to_the_device_that_has_it() {
+    for [thief, owner] in [[0, 1], [1, 0]] {
+        let nodes = Nodes::pair();
+        let id = owner as u16 + 1;
+        let (thief, owner) = (&nodes.nodes[thief], &nodes.nodes[owner]);
+        thief.rde.management().join(id, &[1, 2]);
+        assert!(!thief.set.link_up() && owner.set.link_up());
+        assert!(!thief.rde.management().status().link_up());
+        owner.rde.management().leave();
+        assert!(thief.set.link_up() && !owner.set.link_up());
+    }
 }
 
 #[test]
