@@ -17,6 +17,7 @@ mod engine;
 mod execute;
 mod fabric;
 mod faults;
+mod host;
 mod management;
 mod page;
 mod queue_set;

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Steps between two looks at the clock, which costs as much as a step.
+const STEPS_PER_LOOK: u32 = 8;
 /// Steps without work after which the thread gives its core to others.
 const SPIN_STEPS: u32 = 10_000;
 /// How long it then sleeps between looks, when it may.
@@ -32,9 +34,13 @@ impl Running {
         let run = move || {
             on_start();
             let start = Instant::now();
-            let mut idle = 0u32;
+            let (mut idle, mut steps, mut now) = (0u32, 0u32, 0);
             while !stopped.load(Ordering::Relaxed) {
-                if fabric.step(start.elapsed().as_nanos() as u64) {
+                if steps.is_multiple_of(STEPS_PER_LOOK) {
+                    now = start.elapsed().as_nanos() as u64;
+                }
+                steps = steps.wrapping_add(1);
+                if fabric.step(now) {
                     idle = 0;
                     continue;
                 }
@@ -43,6 +49,7 @@ impl Running {
                     std::thread::yield_now();
                 } else if idle > SPIN_STEPS && !busy {
                     std::thread::sleep(NAP);
+                    steps = 0;
                 } else {
                     std::hint::spin_loop();
                 }

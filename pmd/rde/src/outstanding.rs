@@ -184,3 +184,70 @@ impl Outstanding {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::work;
+
+    fn enter(book: &mut Outstanding, target: u16, index: u32, report: bool) -> Option<(u32, bool)> {
+        book.enter(Posted {
+            tag: index.into(),
+            index,
+            length: 0,
+            target,
+            opcode: work::FLUSH,
+            report,
+        })
+    }
+
+    fn finish(book: &mut Outstanding, target: u16, cookie: u32, index: u32) -> Option<u64> {
+        let head = u64::from(target) << 32 | u64::from(work::FLUSH) << 56;
+        let tail = u64::from(cookie) | u64::from(index) << 32;
+        let finished = book.finish(CompletionHead(head), CompletionTail(tail));
+        finished.ok().map(|finished| finished.tag)
+    }
+
+    #[test]
+    fn completions_of_a_lane_come_in_order_and_those_of_others_as_they_like() {
+        let mut book = Outstanding::new(64, 4, 64);
+        let cookies =
+            [1, 1, 2].map(|target| enter(&mut book, target, target.into(), true).unwrap().0);
+        assert_eq!(finish(&mut book, 2, cookies[2], 2), Some(2));
+        assert_eq!(
+            finish(&mut book, 1, cookies[1], 1),
+            None,
+            "the first is missing"
+        );
+    }
+
+    #[test]
+    fn a_completion_covers_the_silent_ones_before_it() {
+        let mut book = Outstanding::new(64, 4, 64);
+        let silent: Vec<_> = (0..3)
+            .map(|i| enter(&mut book, 1, i, false).unwrap())
+            .collect();
+        assert!(silent.iter().all(|(_, completes)| !completes));
+        let (cookie, completes) = enter(&mut book, 1, 3, true).unwrap();
+        assert!(completes && book.len() == 4);
+        assert_eq!(
+            finish(&mut book, 1, silent[1].0, 1),
+            None,
+            "nobody asked for it"
+        );
+        assert_eq!(finish(&mut book, 1, cookie, 3), Some(3));
+        assert_eq!(book.len(), 0);
+        assert_eq!(finish(&mut book, 1, cookie, 3), None, "once is enough");
+    }
+
+    #[test]
+    fn silence_ends_before_the_book_is_full() {
+        let mut book = Outstanding::new(64, 64, 64);
+        let mut last = (0, false);
+        for i in 0..64 {
+            last = enter(&mut book, i as u16 + 1, i, false).unwrap();
+        }
+        assert!(book.is_full() && last.1);
+        assert_eq!(enter(&mut book, 1, 64, true), None);
+    }
+}
