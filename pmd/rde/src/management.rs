@@ -1,0 +1,68 @@
+//! The management page (`docs/device.md`, 3): who this node is, and who may reach it. Where the kernel module
+//! keeps the page, it does this; the daemon does it for a model in its own process.
+
+use crate::error::OpenError;
+use crate::spec::{DeviceStatus, management, state};
+use crate::start::wait;
+use rdsock_vfio::Registers;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The registers of the management page.
+#[derive(Clone, Debug)]
+pub struct Management {
+    registers: Arc<dyn Registers>,
+}
+
+impl Management {
+    pub(crate) fn new(registers: Arc<dyn Registers>) -> Self {
+        Management { registers }
+    }
+
+    /// Joins the fabric as a node that only `peers` (and itself) may reach.
+    pub fn join(&self, node: u16, peers: &[u16]) {
+        self.leave();
+        let mut words = [0u64; 16];
+        for peer in peers {
+            if let Some(word) = words.get_mut(usize::from(peer / 64)) {
+                *word |= 1 << (peer % 64);
+            }
+        }
+        for (i, word) in words.iter().enumerate() {
+            self.registers
+                .write64(management::PEERS + 8 * i as u64, *word);
+        }
+        self.registers.write32(management::NODE_ID, node.into());
+        self.registers
+            .write32(management::CONTROL, 1 << state::FABRIC);
+    }
+
+    /// Leaves the fabric.
+    pub fn leave(&self) {
+        self.registers.write32(management::CONTROL, 0);
+    }
+
+    /// Time without progress after which a lane fails (7.3), rounded down to microseconds; zero: never.
+    pub fn set_stall_timeout(&self, timeout: Duration) {
+        let micros = timeout.as_micros().try_into().unwrap_or(u32::MAX);
+        self.registers.write32(management::STALL_TIMEOUT, micros);
+    }
+
+    /// Register STATUS.
+    pub fn status(&self) -> DeviceStatus {
+        DeviceStatus(self.registers.read32(management::STATUS))
+    }
+
+    /// This node's id, 0 for none.
+    pub fn node(&self) -> u32 {
+        self.registers.read32(management::NODE_ID)
+    }
+
+    /// Resets the device. All queue sets and regions are gone when it returns.
+    pub fn reset(&self) -> Result<(), OpenError> {
+        self.registers
+            .write32(management::CONTROL, 1 << state::RESET);
+        let read = || self.registers.read32(management::CONTROL);
+        wait("reset", read, |control| control & 1 << state::RESET == 0).map(|_| ())
+    }
+}

@@ -1,0 +1,184 @@
+//! Memory that a device can reach: allocated in huge pages where the host has them, or mapped from a
+//! file that others share, at I/O virtual addresses that we choose.
+//!
+//! Opts into `unsafe` to give memory to a device: the mapping outlives the device's access because
+//! [`DmaMemory`] unmaps at the device before it unmaps here.
+
+use crate::device::{Access, BusError, Device};
+use crate::iova::Iovas;
+use memmap2::{MmapOptions, MmapRaw};
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
+const HUGE_PAGE_LOG2: u8 = 21;
+const PAGE: usize = 4096;
+
+/// The address space of a device: everything that is mapped for it comes from here.
+#[derive(Clone, Debug)]
+pub struct Space {
+    device: Arc<dyn Device>,
+    iovas: Arc<Mutex<Iovas>>,
+}
+
+/// Memory that the device can reach, until it is dropped.
+#[derive(Debug)]
+pub struct DmaMemory {
+    mapping: MmapRaw,
+    iova: u64,
+    huge: bool,
+    space: Space,
+}
+
+impl Space {
+    /// The space of a device. There must be only one.
+    pub fn new(device: Arc<dyn Device>) -> Self {
+        let iovas = Iovas::new(device.iova_ranges());
+        Space {
+            device,
+            iovas: Arc::new(Mutex::new(iovas)),
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Allocates at least `len` zeroed bytes: whole huge pages, or (with a warning) ordinary ones where
+    /// none are free. Less than half a huge page is given ordinary pages.
+    pub fn allocate(&self, len: usize) -> Result<DmaMemory, BusError> {
+        if len >= HUGE_PAGE / 2
+            && let Some(whole) = len.checked_next_multiple_of(HUGE_PAGE)
+        {
+            let huge = MmapOptions::new()
+                .len(whole)
+                .huge(Some(HUGE_PAGE_LOG2))
+                .populate()
+                .map_anon();
+            match huge {
+                Ok(mapping) => return self.give(mapping.into(), true, Access::ReadWrite),
+                Err(error) => tracing::warn!(
+                    bytes = whole,
+                    %error,
+                    "no huge pages for DMA memory, taking ordinary ones (see /proc/sys/vm/nr_hugepages)"
+                ),
+            }
+        }
+        let whole = len
+            .checked_next_multiple_of(PAGE)
+            .filter(|len| *len != 0)
+            .ok_or(BusError::BadLength(len))?;
+        let mapping = MmapOptions::new()
+            .len(whole)
+            .populate()
+            .map_anon()
+            .map_err(|source| BusError::Io {
+                what: "allocating DMA memory",
+                source,
+            })?;
+        self.give(mapping.into(), false, Access::ReadWrite)
+    }
+
+    /// Maps the first `len` bytes of a file that others have mapped too. It must be sealed against
+    /// shrinking (a memfd): whoever could shrink it could make this process fault.
+    pub fn map_file(
+        &self,
+        file: &impl AsFd,
+        len: usize,
+        access: Access,
+    ) -> Result<DmaMemory, BusError> {
+        let what = "mapping a file for DMA";
+        let fd = file.as_fd().as_raw_fd();
+        let size = nix::sys::stat::fstat(file.as_fd()).map_err(|errno| BusError::Io {
+            what,
+            source: errno.into(),
+        })?;
+        if len == 0 || u64::try_from(size.st_size).is_ok_and(|size| size < len as u64) {
+            return Err(BusError::BadLength(len));
+        }
+        let mapping = MmapOptions::new()
+            .len(len)
+            .map_raw(fd)
+            .map_err(|source| BusError::Io { what, source })?;
+        self.give(mapping, false, access)
+    }
+
+    fn give(&self, mapping: MmapRaw, huge: bool, access: Access) -> Result<DmaMemory, BusError> {
+        let len = mapping.len();
+        let align = if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
+        let iova = self
+            .iovas()
+            .take(len as u64, align as u64)
+            .ok_or(BusError::NoAddresses(len as u64))?;
+        let host = NonNull::new(mapping.as_mut_ptr()).ok_or(BusError::BadLength(len))?;
+        // SAFETY: the mapping is owned by the DmaMemory made below, which unmaps at the device
+        // before it drops the mapping; nothing in this crate makes a reference into it.
+        let mapped = unsafe { self.device.map(iova, host, len, access) };
+        if let Err(error) = mapped {
+            self.iovas().give_back(iova);
+            return Err(error);
+        }
+        Ok(DmaMemory {
+            mapping,
+            iova,
+            huge,
+            space: self.clone(),
+        })
+    }
+
+    fn iovas(&self) -> std::sync::MutexGuard<'_, Iovas> {
+        self.iovas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DmaMemory {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.mapping.len()
+    }
+
+    /// Never true.
+    pub fn is_empty(&self) -> bool {
+        self.mapping.len() == 0
+    }
+
+    /// I/O virtual address of the first byte.
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// Whether it is made of huge pages.
+    pub fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    /// Address of `len` bytes at `offset`, if they lie inside.
+    pub(crate) fn at(&self, offset: usize, len: usize) -> Option<NonNull<u8>> {
+        let end = offset.checked_add(len)?;
+        if end > self.mapping.len() {
+            return None;
+        }
+        // SAFETY: the offset is inside the mapping, or one past its end.
+        NonNull::new(unsafe { self.mapping.as_mut_ptr().add(offset) })
+    }
+}
+
+impl Drop for DmaMemory {
+    fn drop(&mut self) {
+        match self.space.device.unmap(self.iova, self.mapping.len()) {
+            Ok(()) => self.space.iovas().give_back(self.iova),
+            Err(error) => {
+                // The device may still reach the memory: it must not be used for anything else.
+                let len = self.mapping.len();
+                tracing::error!(%error, len, "DMA memory stays mapped for the device, and is leaked");
+                let anonymous = MmapOptions::new().len(PAGE).map_anon();
+                if let Ok(anonymous) = anonymous {
+                    std::mem::forget(std::mem::replace(&mut self.mapping, anonymous.into()));
+                }
+            }
+        }
+    }
+}

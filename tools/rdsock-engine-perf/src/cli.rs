@@ -1,0 +1,54 @@
+//! The flags, as they are given.
+
+use clap::{Parser, ValueEnum};
+
+/// Latency of the RDMA engine and the mailbox between two nodes whose devices are models in this
+/// process.
+#[derive(Clone, Debug, Parser)]
+#[command(version)]
+pub struct Flags {
+    /// What to measure; all when none is named
+    #[arg(value_enum)]
+    pub tests: Vec<Test>,
+    /// Bytes that each operation moves (a mailbox message always has 48)
+    #[arg(long, default_value_t = 64)]
+    pub size: u32,
+    /// Operations that are measured
+    #[arg(long, default_value_t = 100_000)]
+    pub count: u64,
+    /// Operations before that, which are not
+    #[arg(long, default_value_t = 1_000)]
+    pub warmup: u64,
+    /// Who runs the devices
+    #[arg(long, value_enum, default_value_t = Devices::Thread)]
+    pub devices: Devices,
+    /// Core of the driver's thread
+    #[arg(long)]
+    pub core: Option<usize>,
+    /// Core of the devices' thread
+    #[arg(long)]
+    pub device_core: Option<usize>,
+    /// Print one JSON object for each test
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Test {
+    /// A write, until its completion
+    Write,
+    /// A write with notification to the other node and one back, halved
+    WriteNotify,
+    /// A mailbox message to the other node and one back, halved
+    Mailbox,
+}
+
+/// Where the devices run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Devices {
+    /// A thread of their own, that spins
+    Thread,
+    /// The driver's thread, in turns with it: no core talks to another
+    Inline,
+}
