@@ -169,8 +169,9 @@ impl Node {
         stream.wire = wire::CONNECT;
         stream.deadline = now.saturating_add(self.config.connect_timeout);
         let id = self.table.insert(stream).ok_or(Refusal::Limit)?;
-        self.members
-            .push(&mut self.sessions[node.index()].members, id.at());
+        let session = &mut self.sessions[node.index()];
+        session.asking += 1;
+        self.members.push(&mut session.members, id.at());
         self.asking.push(&mut self.ask_list, id.at());
         self.touch(id.at());
         Ok(id)

@@ -75,6 +75,8 @@ pub(crate) struct Session {
     pub(crate) peer_epoch: u64,
     /// The peer's tag that our last HELLO carried.
     pub(crate) echoed: u32,
+    /// Our tag as the peer's last HELLO had it.
+    pub(crate) peer_echo: u32,
     /// Connects that the peer lets stand unanswered.
     pub(crate) peer_pending: u32,
     /// When something was last heard, and sent, in ns.
@@ -129,6 +131,7 @@ impl Session {
             peer_tag: 0,
             peer_epoch: 0,
             echoed: 0,
+            peer_echo: 0,
             peer_pending: 0,
             heard: 0,
             sent: 0,
@@ -165,7 +168,7 @@ impl Session {
         self.counters.add(Count::SessionLost);
         self.state = State::Greeting;
         self.tag = tag;
-        (self.peer_tag, self.echoed) = (0, 0);
+        (self.peer_tag, self.echoed, self.peer_echo) = (0, 0, 0);
         self.hello_at = now;
         self.give_up_at = give_up_at;
         self.alive_due = false;

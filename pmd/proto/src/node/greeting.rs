@@ -34,14 +34,22 @@ impl Node {
         let session = &mut self.sessions[s];
         session.heard = now;
         (session.peer_epoch, session.peer_tag, session.peer_pending) = (epoch, tag, pending);
-        // Our present tag went out in a HELLO of this session only: the peer has read that one.
-        if session.state == State::Greeting && echo == session.tag && !session.gone {
+        session.peer_echo = echo;
+        self.meet(s);
+        self.activate(s);
+    }
+
+    /// Goes on from greeting when the peer has read our HELLO: our present tag went out in one of
+    /// this session only.
+    fn meet(&mut self, s: usize) {
+        let session = &mut self.sessions[s];
+        let met = session.peer_echo == session.tag && !session.gone;
+        if session.state == State::Greeting && met {
             session.state = State::Resuming;
             session.give_up_at = u64::MAX;
             self.begin(s, Sweep::Name);
-            self.timer = self.timer.min(now);
+            self.timer = 0;
         }
-        self.activate(s);
     }
 
     fn lose_if_up(&mut self, s: usize, now: u64) {
@@ -107,7 +115,10 @@ impl Node {
                 session.state = State::Live;
                 session.tell_up = true;
             }
-            Sweep::End => session.gone = false,
+            Sweep::End => {
+                session.gone = false;
+                self.meet(s);
+            }
         }
     }
 

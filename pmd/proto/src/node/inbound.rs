@@ -255,7 +255,10 @@ impl Node {
         consumed: u64,
         notify: bool,
     ) -> Result<(), Count> {
-        let at = self.stream_of(s, to)?;
+        // A stream that is over here is not named by us in turn: so the peer learns that.
+        let Ok(at) = self.stream_of(s, to) else {
+            return Ok(());
+        };
         let tag = self.sessions[s].tag;
         if self.sessions[s].peer_resumed || self.table[at].settled == tag {
             return Err(Count::WrongState);
