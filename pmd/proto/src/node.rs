@@ -483,7 +483,7 @@ impl Node {
         self.asking.remove(&mut self.ask_list, at);
         let stream = &mut self.table[at];
         stream.left = true;
-        stream.leave = Leave::Done;
+        stream.leave = Leave::Done(None);
         stream.wire = 0;
     }
 
@@ -504,6 +504,9 @@ impl Node {
         } else if stream.wire != 0 || stream.next_write(1, 1, u32::MAX).is_some() {
             self.ready.push(&mut session.ready, at);
             self.active.push(&mut self.active_list, stream.node.index());
+        }
+        if !stream.held {
+            stream.tell &= tell::REFUSED | tell::RELEASED;
         }
         if stream.tell != 0 {
             self.telling.push(&mut self.tell_list, at);
@@ -527,4 +530,10 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
+}
+impl Node {
+    /// x
+    pub fn debug(&self, id: StreamId) -> String {
+        format!("{:?}", self.table.find(id).map(|at| &self.table[at]))
+    }
 }

@@ -63,7 +63,7 @@ pub(crate) enum Leave {
     /// The message is in flight.
     Posted(Option<Cause>),
     /// The other node has it.
-    Done,
+    Done(Option<Cause>),
 }
 
 /// The direction whose bytes our program writes.
@@ -191,7 +191,7 @@ impl Stream {
 
     /// Neither side will send anything more.
     pub(crate) fn wire_over(&self) -> bool {
-        self.left && self.leave == Leave::Done
+        self.left && matches!(self.leave, Leave::Done(_))
     }
 
     /// Both directions can still carry something.
@@ -343,7 +343,7 @@ impl Stream {
             self.tell |= tell::CREDIT;
         }
         (tx.posted, tx.done, tx.consumed, tx.notify) = (arrived, arrived, consumed, notify);
-        if tx.shut {
+        if tx.shut && self.leave == Leave::No {
             self.wire |= wire::SHUT;
         }
         Ok(())

@@ -130,20 +130,16 @@ impl Node {
         match stream.phase {
             // It has not got our answer, and will not name the stream: nothing is left of it.
             Phase::Offered | Phase::Refusing => self.conclude(at, EndReason::NodeGone),
-            Phase::Connecting => {
-                self.fail_connect(at, Refusal::Lost);
-                self.abandon(at);
-            }
+            // Nor do we name what was not answered: that ends it there.
+            Phase::Connecting | Phase::Abandoned => self.conclude(at, EndReason::NodeGone),
             Phase::Open if !stream.wire_over() => {
-                if stream.leave == Leave::Done {
+                if let Leave::Done(cause) = stream.leave {
                     // Delivered, but perhaps to a worker that died before it read it.
-                    stream.leave = Leave::No;
-                    stream.want_leave(None);
+                    stream.leave = Leave::Wanted(cause);
+                    stream.wire = wire::LEAVE;
                 }
                 session.naming += 1;
-                if stream.named == session.tag {
-                    session.naming -= 1; // An abandoned stream that the peer has named already.
-                } else if stream.held && stream.ended.is_none() {
+                if stream.held && stream.ended.is_none() {
                     stream.resuming = true;
                     stream.tell |= tell::RESUME;
                 } else {
@@ -159,8 +155,7 @@ impl Node {
     fn settle(&mut self, s: usize, at: usize) {
         let stream = &mut self.table[at];
         let known = stream.settled == self.sessions[s].tag;
-        let concerned = matches!(stream.phase, Phase::Open | Phase::Abandoned);
-        if concerned && !known && !stream.wire_over() {
+        if stream.phase == Phase::Open && !known && !stream.wire_over() {
             self.conclude(at, EndReason::PeerForgot);
         }
     }

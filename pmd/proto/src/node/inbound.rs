@@ -103,14 +103,13 @@ impl Node {
         Ok(at)
     }
 
-    /// The same, if it is established, named in this session, and the peer has not left it.
+    /// The same, if it is established and was named in this session.
     fn open_stream(&self, s: usize, to: StreamId) -> Result<usize, Count> {
         let at = self.stream_of(s, to)?;
         let stream = &self.table[at];
         let fits = stream.phase == Phase::Open
             && stream.settled == self.sessions[s].tag
-            && stream.remote.is_some()
-            && !stream.left;
+            && stream.remote.is_some();
         if fits { Ok(at) } else { Err(Count::WrongState) }
     }
 
@@ -139,12 +138,15 @@ impl Node {
 
     /// CLOSE, with the positions it carries, or RESET: the peer's last word on the stream.
     fn on_leave(&mut self, s: usize, to: StreamId, close: Option<(u64, u64)>) -> Result<(), Count> {
-        let at = self.stream_of(s, to)?;
-        let stream = &mut self.table[at];
-        let unheard = stream.phase == Phase::Open && stream.remote.is_none();
-        if !unheard {
-            self.open_stream(s, to)?;
+        // After a loss it is said again, perhaps for a stream that is over here already.
+        let again = match self.stream_of(s, to) {
+            Ok(at) => self.table[at].left,
+            Err(count) => count == Count::UnknownStream,
+        };
+        if again {
+            return Ok(());
         }
+        let at = self.open_stream(s, to)?;
         let stream = &mut self.table[at];
         let result = match close {
             Some((end, consumed)) if stream.listens() => stream.on_close(end, consumed),
@@ -263,33 +265,20 @@ impl Node {
         if self.sessions[s].peer_resumed || self.table[at].settled == tag {
             return Err(Count::WrongState);
         }
-        if self.table[at].phase == Phase::Connecting && self.table[at].asked {
-            self.fail_connect(at, Refusal::Lost);
-            self.abandon(at);
-        }
         let stream = &mut self.table[at];
         let result = match stream.phase {
-            Phase::Abandoned => {
-                // The ACCEPT was lost with the session. There is nothing to name: leave at once.
-                stream.peer = Some(from);
-                stream.phase = Phase::Open;
-                stream.named = tag;
-                stream.want_leave(Some(Cause::GivenUp));
-                Ok(())
+            // Its answer was lost with the session. We do not name it, which ends it there.
+            Phase::Connecting | Phase::Abandoned => return Ok(()),
+            Phase::Open if stream.peer == Some(from) && stream.listens() => {
+                stream.on_resume(arrived, consumed, notify)
             }
-            Phase::Open if stream.peer == Some(from) => {
-                let result = match stream.listens() {
-                    true => stream.on_resume(arrived, consumed, notify),
-                    false => Ok(()),
-                };
-                if result.is_err() {
-                    stream.end(EndReason::Violation);
-                    stream.want_leave(Some(Cause::Violation));
-                }
-                result
-            }
+            Phase::Open if stream.peer == Some(from) => Ok(()),
             _ => return Err(Count::WrongState),
         };
+        if result.is_err() {
+            stream.end(EndReason::Violation);
+            stream.want_leave(Some(Cause::Violation));
+        }
         stream.settled = tag;
         self.touch(at);
         result

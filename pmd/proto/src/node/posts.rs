@@ -107,7 +107,11 @@ impl Node {
                     }
                 }
             }
-            What::Said(wire::LEAVE) => stream.leave = Leave::Done,
+            What::Said(wire::LEAVE) => {
+                if let Leave::Posted(cause) = stream.leave {
+                    stream.leave = Leave::Done(cause);
+                }
+            }
             What::Said(wire::REFUSE) => self.over(at),
             _ => {}
         }

@@ -155,7 +155,7 @@ impl World {
             for end in host.ends.values() {
                 text += &format!(
                     "\n  connection {} side {} with {:?}: head {} of {}, credit {}, read {} of {:?}, \
-                     closed {}, established {}, progress {:?}",
+                     closed {}, established {}, progress {:?} {}",
                     end.connection,
                     end.side,
                     end.peer,
@@ -166,7 +166,8 @@ impl World {
                     end.peer_end,
                     end.closed,
                     end.established,
-                    host.node.progress(end.id)
+                    host.node.progress(end.id),
+                    host.node.debug(end.id)
                 );
             }
         }
@@ -433,6 +434,18 @@ impl World {
     }
 
     fn carry_out(&mut self, index: usize, action: Action) {
+        if std::env::var("T").is_ok() {
+            match &action {
+                Action::Send { node, seq, message } => eprintln!(
+                    "{} {index}->{} {seq} {:x?}",
+                    self.now,
+                    node.0,
+                    rdsock_proto::message::Message::decode(message)
+                ),
+                Action::Event(e) => eprintln!("{} {index} {e:?}", self.now),
+                _ => {}
+            }
+        }
         let (to, seq, work) = match action {
             Action::Event(event) => return self.on_event(index, event),
             Action::Restart { node } => return self.fabric.restart(index, node.0.into()),
