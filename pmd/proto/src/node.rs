@@ -12,6 +12,7 @@ mod posts;
 
 pub use posts::Status;
 
+use crate::action::EndReason;
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::id::{NodeId, Place, StreamId};
@@ -69,6 +70,8 @@ pub struct Record {
     pub peer_end: Option<u64>,
     /// The other node has left the stream.
     pub left: bool,
+    /// The stream has ended otherwise than by being closed.
+    pub ended: Option<EndReason>,
 }
 
 /// Positions of a stream, as shared memory has them.
@@ -230,7 +233,7 @@ impl Node {
         }
         stream.tx.head = head;
         if stream.left && head > stream.tx.consumed {
-            stream.end(crate::EndReason::PeerReset);
+            stream.end(EndReason::PeerReset);
         }
         self.touch(at);
         Ok(())
@@ -294,7 +297,7 @@ impl Node {
     }
 
     /// Our program has closed the stream having read all that it will, or has seen it end. Bytes
-    /// that were advanced are still sent. Only `Released` follows.
+    /// that were advanced are still sent. Only `Resume` and `Released` follow.
     ///
     /// # Errors
     /// [`LocalError::Unknown`].
@@ -305,7 +308,7 @@ impl Node {
     }
 
     /// Breaks the stream: our program asked for it, has died, or has closed with unread bytes.
-    /// Only `Released` follows.
+    /// Only `Resume` and `Released` follow.
     ///
     /// # Errors
     /// [`LocalError::Unknown`].
@@ -318,22 +321,29 @@ impl Node {
     /// Answers `Resume`: bytes have arrived up to `head`, the stream's head word.
     ///
     /// # Errors
-    /// [`LocalError::Position`] when that cannot be: then `reset` the stream;
-    /// [`LocalError::State`] when it was not asked for (any more); [`LocalError::Unknown`].
+    /// [`LocalError::Position`] when that cannot be: the stream is being broken, and has to be
+    /// closed if it was not yet; [`LocalError::State`] when it was not asked for (any more);
+    /// [`LocalError::Unknown`].
     pub fn resume(&mut self, id: StreamId, head: u64) -> Result<(), LocalError> {
-        let at = self.held(id)?;
+        let at = self.table.find(id).ok_or(LocalError::Unknown)?;
         let stream = &mut self.table[at];
-        if !stream.resuming {
+        if !std::mem::take(&mut stream.resuming) {
             return Err(LocalError::State);
         }
-        if head < stream.rx.head.max(stream.rx.consumed) {
-            return Err(LocalError::Position);
-        }
-        stream.on_head(head).map_err(|_| LocalError::Position)?;
-        stream.resuming = false;
         stream.wire |= wire::RESUME;
+        let goes_on = head >= stream.rx.head.max(stream.rx.consumed);
+        let possible = goes_on && stream.on_head(head).is_ok();
+        if !possible {
+            stream.want_leave(Some(Cause::Program));
+        } else if stream.has_unread() {
+            stream.want_leave(Some(Cause::Unread));
+        }
         self.touch(at);
-        Ok(())
+        if possible {
+            Ok(())
+        } else {
+            Err(LocalError::Position)
+        }
     }
 
     /// What has to be kept of an established stream; `None` for any other.
@@ -350,6 +360,7 @@ impl Node {
             theirs: stream.theirs,
             peer_end: stream.rx.end,
             left: stream.left,
+            ended: stream.ended,
         })
     }
 
@@ -376,9 +387,18 @@ impl Node {
         tx.consumed = at.credit.saturating_sub(record.remote.size());
         (stream.rx.consumed, stream.rx.credited) = (at.consumed, at.consumed);
         (stream.rx.head, stream.rx.end) = (at.consumed, record.peer_end);
-        stream.left = record.left;
-        if stream.left {
+        (stream.left, stream.ended) = (record.left, record.ended);
+        if record.left {
             stream.want_leave(None);
+        } else if record.ended.is_some() {
+            stream.want_leave(Some(Cause::Program));
+        }
+        // The worker may have died before it told its programs.
+        if record.peer_end.is_some() {
+            stream.tell |= tell::PEER_SHUT;
+        }
+        if record.ended.is_some() {
+            stream.tell |= tell::ENDED;
         }
         if !self.table.restore(record.stream, stream) {
             return Err(LocalError::State);
@@ -386,6 +406,7 @@ impl Node {
         session.theirs += u32::from(record.theirs);
         session.give_up_at = now.saturating_add(self.config.resume_timeout);
         self.members.push(&mut session.members, record.stream.at());
+        self.touch(record.stream.at());
         self.timer = 0;
         Ok(())
     }
@@ -422,7 +443,7 @@ impl Node {
     fn let_go(&mut self, at: usize, cause: Option<Cause>) {
         let stream = &mut self.table[at];
         stream.held = false;
-        stream.tell = 0;
+        stream.tell &= tell::RESUME;
         match stream.phase {
             Phase::Connecting => self.abandon(at),
             Phase::Offered if stream.left => {}
@@ -440,10 +461,6 @@ impl Node {
                 stream.want_leave(cause.or(unread.then_some(Cause::Unread)));
             }
             Phase::Abandoned | Phase::Refusing | Phase::Over => {}
-        }
-        let stream = &mut self.table[at];
-        if std::mem::take(&mut stream.resuming) {
-            stream.wire |= wire::RESUME;
         }
         self.touch(at);
     }
@@ -506,7 +523,7 @@ impl Node {
             self.active.push(&mut self.active_list, stream.node.index());
         }
         if !stream.held {
-            stream.tell &= tell::REFUSED | tell::RELEASED;
+            stream.tell &= tell::REFUSED | tell::RESUME | tell::RELEASED;
         }
         if stream.tell != 0 {
             self.telling.push(&mut self.tell_list, at);

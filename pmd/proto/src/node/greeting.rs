@@ -139,13 +139,8 @@ impl Node {
                     stream.wire = wire::LEAVE;
                 }
                 session.naming += 1;
-                if stream.held && stream.ended.is_none() {
-                    stream.resuming = true;
-                    stream.tell |= tell::RESUME;
-                } else {
-                    stream.resuming = false;
-                    stream.wire |= wire::RESUME;
-                }
+                stream.resuming = true;
+                stream.tell |= tell::RESUME;
             }
             _ => {}
         }

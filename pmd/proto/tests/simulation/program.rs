@@ -212,6 +212,11 @@ impl End {
         if n != 0 {
             let advanced = node.advance_consumed(self.id, self.consumed);
             assert!(self.doubtful || advanced.is_ok(), "{advanced:?}");
+            if advanced.is_err() {
+                // Beyond the end that the liar has named.
+                self.leave(connection, Outcome::Left);
+                node.reset(self.id).unwrap();
+            }
         }
     }
 

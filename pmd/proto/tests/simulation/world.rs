@@ -582,8 +582,10 @@ impl World {
                 end.told = end.told.max(head);
                 if host.node.resume(id, head).is_err() {
                     assert!(end.doubtful, "an impossible head word");
-                    end.leave(connection, Outcome::Left);
-                    host.node.reset(id).unwrap();
+                    if !end.closed {
+                        end.leave(connection, Outcome::Left);
+                        host.node.reset(id).unwrap();
+                    }
                 }
             }
             Event::Released { .. } => {
