@@ -36,7 +36,8 @@ counts! {
     StaleSession, "messages of an earlier session";
     /// A message before the session was up. Ignored.
     NoSession, "messages before the greeting";
-    /// An id that names no stream, or one that is over. The message is ignored.
+    /// An id that names no stream, or one that is over. The message is ignored; a few are normal
+    /// after the peer's worker has restarted.
     UnknownStream, "messages for an unknown stream";
     /// The id of another node's stream. The message is ignored.
     ForeignStream, "messages for another node's stream";

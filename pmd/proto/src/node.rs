@@ -348,7 +348,7 @@ impl Node {
 
     /// What has to be kept of an established stream; `None` for any other.
     pub fn record(&self, id: StreamId) -> Option<Record> {
-        let stream = &self.table[self.held(id).ok()?];
+        let stream = &self.table[self.table.find(id)?];
         (stream.phase == Phase::Open).then_some(())?;
         Some(Record {
             stream: id,
@@ -364,8 +364,8 @@ impl Node {
         })
     }
 
-    /// Gives a stream back after the daemon's worker has restarted. If its program has shut or
-    /// closed, say so afterwards. Events follow as for a stream whose session was lost.
+    /// Gives a stream back after the daemon's worker has restarted. If its program has shut,
+    /// closed or reset it, say so afterwards. Events follow as for a stream whose session was lost.
     ///
     /// # Errors
     /// [`LocalError::State`] when the id is taken or out of range; [`LocalError::Position`] when
@@ -547,10 +547,4 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
-}
-impl Node {
-    /// x
-    pub fn debug(&self, id: StreamId) -> String {
-        format!("{:?}", self.table.find(id).map(|at| &self.table[at]))
-    }
 }

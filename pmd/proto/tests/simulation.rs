@@ -75,7 +75,7 @@ fn simulate(name: &str, faults: Faults, share: usize) {
     if let Some(seed) = number("RDSOCK_SEED") {
         return run_one(name, seed, &faults, &mut tally);
     }
-    let some = if cfg!(debug_assertions) { 40 } else { 400 };
+    let some = if cfg!(debug_assertions) { 40 } else { 2000 };
     for seed in 0..number("RDSOCK_SEEDS").unwrap_or(some) {
         run_one(name, seed, &faults, &mut tally);
     }

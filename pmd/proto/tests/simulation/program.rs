@@ -70,6 +70,8 @@ pub struct End {
     pub peer_end: Option<u64>,
     pub established: bool,
     pub closed: bool,
+    /// It was closed by a reset.
+    pub broke: bool,
     pub record: Option<Record>,
     /// The other end lies: what arrives is not checked.
     pub doubtful: bool,
@@ -113,6 +115,7 @@ impl End {
             peer_end: None,
             established: false,
             closed: false,
+            broke: false,
             record: None,
             doubtful: false,
         }
@@ -201,7 +204,7 @@ impl End {
                 self.consumed
             );
             self.leave(connection, Outcome::Left);
-            return node.reset(self.id).unwrap();
+            return self.reset(node);
         };
         let n = if rng.once_in(2) {
             waiting
@@ -215,7 +218,7 @@ impl End {
             if advanced.is_err() {
                 // Beyond the end that the liar has named.
                 self.leave(connection, Outcome::Left);
-                node.reset(self.id).unwrap();
+                self.reset(node);
             }
         }
     }
@@ -283,7 +286,7 @@ impl End {
                     self.leave(connection, Outcome::Left);
                     let unread = self.word(memory) > self.consumed;
                     if unread {
-                        node.reset(self.id).unwrap()
+                        self.reset(node)
                     } else {
                         node.close(self.id).unwrap()
                     }
@@ -291,7 +294,7 @@ impl End {
                 }
                 Manner::Breaks => {
                     self.leave(connection, Outcome::Left);
-                    return node.reset(self.id).unwrap();
+                    return self.reset(node);
                 }
             }
         }
@@ -307,6 +310,11 @@ impl End {
             self.leave(connection, Outcome::Reset(reason));
             node.close(self.id).unwrap();
         }
+    }
+
+    fn reset(&mut self, node: &mut Node) {
+        self.broke = true;
+        node.reset(self.id).unwrap();
     }
 
     /// The program has nothing to do with the connection any more.
