@@ -4,7 +4,10 @@
 //! can be checked without knowing a stream; a message that does not pass has no effect but to be
 //! counted. Nothing here keeps state.
 
+mod fields;
+
 use crate::id::{Place, StreamId};
+use fields::{Reader, Writer};
 use std::net::Ipv6Addr;
 
 /// Bytes of a message. The device's mailbox carries at least as many.
@@ -435,83 +438,5 @@ fn flag(code: u16) -> Result<bool, Malformed> {
         0 => Ok(false),
         1 => Ok(true),
         _ => Err(Malformed::Field),
-    }
-}
-
-/// Reads fields one behind the other. No kind has more fields than fit.
-struct Reader<'a> {
-    bytes: &'a Bytes,
-    at: usize,
-}
-
-impl Reader<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let mut field = [0; N];
-        field.copy_from_slice(&self.bytes[self.at..self.at + N]);
-        self.at += N;
-        field
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.take())
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(self.take())
-    }
-
-    fn id(&mut self) -> Result<StreamId, Malformed> {
-        StreamId::from_u64(self.u64()).ok_or(Malformed::Field)
-    }
-
-    fn place(&mut self, log2: u16) -> Result<Place, Malformed> {
-        let place = Place {
-            ring: self.u64(),
-            word: self.u64(),
-            key: self.u32(),
-            log2: log2.try_into().map_err(|_| Malformed::Field)?,
-        };
-        place.checked()
-    }
-
-    fn rest(&self) -> &[u8] {
-        &self.bytes[self.at..]
-    }
-}
-
-/// Writes fields one behind the other, behind the head.
-struct Writer {
-    bytes: Bytes,
-    at: usize,
-}
-
-impl Writer {
-    fn new() -> Self {
-        Writer {
-            bytes: [0; SIZE],
-            at: 8,
-        }
-    }
-
-    fn put(&mut self, field: &[u8]) -> &mut Self {
-        self.bytes[self.at..self.at + field.len()].copy_from_slice(field);
-        self.at += field.len();
-        self
-    }
-
-    fn u32(&mut self, value: u32) -> &mut Self {
-        self.put(&value.to_le_bytes())
-    }
-
-    fn u64(&mut self, value: u64) -> &mut Self {
-        self.put(&value.to_le_bytes())
-    }
-
-    fn id(&mut self, id: StreamId) -> &mut Self {
-        self.u64(id.to_u64())
-    }
-
-    fn place(&mut self, place: &Place) -> &mut Self {
-        self.u64(place.ring).u64(place.word).u32(place.key)
     }
 }

@@ -5,12 +5,16 @@
 
 #[path = "simulation/fabric.rs"]
 mod fabric;
+#[path = "simulation/faults.rs"]
+mod faults;
 #[path = "simulation/liar.rs"]
 mod liar;
 #[path = "simulation/program.rs"]
 mod program;
 #[path = "simulation/rng.rs"]
 mod rng;
+#[path = "simulation/verdict.rs"]
+mod verdict;
 #[path = "simulation/world.rs"]
 mod world;
 

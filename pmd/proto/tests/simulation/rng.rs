@@ -32,6 +32,6 @@ pub fn mix(mut z: u64) -> u64 {
 
 /// The byte that a direction of a connection has at a position.
 pub fn byte_at(connection: usize, side: usize, position: u64) -> u8 {
-    mix(position / 8 ^ (connection as u64) << 32 ^ (side as u64) << 63).to_le_bytes()
+    mix((position / 8) ^ ((connection as u64) << 32) ^ ((side as u64) << 63)).to_le_bytes()
         [position as usize % 8]
 }

@@ -1,17 +1,14 @@
-//! Hosts on the fabric: what the daemon of each does with its node's actions, the faults, and the
-//! verdict at the end.
+//! Hosts on the fabric: what the daemon of each does with its node's actions.
 
 use super::fabric::{Fabric, Work};
 use super::liar;
 use super::program::{Connection, End, Outcome};
 use super::rng::Rng;
-use rdsock_proto::{
-    Action, Actions, Addresses, Config, Count, Event, Node, NodeId, Positions, Refusal, StreamId,
-};
+use rdsock_proto::{Action, Actions, Addresses, Config, Event, Node, NodeId, Refusal, StreamId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
-const US: u64 = 1000;
+pub const US: u64 = 1000;
 
 /// What may happen in a run.
 #[derive(Clone, Debug, Default)]
@@ -35,9 +32,9 @@ pub struct Host {
     actions: Actions,
     pub ends: BTreeMap<u64, End>,
     /// Connects that the daemon has not answered yet.
-    offers: Vec<(u64, StreamId, usize)>,
-    blocked: BTreeSet<usize>,
-    epoch: u64,
+    pub offers: Vec<(u64, StreamId, usize)>,
+    pub blocked: BTreeSet<usize>,
+    pub epoch: u64,
 }
 
 pub struct World {
@@ -46,8 +43,8 @@ pub struct World {
     pub fabric: Fabric,
     pub hosts: Vec<Host>,
     pub connections: Vec<Connection>,
-    faults: Faults,
-    config: Config,
+    pub faults: Faults,
+    pub config: Config,
     keys: u32,
     pub lies: liar::Lies,
 }
@@ -132,110 +129,6 @@ impl World {
         panic!("hangs: {}", self.describe());
     }
 
-    fn is_over(&self) -> bool {
-        self.hosts
-            .iter()
-            .all(|host| host.node.streams() == 0 && host.ends.is_empty())
-    }
-
-    fn describe(&self) -> String {
-        let mut text = String::new();
-        for (index, host) in self.hosts.iter().enumerate() {
-            text += &format!("\nnode {index}: {} streams", host.node.streams());
-            for peer in 0..self.hosts.len() {
-                let counters = host.node.counters(NodeId(peer as u16)).unwrap();
-                for count in Count::ALL.iter().filter(|count| counters.get(**count) != 0) {
-                    text += &format!(
-                        "\n  of node {peer}: {} {}",
-                        counters.get(*count),
-                        count.text()
-                    );
-                }
-            }
-            for end in host.ends.values() {
-                text += &format!(
-                    "\n  connection {} side {} with {:?}: head {} of {}, credit {}, read {} of {:?}, \
-                     closed {}, established {}, progress {:?}",
-                    end.connection,
-                    end.side,
-                    end.peer,
-                    end.head,
-                    end.total,
-                    end.credit,
-                    end.consumed,
-                    end.peer_end,
-                    end.closed,
-                    end.established,
-                    host.node.progress(end.id)
-                );
-            }
-        }
-        text
-    }
-
-    /// Nothing leaks, and each connection ended as TCP may end.
-    fn judge(&self) {
-        for (index, connection) in self.connections.iter().enumerate() {
-            let [a, b] = &connection.sides;
-            for (reader, writer) in [(a, b), (b, a)] {
-                if reader.outcome == Some(Outcome::Eof)
-                    && self.honest(reader.host)
-                    && self.honest(writer.host)
-                {
-                    assert!(writer.shut, "connection {index}: an end that nobody wrote");
-                    assert_eq!(
-                        reader.read, writer.written,
-                        "connection {index}: a false end"
-                    );
-                }
-            }
-            let established = b.outcome.is_some() && a.outcome != Some(Outcome::Refused);
-            if established && !connection.excused {
-                let both = (a.outcome, b.outcome);
-                assert_eq!(
-                    both,
-                    (Some(Outcome::Eof), Some(Outcome::Eof)),
-                    "connection {index}: {connection:?}"
-                );
-            }
-        }
-        for (index, memory) in self.fabric.memory.iter().enumerate() {
-            assert!(
-                memory.regions.is_empty() && memory.sources.is_empty(),
-                "node {index} keeps memory"
-            );
-        }
-        if self.fabric.liar.is_none() {
-            self.judge_counters();
-        }
-    }
-
-    /// Honest nodes break no rule.
-    fn judge_counters(&self) {
-        let excused = [
-            Count::StaleSession,
-            Count::SessionLost,
-            Count::PeerRestarted,
-            Count::NoRoom,
-        ];
-        let restarts =
-            self.faults.workers != 0 || self.faults.nodes != 0 || self.faults.long_cuts != 0;
-        for host in &self.hosts {
-            for peer in 0..self.hosts.len() {
-                let counters = host.node.counters(NodeId(peer as u16)).unwrap();
-                for count in Count::ALL.iter().filter(|count| !excused.contains(count)) {
-                    let refused = *count == Count::AccessRefused && restarts;
-                    // A restarted worker may have forgotten that it had left a stream.
-                    let forgot = *count == Count::UnknownStream && self.faults.workers != 0;
-                    assert!(
-                        refused || forgot || counters.get(*count) == 0,
-                        "{count:?} without a liar"
-                    );
-                }
-            }
-        }
-    }
-
     pub fn honest(&self, host: usize) -> bool {
         self.fabric.liar != Some(host)
     }
@@ -281,112 +174,12 @@ impl World {
         end.doubtful = !self.honest(from) || !self.honest(to);
         end.register(&mut self.fabric.memory[from]);
         self.hosts[from].ends.insert(id.to_u64(), end);
-        let mut connection = Connection::default();
-        connection.excused = !self.honest(from) || !self.honest(to);
+        let mut connection = Connection {
+            excused: !self.honest(from) || !self.honest(to),
+            ..Connection::default()
+        };
         (connection.sides[0].host, connection.sides[1].host) = (from, to);
         self.connections.push(connection);
-    }
-
-    fn fault(&mut self) {
-        let nodes = self.hosts.len() as u64;
-        for (once_in, most) in [
-            (self.faults.short_cuts, 1000 * US),
-            (self.faults.long_cuts, 30_000 * US),
-        ] {
-            if self.rng.once_in(once_in) {
-                let (a, b) = (
-                    self.rng.below(nodes) as usize,
-                    self.rng.below(nodes) as usize,
-                );
-                let until = self.now + self.rng.below(most);
-                self.fabric.pipe(a, b).down_until = until;
-                self.fabric.pipe(b, a).down_until = until;
-                if most > self.config.resume_timeout {
-                    self.excuse(|sides| {
-                        [a, b].contains(&sides[0].host) && [a, b].contains(&sides[1].host)
-                    });
-                }
-            }
-        }
-        let node = self.rng.below(nodes) as usize;
-        if self.rng.once_in(self.faults.workers) {
-            self.restart_worker(node);
-        }
-        if self.rng.once_in(self.faults.nodes) {
-            self.restart_node(node);
-        }
-    }
-
-    fn excuse(&mut self, which: impl Fn(&[super::program::Side; 2]) -> bool) {
-        for connection in &mut self.connections {
-            connection.excused |= which(&connection.sides);
-        }
-    }
-
-    /// The daemon's worker dies and is started again; shared memory and keys outlive it.
-    fn restart_worker(&mut self, index: usize) {
-        self.fabric.reset(&mut self.rng, index);
-        let seed = self.rng.next();
-        let host = &mut self.hosts[index];
-        host.node = Node::new(NodeId(index as u16), host.epoch, seed, self.config.clone());
-        host.offers.clear();
-        host.blocked.clear();
-        let memory = &mut self.fabric.memory[index];
-        for (id, mut end) in std::mem::take(&mut host.ends) {
-            let connection = &mut self.connections[end.connection];
-            let Some(record) = end.record.clone() else {
-                memory.regions.remove(&end.key);
-                memory.revoked.insert(end.key);
-                memory.sources.remove(&id);
-                connection.excused = true;
-                if !end.closed {
-                    end.leave(connection, Outcome::Refused);
-                }
-                continue;
-            };
-            let positions = Positions {
-                head: end.head,
-                credit: end.credit,
-                consumed: end.consumed,
-            };
-            let restored = host.node.restore(&record, positions, self.now);
-            assert_eq!(restored, Ok(()), "connection {}", end.connection);
-            if end.shut {
-                host.node.shut(end.id).unwrap();
-            }
-            if end.closed {
-                connection.excused = true;
-                let node = &mut host.node;
-                let left = if end.broke {
-                    node.reset(end.id)
-                } else {
-                    node.close(end.id)
-                };
-                assert_eq!(left, Ok(()));
-            }
-            host.ends.insert(id, end);
-        }
-    }
-
-    /// A node loses everything.
-    fn restart_node(&mut self, index: usize) {
-        self.fabric.reset(&mut self.rng, index);
-        let seed = self.rng.next();
-        let host = &mut self.hosts[index];
-        host.epoch += 1;
-        host.node = Node::new(NodeId(index as u16), host.epoch, seed, self.config.clone());
-        host.offers.clear();
-        host.blocked.clear();
-        for mut end in std::mem::take(&mut host.ends).into_values() {
-            if !end.closed {
-                end.leave(&mut self.connections[end.connection], Outcome::Died);
-            }
-        }
-        let memory = &mut self.fabric.memory[index];
-        memory.revoked.extend(memory.regions.keys());
-        memory.regions.clear();
-        memory.sources.clear();
-        self.excuse(|sides| sides.iter().any(|side| side.host == index));
     }
 
     /// One round of a daemon.
