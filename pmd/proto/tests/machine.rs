@@ -3,7 +3,7 @@
 mod pair;
 
 use pair::{A, ADDRESSES, B, Wires, place};
-use rdsock_proto::{Count, EndReason, Event, LocalError, Refusal, Status};
+use rdsock_proto::{Config, Count, EndReason, Event, LocalError, Node, Refusal, Status};
 
 const MS: u64 = 1_000_000;
 
@@ -43,7 +43,11 @@ fn bulk_takes_a_descriptor_for_each_16_kib_at_most() {
     let (here, there) = wires.connect(A, B, 20);
     let total = 64 << 20;
     let (mut head, mut credit, mut read) = (0, 0, 0);
-    while read < total {
+    for round in 0.. {
+        assert!(round < 1_000_000, "it stands still at {read}");
+        if read == total {
+            break;
+        }
         head = (credit + (1 << 20)).min(total).min(head + 10_000);
         wires.node(A).advance_head(here, head).unwrap();
         wires.poll(A);
@@ -356,4 +360,71 @@ fn a_refused_write_ends_its_stream_and_the_others_go_on() {
         }
     )));
     assert_eq!(wires.node(A).progress(other), Some((20, 20, 0)));
+}
+
+#[test]
+fn a_restarted_node_loses_its_streams_and_their_keys_first() {
+    let mut wires = Wires::new(2, |_| {});
+    let (here, _) = wires.connect(A, B, 12);
+    *wires.node(B) = Node::new(B, 2, 999, Config::new(2));
+    wires.pass(20 * MS);
+    let events = wires.events();
+    let place = |wanted| {
+        events
+            .iter()
+            .position(|(node, event)| *node == A && *event == wanted)
+    };
+    let gone = place(Event::NodeGone { node: B }).expect("the keys are withdrawn");
+    let ended = place(Event::Ended {
+        stream: here,
+        reason: EndReason::NodeGone,
+    });
+    assert!(ended.is_some_and(|ended| gone < ended), "{events:?}");
+    assert!(place(Event::NodeUp { node: B }) > ended, "{events:?}");
+    assert_eq!(
+        wires.node(A).counters(B).unwrap().get(Count::PeerRestarted),
+        1
+    );
+}
+
+#[test]
+fn nobody_is_greeted_before_all_posts_of_the_lost_session_are_back() {
+    let mut wires = Wires::new(2, |_| {});
+    let (here, _) = wires.connect(A, B, 12);
+    wires.node(A).advance_head(here, 10).unwrap();
+    wires.poll(A);
+    let late = std::mem::take(&mut wires.posted);
+    // B's worker is another one: it greets anew.
+    *wires.node(B) = Node::new(B, 1, 999, Config::new(2));
+    wires.poll(B);
+    wires.deliver();
+    wires.poll(A);
+    assert!(wires.posted.is_empty(), "greeted with a write in flight");
+    let now = wires.now;
+    wires
+        .node(A)
+        .handle_completion(B, late[0].seq, Status::Success, now);
+    wires.poll(A);
+    assert_eq!(wires.posted.len(), 1, "now the HELLO");
+}
+
+#[test]
+fn a_peer_that_falls_silent_is_lost_although_posts_succeed() {
+    let mut wires = Wires::new(2, |_| {});
+    wires.connect(A, B, 12);
+    for _ in 0..11 {
+        wires.now += 50 * MS;
+        wires.poll(A);
+        let now = wires.now;
+        for post in std::mem::take(&mut wires.posted) {
+            wires
+                .node(A)
+                .handle_completion(B, post.seq, Status::Success, now);
+        }
+    }
+    assert!(!wires.node(A).is_up(B));
+    assert_eq!(
+        wires.node(A).counters(B).unwrap().get(Count::SessionLost),
+        1
+    );
 }

@@ -178,3 +178,38 @@ fn nonsense_of_a_program_is_an_error_and_changes_nothing() {
         Err(LocalError::State)
     );
 }
+
+#[test]
+fn connects_beyond_the_agreed_number_are_ignored() {
+    let mut wires = Wires::new(2, |config| config.pending = 2);
+    let (here, _) = wires.connect(A, B, 12);
+    let (tag, _) = session(&mut wires, A, here);
+    wires.events();
+    for n in 1..=5 {
+        let from = StreamId::from_u64(n << 32).unwrap();
+        let offer = Body::Offer {
+            from,
+            place: place(12),
+            source_port: 1,
+            destination_port: 2,
+        };
+        let (source, destination) = (ADDRESSES.source, ADDRESSES.destination);
+        let connect = Body::Connect {
+            from,
+            source,
+            destination,
+        };
+        for body in [offer, connect] {
+            let now = wires.now;
+            let message = Message { session: tag, body }.encode();
+            wires.node(B).handle_message(A, &message, now);
+        }
+    }
+    wires.settle();
+    assert_eq!(wires.events().len(), 2);
+    assert_eq!(wires.node(B).streams(), 3);
+    assert_eq!(
+        wires.node(B).counters(A).unwrap().get(Count::ConnectFlood),
+        3
+    );
+}
