@@ -1,4 +1,5 @@
-//! postgres with pgbench and psql: a server that runs as a user of its own and forks for each connection.
+//! postgres with pgbench and psql: a server that runs as a user of its own and forks for each
+//! connection.
 
 use std::fmt::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -11,7 +12,8 @@ use rdsock_tests::{Program, Running, Site, folder, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A command of postgres: Debian keeps them apart, by version, and what is on the path is a script in front.
+/// A command of postgres: Debian keeps them apart, by version, and what is on the path is a script
+/// in front.
 fn command(name: &str) -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql");
     let mut found: Vec<PathBuf> = versions
@@ -30,7 +32,8 @@ struct Postgres {
 }
 
 impl Drop for Postgres {
-    /// Its own way to end at once: its processes are in groups of their own, and it has shared memory to remove.
+    /// Its own way to end at once: its processes are in groups of their own, and it has shared
+    /// memory to remove.
     fn drop(&mut self) {
         if self.running.ended().is_none() {
             self.running.signal(Signal::SIGQUIT);
@@ -138,8 +141,8 @@ fn benchmark(site: Site) {
     let sums = ask(
         &site,
         &postgres,
-        "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(delta) FROM pgbench_history) \
-         AND (SELECT sum(tbalance) FROM pgbench_tellers) = (SELECT sum(delta) FROM pgbench_history)",
+        "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = sum(delta) \
+         AND (SELECT sum(tbalance) FROM pgbench_tellers) = sum(delta) FROM pgbench_history",
     );
     assert_eq!(sums, "t", "no transaction is lost or done twice");
 }
@@ -209,8 +212,8 @@ fn copy_by_checksum(site: Site) {
     );
 }
 
-/// Signals that reach a backend which waits: time limits, a cancelled command, an end from outside, a change of
-/// settings for all; and at last the end of the server with clients connected.
+/// Signals that reach a backend which waits: time limits, a cancelled command, an end from outside,
+/// a change of settings for all; and at last the end of the server with clients connected.
 fn signals(site: Site) {
     let mut postgres = server(&site);
     client(&site, &postgres, "pgbench")
@@ -261,7 +264,8 @@ SELECT count(*) FROM pgbench_accounts;
         "{}",
         sleeper.output()
     );
-    let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'cut'";
+    let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                 WHERE application_name = 'cut'";
     assert_eq!(ask(&site, &postgres, ended), "4");
     assert!(!cut.wait(LIMIT).success());
     assert_eq!(

@@ -91,17 +91,19 @@ assert not failed, failed
 print("all right")
 "#;
 
-/// Connections that are never on rings, each left to a program by exec: how long the median one takes.
+/// Connections that are never on rings, each left to a program by exec: how many of those take
+/// long. They give way to the daemon, which then says all that it has to say at once.
 const INHERITED: &str = r#"
-import socket, statistics, subprocess, time
+import os, socket, subprocess, time
+os.nice(19)
 listener = socket.create_server(("127.0.0.1", 0))
 def seconds():
     with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
         start = time.monotonic()
         subprocess.run(["/bin/true"], stdin=connection, check=True)
         return time.monotonic() - start
-median = statistics.median(seconds() for _ in range(15))
-assert median < 0.8, median
+slow = [s for s in (seconds() for _ in range(40)) if s > 0.9]
+assert len(slow) < 2, slow
 print("all soon")
 "#;
 
@@ -161,7 +163,8 @@ fn threads_in_one_process(site: Site) {
     assert!(output.contains("all right"), "python3 says:\n{output}");
 }
 
-/// A program that inherits a connection asks the daemon for its stream, and does not wait when there is none.
+/// A program that inherits a connection asks the daemon for its stream, and does not wait when
+/// there is none.
 fn inherited_without_a_stream(site: Site) {
     let script = site.folder.write("inherited.py", INHERITED);
     let output = site

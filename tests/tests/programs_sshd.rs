@@ -1,5 +1,5 @@
-//! sshd with ssh and sftp: a server that hands each connection over exec and stdio to a process of its own,
-//! whose unprivileged half goes into a seccomp sandbox before anybody has logged in.
+//! sshd with ssh and sftp: a server that hands each connection over exec and stdio to a process of
+//! its own, whose unprivileged half goes into a seccomp sandbox before anybody has logged in.
 //!
 //! Nothing is expected to be on rings here; all bytes are expected to be right.
 
@@ -169,8 +169,8 @@ fn several_at_once(site: Site) {
     several(&site, &sshd);
 }
 
-/// A server that forks and does not exec holds the connection from `accept` to the sandbox and beyond. It may go
-/// on rings at any moment of that, and then comes back when the sandbox closes.
+/// A server that forks and does not exec holds the connection from `accept` to the sandbox and
+/// beyond. It may go on rings at any moment of that, and then comes back when the sandbox closes.
 fn without_exec(site: Site) {
     let sshd = server(&site, "-r");
     big_file(&site, &sshd);
@@ -192,7 +192,8 @@ fn without_exec(site: Site) {
     check_log(&sshd);
 }
 
-/// sshd gets the connection as descriptors 0 and 1, through exec: it stays on the kernel, and says why.
+/// sshd gets the connection as descriptors 0 and 1, through exec: it stays on the kernel, and says
+/// why.
 fn why_not_on_rings(mut site: Site) {
     let sshd = server(&site, "");
     let mut client = ssh(&site, &sshd, "'echo inside; sleep 1'", "").start();
@@ -243,7 +244,8 @@ fn sftp_as_another_user(site: Site) {
     check_log(&sshd);
 }
 
-/// A connection through ssh and sshd, each of which has two, to a program that answers when it has all.
+/// A connection through ssh and sshd, each of which has two, to a program that answers when it has
+/// all.
 fn forwarded_port(site: Site) {
     let sshd = server(&site, "");
     let (end, front) = (place::free_port(), place::free_port());
