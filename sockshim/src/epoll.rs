@@ -79,6 +79,11 @@ struct Registration {
     data: u64,
     /// EPOLLONESHOT has fired.
     disabled: bool,
+    /// It was armed with EPOLLONESHOT when it came here from the program's instance. A thread may
+    /// still be on its way back with the event: see [`report::strip`].
+    moved: bool,
+    /// It was reported since.
+    reported_since: bool,
     /// Something to report was not reported yet, whatever the positions say (added, modified).
     fresh: bool,
     /// What was last reported, for EPOLLET.
@@ -101,6 +106,8 @@ pub struct Epoll {
     sleepers: AtomicU32,
     /// Registrations in the inner instance.
     streams: AtomicU32,
+    /// Those with `moved` set, or about to be.
+    moved: AtomicU32,
     score: AtomicU32,
     /// First of its own registrations in other instances.
     registrations: AtomicU32,
@@ -224,6 +231,13 @@ impl Epoll {
         self.pid.load(Relaxed) != stream::pid()
     }
 
+    /// Nobody is on the way back with an event of this registration any more.
+    fn arrived(&self, slot: &mut Registration) {
+        if std::mem::take(&mut slot.moved) {
+            self.moved.fetch_sub(1, SeqCst);
+        }
+    }
+
     fn is_few(&self) -> bool {
         self.streams.load(Relaxed) as usize <= FEW
     }
@@ -275,7 +289,12 @@ pub fn track(fd: c_int) {
         epoll.fd.store(fd, Relaxed);
         epoll.inner.store(-1, Relaxed);
         epoll.kicker.store(-1, Relaxed);
-        for count in [&epoll.sleepers, &epoll.streams, &epoll.registrations] {
+        for count in [
+            &epoll.sleepers,
+            &epoll.streams,
+            &epoll.moved,
+            &epoll.registrations,
+        ] {
             count.store(0, Relaxed);
         }
         epoll.score.store(wait::FULL_SCORE, Relaxed);
@@ -356,6 +375,7 @@ pub fn closed(fd: c_int, index: usize) {
             }
         }
         epoll.streams.store(0, Relaxed);
+        epoll.moved.store(0, Relaxed);
     }
     epoll.refs.store(0, Release);
 }

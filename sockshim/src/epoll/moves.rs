@@ -64,8 +64,18 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
     let epfd = epoll.fd.load(Relaxed);
     match slot.place {
         Place::Kernel => {
-            slot.disabled = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
+            let once = slot.events & EPOLLONESHOT as u32 != 0;
+            if once && !slot.moved {
+                // Said first: it may fire until it is deleted.
+                slot.moved = true;
+                epoll.moved.fetch_add(1, SeqCst);
+            }
+            slot.reported_since = false;
+            slot.disabled = once && has_fired(epfd, slot.number);
             sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
+            if slot.disabled {
+                epoll.arrived(slot);
+            }
         }
         Place::Parked => {}
         _ => return Ok(()),

@@ -41,6 +41,14 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
         return None;
     }
     let on_rings = held.as_ref().is_some_and(is_on_rings);
+    if on_rings
+        && op == EPOLL_CTL_MOD
+        && let Some(held) = &held
+    {
+        // The thread that maps the stream may not have come to this yet. Left with the kernel, it
+        // would report a wake byte that is still there after its bytes were read.
+        promoted(held);
+    }
     let guard = take(epoll)?;
     let mut change = Change {
         epoll,
@@ -174,6 +182,8 @@ impl Change<'_> {
             events: event.events,
             data: event.u64,
             disabled: false,
+            moved: false,
+            reported_since: false,
             fresh: true,
             reported: Snapshot::default(),
         };
@@ -283,6 +293,7 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
     if slot.place == Place::Free || slot.target != target {
         return;
     }
+    epoll.arrived(slot);
     match std::mem::replace(&mut slot.place, Place::Free) {
         Place::Inner => leave_inner(epoll, state, bit),
         Place::Resting => {

@@ -44,22 +44,49 @@ struct Look {
     others: bool,
 }
 
-/// Removes the inner instance from events that the kernel gave; true when it was among them.
-pub(super) fn strip(events: &mut [epoll_event], count: usize) -> (usize, bool) {
+/// Removes the inner instance from events that the kernel gave; true when it was among them. And
+/// what the kernel had given before a registration with EPOLLONESHOT moved to the inner instance,
+/// if that has reported it since; else it has fired now.
+pub(super) fn strip(epoll: &Epoll, events: &mut [epoll_event], count: usize) -> (usize, bool) {
     let secret = SECRET.load(Relaxed);
-    let mut kept = 0;
+    let moved = epoll.moved.load(SeqCst) != 0;
+    let (mut kept, mut twice) = (0, 0);
     for i in 0..count {
         let Some(event) = events.get(i).copied() else {
             break;
         };
         if event.u64 != secret {
+            if moved && was_reported(epoll, event.u64) {
+                twice += 1;
+                continue;
+            }
             if let Some(place) = events.get_mut(kept) {
                 *place = event;
             }
             kept += 1;
         }
     }
-    (kept, kept != count)
+    (kept, kept + twice != count)
+}
+
+/// True when the inner instance has reported what a thread brings from the program's one.
+fn was_reported(epoll: &Epoll, data: u64) -> bool {
+    let Some(guard) = take(epoll) else {
+        return false;
+    };
+    let state = guard.state();
+    let Some(bit) = (0..state.high).find(|bit| {
+        state
+            .slot(*bit)
+            .is_some_and(|slot| slot.moved && slot.data == data && slot.place == Place::Inner)
+    }) else {
+        return false;
+    };
+    state.slot(bit).is_some_and(|slot| {
+        epoll.arrived(slot);
+        slot.disabled |= !slot.reported_since;
+        slot.reported_since
+    })
 }
 
 /// Takes what the inner instance has: those streams' anchors have something to say.
@@ -215,7 +242,9 @@ fn report(state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
         return None;
     }
     if slot.events & EPOLLONESHOT as u32 != 0 && !look.peek {
-        state.slot(bit)?.disabled = true;
+        let slot = state.slot(bit)?;
+        slot.disabled = true;
+        slot.reported_since = true;
     }
     Some(epoll_event {
         events: bits & 0xffff,
@@ -381,7 +410,7 @@ pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event])
     if got <= 0 {
         return 0;
     }
-    let (kept, ours) = strip(events, got as usize);
+    let (kept, ours) = strip(epoll, events, got as usize);
     if ours {
         harvest(epoll);
     }

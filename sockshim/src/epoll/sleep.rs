@@ -48,9 +48,9 @@ pub unsafe fn wait_on(
     if got <= 0 {
         return got;
     }
-    let (kept, ours) = strip(events, got as usize);
-    if !ours {
-        return got;
+    let (kept, ours) = strip(epoll, events, got as usize);
+    if !ours && kept != 0 {
+        return kept as c_int;
     }
     let found = kept + now(epoll, events.get_mut(kept..).unwrap_or(&mut []));
     if found != 0 {
@@ -115,7 +115,7 @@ fn last_look(
         if got < 0 {
             return got;
         }
-        found += strip(events, got as usize).0;
+        found += strip(epoll, events, got as usize).0;
     }
     if found == 0 {
         found = now(epoll, events);
@@ -212,7 +212,7 @@ fn sleep_counted(
     if got < 0 {
         return Some(got);
     }
-    let (kept, ours) = strip(events, got as usize);
+    let (kept, ours) = strip(epoll, events, got as usize);
     if ours {
         harvest(epoll);
         follow_leavers(epoll);
