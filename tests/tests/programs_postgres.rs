@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::User;
@@ -249,13 +249,14 @@ SELECT count(*) FROM pgbench_accounts;
     std::thread::sleep(Duration::from_millis(300));
     // Everybody reads the configuration again, in the middle of it all.
     postgres.running.signal(Signal::SIGHUP);
-    let mut sleeper = psql(
-        &site,
-        &postgres,
-        &["SELECT 'asleep'", "SELECT pg_sleep(60)"],
-    )
-    .start();
-    sleeper.wait_for_output("asleep", LIMIT);
+    let mut sleeper = psql(&site, &postgres, &["SELECT pg_sleep(60)"]).start();
+    // A request to cancel that comes between two commands cancels nothing.
+    let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    let end = Instant::now() + LIMIT;
+    while ask(&site, &postgres, sleeping) != "1" {
+        assert!(Instant::now() < end, "the sleep never began");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     // It sends its own request to cancel, on a connection made for that.
     sleeper.signal(Signal::SIGINT);
     assert!(!sleeper.wait(LIMIT).success());
