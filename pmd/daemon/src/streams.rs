@@ -150,6 +150,12 @@ impl Daemon {
             data_offset: DATA_OFFSET,
             end: end as u32,
             huge: memory.huge.into(),
+            local: [0; 16],
+            peer: [0; 16],
+            local_port: 0,
+            peer_port: 0,
+            node: 0,
+            reserved: 0,
         };
         let fds = [
             &memory.stream,

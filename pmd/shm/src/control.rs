@@ -35,6 +35,14 @@ pub mod kind {
     pub const QUERY: u16 = 10;
     /// D→C: a piece of the answer, JSON text behind the head; the last piece is empty.
     pub const ANSWER: u16 = 11;
+    /// T→D: may this connect go to another node over the fabric? Body: [`super::Between`].
+    pub const REACH: u16 = 12;
+    /// D→T: answer to REACH. Body: [`super::Reached`].
+    pub const REACHED: u16 = 13;
+    /// T→D: for whom did the daemon open this accepted connection? Body: [`super::Between`].
+    pub const WHOIS: u16 = 14;
+    /// D→T: answer to WHOIS. Body: [`super::Caller`].
+    pub const CALLER: u16 = 15;
 }
 
 /// Start of each message.
@@ -97,7 +105,7 @@ pod! {
 }
 pod! {
     /// A stream for an announced connection, or the answer to a LOOKUP.
-    Promote, 40 {
+    Promote, 88 {
         /// The tenant's connection record.
         conn: u32,
         /// Its generation; a tenant ignores a stale one.
@@ -112,6 +120,72 @@ pod! {
         end: u32,
         /// 1 when the memory is of huge pages.
         huge: u32,
+        /// What the program is told of its own address where the other end is on another node;
+        /// IPv4 as a v4-mapped IPv6 address. 0 where the anchor's own addresses are true.
+        local: [u8; 16],
+        /// Likewise, the peer's address.
+        peer: [u8; 16],
+        /// Port of `local`, host order; 0 where the anchor's own addresses are true.
+        local_port: u32,
+        /// Port of `peer`, likewise.
+        peer_port: u32,
+        /// The other node's id; 0 when the other end is on this host.
+        node: u32,
+        /// 0.
+        reserved: u32,
+    }
+}
+pod! {
+    /// A connection, as a tenant sees it: the question of REACH and of WHOIS. The tenant waits for
+    /// the answer, which comes within milliseconds.
+    Between, 56 {
+        /// A number that the answer repeats; a tenant ignores answers to older questions.
+        question: u64,
+        /// `SO_NETNS_COOKIE` of the socket.
+        netns: u64,
+        /// Local address; IPv4 as a v4-mapped IPv6 address; 0 in a REACH when it is not bound to
+        /// one.
+        local: [u8; 16],
+        /// Peer address, likewise: in REACH where the program wants to go.
+        peer: [u8; 16],
+        /// Local port, host order.
+        local_port: u32,
+        /// Peer port, host order.
+        peer_port: u32,
+    }
+}
+pod! {
+    /// Whether a connect goes over the fabric, and how.
+    Reached, 56 {
+        /// The question's number.
+        question: u64,
+        /// Names the stream in the announcement that follows ([`Request::stream_id`]); 0 when the
+        /// connect is to be the kernel's.
+        ticket: u64,
+        /// Where to connect the anchor: the daemon listens there.
+        anchor: [u8; 16],
+        /// What the program is told of its own address.
+        local: [u8; 16],
+        /// Port of `anchor`, host order.
+        anchor_port: u32,
+        /// With ticket 0: why, a [`crate::reason::Reason`].
+        reason: u32,
+    }
+}
+pod! {
+    /// For whom the daemon opened a connection.
+    Caller, 40 {
+        /// The question's number.
+        question: u64,
+        /// Names the stream in the announcement that follows ([`Request::stream_id`]); 0 when the
+        /// connection is not the daemon's, and the addresses are true.
+        ticket: u64,
+        /// The peer's true address.
+        peer: [u8; 16],
+        /// Its port, host order.
+        peer_port: u32,
+        /// 0.
+        reserved: u32,
     }
 }
 pod! {
@@ -189,7 +263,8 @@ pod! {
         cookie: u64,
         /// `SO_NETNS_COOKIE` of the socket.
         netns: u64,
-        /// The stream, for [`request::CLOSED`] and the like.
+        /// The stream, for [`request::CLOSED`] and the like. ANNOUNCE: the ticket of a stream to
+        /// another node, else 0.
         stream_id: u64,
         /// Local address; IPv4 as a v4-mapped IPv6 address.
         local: [u8; 16],
@@ -225,6 +300,9 @@ pub mod request {
     pub const HOLDS: u32 = 5;
     /// A PROMOTE was followed: the end is mapped and installed.
     pub const MAPPED: u32 = 6;
+    /// This process listens on a TCP socket: `fd`, `cookie`, `netns`, `local`, `local_port`; `conn`
+    /// and `generation` are 0. Connects from other nodes may be given to it.
+    pub const LISTENS: u32 = 7;
 }
 
 /// The bytes of a value.
@@ -332,6 +410,12 @@ mod tests {
             data_offset: 4096,
             end: 1,
             huge: 0,
+            local: [0; 16],
+            peer: [0; 16],
+            local_port: 0,
+            peer_port: 0,
+            node: 0,
+            reserved: 0,
         };
         let message = Message::new(kind::PROMOTE, &promote);
         let (kind, body) = parse(message.as_bytes()).unwrap();

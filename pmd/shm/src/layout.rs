@@ -332,6 +332,37 @@ pub enum Counter {
     QueueFull = 6,
 }
 
+/// Networks of other nodes that a tenant is told of.
+pub const ROUTES: usize = 64;
+
+/// A network that belongs to another node, written by the daemon.
+#[repr(C, align(32))]
+#[derive(Debug)]
+pub struct RouteEntry {
+    /// Network address; IPv4 as a v4-mapped IPv6 address. The 16 bytes in network order, as two
+    /// words in the host's order.
+    pub address: [AtomicU64; 2],
+    /// Leading bits that count, 0 to 128; of an IPv4 network 96 more than usual.
+    pub prefix: AtomicU32,
+    /// The node's id.
+    pub node: AtomicU32,
+    _pad: u64,
+}
+
+/// The networks that belong to other nodes: a `connect` to one asks the daemon (REACH) first. Written
+/// by the daemon, also while the tenant runs: who reads looks at `sequence` before and after.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub struct Routes {
+    /// Odd while the daemon writes.
+    pub sequence: AtomicU32,
+    /// Entries in use, most specific first.
+    pub count: AtomicU32,
+    _pad: [u64; 15],
+    /// The networks.
+    pub entries: [RouteEntry; ROUTES],
+}
+
 /// The whole of a tenant's memory.
 #[repr(C, align(128))]
 #[derive(Debug)]
@@ -342,6 +373,8 @@ pub struct TenantMemory {
     pub queue: [QueueSlot; QUEUE_SLOTS],
     /// One record for each TCP connection.
     pub conns: [ConnRecord; CONN_RECORDS],
+    /// Networks that belong to other nodes.
+    pub routes: Routes,
 }
 
 /// Bells of a tenant: one for each epoll instance that holds streams.
@@ -443,6 +476,12 @@ mod assertions {
         assert!(size_of::<TenantHeader>() == 512);
         assert!(offset_of!(TenantMemory, queue) == 512);
         assert!(offset_of!(TenantMemory, conns) == 512 + 128 * QUEUE_SLOTS);
+        assert!(offset_of!(TenantMemory, routes) == 512 + 128 * QUEUE_SLOTS + 32 * CONN_RECORDS);
+        assert!(size_of::<RouteEntry>() == 32);
+        assert!(offset_of!(RouteEntry, prefix) == 16);
+        assert!(offset_of!(RouteEntry, node) == 20);
+        assert!(size_of::<Routes>() == 128 + 32 * ROUTES);
+        assert!(offset_of!(Routes, entries) == 128);
         assert!(size_of::<Bell>() == 640);
         assert!(offset_of!(Bell, sleepers) == 8);
         assert!(offset_of!(Bell, words) == 128);

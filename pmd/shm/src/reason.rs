@@ -99,6 +99,14 @@ coded! {
         PeerReset = 26, "the other end broke the stream";
         /// A seccomp filter is in force.
         Sandbox = 27, "the program has put itself into a sandbox (seccomp), which may forbid what rings need";
+        /// Between nodes: the other node's daemon does not answer, or not in time.
+        NodeAbsent = 28, "the other node does not answer (see rdsock stat): its daemon or the link is down";
+        /// Between nodes: no preloaded program listens at the address.
+        NoListener = 29, "no preloaded program listens there on the other node";
+        /// Between nodes: the other node refused.
+        NodeRefused = 30, "the other node refused: its policy or a limit";
+        /// Between nodes: the daemon has no device, or it has failed.
+        NoDevice = 31, "the daemon drives no device: see its log";
     }
 }
 
