@@ -3,10 +3,10 @@
 use crate::error::{DeviceFailed, NotPosted, OpenError};
 use crate::management::Management;
 use crate::queue_set::QueueSet;
-use crate::region::{Region, Rights, Table};
+use crate::region::{Reach, Region, Rights, Table};
 use crate::spec::{GONE, MAGIC, MAJOR, MIN_QUEUE, PAGE_SIZE, management};
 use crate::start::Sizes;
-use rdsock_vfio::{Registers, Shared, Space};
+use rdsock_vfio::{Registers, Shared, Space, Window};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -124,7 +124,20 @@ impl Rde {
         rights: Rights,
         source: Option<u16>,
     ) -> Result<Region, OpenError> {
+        let memory = Reach::Memory(memory);
         self.regions.register(memory, rights, source)
+    }
+
+    /// Lets other nodes (or only `source`) reach whatever is mapped in a window. An access to a
+    /// place where nothing is mapped fails.
+    pub fn register_window(
+        &self,
+        window: &Window,
+        rights: Rights,
+        source: Option<u16>,
+    ) -> Result<Region, OpenError> {
+        let window = Reach::Window(window.clone());
+        self.regions.register(window, rights, source)
     }
 
     /// Starts a queue set. Dropping it stops it.

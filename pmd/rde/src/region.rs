@@ -2,7 +2,7 @@
 
 use crate::error::OpenError;
 use crate::spec::{Key, REGION_SIZE, REGION_TABLE, REGION_VALID, region};
-use rdsock_vfio::{Registers, Shared};
+use rdsock_vfio::{Registers, Shared, Window};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What other nodes may do with a region.
@@ -40,7 +40,32 @@ pub struct Region {
     table: Arc<Table>,
     entry: u16,
     tag: u16,
-    memory: Shared,
+    memory: Reach,
+}
+
+/// What a region makes reachable, and keeps.
+#[derive(Debug)]
+pub(crate) enum Reach {
+    /// Memory.
+    Memory(Shared),
+    /// Whatever is mapped in a window.
+    Window(Window),
+}
+
+impl Reach {
+    fn iova(&self) -> u64 {
+        match self {
+            Reach::Memory(memory) => memory.iova(),
+            Reach::Window(window) => window.iova(),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Reach::Memory(memory) => memory.len() as u64,
+            Reach::Window(window) => window.len(),
+        }
+    }
 }
 
 impl Table {
@@ -58,7 +83,7 @@ impl Table {
     /// Registers memory for one node, or for all that may reach this one.
     pub fn register(
         self: &Arc<Self>,
-        memory: Shared,
+        memory: Reach,
         rights: Rights,
         source: Option<u16>,
     ) -> Result<Region, OpenError> {
@@ -74,7 +99,7 @@ impl Table {
         let (at, registers) = (Self::at(entry), &self.registers);
         registers.write32(at + region::REGION_TAG, tag.into());
         registers.write64(at + region::REGION_ADDR, memory.iova());
-        registers.write64(at + region::REGION_LENGTH, memory.len() as u64);
+        registers.write64(at + region::REGION_LENGTH, memory.len());
         registers.write32(at + region::REGION_SOURCE, source.unwrap_or(0).into());
         let control = REGION_VALID | rights.bits();
         registers.write32(at + region::REGION_CONTROL, control);
@@ -93,9 +118,12 @@ impl Region {
         Key(u32::from(self.tag) << 16 | u32::from(self.entry))
     }
 
-    /// The memory.
-    pub fn memory(&self) -> &Shared {
-        &self.memory
+    /// The memory; `None` when it is a window.
+    pub fn memory(&self) -> Option<&Shared> {
+        match &self.memory {
+            Reach::Memory(memory) => Some(memory),
+            Reach::Window(_) => None,
+        }
     }
 }
 

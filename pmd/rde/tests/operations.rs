@@ -29,7 +29,7 @@ fn a_write_gathers_its_pieces_at_the_target() {
 fn a_read_scatters_into_its_pieces() {
     let mut nodes = Nodes::pair();
     let (a, b) = nodes.two();
-    assert!(b.region.memory().copy_in(500, b"0123456789"));
+    assert!(b.region.memory().unwrap().copy_in(500, b"0123456789"));
     let into = [a.local.piece(0, 3).unwrap(), a.local.piece(50, 7).unwrap()];
     let from = b.remote(500);
     a.post(&work(2, 1, Operation::Read { from, into: &into }));
@@ -69,7 +69,7 @@ fn a_notification_tells_of_data_and_word() {
     assert_eq!(message.payload[..20], payload);
     assert_eq!(message.payload[20..], [0; 28]);
     assert_eq!(b.region_bytes(64, 11), b"inline data");
-    assert_eq!(b.region.memory().load_word(8), Some(0x1234_5678_9abc_def0));
+    assert_eq!(b.region.memory().unwrap().load_word(8), Some(0x1234_5678_9abc_def0));
     assert_eq!(a.completions().len(), 1);
 }
 
@@ -122,7 +122,7 @@ fn a_write_of_a_megabyte_arrives_whole() {
     a.post(&work(2, 0, write(remote, Data::Pieces(&pieces))));
     nodes.settle();
     let mut back = vec![0; 1 << 20];
-    assert!(region.memory().copy_out(0, &mut back));
+    assert!(region.memory().unwrap().copy_out(0, &mut back));
     assert!(back == bytes, "the data differ");
     assert_eq!(nodes.two().0.completions()[0].length, 1 << 20);
 }

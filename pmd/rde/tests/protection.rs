@@ -220,3 +220,32 @@ fn what_the_device_cannot_do_is_not_posted() {
     ));
     assert_eq!((a.set.stats().posted, a.set.outstanding()), (0, 0));
 }
+
+#[test]
+fn of_a_window_only_what_is_mapped_can_be_reached() {
+    let mut nodes = Nodes::pair();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8192).unwrap();
+    let rde = &nodes.nodes[1].rde;
+    let window = rde.space().window(1 << 20).unwrap();
+    assert!(window.map_file(100, &file, 8192).is_err());
+    assert!(window.map_file((1 << 20) - 4096, &file, 8192).is_err());
+    let memory = window.map_file(65536, &file, 8192).unwrap();
+    assert!(window.map_file(65536 + 4096, &file, 8192).is_err());
+    let region = rde.register_window(&window, Rights::Write, Some(1)).unwrap();
+    let to = |offset| Remote {
+        key: region.key(),
+        offset,
+    };
+    assert_eq!(put(&mut nodes, to(65536)), Status::OK);
+    let mut bytes = [0; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"12345678");
+    assert_eq!(put(&mut nodes, to(0)), Status(status::TARGET_ACCESS));
+    assert_eq!(put(&mut nodes, to(1 << 20)), Status(status::REFUSED_BOUNDS));
+    drop(memory);
+    assert_eq!(put(&mut nodes, to(65536)), Status(status::TARGET_ACCESS));
+    let again = window.map_file(65536, &file, 4096).unwrap();
+    assert_eq!(put(&mut nodes, to(65536)), Status::OK);
+    drop((region, window, again));
+}

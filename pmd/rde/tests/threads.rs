@@ -38,7 +38,7 @@ fn exchange(rde: &Rde, me: u16, region: &Region, key: spec::Key, both: &Barrier)
             assert_eq!((value, message.length), (received, PIECE as u32));
             let mut bytes = [0; PIECE as usize];
             let at = (value % RINGS * PIECE) as usize;
-            assert!(region.memory().copy_out(at, &mut bytes));
+            assert!(region.memory().unwrap().copy_out(at, &mut bytes));
             assert!(
                 bytes.iter().all(|byte| *byte == value as u8),
                 "{value}: {bytes:?}"

@@ -30,6 +30,8 @@ pub struct DmaMemory {
     iova: u64,
     huge: bool,
     space: Space,
+    /// The window in which it lies, if it does.
+    window: Option<Window>,
 }
 
 impl Space {
@@ -90,20 +92,22 @@ impl Space {
         len: usize,
         access: Access,
     ) -> Result<DmaMemory, BusError> {
-        let what = "mapping a file for DMA";
-        let fd = file.as_fd().as_raw_fd();
-        let size = nix::sys::stat::fstat(file.as_fd()).map_err(|errno| BusError::Io {
-            what,
-            source: errno.into(),
-        })?;
-        if len == 0 || u64::try_from(size.st_size).is_ok_and(|size| size < len as u64) {
-            return Err(BusError::BadLength(len));
-        }
-        let mapping = MmapOptions::new()
-            .len(len)
-            .map_raw(fd)
-            .map_err(|source| BusError::Io { what, source })?;
+        let mapping = map(file, len)?;
         self.give(mapping, false, access)
+    }
+
+    /// Sets `len` bytes of I/O virtual addresses aside, in which files are mapped and unmapped while
+    /// other nodes may reach the whole of it.
+    pub fn window(&self, len: u64) -> Result<Window, BusError> {
+        let iova = self
+            .iovas()
+            .take(len, HUGE_PAGE as u64)
+            .ok_or(BusError::NoAddresses(len))?;
+        Ok(Window(Arc::new(Reserved {
+            iova,
+            len,
+            space: self.clone(),
+        })))
     }
 
     fn give(&self, mapping: MmapRaw, huge: bool, access: Access) -> Result<DmaMemory, BusError> {
@@ -126,11 +130,101 @@ impl Space {
             iova,
             huge,
             space: self.clone(),
+            window: None,
         })
     }
 
-    fn iovas(&self) -> std::sync::MutexGuard<'_, Iovas> {
+    pub(crate) fn iovas(&self) -> std::sync::MutexGuard<'_, Iovas> {
         self.iovas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Maps the first `len` bytes of a file into this process.
+fn map(file: &impl AsFd, len: usize) -> Result<MmapRaw, BusError> {
+    let what = "mapping a file for DMA";
+    let fd = file.as_fd().as_raw_fd();
+    let size = nix::sys::stat::fstat(file.as_fd()).map_err(|errno| BusError::Io {
+        what,
+        source: errno.into(),
+    })?;
+    if len == 0 || u64::try_from(size.st_size).is_ok_and(|size| size < len as u64) {
+        return Err(BusError::BadLength(len));
+    }
+    MmapOptions::new()
+        .len(len)
+        .map_raw(fd)
+        .map_err(|source| BusError::Io { what, source })
+}
+
+/// A range of I/O virtual addresses in which memory comes and goes. Clones are the same window; the
+/// range is given back with the last of them and the last memory in it.
+#[derive(Clone, Debug)]
+pub struct Window(Arc<Reserved>);
+
+#[derive(Debug)]
+struct Reserved {
+    iova: u64,
+    len: u64,
+    space: Space,
+}
+
+impl Window {
+    /// First I/O virtual address.
+    pub fn iova(&self) -> u64 {
+        self.0.iova
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    /// Never true.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// As [`Space::map_file`], readable and writable, at `offset` (whole pages) in the window, where nothing
+    /// may be mapped.
+    pub fn map_file(
+        &self,
+        offset: u64,
+        file: &impl AsFd,
+        len: usize,
+    ) -> Result<DmaMemory, BusError> {
+        let Reserved {
+            iova,
+            len: room,
+            space,
+        } = &*self.0;
+        let inside = offset.is_multiple_of(PAGE as u64)
+            && offset
+                .checked_add(len as u64)
+                .is_some_and(|end| end <= *room);
+        if !inside {
+            return Err(BusError::Range {
+                iova: offset,
+                len: len as u64,
+            });
+        }
+        let iova = iova + offset;
+        let mapping = map(file, len)?;
+        let host = NonNull::new(mapping.as_mut_ptr()).ok_or(BusError::BadLength(len))?;
+        // SAFETY: as in `Space::give`.
+        unsafe { space.device.map(iova, host, len, Access::ReadWrite) }?;
+        Ok(DmaMemory {
+            mapping,
+            iova,
+            huge: false,
+            space: space.clone(),
+            window: Some(self.clone()),
+        })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.space.iovas().give_back(self.iova);
     }
 }
 
@@ -169,6 +263,7 @@ impl DmaMemory {
 impl Drop for DmaMemory {
     fn drop(&mut self) {
         match self.space.device.unmap(self.iova, self.mapping.len()) {
+            Ok(()) if self.window.is_some() => {}
             Ok(()) => self.space.iovas().give_back(self.iova),
             Err(error) => {
                 // The device may still reach the memory: it must not be used for anything else.

@@ -8,6 +8,7 @@
 //! can reach, and takes the [`Registers`] of a region. What it holds is
 //! - [`Words`]: queues and other structures of 64-bit words that device and driver share;
 //! - [`Shared`]: bytes that others may write at any time, only ever copied;
+//! - [`Window`]: addresses that other nodes may reach, in which memory comes and goes;
 //! - [`Buffer`]: bytes that belong to the CPU, or, lent to the device as [`InFlight`], to nobody else.
 //!
 //! None of them ever gives a Rust reference to memory that a device can write.
@@ -20,7 +21,7 @@ pub mod model;
 mod views;
 
 pub use device::{Access, BusError, Device, RegionInfo, Registers};
-pub use dma::{DmaMemory, HUGE_PAGE, Space};
+pub use dma::{DmaMemory, HUGE_PAGE, Space, Window};
 pub use iova::Iovas;
 pub use nix::sys::eventfd::{EfdFlags as EventFlags, EventFd};
 pub use views::{Buffer, InFlight, Piece, Shared, Words};

@@ -33,7 +33,7 @@ impl Node {
     /// `len` bytes of the region at `at`.
     pub fn region_bytes(&self, at: usize, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        assert!(self.region.memory().copy_out(at, &mut bytes));
+        assert!(self.region.memory().unwrap().copy_out(at, &mut bytes));
         bytes
     }
 
