@@ -1,0 +1,554 @@
+//! The anchors' thread: everything that a stream to another node asks of the kernel, so that poll cores
+//! ask nothing of it. It carries the bytes of programs that are on their anchors (before they were
+//! promoted, after they left), sends wake bytes, and sees programs close and die. It sleeps in epoll.
+
+use crate::mail::{Look, Mail, Waker};
+use crate::memory::{Area, STAGING};
+use crate::stream::{NONE, NodeStream, seen, todo};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt, shutdown, sockopt};
+use rdsock_shm::layout::{NOT_SWITCHED, mark};
+use rdsock_shm::wake;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What the shim sends as a wake byte.
+const WAKE_BYTE: u8 = 0xA5;
+/// The event of the thread's own waker; no ticket has this number.
+const WAKER: u64 = 0;
+/// Events taken at once.
+const EVENTS: usize = 64;
+
+/// A socket that a stream to another node has on this host.
+#[derive(Debug)]
+pub struct Attach {
+    /// The stream.
+    pub stream: Arc<NodeStream>,
+    /// The daemon's end of the program's connection.
+    pub socket: OwnedFd,
+}
+
+/// What the thread shares with the others.
+#[derive(Debug)]
+pub struct Desk {
+    /// New anchors.
+    pub attach: Mail<Attach>,
+    /// Streams to look at.
+    pub look: Look,
+    /// Ends the thread.
+    pub stop: AtomicBool,
+    waker: Arc<Waker>,
+}
+
+impl Desk {
+    /// For so many streams.
+    pub fn new(streams: usize) -> io::Result<Self> {
+        let waker = Arc::new(Waker::new()?);
+        Ok(Desk {
+            attach: Mail::new(streams, waker.clone()),
+            look: Look::new(streams, waker.clone(), 1),
+            stop: AtomicBool::new(false),
+            waker,
+        })
+    }
+
+    /// Asks for something, see [`todo`].
+    #[inline]
+    pub fn ask(&self, stream: &Arc<NodeStream>, what: u32) {
+        stream.todo.fetch_or(what, Ordering::AcqRel);
+        self.look.put(stream);
+    }
+
+    /// Ends the thread soon.
+    pub fn end(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+/// Where the bytes from the program come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// The anchor, up to where the program switches.
+    Anchor,
+    /// The ring: only wake bytes come on the anchor.
+    Ring,
+    /// The anchor again, for ever.
+    Again,
+    /// Nowhere: end of file.
+    Ended,
+}
+
+/// Where the bytes to the program go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writing {
+    /// To the anchor, until the program can read the ring.
+    Anchor,
+    /// They are in its ring.
+    Ring,
+    /// To the anchor, for ever.
+    Again,
+    /// Their end was told.
+    Ended,
+}
+
+#[derive(Debug)]
+struct Anchor {
+    stream: Arc<NodeStream>,
+    socket: OwnedFd,
+    reading: Reading,
+    writing: Writing,
+    /// Position after the last byte taken off the anchor.
+    received: u64,
+    /// Wake bytes taken off the anchor.
+    drained: u32,
+    watches: EpollFlags,
+    /// Epoll reports it.
+    watched: bool,
+    broken: bool,
+    /// Both directions have ended; what the program sent may still be unread.
+    hung_up: bool,
+}
+
+/// The thread's state.
+pub(crate) struct Anchors {
+    desk: Arc<Desk>,
+    core: Arc<Look>,
+    epoll: Epoll,
+    anchors: HashMap<u64, Anchor>,
+}
+
+impl Anchors {
+    pub fn new(desk: Arc<Desk>, core: Arc<Look>) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(desk.waker.fd(), EpollEvent::new(EpollFlags::EPOLLIN, WAKER))?;
+        Ok(Anchors {
+            desk,
+            core,
+            epoll,
+            anchors: HashMap::new(),
+        })
+    }
+
+    pub fn run(mut self) {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        while !self.desk.stop.load(Ordering::Acquire) {
+            self.desk.waker.start_sleep();
+            let idle = self.desk.look.is_empty() && self.desk.attach.is_empty();
+            let timeout = if idle && !self.desk.stop.load(Ordering::Acquire) {
+                EpollTimeout::NONE
+            } else {
+                EpollTimeout::ZERO
+            };
+            let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
+            self.desk.waker.end_sleep();
+            for event in events.iter().take(count) {
+                if event.data() != WAKER {
+                    self.on_event(event.data(), event.events());
+                }
+            }
+            for _ in 0..EVENTS {
+                let Some(attach) = self.desk.attach.take() else {
+                    break;
+                };
+                self.attach(attach);
+            }
+            for _ in 0..EVENTS {
+                let Some(stream) = self.desk.look.take() else {
+                    break;
+                };
+                self.look(&stream);
+            }
+        }
+    }
+
+    fn attach(&mut self, Attach { stream, socket }: Attach) {
+        let watches = EpollFlags::EPOLLIN;
+        if let Err(error) = self
+            .epoll
+            .add(&socket, EpollEvent::new(watches, stream.ticket))
+        {
+            tracing::warn!("an anchor can't be watched: {error}");
+            stream.seen.fetch_or(seen::BROKEN, Ordering::AcqRel);
+            return self.core.put(&stream);
+        }
+        let anchor = Anchor {
+            socket,
+            reading: Reading::Anchor,
+            writing: Writing::Anchor,
+            received: 0,
+            drained: 0,
+            watches,
+            watched: true,
+            broken: false,
+            hung_up: false,
+            stream: stream.clone(),
+        };
+        self.anchors.insert(stream.ticket, anchor);
+        self.look(&stream);
+    }
+
+    fn on_event(&mut self, ticket: u64, flags: EpollFlags) {
+        let Some(anchor) = self.anchors.get_mut(&ticket) else {
+            return;
+        };
+        if flags.intersects(EpollFlags::EPOLLERR) {
+            anchor.fail();
+        } else {
+            if flags.intersects(EpollFlags::EPOLLOUT) {
+                anchor.write();
+            }
+            if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP) {
+                anchor.read();
+            }
+            if flags.intersects(EpollFlags::EPOLLHUP) {
+                anchor.hang_up();
+            }
+        }
+        anchor.watch(&self.epoll);
+        self.core.put(&anchor.stream);
+    }
+
+    fn look(&mut self, stream: &Arc<NodeStream>) {
+        let Some(anchor) = self.anchors.get_mut(&stream.ticket) else {
+            // Not attached yet: `attach` looks.
+            return;
+        };
+        let what = stream.todo.swap(0, Ordering::AcqRel);
+        if what & (todo::BROKEN | todo::OVER) != 0 {
+            if what & todo::BROKEN != 0 {
+                anchor.reset();
+            }
+            let _ = self.epoll.delete(&anchor.socket);
+            self.anchors.remove(&stream.ticket);
+            return;
+        }
+        if what & todo::LEFT != 0 {
+            anchor.leave();
+        }
+        if what & (todo::WAKE_BYTES | todo::WAKE_SPACE) != 0 {
+            anchor.wake(what);
+        }
+        anchor.write();
+        anchor.read();
+        anchor.watch(&self.epoll);
+        self.core.put(&anchor.stream);
+    }
+}
+
+impl Anchor {
+    fn note(&self, what: u32) {
+        self.stream.seen.fetch_or(what, Ordering::AcqRel);
+    }
+
+    fn fail(&mut self) {
+        self.broken = true;
+        self.note(seen::BROKEN);
+    }
+
+    fn hang_up(&mut self) {
+        self.hung_up = true;
+        if self.reading == Reading::Ended {
+            self.note(seen::CLOSED);
+        }
+    }
+
+    /// Has epoll report what can be done, and nothing else.
+    fn watch(&mut self, epoll: &Epoll) {
+        if self.hung_up || self.broken {
+            // It would be reported for ever, and there is nothing more to wait for.
+            if std::mem::replace(&mut self.watched, false) {
+                let _ = epoll.delete(&self.socket);
+            }
+            return;
+        }
+        let mut wanted = EpollFlags::empty();
+        let stalled = self.reading == Reading::Ended
+            || self.is_reading_bytes() && self.staging_room() == 0
+            || self.waits_for_end();
+        wanted.set(EpollFlags::EPOLLIN, !stalled);
+        let unsent = self.is_writing_bytes()
+            && self.stream.arrived.load(Ordering::Acquire)
+                != self.stream.given.load(Ordering::Relaxed);
+        wanted.set(EpollFlags::EPOLLOUT, unsent);
+        if wanted == self.watches {
+            return;
+        }
+        self.watches = wanted;
+        let mut event = EpollEvent::new(wanted, self.stream.ticket);
+        if epoll.modify(&self.socket, &mut event).is_err() {
+            self.fail();
+        }
+    }
+
+    fn is_reading_bytes(&self) -> bool {
+        matches!(self.reading, Reading::Anchor | Reading::Again)
+    }
+
+    fn is_writing_bytes(&self) -> bool {
+        matches!(self.writing, Writing::Anchor | Writing::Again)
+    }
+
+    fn staging_room(&self) -> u64 {
+        let freed = self.stream.freed.load(Ordering::SeqCst);
+        STAGING.saturating_sub(self.received.saturating_sub(freed))
+    }
+
+    /// The program has ended its ring, and the poll core has not come to that end yet.
+    fn waits_for_end(&self) -> bool {
+        self.reading == Reading::Ring
+            && self.outstanding() == 0
+            && self.has_ended_ring()
+            && self.stream.resumes_at.load(Ordering::Acquire) == NONE
+    }
+
+    fn has_ended_ring(&self) -> bool {
+        self.stream.out().producer.mark.load(Ordering::Acquire) & mark::END != 0
+    }
+
+    /// Wake bytes that were counted and not taken.
+    fn outstanding(&self) -> u32 {
+        let sent = self.stream.out().producer.wakes.load(Ordering::Acquire);
+        sent.wrapping_sub(self.drained)
+    }
+
+    /// Takes what there is off the anchor.
+    fn read(&mut self) {
+        while !self.broken {
+            let went_on = match self.reading {
+                Reading::Anchor | Reading::Again => self.read_bytes(),
+                Reading::Ring => self.read_wakes(),
+                Reading::Ended => false,
+            };
+            if !went_on {
+                return;
+            }
+        }
+    }
+
+    fn read_bytes(&mut self) -> bool {
+        // First how much there is, then whether the program has switched: what was there before
+        // the switch is data.
+        let unread = match unread(&self.socket) {
+            Ok(unread) => unread,
+            Err(_) => {
+                self.fail();
+                return false;
+            }
+        };
+        let mut most = self.staging_room();
+        if self.reading == Reading::Anchor {
+            let switch_at = self.stream.out().producer.switch_at.load(Ordering::Acquire);
+            if switch_at == self.received {
+                self.reading = Reading::Ring;
+                return true;
+            }
+            if switch_at != NOT_SWITCHED && switch_at < self.received {
+                self.fail();
+                return false;
+            }
+            most = most.min(switch_at - self.received);
+        }
+        if most == 0 {
+            return false;
+        }
+        let at = self.received;
+        let most = if unread == 0 { 1 } else { most.min(unread) };
+        let memory = &self.stream.memory;
+        match memory.receive(self.socket.as_fd(), Area::Staging, at, most) {
+            Ok(0) => self.end_of_file(),
+            Ok(got) => {
+                self.received += got;
+                self.stream.staged.store(self.received, Ordering::SeqCst);
+                true
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn read_wakes(&mut self) -> bool {
+        let outstanding = self.outstanding();
+        if outstanding == 0 && self.has_ended_ring() {
+            let resumes_at = self.stream.resumes_at.load(Ordering::Acquire);
+            if resumes_at == NONE {
+                return false;
+            }
+            self.received = resumes_at;
+            self.stream.staged.store(resumes_at, Ordering::Release);
+            self.reading = Reading::Again;
+            return true;
+        }
+        // Never more than were counted: behind them may come data.
+        let mut bytes = [0; 64];
+        let most = (outstanding as usize).clamp(1, bytes.len());
+        let peek = if outstanding == 0 {
+            MsgFlags::MSG_PEEK
+        } else {
+            MsgFlags::empty()
+        };
+        let flags = MsgFlags::MSG_DONTWAIT | peek;
+        match recv(self.socket.as_raw_fd(), &mut bytes[..most], flags) {
+            Ok(0) => self.end_of_file(),
+            Ok(got) if outstanding != 0 => {
+                self.drained = self.drained.wrapping_add(got as u32);
+                if bytes[..got].iter().any(|byte| *byte != WAKE_BYTE) {
+                    self.fail();
+                }
+                true
+            }
+            Ok(_) => {
+                // Somebody went past the shim, unless it was counted or ended meanwhile.
+                let explained = self.outstanding() != 0 || self.has_ended_ring();
+                if !explained {
+                    self.fail();
+                }
+                explained
+            }
+            Err(errno) => self.failed(&errno.into()),
+        }
+    }
+
+    fn end_of_file(&mut self) -> bool {
+        self.reading = Reading::Ended;
+        let both = if self.hung_up { seen::CLOSED } else { 0 };
+        self.note(seen::EOF | both);
+        false
+    }
+
+    /// A receive or send failed: true to try again.
+    fn failed(&mut self, error: &io::Error) -> bool {
+        match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EAGAIN) => false,
+            Some(Errno::EINTR) => true,
+            _ => {
+                self.fail();
+                false
+            }
+        }
+    }
+
+    /// Gives the program what has arrived, or has it read its ring.
+    fn write(&mut self) {
+        while self.is_writing_bytes() && !self.broken {
+            let given = self.stream.given.load(Ordering::Relaxed);
+            if self.writing == Writing::Anchor
+                && self
+                    .stream
+                    .incoming()
+                    .consumer
+                    .ready
+                    .load(Ordering::Acquire)
+                    == 1
+            {
+                return self.switch(given);
+            }
+            let arrived = self.stream.arrived.load(Ordering::SeqCst);
+            if arrived <= given {
+                if self.stream.ends_at.load(Ordering::SeqCst) == given {
+                    self.writing = Writing::Ended;
+                    // It fails when the program has reset the connection, which is seen elsewhere.
+                    let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+                }
+                return;
+            }
+            let area = Area::Ring(1 - self.stream.end);
+            let memory = &self.stream.memory;
+            match memory.send(self.socket.as_fd(), area, given, arrived - given) {
+                Ok(sent) => self.stream.given.store(given + sent, Ordering::Release),
+                Err(error) => {
+                    if !self.failed(&error) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// From here on, the program finds what comes in its ring, where the engine puts it.
+    fn switch(&mut self, at: u64) {
+        self.writing = Writing::Ring;
+        let incoming = self.stream.incoming();
+        incoming.producer.origin.store(0, Ordering::Relaxed);
+        incoming.producer.switch_at.store(at, Ordering::Release);
+        self.stream.on_ring.store(true, Ordering::SeqCst);
+        // What the poll core has left to this thread before it saw that.
+        if self.stream.ends_at.load(Ordering::SeqCst) != NONE {
+            self.stream.mark_end();
+        }
+        if self.stream.answer(&incoming.bytes) {
+            self.wake(todo::WAKE_BYTES);
+        }
+    }
+
+    /// The program left its ring where `stop` says, and reads the anchor.
+    fn leave(&mut self) {
+        if self.writing != Writing::Ring {
+            return;
+        }
+        let consumer = &self.stream.incoming().consumer;
+        let (stop, arrived) = (
+            consumer.stop.load(Ordering::Acquire),
+            self.stream.arrived.load(Ordering::Acquire),
+        );
+        let given = self.stream.given.load(Ordering::Relaxed);
+        let size = self.stream.memory.ring_size();
+        if stop < given || stop > arrived || arrived - stop > size {
+            return self.fail();
+        }
+        self.stream.given.store(stop, Ordering::Release);
+        self.stream.on_ring.store(false, Ordering::SeqCst);
+        self.writing = Writing::Again;
+    }
+
+    /// Sends wake bytes that were taken from the program's asks.
+    fn wake(&mut self, what: u32) {
+        let incoming = self.stream.incoming();
+        // Before the switch it would be read as data; then the program reads the anchor, and wakes
+        // from the data themselves.
+        if self.writing == Writing::Anchor && incoming.consumer.ready.load(Ordering::Acquire) == 1 {
+            self.switch(self.stream.given.load(Ordering::Relaxed));
+        }
+        let incoming = self.stream.incoming();
+        if self.writing == Writing::Ring {
+            incoming.producer.wakes.fetch_add(1, Ordering::AcqRel);
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let fd = self.socket.as_raw_fd();
+            if nix::sys::socket::send(fd, &[WAKE_BYTE], flags) != Ok(1) {
+                incoming.producer.wakes.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        if what & todo::WAKE_BYTES != 0 {
+            wake::rung(&incoming.bytes.want);
+        }
+        if what & todo::WAKE_SPACE != 0 {
+            wake::rung(&self.stream.out().space.want);
+        }
+    }
+
+    /// The stream is broken: the program sees ECONNRESET.
+    fn reset(&mut self) {
+        let producer = &self.stream.incoming().producer;
+        producer.mark.fetch_or(mark::RESET, Ordering::AcqRel);
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        // Closing then sends RST. If it can't be set, the program sees the mark all the same.
+        let _ = setsockopt(&self.socket, sockopt::Linger, &linger);
+    }
+}
+
+/// Bytes that can be read from a socket.
+fn unread(socket: &OwnedFd) -> io::Result<u64> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes an int.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    match result {
+        0 => Ok(count.max(0) as u64),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,250 @@
+//! A stream as its poll core drives it: what the program has done since the last look, and where the
+//! bytes lie that are to be sent.
+
+use crate::memory::{Area, STAGING};
+use crate::stream::{NodeStream, seen, todo};
+use rdsock_proto::{LocalError, Node, StreamId};
+use rdsock_shm::layout::{NOT_SWITCHED, mark};
+use rdsock_vfio::Piece;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Where the bytes from the program come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum From {
+    /// The staging area.
+    Anchor,
+    /// The ring, from this position on.
+    Ring(u64),
+    /// The ring between these positions, then the staging area again.
+    Again(u64, u64),
+}
+
+/// A stream in a poll core's table.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub stream: Arc<NodeStream>,
+    pub id: StreamId,
+    from: From,
+    /// Out: position that the protocol was told.
+    head: u64,
+    /// In: position that the protocol was told.
+    consumed: u64,
+    shut: bool,
+    /// The protocol was told that the program has gone, or broke it.
+    pub gone: bool,
+    /// The other node has accepted it, or we have.
+    pub open: bool,
+    /// It is in the list of streams that are polled.
+    pub hot: bool,
+    /// When something happened last.
+    pub moved: u64,
+    /// What the anchors' thread is to do: bits of [`todo`].
+    pub ask: u32,
+}
+
+impl Live {
+    pub fn new(stream: Arc<NodeStream>, id: StreamId, now: u64) -> Self {
+        Live {
+            stream,
+            id,
+            from: From::Anchor,
+            head: 0,
+            consumed: 0,
+            shut: false,
+            gone: false,
+            open: false,
+            hot: false,
+            moved: now,
+            ask: 0,
+        }
+    }
+
+    /// Looks what the program has done, and tells the protocol. True when there was something.
+    #[inline]
+    pub fn look(&mut self, node: &mut Node) -> bool {
+        if self.gone || !self.open {
+            return false;
+        }
+        match self.try_look(node) {
+            Ok(worked) => worked,
+            // Nonsense in its memory, or the stream is over: either way it ends.
+            Err(_) => {
+                self.break_it(node);
+                true
+            }
+        }
+    }
+
+    fn try_look(&mut self, node: &mut Node) -> Result<bool, LocalError> {
+        let mut worked = self.look_in(node)?;
+        worked |= self.look_out(node)?;
+        if self.stream.seen.load(Ordering::Relaxed) != 0 {
+            worked |= self.look_at_anchor(node)?;
+        }
+        Ok(worked)
+    }
+
+    /// What the program has read.
+    #[inline]
+    fn look_in(&mut self, node: &mut Node) -> Result<bool, LocalError> {
+        let stream = &*self.stream;
+        let consumed = if stream.on_ring.load(Ordering::Acquire) {
+            stream.incoming().consumer.tail.load(Ordering::Acquire)
+        } else {
+            stream.given.load(Ordering::Acquire)
+        };
+        // Less than before while the program has not come to its ring yet.
+        if consumed <= self.consumed {
+            return Ok(false);
+        }
+        if consumed > stream.arrived.load(Ordering::Relaxed) {
+            // The engine stores the head word before it notifies.
+            let head = stream.incoming().producer.head.load(Ordering::Acquire);
+            if consumed > head {
+                return Err(LocalError::Position);
+            }
+        }
+        node.advance_consumed(self.id, consumed)?;
+        self.consumed = consumed;
+        Ok(true)
+    }
+
+    /// What the program has written.
+    #[inline]
+    fn look_out(&mut self, node: &mut Node) -> Result<bool, LocalError> {
+        let stream = &*self.stream;
+        let producer = &stream.out().producer;
+        if self.from == From::Anchor {
+            let switch_at = producer.switch_at.load(Ordering::Acquire);
+            if switch_at != NOT_SWITCHED && switch_at == stream.staged.load(Ordering::Acquire) {
+                advance(node, self.id, &mut self.head, switch_at)?;
+                self.from = From::Ring(switch_at);
+            }
+        }
+        let From::Ring(since) = self.from else {
+            let staged = stream.staged.load(Ordering::Acquire);
+            return advance(node, self.id, &mut self.head, staged);
+        };
+        // The mark first: what it says is true of a head that is read after it.
+        let marks = producer.mark.load(Ordering::Acquire);
+        let head = producer.head.load(Ordering::Acquire);
+        let mut worked = advance(node, self.id, &mut self.head, head)?;
+        if marks == 0 || self.shut {
+            return Ok(worked);
+        }
+        if marks & mark::RESET != 0 {
+            return Err(LocalError::State);
+        }
+        if marks & mark::END != 0 {
+            self.from = From::Again(since, head);
+            self.stream.resumes_at.store(head, Ordering::Release);
+            self.ask |= todo::RESUMED;
+            if self.stream.has_left() {
+                self.ask |= todo::LEFT;
+            }
+            worked = true;
+        } else if marks & mark::FIN != 0 {
+            self.shut = true;
+            node.shut(self.id)?;
+            worked = true;
+        }
+        Ok(worked)
+    }
+
+    /// The anchors' thread has seen the program's end.
+    fn look_at_anchor(&mut self, node: &mut Node) -> Result<bool, LocalError> {
+        let bits = self.stream.seen.load(Ordering::Acquire);
+        if bits & seen::BROKEN != 0 {
+            return Err(LocalError::State);
+        }
+        // What the program has sent before that.
+        let mut worked = self.look_out(node)?;
+        let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
+        let on_ring = matches!(self.from, From::Ring(_));
+        if !self.shut {
+            self.shut = true;
+            node.shut(self.id)?;
+            worked = true;
+        }
+        // On a ring, a program that only ends its direction marks that, and leaves its anchor open.
+        if closed || on_ring {
+            self.gone = true;
+            node.close(self.id)?;
+            worked = true;
+        }
+        Ok(worked)
+    }
+
+    /// Breaks the stream: the other end sees ECONNRESET.
+    pub fn break_it(&mut self, node: &mut Node) {
+        self.gone = true;
+        // It may be over already.
+        let _ = node.reset(self.id);
+    }
+
+    /// Bytes of the program are at the other end. What the anchors' thread is to do: bits of [`todo`].
+    pub fn credit(&mut self, to: u64) -> u32 {
+        let stream = &*self.stream;
+        let mut what = 0;
+        if let From::Ring(since) | From::Again(since, _) = self.from
+            && to > since
+        {
+            let end = match self.from {
+                From::Again(_, end) => end.min(to),
+                _ => to,
+            };
+            stream.out().consumer.tail.store(end, Ordering::Release);
+            if stream.answer(&stream.out().space) {
+                what |= todo::WAKE_SPACE;
+            }
+        }
+        let before = stream.freed.swap(to, Ordering::SeqCst);
+        if stream.staged.load(Ordering::SeqCst).saturating_sub(before) >= STAGING {
+            what |= todo::ROOM;
+        }
+        what
+    }
+
+    /// The pieces of memory that hold `len` bytes from `position` on.
+    pub fn pieces(&self, position: u64, len: u32, pieces: &mut Vec<Piece>) -> bool {
+        let (mut at, end) = (position, position + u64::from(len));
+        pieces.clear();
+        let ring = Area::Ring(self.stream.end);
+        while at < end {
+            let (area, offset, until) = match self.from {
+                From::Ring(since) if at >= since => (ring, self.in_ring(at), end),
+                From::Again(since, until) if at >= since && at < until => {
+                    (ring, self.in_ring(at), until.min(end))
+                }
+                From::Ring(since) => (Area::Staging, at, since.min(end)),
+                From::Again(since, _) if at < since => (Area::Staging, at, since.min(end)),
+                _ => (Area::Staging, at, end),
+            };
+            let Some(piece) = self.stream.memory.piece(area, offset, (until - at) as u32) else {
+                return false;
+            };
+            at += u64::from(piece.len());
+            pieces.push(piece);
+        }
+        true
+    }
+
+    /// Where the program keeps a position in its ring. It moves its origin only while the ring is empty, so
+    /// never while there is something to send.
+    fn in_ring(&self, position: u64) -> u64 {
+        let origin = self.stream.out().producer.origin.load(Ordering::Relaxed);
+        position.wrapping_sub(origin)
+    }
+}
+
+/// Tells the protocol that the program has written up to `to`. True when that is news.
+#[inline]
+fn advance(node: &mut Node, id: StreamId, head: &mut u64, to: u64) -> Result<bool, LocalError> {
+    if to == *head {
+        return Ok(false);
+    }
+    node.advance_head(id, to)?;
+    *head = to;
+    Ok(true)
+}

@@ -1,0 +1,173 @@
+//! A stream to another node: what its poll core and the anchors' thread tell each other about it.
+//!
+//! The program is one end, the daemon the other. *Out* is the direction from the program to the other
+//! node, *in* the one back. Positions count the bytes of a direction from the connection's birth, on the
+//! anchor, in the ring and between the nodes alike.
+
+use crate::memory::{Board, StreamMemory};
+use rdsock_shm::bell::Place;
+use rdsock_shm::layout::{Ask, Direction, mark, want};
+use rdsock_shm::wake;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// No position.
+pub const NONE: u64 = u64::MAX;
+
+/// What the poll core asks of the anchors' thread, in [`NodeStream::todo`].
+pub mod todo {
+    /// Bytes have arrived for a program that is still on its anchor.
+    pub const ARRIVED: u32 = 1;
+    /// There is room in the staging area.
+    pub const ROOM: u32 = 2;
+    /// Send a wake byte for the ask for bytes.
+    pub const WAKE_BYTES: u32 = 4;
+    /// Send a wake byte for the ask for space.
+    pub const WAKE_SPACE: u32 = 8;
+    /// The program has ended its ring at `resumes_at`: go on reading the anchor.
+    pub const RESUMED: u32 = 16;
+    /// The program has left the ring of what comes in: it reads the anchor again.
+    pub const LEFT: u32 = 32;
+    /// The stream is broken.
+    pub const BROKEN: u32 = 64;
+    /// The stream is over.
+    pub const OVER: u32 = 128;
+    /// The program may have become ready to read the ring.
+    pub const READY: u32 = 256;
+    /// The other end's direction has an end.
+    pub const ENDED: u32 = 512;
+}
+
+/// What the anchors' thread has seen, in [`NodeStream::seen`].
+pub mod seen {
+    /// The anchor's end of file.
+    pub const EOF: u32 = 1;
+    /// The anchor is broken, or carries what nobody may have sent.
+    pub const BROKEN: u32 = 2;
+    /// Both directions of the anchor have ended.
+    pub const CLOSED: u32 = 4;
+}
+
+/// A stream to another node.
+#[derive(Debug)]
+pub struct NodeStream {
+    /// The daemon's number of it.
+    pub ticket: u64,
+    /// The other node.
+    pub node: u16,
+    /// Which end the program is: 0 when it called `connect`.
+    pub end: usize,
+    /// Header, rings, staging area.
+    pub memory: StreamMemory,
+    /// The protocol's id, 0 while there is none.
+    pub id: AtomicU64,
+    /// The program's bell board, once it was handed the stream.
+    pub board: OnceLock<Arc<Board>>,
+
+    /// Anchors' thread: out, position after the last byte in the staging area.
+    pub staged: AtomicU64,
+    /// Anchors' thread: in, position after the last byte given to the anchor.
+    pub given: AtomicU64,
+    /// Anchors' thread: in, the program reads the ring.
+    pub on_ring: AtomicBool,
+    /// Anchors' thread: bits of [`seen`].
+    pub seen: AtomicU32,
+
+    /// Poll core: out, position up to which the staging area may be used again.
+    pub freed: AtomicU64,
+    /// Poll core: out, where the anchor goes on after the ring; [`NONE`].
+    pub resumes_at: AtomicU64,
+    /// Poll core: in, position after the last byte that has arrived.
+    pub arrived: AtomicU64,
+    /// Poll core: in, position of the end; [`NONE`].
+    pub ends_at: AtomicU64,
+    /// Bits of [`todo`], set by the poll core, taken by the anchors' thread.
+    pub todo: AtomicU32,
+
+    /// It is in the queue to the poll core, to the anchors' thread.
+    pub queued: [AtomicBool; 2],
+}
+
+impl NodeStream {
+    /// A stream that nothing was done for yet.
+    pub fn new(ticket: u64, node: u16, end: usize, memory: StreamMemory) -> Self {
+        let stream = NodeStream {
+            ticket,
+            node,
+            end: end & 1,
+            memory,
+            id: AtomicU64::new(0),
+            board: OnceLock::new(),
+            staged: AtomicU64::new(0),
+            given: AtomicU64::new(0),
+            on_ring: AtomicBool::new(false),
+            seen: AtomicU32::new(0),
+            freed: AtomicU64::new(0),
+            resumes_at: AtomicU64::new(NONE),
+            arrived: AtomicU64::new(0),
+            ends_at: AtomicU64::new(NONE),
+            todo: AtomicU32::new(0),
+            queued: [AtomicBool::new(false), AtomicBool::new(false)],
+        };
+        // The daemon counts what it reads from the anchor, so the program may switch when it likes.
+        stream.out().consumer.ready.store(1, Ordering::Release);
+        stream
+    }
+
+    /// The direction from the program to the other node.
+    #[inline]
+    pub fn out(&self) -> &Direction {
+        self.memory.direction(self.end)
+    }
+
+    /// The direction from the other node to the program.
+    #[inline]
+    pub fn incoming(&self) -> &Direction {
+        self.memory.direction(1 - self.end)
+    }
+
+    /// The program has closed its last descriptor.
+    pub fn is_closed(&self) -> bool {
+        let asks = [&self.incoming().bytes, &self.out().space];
+        asks.iter()
+            .any(|ask| ask.want.load(Ordering::Acquire) & want::CLOSED != 0)
+    }
+
+    /// The program has left the ring of what comes in.
+    pub fn has_left(&self) -> bool {
+        self.incoming().bytes.want.load(Ordering::Acquire) & want::DEMOTED != 0
+    }
+
+    /// After something was published for a program on its ring: does what it asked for. True when
+    /// a wake byte is to be sent, after which the asker is told with [`wake::rung`].
+    #[inline]
+    pub fn answer(&self, ask: &Ask) -> bool {
+        wake::asked(ask) & (want::BELL | want::WAKE) != 0 && self.take(ask)
+    }
+
+    #[cold]
+    fn take(&self, ask: &Ask) -> bool {
+        let taken = wake::take(&ask.want);
+        if taken & (want::BELL | want::WAKE) == 0 {
+            return false;
+        }
+        let mut byte = taken & want::WAKE != 0;
+        if taken & want::BELL != 0 {
+            let place = Place::from_word(ask.place.load(Ordering::Acquire));
+            byte |= match (place, self.board.get()) {
+                (Some(place), Some(board)) => board.ring(place),
+                _ => true,
+            };
+        }
+        if !byte {
+            wake::rung(&ask.want);
+        }
+        byte
+    }
+
+    /// Marks the end of what comes in, for a program on its ring.
+    pub fn mark_end(&self) {
+        let producer = &self.incoming().producer;
+        producer.mark.fetch_or(mark::FIN, Ordering::AcqRel);
+    }
+}

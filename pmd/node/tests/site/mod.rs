@@ -1,0 +1,180 @@
+//! Two nodes in one process, on models of the device that are wired to each other, with a control thread that
+//! is the test's.
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use rdsock_model::{Chaos, Fabric};
+use rdsock_node::mail::Waker;
+use rdsock_node::memory::stream_bytes;
+use rdsock_node::stream::NodeStream;
+use rdsock_node::{Command, Idle, Notice, Poller, Settings};
+use rdsock_proto::{Addresses, Refusal};
+use rdsock_rde::Rde;
+use rdsock_shm::layout::{Direction, NOT_SWITCHED, Producer, StreamHeader};
+use rdsock_vfio::{Space, model::ModelDevice};
+use std::collections::HashMap;
+use std::fs::File;
+use std::mem::offset_of;
+use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub const RING: u64 = 64 << 10;
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+pub struct Site {
+    pub poller: Poller,
+    pub streams: HashMap<u64, Arc<NodeStream>>,
+    pub notices: Vec<Notice>,
+    next: u64,
+}
+
+/// Two nodes, 1 and 2.
+pub fn pair() -> [Site; 2] {
+    let fabric = Fabric::new(Chaos::default());
+    let sites = [1, 2].map(|node| site(&fabric, node));
+    let mut sites = sites;
+    for (at, site) in sites.iter_mut().enumerate() {
+        let other = 2 - at as u16;
+        site.until(|notice| *notice == Notice::NodeUp { node: other });
+    }
+    sites
+}
+
+fn site(fabric: &Fabric, node: u16) -> Site {
+    let device = Arc::new(ModelDevice::new(fabric, 1));
+    let rde = Rde::open(Space::new(device)).unwrap();
+    rde.management()
+        .set_stall_timeout(Duration::from_millis(100));
+    rde.management().join(node, &[1, 2]);
+    let settings = Settings {
+        node,
+        peers: vec![3 - node],
+        cpu: None,
+        idle: Idle::Adaptive {
+            spin: Duration::from_micros(50),
+        },
+        streams: 256,
+        streams_per_node: 256,
+        ring_size: RING,
+        connect_timeout: LIMIT,
+        epoch: u64::from(node),
+    };
+    let waker = Arc::new(Waker::new().unwrap());
+    Site {
+        poller: Poller::start(rde, Some(fabric.clone()), settings, waker).unwrap(),
+        streams: HashMap::new(),
+        notices: Vec::new(),
+        next: 1,
+    }
+}
+
+/// A stream's memfd with its header.
+pub fn memory() -> File {
+    let file = File::from(memfd_create(c"stream", MFdFlags::empty()).unwrap());
+    file.set_len(stream_bytes(RING)).unwrap();
+    for direction in 0..2 {
+        let at = offset_of!(StreamHeader, directions)
+            + direction * size_of::<Direction>()
+            + offset_of!(Producer, switch_at);
+        file.write_all_at(&NOT_SWITCHED.to_ne_bytes(), at as u64)
+            .unwrap();
+    }
+    file
+}
+
+impl Site {
+    /// Waits for a notice.
+    pub fn until(&mut self, wanted: impl Fn(&Notice) -> bool) -> Notice {
+        let end = Instant::now() + LIMIT;
+        loop {
+            if let Some(at) = self.notices.iter().position(&wanted) {
+                return self.notices.remove(at);
+            }
+            match self.poller.notice() {
+                Some(notice) => self.notices.push(notice),
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+            assert!(Instant::now() < end, "not told; seen: {:?}", self.notices);
+        }
+    }
+
+    pub fn stream(&mut self, node: u16, end: usize, file: &File) -> Arc<NodeStream> {
+        let ticket = self.next;
+        self.next += 1;
+        let made = self.poller.stream(ticket, node, end, file).unwrap();
+        let stream = made.expect("there is room");
+        self.streams.insert(ticket, stream.clone());
+        stream
+    }
+}
+
+/// A socket pair over loopback: the program's, and the daemon's.
+pub fn sockets() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let program = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    program.set_read_timeout(Some(LIMIT)).unwrap();
+    (program, listener.accept().unwrap().0)
+}
+
+/// A connection from a program of node 1 to one of node 2.
+pub struct Connection {
+    pub programs: [TcpStream; 2],
+    pub files: [File; 2],
+    pub streams: [Arc<NodeStream>; 2],
+}
+
+pub fn addresses() -> Addresses {
+    Addresses {
+        source: Ipv6Addr::LOCALHOST,
+        source_port: 1111,
+        destination: Ipv6Addr::LOCALHOST,
+        destination_port: 2222,
+    }
+}
+
+pub fn connect(sites: &mut [Site; 2]) -> Connection {
+    let files = [memory(), memory()];
+    let (program, socket) = sockets();
+    let asking = sites[0].stream(2, 0, &files[0]);
+    sites[0].poller.attach(asking.clone(), socket.into());
+    sites[0].poller.command(Command::Connect {
+        stream: asking.clone(),
+        addresses: addresses(),
+    });
+    let incoming = sites[1].until(|notice| matches!(notice, Notice::Incoming { .. }));
+    let Notice::Incoming { id, .. } = incoming else {
+        unreachable!()
+    };
+    let (served, socket) = sockets();
+    let asked = sites[1].stream(1, 1, &files[1]);
+    sites[1].poller.command(Command::Accept {
+        id,
+        stream: asked.clone(),
+    });
+    sites[1].poller.attach(asked.clone(), socket.into());
+    let ticket = asking.ticket;
+    sites[0].until(|notice| *notice == Notice::Established { ticket });
+    Connection {
+        programs: [program, served],
+        files,
+        streams: [asking, asked],
+    }
+}
+
+/// Asks, and is refused.
+pub fn refused(sites: &mut [Site; 2], why: Refusal) {
+    let file = memory();
+    let asking = sites[0].stream(2, 0, &file);
+    let ticket = asking.ticket;
+    sites[0].poller.command(Command::Connect {
+        stream: asking,
+        addresses: addresses(),
+    });
+    let incoming = sites[1].until(|notice| matches!(notice, Notice::Incoming { .. }));
+    if let Notice::Incoming { id, .. } = incoming {
+        sites[1].poller.command(Command::Refuse { id, why });
+    }
+    sites[0].until(|notice| *notice == Notice::Refused { ticket, why });
+    sites[0].until(|notice| *notice == Notice::Released { ticket });
+}
