@@ -35,6 +35,8 @@ struct ConnAnswer {
     local: Option<String>,
     peer: Option<String>,
     end: Option<usize>,
+    /// The node of the other end; `None` when it is on this host.
+    node: Option<u16>,
     /// Processes that hold the other end.
     peer_pids: Vec<i32>,
     /// Sent by this end, then received by it.
@@ -147,15 +149,21 @@ impl Daemon {
         {
             directions.swap(0, 1);
         }
+        let elsewhere = stream.and_then(|stream| stream.memory.elsewhere.as_ref());
+        let (local, peer) = match elsewhere {
+            Some(elsewhere) => (Some(elsewhere.local()), Some(elsewhere.peer())),
+            None => route.map(|route| (route.local, route.peer)).unzip(),
+        };
         ConnAnswer {
             fd: record.fd,
             state: record.state,
             reason: record.reason,
             stream: seat.map_or(0, |(id, _)| id),
             named_stream: record.stream_id,
-            local: route.map(|route| route.local.to_string()),
-            peer: route.map(|route| route.peer.to_string()),
+            local: local.map(|address| address.to_string()),
+            peer: peer.map(|address| address.to_string()),
             end,
+            node: elsewhere.map(|elsewhere| elsewhere.node),
             peer_pids,
             directions,
         }
@@ -228,6 +236,7 @@ impl Daemon {
             "tenants": tenants,
             "streams": streams,
             "users": users,
+            "fabric": self.fabric_answer(),
         })
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rdsock_shm::layout::{MAX_RING, MIN_RING};
 use serde::Deserialize;
 
+use crate::fabric::FabricConfig;
 use crate::memory::HugePages;
 use crate::policy::Policy;
 
@@ -56,6 +57,8 @@ pub struct Config {
     pub log_level: LogLevel,
     /// Who may be accelerated.
     pub policy: Policy,
+    /// Other nodes.
+    pub fabric: Option<FabricConfig>,
 }
 
 impl Default for Config {
@@ -72,6 +75,7 @@ impl Default for Config {
             log_format: LogFormat::Text,
             log_level: LogLevel::Info,
             policy: Policy::default(),
+            fabric: None,
         }
     }
 }

@@ -43,4 +43,14 @@ pub struct Counters {
     pub cut_off: u64,
     /// Questions answered.
     pub questions: u64,
+    /// Connects to other nodes that were asked for.
+    pub reaches: u64,
+    /// Connects that went over the fabric.
+    pub reached: u64,
+    /// Connects that were left to the kernel.
+    pub not_reached: u64,
+    /// Streams that other nodes have asked for.
+    pub incoming: u64,
+    /// Streams of other nodes that were refused.
+    pub incoming_refused: u64,
 }

@@ -20,6 +20,7 @@ use crate::config::{Config, ConfigError};
 use crate::connections::{Connection, End, Watched, spare_descriptor};
 use crate::counters::Counters;
 use crate::endpoint::{Endpoint, EndpointError};
+use crate::fabric::Control;
 use crate::log::Throttle;
 use crate::matching::SearchBudget;
 use crate::namespaces::Namespaces;
@@ -29,6 +30,11 @@ use crate::streams::{HugeSupply, Memory};
 
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
+const FABRIC: u64 = 2;
+/// And the following.
+const ANCHORS: u64 = 4;
+/// Numbers of connections are above the words of everything else.
+const FIRST_CONNECTION: u64 = 4;
 
 /// What an epoll event is about; in the event's 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +43,10 @@ pub(crate) enum Token {
     Signals,
     Connection(u64),
     Process(u64),
+    /// Notices of the fabric.
+    Fabric,
+    /// A listener for anchors.
+    Anchors(u64),
 }
 
 impl Token {
@@ -46,6 +56,8 @@ impl Token {
             Token::Signals => SIGNALS,
             Token::Connection(id) => id << 1,
             Token::Process(id) => id << 1 | 1,
+            Token::Fabric => FABRIC,
+            Token::Anchors(listener) => ANCHORS + (listener & 1),
         }
     }
 
@@ -53,6 +65,8 @@ impl Token {
         match word {
             LISTENER => Token::Listener,
             SIGNALS => Token::Signals,
+            FABRIC => Token::Fabric,
+            _ if word >> 1 == ANCHORS >> 1 => Token::Anchors(word - ANCHORS),
             _ if word & 1 == 0 => Token::Connection(word >> 1),
             _ => Token::Process(word >> 1),
         }
@@ -70,6 +84,8 @@ pub(crate) enum Due {
     Watch(u64),
     /// Does anybody still hold this stream? Asked for the so-manieth time.
     Stream(u64, u32),
+    /// A program must have made the anchor of a stream to another node.
+    Anchor(u64),
 }
 
 /// Why the daemon does not run.
@@ -81,6 +97,9 @@ pub enum DaemonError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The fabric.
+    #[error("the fabric: {0}")]
+    Fabric(#[from] rdsock_node::StartError),
     /// The system said no.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -118,6 +137,8 @@ pub struct Daemon {
     pub(crate) counters: Counters,
     pub(crate) throttle: Throttle,
     pub(crate) huge: HugeSupply,
+    /// The path to other nodes, where one is configured.
+    pub(crate) fabric: Option<Control>,
     pub(crate) last_use: Instant,
     pub(crate) started: Instant,
 }
@@ -144,6 +165,10 @@ impl Daemon {
             .add(endpoint.socket(), readable(Token::Listener))
             .and_then(|()| epoll.add(signals.as_fd(), readable(Token::Signals)))
             .map_err(system("epoll"))?;
+        let fabric = match &config.fabric {
+            Some(fabric) => Some(Control::start(fabric, &epoll)?),
+            None => None,
+        };
         let now = Instant::now();
         Ok(Daemon {
             args,
@@ -154,7 +179,7 @@ impl Daemon {
             spare: spare_descriptor(),
             descriptors,
             connections: HashMap::new(),
-            next_connection: 1,
+            next_connection: FIRST_CONNECTION,
             watched: HashMap::new(),
             busy: VecDeque::new(),
             looked_after: HashSet::new(),
@@ -166,6 +191,7 @@ impl Daemon {
             counters: Counters::default(),
             throttle: Throttle::default(),
             huge: HugeSupply::default(),
+            fabric,
             last_use: now,
             started: now,
         })
@@ -254,6 +280,8 @@ impl Daemon {
                 }
                 self.serve(id, |daemon| daemon.receive(id));
             }
+            Token::Fabric => self.on_fabric(),
+            Token::Anchors(listener) => self.on_anchors(listener as usize),
             Token::Process(id) => {
                 if let Some(watched) = self.unwatch(id) {
                     for stream in watched.streams {
@@ -284,7 +312,9 @@ impl Daemon {
                     warn!("socket and logging change with a restart only");
                 }
                 config.socket = socket;
+                self.reload_fabric(&mut config);
                 self.config = config;
+                self.tell_all_routes();
                 info!("configuration read again; it counts for what comes from now on");
             }
             Err(error) => error!("the configuration stays as it was: {error}"),
@@ -302,6 +332,7 @@ impl Daemon {
                 Due::Send(id) => self.serve(id, |daemon| daemon.retry(id)),
                 Due::Watch(id) => self.on_watch_due(id),
                 Due::Stream(id, times) => self.look_again(id, times),
+                Due::Anchor(ticket) => self.on_anchor_due(ticket),
             }
         }
     }

@@ -3,12 +3,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED};
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::inet::{
+    ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
+};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
@@ -20,6 +24,17 @@ pub struct Found {
     pub inode: u64,
     /// The connection is established, in both directions.
     pub established: bool,
+}
+
+/// A socket that listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// On which address.
+    pub address: IpAddr,
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// Inode of the socket.
+    pub inode: u64,
 }
 
 /// A netlink socket for questions about the sockets of one network namespace.
@@ -94,6 +109,65 @@ impl Diag {
         self.ask(&bytes)
     }
 
+    /// The TCP sockets that listen on a port.
+    pub fn listeners(&self, port: u16) -> io::Result<Vec<Listener>> {
+        let mut found = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            let mut header = NetlinkHeader::default();
+            header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+            let request = InetRequest {
+                family,
+                protocol: IPPROTO_TCP,
+                extensions: ExtensionFlags::empty(),
+                states: StateFlags::LISTEN,
+                socket_id: match family {
+                    AF_INET => SocketId::new_v4(),
+                    _ => SocketId::new_v6(),
+                },
+            };
+            let mut packet =
+                NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+            packet.finalize();
+            let mut bytes = vec![0; packet.buffer_len()];
+            packet.serialize(&mut bytes);
+            self.dump(&bytes, |socket| {
+                if socket.header.socket_id.source_port == port {
+                    found.push(Listener {
+                        address: socket.header.socket_id.source_address,
+                        cookie: join_cookie(socket.header.socket_id.cookie),
+                        inode: socket.header.inode.into(),
+                    });
+                }
+            })?;
+        }
+        Ok(found)
+    }
+
+    fn dump(&self, question: &[u8], mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
+        let fd = self.socket.as_fd().as_raw_fd();
+        let broken = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
+        send(fd, question, MsgFlags::empty())?;
+        let mut bytes = vec![0; 32 << 10];
+        loop {
+            let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
+            let mut rest = bytes.get(..len).unwrap_or(&[]);
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| broken(error.to_string()))?;
+                let used = (message.header.length as usize).next_multiple_of(4);
+                match message.payload {
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
+                        each(&socket);
+                    }
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => return Err(broken("an answer of another kind".into())),
+                }
+                rest = rest.get(used.max(1)..).unwrap_or(&[]);
+            }
+        }
+    }
+
     fn ask(&self, question: &[u8]) -> io::Result<Option<Found>> {
         let fd = self.socket.as_fd().as_raw_fd();
         send(fd, question, MsgFlags::empty())?;
@@ -127,28 +201,34 @@ fn split_cookie(cookie: u64) -> [u8; 8] {
     bytes
 }
 
+fn join_cookie(bytes: [u8; 8]) -> u64 {
+    let (low, high) = bytes.split_at(4);
+    let word = |half: &[u8]| half.try_into().map_or(0, u32::from_ne_bytes);
+    u64::from(word(low)) | u64::from(word(high)) << 32
+}
+
+/// `SO_COOKIE` of a socket.
+pub fn cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the option writes at most `len` bytes to `cookie`; both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &mut len,
+        )
+    };
+    (result == 0).then_some(cookie)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::fs::MetadataExt;
-
-    fn cookie_of(stream: &TcpStream) -> u64 {
-        let mut cookie = 0u64;
-        let mut len = 8;
-        // SAFETY: the option writes 8 bytes to `cookie`.
-        let result = unsafe {
-            libc::getsockopt(
-                stream.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_COOKIE,
-                (&raw mut cookie).cast(),
-                &mut len,
-            )
-        };
-        assert_eq!(result, 0);
-        cookie
-    }
 
     fn check(listen: &str, connect: &str) {
         let listener = TcpListener::bind(listen).unwrap();
@@ -158,7 +238,7 @@ mod tests {
         let diag = Diag::new().unwrap();
         for socket in [&stream, &accepted] {
             let (local, peer) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
-            let cookie = cookie_of(socket);
+            let cookie = cookie_of(socket.as_fd()).unwrap();
             let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
             let inode = std::fs::metadata(path).unwrap().ino();
             let found = Found {

@@ -18,6 +18,7 @@ pub mod counters;
 pub mod daemon;
 pub mod diag;
 pub mod endpoint;
+mod fabric;
 pub mod log;
 mod matching;
 pub mod memory;

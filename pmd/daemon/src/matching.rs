@@ -91,6 +91,7 @@ impl Daemon {
         if let Some(stream) = self.book.replace(conn) {
             self.check_stream(stream);
         }
+        let ticket = request.stream_id;
         let Some(claim) = Claim::parse(conn, request) else {
             self.counters.bad_requests += 1;
             return self.turn_down(conn, Reason::Unverified);
@@ -113,10 +114,13 @@ impl Daemon {
         if claim.maybe_shared && self.is_shared(&announced) {
             return self.turn_down(conn, Reason::Shared);
         }
+        if ticket != 0 {
+            return self.promote_carried(announced, ticket);
+        }
         self.find_other_end(announced)
     }
 
-    fn turn_down(&mut self, conn: Conn, reason: Reason) -> Result<(), End> {
+    pub(crate) fn turn_down(&mut self, conn: Conn, reason: Reason) -> Result<(), End> {
         self.counters.turned_down += 1;
         debug!(?conn, "turned down: {}", reason.text());
         self.send(conn.tenant, Self::verdict(conn, reason))

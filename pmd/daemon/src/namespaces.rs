@@ -85,6 +85,18 @@ impl Namespaces {
             .map(|(inode, namespace)| (*inode, &namespace.diag))
     }
 
+    /// Is this the cookie of a socket in the daemon's own namespace? On kernels without cookies (0) it
+    /// is believed to be.
+    pub fn is_home(&self, cookie: u64) -> bool {
+        let home = self.open.get(&self.home).map_or(0, |home| home.cookie);
+        cookie == home || cookie == 0 || home == 0
+    }
+
+    /// The netlink socket of the daemon's own namespace.
+    pub fn home_diag(&self) -> Option<&Diag> {
+        self.diag(self.home)
+    }
+
     /// The netlink socket of a namespace.
     pub fn diag(&self, inode: u64) -> Option<&Diag> {
         self.open.get(&inode).map(|namespace| &namespace.diag)

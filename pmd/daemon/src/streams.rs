@@ -2,10 +2,13 @@
 
 use std::cmp::Reverse;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rdsock_node::stream::NodeStream;
 use rdsock_shm::control::{Lookup, Message, Promote, Request, kind};
 use rdsock_shm::layout::DATA_OFFSET;
 use rdsock_shm::reason::Reason;
@@ -15,6 +18,7 @@ use crate::book::{self, Announced, Conn, Route, TenantId, order};
 use crate::channel::Outgoing;
 use crate::connections::End;
 use crate::daemon::{Daemon, Due};
+use crate::fabric::octets;
 use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
 use crate::process::socket_inode;
 
@@ -32,16 +36,56 @@ pub(crate) struct Memory {
     ring_size: u64,
     /// Made of huge pages.
     pub huge: bool,
+    /// Where the other end is, when that is on another node.
+    pub elsewhere: Option<Elsewhere>,
+}
+
+/// The other end of a stream, on another node. On this host, the daemon stands for it.
+#[derive(Debug)]
+pub(crate) struct Elsewhere {
+    /// The node.
+    pub node: u16,
+    /// Which end the program is.
+    pub end: usize,
+    /// From where to where the program that connected went.
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    /// The data path's.
+    pub stream: Arc<NodeStream>,
+}
+
+impl Elsewhere {
+    /// What the program is told of its own address.
+    pub fn local(&self) -> SocketAddr {
+        match self.end {
+            0 => self.source,
+            _ => self.destination,
+        }
+    }
+
+    /// What the program is told of its peer's address.
+    pub fn peer(&self) -> SocketAddr {
+        match self.end {
+            0 => self.destination,
+            _ => self.source,
+        }
+    }
 }
 
 impl Memory {
-    fn new(fds: StreamFds, bells: [Rc<OwnedFd>; 2], ring_size: u64) -> Self {
+    pub fn new(
+        fds: StreamFds,
+        bells: [Rc<OwnedFd>; 2],
+        ring_size: u64,
+        elsewhere: Option<Elsewhere>,
+    ) -> Self {
         Memory {
             stream: Rc::new(fds.stream),
             ends: fds.ends.map(Rc::new),
             bells,
             ring_size,
             huge: fds.huge,
+            elsewhere,
         }
     }
 
@@ -119,7 +163,7 @@ impl Daemon {
         debug!(stream = id, route = ?ends[0].route, "opened");
         let bytes = fds.bytes;
         self.book
-            .open(id, ends, bytes, Memory::new(fds, bells, ring_size));
+            .open(id, ends, bytes, Memory::new(fds, bells, ring_size, None));
         Ok(())
     }
 
@@ -139,9 +183,19 @@ impl Daemon {
     }
 
     /// The PROMOTE message for a connection that holds an end.
-    fn promotion(&self, conn: Conn) -> Option<Outgoing> {
+    pub(crate) fn promotion(&self, conn: Conn) -> Option<Outgoing> {
         let (stream_id, end) = self.book.seat_of(conn)?;
         let memory = &self.book.stream(stream_id)?.memory;
+        let elsewhere = memory.elsewhere.as_ref();
+        let words = |address: SocketAddr| (octets(address.ip()), u32::from(address.port()));
+        let (local, local_port) = elsewhere
+            .map(Elsewhere::local)
+            .map(words)
+            .unwrap_or_default();
+        let (peer, peer_port) = elsewhere
+            .map(Elsewhere::peer)
+            .map(words)
+            .unwrap_or_default();
         let promote = Promote {
             conn: conn.number,
             generation: conn.generation,
@@ -150,11 +204,11 @@ impl Daemon {
             data_offset: DATA_OFFSET,
             end: end as u32,
             huge: memory.huge.into(),
-            local: [0; 16],
-            peer: [0; 16],
-            local_port: 0,
-            peer_port: 0,
-            node: 0,
+            local,
+            peer,
+            local_port,
+            peer_port,
+            node: elsewhere.map_or(0, |elsewhere| elsewhere.node.into()),
             reserved: 0,
         };
         let fds = [
@@ -248,6 +302,11 @@ impl Daemon {
         let Some((id, end)) = self.book.seat_of(conn) else {
             return self.give_up(conn);
         };
+        let stream = self.book.stream(id);
+        if stream.is_some_and(|stream| stream.memory.elsewhere.is_some()) {
+            // The daemon carries what goes over its anchor.
+            return self.give_up(conn);
+        }
         let others: Vec<Conn> = self
             .book
             .stream(id)
@@ -295,13 +354,22 @@ impl Daemon {
             Some(stream) if stream.is_abandoned() => {
                 let held =
                     |end: &book::End| self.socket_is(end.route, end.cookie) == Some(end.inode);
-                (true, stream.ends.iter().any(held))
+                let kept = match &stream.memory.elsewhere {
+                    // The other one is the daemon's.
+                    Some(elsewhere) => stream.ends.get(elsewhere.end).is_some_and(held),
+                    None => stream.ends.iter().any(held),
+                };
+                (true, kept)
             }
             _ => (false, false),
         }
     }
 
     fn close_stream(&mut self, id: u64) {
+        if self.abandon_carried(id) {
+            // It is closed when the other node knows.
+            return;
+        }
         if self.book.close(id).is_some() {
             self.counters.streams_closed += 1;
             debug!(stream = id, "closed");

@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use rdsock_shm::control::{
-    Hello, Lookup, Message, ParseError, Pod, Query, Request, Verdict, Welcome, from_bytes, kind,
-    parse, refusal, request,
+    Between, Hello, Lookup, Message, ParseError, Pod, Query, Request, Verdict, Welcome, from_bytes,
+    kind, parse, refusal, request,
 };
 use rdsock_shm::layout::{BellBoard, CONN_RECORDS, TenantMemory, VERSION};
 use rdsock_shm::reason::Reason;
@@ -106,6 +106,14 @@ impl Daemon {
                 let lookup: Lookup = body(bytes)?;
                 self.on_lookup(id, lookup)
             }
+            (kind::REACH, true) if fds.is_empty() => {
+                let question: Between = body(bytes)?;
+                self.on_reach(id, question)
+            }
+            (kind::WHOIS, true) if fds.is_empty() => {
+                let question: Between = body(bytes)?;
+                self.on_whois(id, question)
+            }
             (kind::ADOPT, true) if bytes.is_empty() => self.on_adopt(sender, fds),
             (kind::QUERY, _) if fds.is_empty() => {
                 let query: Query = body(bytes)?;
@@ -169,6 +177,7 @@ impl Daemon {
             throttled: false,
         };
         tenant.map.start_sleep();
+        self.tell_routes(&tenant.map);
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.tenant = Some(tenant);
         }
@@ -282,7 +291,11 @@ impl Daemon {
                 Ok(())
             }
             request::MAPPED => {
-                self.book.mapped(conn);
+                self.on_mapped(conn);
+                Ok(())
+            }
+            request::LISTENS => {
+                self.on_listens(id, request);
                 Ok(())
             }
             _ => {
@@ -326,6 +339,7 @@ impl Daemon {
         if let Some(netns) = tenant.netns {
             self.namespaces.leave(netns);
         }
+        self.forget_listener(id);
         let mut streams = self.book.tenant_gone(id);
         if !alive {
             for stream in streams.drain(..) {

@@ -69,7 +69,10 @@ fn a_notification_tells_of_data_and_word() {
     assert_eq!(message.payload[..20], payload);
     assert_eq!(message.payload[20..], [0; 28]);
     assert_eq!(b.region_bytes(64, 11), b"inline data");
-    assert_eq!(b.region.memory().unwrap().load_word(8), Some(0x1234_5678_9abc_def0));
+    assert_eq!(
+        b.region.memory().unwrap().load_word(8),
+        Some(0x1234_5678_9abc_def0)
+    );
     assert_eq!(a.completions().len(), 1);
 }
 

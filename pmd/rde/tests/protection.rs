@@ -232,7 +232,9 @@ fn of_a_window_only_what_is_mapped_can_be_reached() {
     assert!(window.map_file((1 << 20) - 4096, &file, 8192).is_err());
     let memory = window.map_file(65536, &file, 8192).unwrap();
     assert!(window.map_file(65536 + 4096, &file, 8192).is_err());
-    let region = rde.register_window(&window, Rights::Write, Some(1)).unwrap();
+    let region = rde
+        .register_window(&window, Rights::Write, Some(1))
+        .unwrap();
     let to = |offset| Remote {
         key: region.key(),
         offset,

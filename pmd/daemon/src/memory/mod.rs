@@ -6,7 +6,10 @@
 mod stream;
 mod tenant;
 
-pub use stream::{DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, rounded};
+pub use stream::{
+    DirectionView, HUGE_PAGE, HugePages, StreamFds, make_board, make_stream, make_stream_with,
+    rounded,
+};
 pub use tenant::{BadMemory, ConnView, TenantMap, check_bells};
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

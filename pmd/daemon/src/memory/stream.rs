@@ -65,6 +65,27 @@ pub fn make_stream(stream_id: u64, ring_size: u64, try_huge: bool) -> io::Result
     })
 }
 
+/// Makes the memory of a stream to another node, of `bytes` bytes and ordinary pages: the device maps it in
+/// whole, so it is small.
+pub fn make_stream_with(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<StreamFds> {
+    Ok(StreamFds {
+        stream: of_pages(stream_id, ring_size, bytes)?.into(),
+        ends: [
+            make_end(stream_id, 0)?.into(),
+            make_end(stream_id, 1)?.into(),
+        ],
+        huge: false,
+        bytes,
+    })
+}
+
+/// Makes a bell board that nobody looks at.
+pub fn make_board(bytes: u64) -> io::Result<OwnedFd> {
+    let file = memfd(c"rdsock-bells", MFdFlags::empty(), bytes)?;
+    seal(&file)?;
+    Ok(file.into())
+}
+
 /// Bytes of a stream's memory in pages of `page` bytes.
 pub fn rounded(ring_size: u64, page: u64) -> u64 {
     stream_bytes(ring_size).next_multiple_of(page)
@@ -72,10 +93,14 @@ pub fn rounded(ring_size: u64, page: u64) -> u64 {
 
 fn ordinary(stream_id: u64, ring_size: u64) -> io::Result<(File, bool, u64)> {
     let bytes = rounded(ring_size, PAGE);
+    Ok((of_pages(stream_id, ring_size, bytes)?, false, bytes))
+}
+
+fn of_pages(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<File> {
     let file = memfd(c"rdsock-stream", MFdFlags::empty(), bytes)?;
     file.write_all_at(&header_bytes(stream_id, ring_size), 0)?;
     seal(&file)?;
-    Ok((file, false, bytes))
+    Ok(file)
 }
 
 fn make_huge(stream_id: u64, ring_size: u64) -> io::Result<(File, u64)> {

@@ -11,8 +11,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use rdsock_shm::control::Request;
 use rdsock_shm::layout::{
-    BELL_MAGIC, BellBoard, ConnRecord, QUEUE_SLOTS, QueueSlot, TENANT_MAGIC, TenantHeader,
-    TenantMemory, VERSION,
+    BELL_MAGIC, BellBoard, CONN_RECORDS, ConnRecord, QUEUE_SLOTS, QueueSlot, Routes, TENANT_MAGIC,
+    TenantHeader, TenantMemory, VERSION,
 };
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
@@ -88,7 +88,7 @@ pub fn check_bells(fd: OwnedFd) -> Result<OwnedFd, BadMemory> {
     Ok(file.into())
 }
 
-/// A tenant's memory: header and queue are mapped, the connection records are read on demand.
+/// A tenant's memory. Of what is mapped, the connection records are read through the file, on demand.
 #[derive(Debug)]
 pub struct TenantMap {
     map: MmapRaw,
@@ -99,11 +99,12 @@ pub struct TenantMap {
 impl TenantMap {
     /// Checks and maps.
     pub fn new(fd: OwnedFd) -> Result<Self, BadMemory> {
-        const MAPPED: usize = offset_of!(TenantMemory, conns);
         check_memfd(fd.as_fd(), size_of::<TenantMemory>() as u64)?;
         let file = File::from(fd);
         check_identity(&file, TENANT_MAGIC, size_of::<TenantMemory>())?;
-        let map = MmapOptions::new().len(MAPPED).map_raw(&file)?;
+        let map = MmapOptions::new()
+            .len(size_of::<TenantMemory>())
+            .map_raw(&file)?;
         Ok(TenantMap {
             map,
             file,
@@ -116,10 +117,16 @@ impl TenantMap {
     }
 
     fn queue(&self) -> &[QueueSlot; QUEUE_SLOTS] {
-        // SAFETY: the queue lies within the mapping (MAPPED is its end), which lives as long as
+        // SAFETY: the queue lies within the mapping which lives as long as
         // `self`, can't shrink (sealed) and is page-aligned. It is made of atomics only, so what
         // the tenant stores at the same time is no data race.
         unsafe { &(*self.memory()).queue }
+    }
+
+    /// The networks that belong to other nodes, as the tenant is told.
+    pub fn routes(&self) -> &Routes {
+        // SAFETY: as in `queue`.
+        unsafe { &(*self.memory()).routes }
     }
 
     fn atomics(&self) -> Atomics<'_> {
@@ -196,7 +203,9 @@ impl TenantMap {
                 (first..)
                     .zip(records)
                     .map(|(number, record)| (number, ConnView::parse(record)))
-                    .filter(|(_, record)| record.in_use()),
+                    .filter(|(number, record)| {
+                        (*number as usize) < CONN_RECORDS && record.in_use()
+                    }),
             );
             at += records.len() as u64 * RECORD;
         }

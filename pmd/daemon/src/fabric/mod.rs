@@ -1,0 +1,415 @@
+//! Connections to programs of other nodes: what the control thread does for them. The data path is
+//! `rdsock-node`; here is who may use it, and the sockets of both sides.
+//!
+//! A program that connects to an address of another node asks first (REACH): `connect.rs`. When a
+//! node asks for a stream, the daemon connects to the program that listens: `listen.rs`. On either
+//! side the daemon is then the other end of the program's connection, and the program's end is
+//! promoted as any other: `promote.rs`.
+
+mod config;
+mod connect;
+mod device;
+mod listen;
+mod promote;
+mod routes;
+
+pub use config::FabricConfig;
+
+use crate::book::TenantId;
+use crate::daemon::{Daemon, Due, Token};
+use crate::memory::StreamFds;
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use rdsock_node::mail::Waker;
+use rdsock_node::stream::NodeStream;
+use rdsock_node::{Command, Notice, Poller, Settings, StartError};
+use rdsock_proto::Addresses;
+use rdsock_shm::control::Between;
+use rdsock_shm::layout::BellBoard;
+use serde_json::{Value, json};
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tracing::{info, warn};
+
+/// Time for a program to make its anchor, once it was told where.
+const ANCHOR: Duration = Duration::from_secs(10);
+
+/// A stream to another node.
+#[derive(Debug)]
+pub(crate) struct Carried {
+    pub stream: Arc<NodeStream>,
+    /// Its memory and end pages, until the program's end was promoted.
+    fds: Option<StreamFds>,
+    /// From where to where, as the programs see it.
+    source: SocketAddr,
+    destination: SocketAddr,
+    /// The addresses of the anchor, as the program's socket has them.
+    anchor: Option<(SocketAddr, SocketAddr)>,
+    /// The socket's cookie and inode, of the daemon's end.
+    socket: Option<(u64, u64)>,
+}
+
+/// A program that waits for the answer to a REACH.
+#[derive(Debug)]
+struct Asking {
+    tenant: TenantId,
+    question: Between,
+}
+
+/// A socket that a program listens on.
+#[derive(Clone, Copy, Debug)]
+struct Listening {
+    tenant: TenantId,
+    fd: i32,
+    address: SocketAddr,
+}
+
+/// The fabric, as the control thread has it.
+#[derive(Debug)]
+pub(crate) struct Control {
+    poller: Poller,
+    waker: Arc<Waker>,
+    /// Where programs make their anchors: on either loopback address.
+    listeners: Vec<TcpListener>,
+    /// Handed out in place of a peer's bell board; nobody looks at it.
+    board: Rc<OwnedFd>,
+    carried: HashMap<u64, Carried>,
+    asking: HashMap<u64, Asking>,
+    /// Streams by the address that their program's anchor comes from.
+    expected: HashMap<SocketAddr, u64>,
+    /// Streams by the address that the daemon has connected from.
+    callers: HashMap<SocketAddr, u64>,
+    /// By the sockets' cookies.
+    listening: HashMap<u64, Listening>,
+    up: HashSet<u16>,
+    failed: bool,
+}
+
+impl Control {
+    /// Opens the device and starts the poll core.
+    pub fn start(config: &FabricConfig, epoll: &Epoll) -> Result<Self, StartError> {
+        let (rde, fabric) = device::open(config)?;
+        let waker = Arc::new(Waker::new()?);
+        let settings = Settings {
+            node: config.node,
+            peers: config.others().map(|node| node.id).collect(),
+            cpu: config.cpu,
+            idle: config.idle,
+            streams: config.max_streams,
+            streams_per_node: config.max_streams,
+            ring_size: config.ring_size,
+            connect_timeout: config.connect_timeout,
+            epoch: epoch(),
+        };
+        let mut listeners = Vec::new();
+        for address in [
+            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ] {
+            match listen_on(address) {
+                Ok(listener) => listeners.push(listener),
+                Err(error) if address.is_ipv6() => {
+                    warn!("no IPv6 to other nodes: can't listen on ::1: {error}");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let event = |token: Token| EpollEvent::new(EpollFlags::EPOLLIN, token.to_word());
+        for (at, listener) in listeners.iter().enumerate() {
+            let token = Token::Anchors(at as u64);
+            epoll.add(listener, event(token)).map_err(io::Error::from)?;
+        }
+        epoll
+            .add(waker.fd(), event(Token::Fabric))
+            .map_err(io::Error::from)?;
+        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
+        waker.start_sleep();
+        info!(
+            node = config.node,
+            device = %config.device,
+            others = config.others().count(),
+            "joined the fabric"
+        );
+        Ok(Control {
+            poller,
+            waker,
+            listeners,
+            board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
+            carried: HashMap::new(),
+            asking: HashMap::new(),
+            expected: HashMap::new(),
+            callers: HashMap::new(),
+            listening: HashMap::new(),
+            up: HashSet::new(),
+            failed: false,
+        })
+    }
+}
+
+fn listen_on(address: IpAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind((address, 0))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// A number that no earlier start had, in all likelihood.
+fn epoch() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(1, |since| since.as_nanos() as u64).max(1)
+}
+
+impl Control {
+    /// For `rdsock stat`.
+    fn answer(&self, config: &FabricConfig) -> Value {
+        let nodes: Vec<Value> = config
+            .others()
+            .map(|node| {
+                let streams = self.carried.values();
+                json!({
+                    "id": node.id,
+                    "name": node.name,
+                    "addresses": node.addresses,
+                    "up": self.up.contains(&node.id),
+                    "streams": streams.filter(|carried| carried.stream.node == node.id).count(),
+                })
+            })
+            .collect();
+        json!({
+            "node": config.node,
+            "device": config.device.to_string(),
+            "failed": self.failed,
+            "streams": self.carried.len(),
+            "listeners": self.listening.len(),
+            "sleeps": self.poller.totals().sleeps.get(),
+            "nodes": nodes,
+        })
+    }
+}
+
+impl Daemon {
+    /// The fabric, for `rdsock stat`.
+    pub(crate) fn fabric_answer(&self) -> Option<Value> {
+        Some(self.fabric.as_ref()?.answer(self.config.fabric.as_ref()?))
+    }
+
+    /// The poll core has something to say.
+    pub(crate) fn on_fabric(&mut self) {
+        if let Some(fabric) = &self.fabric {
+            fabric.waker.end_sleep();
+        }
+        loop {
+            while let Some(notice) = self.fabric.as_mut().and_then(|f| f.poller.notice()) {
+                self.on_notice(notice);
+            }
+            let Some(fabric) = &mut self.fabric else {
+                return;
+            };
+            fabric.waker.start_sleep();
+            // Once more, since the sleep was announced only now.
+            match fabric.poller.notice() {
+                Some(notice) => {
+                    fabric.waker.end_sleep();
+                    self.on_notice(notice);
+                }
+                None => return,
+            }
+        }
+    }
+
+    fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Incoming {
+                id,
+                node,
+                addresses,
+            } => self.on_incoming(id, node, addresses),
+            Notice::Established { ticket } => self.on_established(ticket),
+            Notice::Refused { ticket, why } => self.on_refused(ticket, why),
+            Notice::Released { ticket } => self.on_released(ticket),
+            Notice::NodeUp { node } => self.on_node(node, true),
+            Notice::NodeGone { node } => self.on_node(node, false),
+            Notice::DeviceFailed => {
+                if let Some(fabric) = &mut self.fabric {
+                    fabric.failed = true;
+                    fabric.up.clear();
+                }
+            }
+        }
+    }
+
+    fn on_node(&mut self, node: u16, up: bool) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let changed = match up {
+            true => fabric.up.insert(node),
+            false => fabric.up.remove(&node),
+        };
+        if changed {
+            let state = if up { "up" } else { "gone" };
+            info!(node, "a node is {state}");
+        }
+    }
+
+    /// Nothing touches a stream's memory any more.
+    fn on_released(&mut self, ticket: u64) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        fabric.expected.retain(|_, other| *other != ticket);
+        fabric.callers.retain(|_, other| *other != ticket);
+        fabric.asking.remove(&ticket);
+        fabric.carried.remove(&ticket);
+        if self.book.close(ticket).is_some() {
+            self.counters.streams_closed += 1;
+        }
+    }
+
+    /// No program has a stream any more, as far as is known.
+    pub(crate) fn abandon_carried(&mut self, ticket: u64) -> bool {
+        let Some(fabric) = &mut self.fabric else {
+            return false;
+        };
+        let Some(carried) = fabric.carried.get(&ticket) else {
+            return false;
+        };
+        let stream = carried.stream.clone();
+        fabric.poller.command(Command::Gone { stream });
+        true
+    }
+
+    /// A stream whose program was told where to make its anchor has had its time.
+    pub(crate) fn on_anchor_due(&mut self, ticket: u64) {
+        let waits = self
+            .fabric
+            .as_ref()
+            .and_then(|fabric| fabric.carried.get(&ticket))
+            .is_some_and(|carried| carried.socket.is_none());
+        if waits {
+            self.abandon_carried(ticket);
+        }
+    }
+
+    fn give_time_for_anchor(&mut self, ticket: u64) {
+        self.due
+            .push(Reverse((Instant::now() + ANCHOR, Due::Anchor(ticket))));
+    }
+
+    /// Makes the memory of a stream to a node.
+    fn carry(
+        &mut self,
+        node: u16,
+        end: usize,
+        addresses: &Addresses,
+        uid: u32,
+    ) -> Result<u64, CarryError> {
+        let Some(config) = &self.config.fabric else {
+            return Err(CarryError::Limit);
+        };
+        let ring_size = config.ring_size;
+        let account = self.book.account(uid);
+        let bytes = rdsock_node::memory::stream_bytes(ring_size);
+        if account.streams >= self.config.max_streams_per_user
+            || account.bytes.saturating_add(bytes) > self.config.max_bytes_per_user
+            || !self.has_stream_descriptors()
+        {
+            let cause = "a limit of its user is reached: streams stay on the kernel";
+            self.log_refusal(cause, uid, 0);
+            return Err(CarryError::Limit);
+        }
+        let ticket = self.next_stream;
+        let fds = crate::memory::make_stream_with(ticket, ring_size, bytes)?;
+        let Some(fabric) = &mut self.fabric else {
+            return Err(CarryError::Limit);
+        };
+        let made = fabric
+            .poller
+            .stream(ticket, node, end, &fds.stream)
+            .map_err(|error| CarryError::Memory(io::Error::other(error)))?;
+        let stream = made.ok_or(CarryError::Limit)?;
+        self.next_stream += 1;
+        let address = |ip: Ipv6Addr, port| SocketAddr::new(IpAddr::V6(ip).to_canonical(), port);
+        fabric.carried.insert(
+            ticket,
+            Carried {
+                stream,
+                fds: Some(fds),
+                source: address(addresses.source, addresses.source_port),
+                destination: address(addresses.destination, addresses.destination_port),
+                anchor: None,
+                socket: None,
+            },
+        );
+        Ok(ticket)
+    }
+
+    /// Gives the daemon's end of a program's connection to the data path.
+    fn attach_anchor(&mut self, ticket: u64, socket: OwnedFd, anchor: (SocketAddr, SocketAddr)) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let Some(carried) = fabric.carried.get_mut(&ticket) else {
+            return;
+        };
+        carried.anchor = Some(anchor);
+        carried.socket = identity(socket.as_fd());
+        // Latency is what this is for. It can't fail on a TCP socket.
+        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
+        let stream = carried.stream.clone();
+        fabric.poller.attach(stream, socket);
+    }
+
+    /// A tenant has gone: it listens no more.
+    pub(crate) fn forget_listener(&mut self, id: TenantId) {
+        if let Some(fabric) = &mut self.fabric {
+            fabric.listening.retain(|_, entry| entry.tenant != id);
+        }
+    }
+
+    /// Answers a tenant's question, whoever is being served.
+    fn reply(&mut self, id: TenantId, message: rdsock_shm::control::Message) {
+        self.send_to_other(id, message.into());
+    }
+}
+
+/// Why a stream to another node was not made.
+#[derive(Debug, thiserror::Error)]
+enum CarryError {
+    /// A limit is reached.
+    #[error("a limit is reached")]
+    Limit,
+    /// Its memory could not be made or mapped.
+    #[error("its memory: {0}")]
+    Memory(#[from] io::Error),
+}
+
+/// Cookie and inode of a socket.
+fn identity(socket: std::os::fd::BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let inode = nix::sys::stat::fstat(socket).ok()?.st_ino;
+    Some((crate::diag::cookie_of(socket)?, inode))
+}
+
+/// The four addresses of a question.
+fn addresses(between: &Between) -> Option<(SocketAddr, SocketAddr)> {
+    let address = |ip: [u8; 16], port: u32| {
+        let ip = IpAddr::V6(Ipv6Addr::from(ip)).to_canonical();
+        Some(SocketAddr::new(ip, port.try_into().ok()?))
+    };
+    Some((
+        address(between.local, between.local_port)?,
+        address(between.peer, between.peer_port)?,
+    ))
+}
+
+/// An address as it stands in messages: IPv4 as a v4-mapped IPv6 address.
+pub(crate) fn octets(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
