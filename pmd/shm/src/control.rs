@@ -10,6 +10,11 @@ use crate::layout::VERSION;
 /// First word of each message.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"rdsk");
 
+/// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf
+/// of a program on another node: by it a tenant knows of which accepted connections to ask (WHOIS).
+/// Of IPv6 there is one loopback address only, so it asks of each connection from that.
+pub const FABRIC_SOURCE_V4: [u8; 4] = [127, 82, 68, 83];
+
 /// Kinds of message. The direction is in the name's comment: T tenant, D daemon, C tool.
 pub mod kind {
     /// T→D, fds: tenant memory, bell board. Body: [`super::Hello`].

@@ -11,5 +11,6 @@ pub mod lock;
 pub mod queue;
 pub mod reason;
 pub mod ring;
+pub mod routes;
 pub mod sync;
 pub mod wake;
