@@ -4,6 +4,7 @@
 //! A lookup is two loads. The tables are reserved address space, touched only where used, so
 //! nothing here allocates and everything may be used in a signal handler.
 
+use crate::names::Names;
 use crate::stream::Stream;
 use crate::sys;
 use crate::tenant::Offer;
@@ -123,8 +124,12 @@ pub struct Conn {
     pub registrations: AtomicU32,
     /// Those of them that the program has deleted, and may make again.
     pub resting: AtomicU32,
-    /// The attachment to a daemon that its stream came from.
+    /// The attachment to a daemon that its stream came from, or that knows that it listens.
     pub epoch: AtomicU32,
+    /// 1 when this process listens on it.
+    pub listens: AtomicU32,
+    /// What the program is told of its ends where the other one is on another node.
+    pub names: Names,
     /// A [`Reason`].
     pub reason: AtomicU32,
     /// The program's own TCP_NODELAY (bit 0) and TCP_CORK (bit 1): the anchor of a stream always
@@ -387,12 +392,14 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             &conn.registrations,
             &conn.resting,
             &conn.options,
+            &conn.listens,
             &conn.wants_space,
             &conn.one_way,
             &conn.gather,
         ] {
             word.store(0, Relaxed);
         }
+        conn.names.forget();
         conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
         conn.generation.fetch_add(1, Relaxed);
         conn.phase.store(phase::KERNEL, Release);

@@ -6,12 +6,15 @@
 //! panics, never allocates from the heap, never takes a lock that it would hold while it sleeps,
 //! and leaves every call that it does not understand to libc.
 
+mod address;
+mod between;
 mod calls;
 mod clock;
 mod conn;
 mod demote;
 mod epoll;
 mod io;
+mod names;
 mod options;
 mod poll;
 mod process;

@@ -196,6 +196,10 @@ pub unsafe extern "C" fn getsockopt(
     value: *mut c_void,
     len: *mut socklen_t,
 ) -> c_int {
+    if (level, name) == (libc::SOL_SOCKET, libc::SO_PEERNAME) {
+        // SAFETY: arguments pass through.
+        return unsafe { calls::peer_name(fd, value, len) };
+    }
     // SAFETY: arguments pass through.
     let result = unsafe { real::getsockopt(fd, level, name, value, len) };
     if result == 0

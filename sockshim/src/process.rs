@@ -135,12 +135,8 @@ fn adopt_inherited() {
     }
 }
 
-fn cookie(fd: c_int) -> Option<u64> {
-    sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
-}
-
 fn is_same_socket(a: c_int, b: c_int) -> bool {
-    cookie(a).is_some_and(|a| Some(a) == cookie(b))
+    sys::cookie(a).is_some_and(|a| Some(a) == sys::cookie(b))
 }
 
 /// True for a TCP socket over IPv4 or IPv6.
@@ -207,7 +203,7 @@ fn before_exec(loads_shim: bool) {
         if let Some(held) = conn::of(fd) {
             keep_or_abandon(&held, fd, loads_shim && fd < INHERITED as c_int);
         } else if is_foreign()
-            && let Some(wanted) = cookie(fd)
+            && let Some(wanted) = sys::cookie(fd)
         {
             conn::each(|index, conn| {
                 if conn.stream().is_some()

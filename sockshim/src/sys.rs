@@ -176,6 +176,21 @@ pub fn setsockopt<T>(fd: c_int, level: c_int, name: c_int, value: &T) -> isize {
     )
 }
 
+/// The kernel's number of a socket.
+pub fn cookie(fd: c_int) -> Option<u64> {
+    getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+/// The kernel's number of the network namespace that a socket is in; 0 where it has none.
+pub fn network_namespace(fd: c_int) -> u64 {
+    getsockopt(fd, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE).unwrap_or(0)
+}
+
+/// `bind`.
+pub fn bind(fd: c_int, name: &libc::sockaddr_storage, len: libc::socklen_t) -> isize {
+    syscall!(SYS_bind, fd, name as *const libc::sockaddr_storage, len)
+}
+
 /// `getsockname` or, with `peer`, `getpeername`.
 pub fn name_of(fd: c_int, peer: bool) -> Option<libc::sockaddr_storage> {
     let mut name = std::mem::MaybeUninit::<libc::sockaddr_storage>::zeroed();

@@ -66,6 +66,8 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_listen => calls::listen(fd, b as _) as _,
             libc::SYS_accept => calls::accept(fd, b as _, c as _) as _,
             libc::SYS_accept4 => calls::accept4(fd, b as _, c as _, d as _) as _,
+            libc::SYS_getsockname => calls::getsockname(fd, b as _, c as _) as _,
+            libc::SYS_getpeername => calls::getpeername(fd, b as _, c as _) as _,
             libc::SYS_shutdown => calls::shutdown(fd, b as _) as _,
             libc::SYS_close => calls::close(fd) as _,
             libc::SYS_close_range => calls::close_range(a as _, b as _, c as _) as _,

@@ -1,25 +1,31 @@
 //! This process as a tenant of the daemon: its control connection, its memory, what it announces
-//! and what it is offered. Nothing here waits for the daemon (but [`look_up`], for a connection
-//! inherited over exec).
+//! and what it is offered. Nothing here waits for the daemon, but what asks it: [`look_up`], for a
+//! connection inherited over exec, and [`reach`] and [`who_is`], for one between nodes.
 //!
 //! The way of a connection: it is announced (`announce.rs`), through the queue (`requests.rs`); the
 //! daemon answers with a message (`messages.rs`), which may offer a stream (`offer.rs`).
 
 mod announce;
+mod ask;
 mod attach;
 mod hidden;
 mod inherit;
+mod listeners;
 mod lock;
 mod memory;
 mod messages;
 mod offer;
 mod requests;
+mod routes;
 
-pub use announce::after_call;
+pub use announce::{after_call, announce_now};
+pub use ask::{end_of_wait, reach, who_is};
 pub use attach::{disable, ensure, is_known, start};
 pub use hidden::{close_hidden, hide, move_hidden};
 pub use inherit::{after_fork_in_child, after_fork_in_parent, before_exec, before_fork, look_up};
+pub use listeners::listens;
 pub use memory::{count, record, return_bell, take_bell};
 pub use messages::look;
 pub use offer::Offer;
 pub use requests::{stream_closed, stream_left, withdraw};
+pub use routes::{lead_to, may_lead_away};

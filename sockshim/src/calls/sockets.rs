@@ -1,8 +1,9 @@
 //! The life of a socket, from `socket` to `shutdown`: here it is seen that a TCP connection comes
 //! to be.
 
-use crate::conn::{self, Kind, born};
-use crate::{demote, process, real, sys, tenant};
+use crate::address::family_of;
+use crate::conn::{self, Kind, Use, born};
+use crate::{between, demote, process, real, sys, tenant};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -43,8 +44,10 @@ pub unsafe extern "C" fn bind(fd: c_int, address: *const sockaddr, len: socklen_
 pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::listen(fd, backlog) };
-    if result == 0 && matches!(conn::kind(fd), Kind::Conn(_)) {
-        tenant::ensure();
+    if result == 0
+        && let Some(held) = conn::of(fd)
+    {
+        tenant::listens(&held);
     }
     result
 }
@@ -62,11 +65,14 @@ pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: sockl
         return disconnect(fd, address, len);
     }
     let held = conn::of(fd);
-    if held.is_some() {
+    let mut between = None;
+    if let Some(held) = &held {
         tenant::ensure();
+        // SAFETY: arguments pass through.
+        between = unsafe { between::connect(held, fd, address, len) };
     }
     // SAFETY: arguments pass through.
-    let result = unsafe { real::connect(fd, address, len) };
+    let result = between.unwrap_or_else(|| unsafe { real::connect(fd, address, len) });
     if let Some(held) = held {
         let error = sys::errno();
         if result == 0 || matches!(error, libc::EINPROGRESS | libc::EINTR) {
@@ -103,7 +109,7 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
     // SAFETY: arguments pass through.
-    accepted(fd, unsafe { real::accept(fd, address, len) })
+    unsafe { accept_by(fd, address, len, || real::accept(fd, address, len)) }
 }
 
 /// # Safety
@@ -116,22 +122,55 @@ pub unsafe extern "C" fn accept4(
     flags: c_int,
 ) -> c_int {
     // SAFETY: arguments pass through.
-    accepted(fd, unsafe { real::accept4(fd, address, len, flags) })
+    unsafe { accept_by(fd, address, len, || real::accept4(fd, address, len, flags)) }
 }
 
-fn accepted(listener: c_int, fd: c_int) -> c_int {
+/// # Safety
+/// `address` and `len` are what the program gave.
+unsafe fn accept_by(
+    listener: c_int,
+    address: *mut sockaddr,
+    len: *mut socklen_t,
+    in_kernel: impl FnOnce() -> c_int,
+) -> c_int {
+    if let Some(held) = conn::of(listener) {
+        tenant::listens(&held);
+    }
+    let may_be_far = tenant::may_lead_away();
+    // Looked at where it may matter only: what is wrong with it is the kernel's to say.
+    let room = if may_be_far && !sys::is_bad_pointer(len.cast()) {
+        // SAFETY: the program's own length.
+        unsafe { *len }
+    } else {
+        0
+    };
+    let fd = in_kernel();
+    if let Some(held) = accepted(listener, fd)
+        && (may_be_far || address.is_null())
+        && let Some(peer) = between::accepted(&held, fd)
+        && !address.is_null()
+    {
+        // SAFETY: the kernel has written the peer's address there, as much as there is room for.
+        unsafe { peer.put(address, room, family_of(*len)) };
+    }
+    fd
+}
+
+/// Follows a descriptor that was just accepted.
+fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
     if fd < 0 || !process::is_ready() || process::is_foreign() {
-        return fd;
+        return None;
     }
     let error = sys::errno();
+    let mut accepted = None;
     if matches!(conn::kind(listener), Kind::Conn(_)) || process::is_tcp(fd) {
         tenant::ensure();
-        conn::track(fd, born::PASSIVE);
+        accepted = conn::track(fd, born::PASSIVE).and_then(conn::by_index);
     } else if conn::kind(fd) != Kind::Other {
         conn::replace(fd, Kind::Other);
     }
     sys::set_errno(error);
-    fd
+    accepted
 }
 
 /// # Safety

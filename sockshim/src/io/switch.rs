@@ -37,6 +37,8 @@ pub struct TcpInfo {
 impl TcpInfo {
     /// `TCP_ESTABLISHED`.
     pub const ESTABLISHED: u8 = 1;
+    /// `TCP_CLOSE`: not connected.
+    pub const CLOSE: u8 = 7;
     /// `TCP_CLOSE_WAIT`: the peer has sent its FIN.
     pub const CLOSE_WAIT: u8 = 8;
     /// `TCP_LISTEN`.

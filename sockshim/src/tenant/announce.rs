@@ -6,6 +6,7 @@ use super::memory::make_memory;
 use super::messages::look;
 use super::offer::follow;
 use super::requests::{blank, put};
+use crate::address::Address;
 use crate::conn::{Conn, born, phase};
 use crate::sys;
 use libc::c_int;
@@ -49,6 +50,15 @@ pub fn after_call(index: usize, conn: &'static Conn, fd: c_int, bytes: isize) {
     }
 }
 
+/// Announces a connection to another node, which the daemon carries already: at once, or with the
+/// next call on it where it is not established yet.
+pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
+    conn.calls.store(CALLS_TO_ANNOUNCE, Relaxed);
+    if conn.phase.load(Relaxed) == phase::KERNEL {
+        announce(index, conn, fd);
+    }
+}
+
 #[cold]
 fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     if is_disabled() {
@@ -65,15 +75,14 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     let (Some(local), Some(peer)) = (sys::name_of(fd, false), sys::name_of(fd, true)) else {
         return;
     };
-    let (Some((local, local_port)), Some((peer, peer_port))) = (ip_of(&local), ip_of(&peer)) else {
+    let (Some(local), Some(peer)) = (Address::of(&local), Address::of(&peer)) else {
         conn.keep_on_kernel(index, Reason::Call);
         return;
     };
-    const SO_NETNS_COOKIE: c_int = 71;
-    let Some(cookie) = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE) else {
+    let Some(cookie) = sys::cookie(fd) else {
         return;
     };
-    let netns = sys::getsockopt(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE).unwrap_or(0);
+    let netns = sys::network_namespace(fd);
     let Some(guard) = Guard::take() else { return };
     make_memory();
     attach(&guard);
@@ -90,10 +99,11 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
         fd,
         cookie,
         netns,
-        local,
-        peer,
-        local_port,
-        peer_port,
+        stream_id: conn.names.ticket(),
+        local: local.ip,
+        peer: peer.ip,
+        local_port: local.port.into(),
+        peer_port: peer.port.into(),
         active: conn.born.load(Relaxed).min(born::UNKNOWN),
         extra: conn.shared.load(Relaxed),
         ..blank(request::ANNOUNCE, index, conn)
@@ -103,27 +113,5 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     } else {
         conn.phase.store(phase::KERNEL, Release);
         conn.tell(index, State::Kernel, Reason::NoDaemon);
-    }
-}
-
-/// Address (IPv4 as v4-mapped) and port of a name; `None` for another family.
-fn ip_of(name: &libc::sockaddr_storage) -> Option<([u8; 16], u32)> {
-    let at = name as *const libc::sockaddr_storage;
-    match name.ss_family as c_int {
-        libc::AF_INET => {
-            // SAFETY: the storage holds an address of this family.
-            let v4 = unsafe { &*at.cast::<libc::sockaddr_in>() };
-            let [a, b, c, d] = v4.sin_addr.s_addr.to_ne_bytes();
-            Some((
-                [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d],
-                u16::from_be(v4.sin_port).into(),
-            ))
-        }
-        libc::AF_INET6 => {
-            // SAFETY: as above.
-            let v6 = unsafe { &*at.cast::<libc::sockaddr_in6>() };
-            Some((v6.sin6_addr.s6_addr, u16::from_be(v6.sin6_port).into()))
-        }
-        _ => None,
     }
 }

@@ -2,6 +2,7 @@
 //! connections when it is gone.
 
 use super::hidden::{close_hidden, hide};
+use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
 use super::memory::{MEMFDS, MEMORY, make_memory, memory};
 use super::messages::{SEEN, send_with};
@@ -18,7 +19,7 @@ use std::mem::size_of;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
 /// Milliseconds between two attempts to reach a daemon.
-const RETRY_MS: u64 = 500;
+pub(super) const RETRY_MS: u64 = 500;
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -26,6 +27,8 @@ pub(super) static INHERITED: AtomicI32 = AtomicI32::new(-1);
 pub(super) static TRIED_AT: AtomicU64 = AtomicU64::new(0);
 /// Counts attachments: a stream of an earlier one is unknown to the present daemon.
 pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
+/// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
+pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
 static DISABLED: AtomicU32 = AtomicU32::new(0);
 static PATH: Shared<[u8; 108]> = Shared(UnsafeCell::new([0; 108]));
 
@@ -65,7 +68,7 @@ pub fn ensure() {
     }
 }
 
-pub(super) fn attach(_guard: &Guard) {
+pub(super) fn attach(guard: &Guard) {
     let now = clock::nanoseconds();
     let tried = TRIED_AT.load(Relaxed);
     if CONTROL.load(Relaxed) >= 0 || (tried != 0 && now.wrapping_sub(tried) < RETRY_MS * 1_000_000)
@@ -83,20 +86,25 @@ pub(super) fn attach(_guard: &Guard) {
         memory_size: size_of::<TenantMemory>() as u64,
         bell_size: size_of::<BellBoard>() as u64,
     };
-    // A fresh start for the queue: requests that an earlier daemon did not take are void.
+    // A fresh start for the queue and the routes: requests that an earlier daemon did not take are
+    // void, and what it wrote as well.
     // SAFETY: the lock is held.
     unsafe { *PUTTER.0.get() = Putter::new() };
     for slot in &memory.queue {
         slot.sequence.store(0, Relaxed);
     }
+    memory.routes.set(&[]);
     SEEN.store(memory.header.messages.load(Relaxed), Relaxed);
+    AWAITED.store(1, Relaxed);
     if send_with(fd, &Message::new(kind::HELLO, &hello), &fds) < 0 {
+        AWAITED.store(0, Relaxed);
         close_hidden(fd);
         return;
     }
     EPOCH.fetch_add(1, AcqRel);
     CONTROL.store(fd, Release);
     clock::calibrate();
+    tell_all(guard);
 }
 
 /// A control connection through the one of the process that forked this one: works after chroot
@@ -160,6 +168,7 @@ pub(super) fn detach() {
     if control >= 0 {
         close_hidden(control);
     }
+    AWAITED.store(0, Relaxed);
     conn::each(|index, conn| {
         if conn
             .phase

@@ -1,14 +1,15 @@
 //! Messages over the control connection: sent without waiting, and read when the daemon's count of
 //! them has moved.
 
-use super::attach::{CONTROL, detach, disable};
+use super::ask::{Answer, deliver};
+use super::attach::{AWAITED, CONTROL, detach, disable};
 use super::lock::Guard;
 use super::memory::memory;
 use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
-use crate::sys;
+use crate::{clock, sys};
 use libc::c_int;
-use rdsock_shm::control::{self, Message, Promote, Verdict, kind};
+use rdsock_shm::control::{self, Message, Verdict, kind};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
@@ -87,19 +88,35 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
             fds_of(fds);
             continue;
         };
-        match (
-            message,
-            control::from_bytes::<Promote>(body),
-            control::from_bytes::<Verdict>(body),
-        ) {
-            (kind::PROMOTE, Some(promote), _) if fds.iter().all(|fd| *fd >= 0) => {
-                follow(guard, Offer { promote, fds });
-                continue;
+        match message {
+            kind::PROMOTE => {
+                if let Some(promote) = control::from_bytes(body)
+                    && fds.iter().all(|fd| *fd >= 0)
+                {
+                    follow(guard, Offer { promote, fds });
+                    continue;
+                }
             }
-            (kind::VERDICT, _, Some(verdict)) => take_verdict(&verdict),
-            (kind::NOT_FOUND, ..) => not_found = true,
-            (kind::REFUSED, ..) => {
+            kind::VERDICT => {
+                if let Some(verdict) = control::from_bytes(body) {
+                    take_verdict(&verdict);
+                }
+            }
+            kind::REACHED => {
+                if let Some(reached) = control::from_bytes(body) {
+                    deliver(guard, Answer::Reached(reached));
+                }
+            }
+            kind::CALLER => {
+                if let Some(caller) = control::from_bytes(body) {
+                    deliver(guard, Answer::Caller(caller));
+                }
+            }
+            kind::WELCOME => AWAITED.store(0, Relaxed),
+            kind::NOT_FOUND => not_found = true,
+            kind::REFUSED => {
                 disable();
+                AWAITED.store(0, Relaxed);
                 sys::warn(
                     "the daemon refused this program (see its log); connections stay on kernel TCP",
                 );
@@ -110,6 +127,27 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
     }
     sys::restore_signals(mask);
     not_found
+}
+
+/// Reads messages until `found`, which is called under the lock, finds what it looks for. `None`
+/// when that has not come until `end`, or the daemon is gone.
+pub(super) fn await_message<T>(end: u64, mut found: impl FnMut(&Guard) -> Option<T>) -> Option<T> {
+    // Another thread may read the message between a look and the sleep that it would end.
+    const LOOK_AGAIN_MS: i64 = 1;
+    loop {
+        {
+            let guard = Guard::take()?;
+            read_messages(&guard);
+            if let Some(found) = found(&guard) {
+                return Some(found);
+            }
+        }
+        let control = CONTROL.load(Relaxed);
+        if control < 0 || clock::nanoseconds() >= end {
+            return None;
+        }
+        sys::poll_one(control, libc::POLLIN, LOOK_AGAIN_MS);
+    }
 }
 
 fn receive(socket: c_int, bytes: &mut [u8]) -> (isize, [c_int; 3]) {

@@ -6,7 +6,8 @@ use super::hidden::{close_hidden, hide};
 use super::lock::Guard;
 use super::memory::{count, record};
 use super::requests::{blank, put};
-use crate::conn::{self, Conn, phase};
+use crate::address::Address;
+use crate::conn::{self, Conn, born, phase};
 use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::sys;
@@ -81,6 +82,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
             // SAFETY: the phase is INSTALLING, set above.
             unsafe { conn.set_stream(stream) };
             conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
+            take_names(conn, &offer.promote);
             conn.phase.store(phase::MAPPED, SeqCst);
             conn.tell(index, State::Rings, Reason::None);
             if let Some(record) = record(index) {
@@ -104,6 +106,31 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
         }
     }
     offer.close();
+}
+
+/// A program that has inherited a connection to another node is told its true addresses, as the one
+/// before it was.
+fn take_names(conn: &Conn, promote: &Promote) {
+    let (Ok(local_port), Ok(peer_port)) = (
+        u16::try_from(promote.local_port),
+        u16::try_from(promote.peer_port),
+    ) else {
+        return;
+    };
+    if local_port != 0 && conn.born.load(Relaxed) == born::UNKNOWN && conn.names.claim() {
+        let (local, peer) = (promote.local, promote.peer);
+        conn.names.tell(
+            Address {
+                ip: local,
+                port: local_port,
+            },
+            Address {
+                ip: peer,
+                port: peer_port,
+            },
+            0,
+        );
+    }
 }
 
 /// Maps a stream, and makes the receiving half ready: the other end may switch from then on.

@@ -1,0 +1,188 @@
+//! Connections between nodes, as they come to be. The local daemon stands in for the other end: the
+//! program's socket is connected to it over loopback, and from then on it is a peer like any other
+//! with a shim. Only the addresses differ, and the program is told the true ones.
+
+use crate::address::{self, Address};
+use crate::conn::{Use, born, phase};
+use crate::io::TcpInfo;
+use crate::{process, real, sys, tenant};
+use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
+use rdsock_shm::control::{Between, FABRIC_SOURCE_V4, Reached};
+use rdsock_shm::reason::{Reason, State};
+use std::sync::atomic::Ordering::*;
+
+/// `connect` of a socket to an address of another node. `None` when it is the kernel's, and nothing
+/// was done. Else its result, with errno.
+///
+/// # Safety
+/// As `connect(2)`.
+pub unsafe fn connect(
+    held: &Use,
+    fd: c_int,
+    address: *const sockaddr,
+    len: socklen_t,
+) -> Option<c_int> {
+    if !tenant::may_lead_away() {
+        return None;
+    }
+    // SAFETY: as the caller says.
+    let (family, peer) = unsafe { Address::given(address, len)? };
+    let end = tenant::end_of_wait();
+    if peer.is_own() || !tenant::lead_to(&peer.ip, end) || process::is_foreign() {
+        return None;
+    }
+    let conn = held.conn;
+    if TcpInfo::of(fd)?.state != TcpInfo::CLOSE {
+        return None;
+    }
+    if conn.phase.load(Acquire) != phase::KERNEL || !conn.names.claim() {
+        return None;
+    }
+    let reached = match ask(fd, family, peer, end) {
+        Ok((local, reached)) => match through_daemon(held, fd, family, local, peer, &reached) {
+            Some(result) => return Some(result),
+            None => Reason::None,
+        },
+        Err(reason) => reason,
+    };
+    conn.names.forget();
+    // SAFETY: as the caller says.
+    let result = unsafe { real::connect(fd, address, len) };
+    if is_under_way(result) {
+        keep_on_kernel(held, reached);
+    }
+    Some(result)
+}
+
+/// A connection to another node that the kernel makes stays the kernel's.
+fn keep_on_kernel(held: &Use, reason: Reason) {
+    let error = sys::errno();
+    match reason {
+        Reason::None => {}
+        Reason::NoDaemon => held.conn.tell(held.index, State::Kernel, reason),
+        _ => held.conn.keep_on_kernel(held.index, reason),
+    }
+    sys::set_errno(error);
+}
+
+/// True when a `connect` has succeeded, or goes on.
+fn is_under_way(result: c_int) -> bool {
+    result == 0 || matches!(sys::errno(), libc::EINPROGRESS | libc::EINTR)
+}
+
+/// Asks the daemon, for a socket that is bound by then: its own address, and the way. `Err` says why
+/// the connection is the kernel's.
+fn ask(fd: c_int, family: c_int, peer: Address, end: u64) -> Result<(Address, Reached), Reason> {
+    let local = bound(fd, family).ok_or(Reason::None)?;
+    let question = Between {
+        question: 0,
+        netns: sys::network_namespace(fd),
+        local: if local.is_any() { [0; 16] } else { local.ip },
+        peer: peer.ip,
+        local_port: local.port.into(),
+        peer_port: peer.port.into(),
+    };
+    let reached = tenant::reach(question, end).ok_or(Reason::NoDaemon)?;
+    if reached.ticket == 0 {
+        return Err(Reason::from_code(reached.reason).unwrap_or(Reason::None));
+    }
+    let local = Address {
+        ip: reached.local,
+        port: local.port,
+    };
+    Ok((local, reached))
+}
+
+/// The address and port of a socket of this family, which is bound to any if it is to none: the other
+/// end is told its port. `None` where the kernel refuses or gives no port.
+fn bound(fd: c_int, family: c_int) -> Option<Address> {
+    let own = || -> Option<Address> {
+        let name = sys::name_of(fd, false)?;
+        (name.ss_family as c_int == family).then(|| Address::of(&name))?
+    };
+    let local = own()?;
+    if local.port != 0 {
+        return Some(local);
+    }
+    if !local.is_any() {
+        return None;
+    }
+    let (name, len) = local.name(family)?;
+    if sys::bind(fd, &name, len) < 0 {
+        return None;
+    }
+    own().filter(|local| local.port != 0)
+}
+
+/// Connects the anchor to the daemon. `None` when that fails at once.
+fn through_daemon(
+    held: &Use,
+    fd: c_int,
+    family: c_int,
+    local: Address,
+    peer: Address,
+    reached: &Reached,
+) -> Option<c_int> {
+    let conn = held.conn;
+    let anchor = Address {
+        ip: reached.anchor,
+        port: u16::try_from(reached.anchor_port).ok()?,
+    };
+    let (anchor, len) = anchor.name(family)?;
+    local.name(family)?;
+    let result = connect_to(fd, &anchor, len);
+    let error = sys::errno();
+    if !is_under_way(result) {
+        return None;
+    }
+    if result != 0 && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE) {
+        // Over loopback the refusal is there already, and this call fetches it.
+        if connect_to(fd, &anchor, len) != 0 {
+            return None;
+        }
+    }
+    conn.names.tell(local, peer, reached.ticket);
+    conn.born.store(born::ACTIVE, Release);
+    tenant::announce_now(held.index, conn, fd);
+    sys::set_errno(error);
+    Some(result)
+}
+
+fn connect_to(fd: c_int, name: &sockaddr_storage, len: socklen_t) -> c_int {
+    // SAFETY: the name is valid for reads of its length.
+    unsafe { real::connect(fd, (name as *const sockaddr_storage).cast(), len) }
+}
+
+/// A connection was accepted: where the daemon made it on behalf of a program on another node, the
+/// program is told that one's address from now on. What it is told; `None` where the kernel's address
+/// is true.
+pub fn accepted(held: &Use, fd: c_int) -> Option<Address> {
+    if !tenant::may_lead_away() {
+        return None;
+    }
+    let name = sys::name_of(fd, true)?;
+    let peer = Address::of(&name)?;
+    if address::v4(&peer.ip) != Some(FABRIC_SOURCE_V4) && !peer.is_v6_loopback() {
+        return None;
+    }
+    let local = Address::of(&sys::name_of(fd, false)?)?;
+    let question = Between {
+        question: 0,
+        netns: sys::network_namespace(fd),
+        local: local.ip,
+        peer: peer.ip,
+        local_port: local.port.into(),
+        peer_port: peer.port.into(),
+    };
+    let caller = tenant::who_is(question, tenant::end_of_wait())?;
+    let far = Address {
+        ip: caller.peer,
+        port: u16::try_from(caller.peer_port).ok()?,
+    };
+    if caller.ticket == 0 || far.name(name.ss_family.into()).is_none() || !held.conn.names.claim() {
+        return None;
+    }
+    held.conn.names.tell(local, far, caller.ticket);
+    tenant::announce_now(held.index, held.conn, fd);
+    Some(far)
+}

@@ -1,0 +1,91 @@
+//! Which sockets this process listens on: told to the daemon, so that connections from other nodes
+//! can be given to it.
+
+use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, detach, has_hung_up, is_disabled};
+use super::lock::Guard;
+use super::memory::make_memory;
+use super::requests::{blank, put};
+use crate::address::Address;
+use crate::conn::{self, Conn, Use};
+use crate::{clock, process, sys};
+use rdsock_shm::control::{Request, request};
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+/// When it was last looked whether the daemon is there.
+static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
+
+/// The program listens on a socket, or is about to accept from it: the daemon is told once, and
+/// again after it was started anew.
+pub fn listens(held: &Use) {
+    let conn = held.conn;
+    if conn.listens.load(Relaxed) == 0 {
+        conn.epoch.store(0, Relaxed);
+        conn.listens.store(1, Relaxed);
+    }
+    let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
+    let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));
+    if (is_told || CONTROL.load(Relaxed) < 0)
+        && looked_at != 0
+        && now.wrapping_sub(looked_at) < RETRY_MS * 1_000_000
+    {
+        return;
+    }
+    LOOKED_AT.store(now, Relaxed);
+    make_known(held.index, conn);
+}
+
+#[cold]
+fn make_known(index: usize, conn: &Conn) {
+    if is_disabled() || process::is_foreign() {
+        return;
+    }
+    let Some(guard) = Guard::take() else { return };
+    make_memory();
+    let control = CONTROL.load(Relaxed);
+    if control >= 0 && has_hung_up(control) {
+        detach();
+    }
+    attach(&guard);
+    tell(&guard, index, conn);
+}
+
+/// Tells a daemon that this process has just attached to.
+pub(super) fn tell_all(guard: &Guard) {
+    conn::each(|index, conn| {
+        if conn.listens.load(Relaxed) != 0 {
+            tell(guard, index, conn);
+        }
+    });
+}
+
+fn tell(guard: &Guard, index: usize, conn: &Conn) {
+    let epoch = EPOCH.load(Relaxed);
+    if conn.epoch.load(Relaxed) == epoch || CONTROL.load(Relaxed) < 0 {
+        return;
+    }
+    let fd = conn.fd.load(Relaxed);
+    let (Some(local), Some(cookie)) = (
+        sys::name_of(fd, false).and_then(|name| Address::of(&name)),
+        sys::cookie(fd),
+    ) else {
+        return;
+    };
+    let request = Request {
+        conn: 0,
+        generation: 0,
+        cookie,
+        netns: sys::network_namespace(fd),
+        local: local.ip,
+        local_port: local.port.into(),
+        ..blank(request::LISTENS, index, conn)
+    };
+    if put(guard, &request) {
+        conn.epoch.store(epoch, Relaxed);
+    }
+}
+
+/// After fork, in the child: it says that it listens once it accepts, which it may never do.
+pub(super) fn after_fork_in_child() {
+    LOOKED_AT.store(0, Relaxed);
+    conn::each(|_, conn| conn.listens.store(0, Relaxed));
+}

@@ -1,0 +1,33 @@
+//! Which addresses belong to other nodes, as the daemon has written it into this tenant's memory.
+
+use super::attach::AWAITED;
+use super::memory::memory;
+use super::messages::{await_message, look};
+use crate::process;
+use std::sync::atomic::Ordering::*;
+
+/// True when an address could belong to another node. Two loads where none does.
+#[inline]
+pub fn may_lead_away() -> bool {
+    memory().is_some_and(|memory| !memory.routes.is_empty()) || is_awaited()
+}
+
+/// True while the daemon has not greeted this process, whose routes are written by then.
+#[inline]
+fn is_awaited() -> bool {
+    AWAITED.load(Relaxed) != 0 && {
+        look();
+        AWAITED.load(Relaxed) != 0
+    }
+}
+
+/// True when an address belongs to another node. Waits, until `end` at most, for the daemon that
+/// this process has just attached to.
+pub fn lead_to(ip: &[u8; 16], end: u64) -> bool {
+    if is_awaited() && !process::is_foreign() {
+        await_message(end, |_| (AWAITED.load(Relaxed) == 0).then_some(()));
+        // A daemon that is late is not waited for again.
+        AWAITED.store(0, Relaxed);
+    }
+    memory().is_some_and(|memory| memory.routes.lead_to(ip))
+}

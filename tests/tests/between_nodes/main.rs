@@ -1,0 +1,185 @@
+//! Connections between nodes, as programs see them: the addresses that they are told, what happens
+//! when the daemon or the other node can't, and that no other connection pays for it. The daemon is a
+//! stand-in, so nothing is promoted here.
+
+mod stand_in;
+
+use std::time::Duration;
+
+use rdsock_shm::control::request;
+use rdsock_tests::{Folder, Program, Running};
+use stand_in::{Manners, Reach, StandIn, bytes};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A stand-in for the daemon, and Python programs under the shim.
+struct Ground {
+    stand_in: StandIn,
+    folder: Folder,
+}
+
+/// What all programs begin with.
+const PRELUDE: &str = r#"
+import ctypes, errno, os, select, socket, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+FAR, FAR6 = ("10.99.0.7", 4242), ("fd00:99::7", 4242, 0, 0)
+def echo(s, text=b"hello"):
+    s.sendall(text)
+    got = b""
+    while len(got) < len(text):
+        got += s.recv(100)
+    assert got == text, got
+"#;
+
+impl Ground {
+    fn new(manners: Manners) -> Self {
+        Ground {
+            stand_in: StandIn::start(manners),
+            folder: Folder::new(),
+        }
+    }
+
+    fn python(&self, script: &str) -> Program {
+        Program::new("python3", self.folder.path())
+            .arg("-c")
+            .arg(format!("{PRELUDE}{script}"))
+            .preloaded(&self.stand_in.socket())
+    }
+
+    fn run(&self, script: &str) -> String {
+        self.python(script).run(LIMIT)
+    }
+
+    fn start(&self, script: &str) -> Running {
+        self.python(script).start()
+    }
+}
+
+#[test]
+fn a_connect_to_another_node_shows_true_addresses() {
+    let ground = Ground::new(Manners::default());
+    let output = ground.run(
+        r#"
+for family, far, own in (
+    (socket.AF_INET, FAR, "10.98.0.1"),
+    (socket.AF_INET6, FAR6, "fd00:98::1"),
+    (socket.AF_INET6, ("::ffff:10.99.0.7", 4242, 0, 0), "::ffff:10.98.0.1"),
+):
+    s = socket.socket(family)
+    s.connect(far)
+    assert s.getpeername() == far, s.getpeername()
+    assert s.getsockname()[0] == own and s.getsockname()[1] != 0, s.getsockname()
+    assert s.getsockname()[2:] == far[2:], s.getsockname()
+    echo(s)
+    assert s.connect_ex(far) == errno.EISCONN
+    print("own", s.getsockname()[1])
+    s.close()
+"#,
+    );
+    let ports: Vec<u32> = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("own "))
+        .map(|port| port.parse().unwrap())
+        .collect();
+    let reaches = ground.stand_in.reaches();
+    assert_eq!(reaches.len(), 3);
+    for (reach, port) in reaches.iter().zip(&ports) {
+        assert_eq!(reach.local, [0; 16]);
+        assert_eq!((reach.local_port, reach.peer_port), (*port, 4242));
+        assert_ne!(reach.netns, 0);
+    }
+    assert_eq!(reaches[0].peer, bytes("10.99.0.7".parse().unwrap()));
+    assert_eq!(reaches[1].peer, bytes("fd00:99::7".parse().unwrap()));
+    assert_eq!(reaches[2].peer, reaches[0].peer);
+    let announced = ground.stand_in.requests(request::ANNOUNCE, 3);
+    for (announced, reach) in announced.iter().zip(&reaches) {
+        assert_eq!(announced.stream_id, stand_in::TICKETS + reach.question);
+        assert_eq!((announced.active, announced.extra), (1, 0));
+        // As the kernel has it, which the daemon asks.
+        assert_eq!(announced.local_port, reach.local_port);
+    }
+    assert_eq!(announced[0].peer, bytes("127.0.0.1".parse().unwrap()));
+    assert_eq!(announced[0].peer_port, u32::from(ground.stand_in.anchor()));
+}
+
+#[test]
+fn an_accept_shows_the_true_peer() {
+    let caller = "10.97.0.3:999".parse().unwrap();
+    let ground = Ground::new(Manners {
+        caller: Some(caller),
+        ..Manners::default()
+    });
+    let mut server = ground.start(
+        r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+s, peer = listener.accept()
+assert peer == ("10.97.0.3", 999), peer
+assert s.getpeername() == peer
+assert s.getsockname() == listener.getsockname()
+echo(s, b"from the server")
+"#,
+    );
+    let output = server.wait_for_output("port ", LIMIT);
+    let port: u16 = output.trim().rsplit(' ').next().unwrap().parse().unwrap();
+    let listens = ground.stand_in.requests(request::LISTENS, 1);
+    assert_eq!(listens[0].local_port, u32::from(port));
+    assert_eq!(listens[0].local, bytes("127.0.0.1".parse().unwrap()));
+    assert!(listens[0].cookie != 0 && listens[0].netns != 0);
+    assert_eq!((listens[0].conn, listens[0].generation), (0, 0));
+    let client = call(port);
+    echo_back(client);
+    server.finish(LIMIT);
+    let asked = ground.stand_in.questions_who();
+    assert_eq!(asked.len(), 1);
+    assert_eq!(asked[0].local_port, u32::from(port));
+    let announced = ground.stand_in.requests(request::ANNOUNCE, 1);
+    assert_eq!(
+        announced[0].stream_id,
+        stand_in::TICKETS + asked[0].question
+    );
+    assert_eq!(announced[0].active, 0);
+    assert_eq!(ground.stand_in.requests(request::LISTENS, 1).len(), 1);
+}
+
+/// Connects as the daemon does for another node.
+fn call(port: u16) -> std::net::TcpStream {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+    use std::os::fd::AsRawFd;
+    let [a, b, c, d] = rdsock_shm::control::FABRIC_SOURCE_V4;
+    let source = std::net::SocketAddrV4::new(std::net::Ipv4Addr::new(a, b, c, d), 0);
+    let target = std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, port);
+    let fd = socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    bind(fd.as_raw_fd(), &SockaddrIn::from(source)).unwrap();
+    connect(fd.as_raw_fd(), &SockaddrIn::from(target)).unwrap();
+    fd.into()
+}
+
+/// The other side of `echo`.
+fn echo_back(mut stream: std::net::TcpStream) {
+    std::io::copy(&mut stream.try_clone().unwrap(), &mut stream).unwrap();
+}
+
+#[test]
+fn a_connect_elsewhere_asks_nobody() {
+    let ground = Ground::new(Manners {
+        reach: Reach::Silent,
+        ..Manners::default()
+    });
+    let port = ground.stand_in.anchor();
+    ground.run(&format!(
+        r#"
+for target in (("127.0.0.1", {port}), ("0.0.0.0", {port})):
+    s = socket.create_connection(target)
+    assert s.getpeername() == ("127.0.0.1", {port}), s.getpeername()
+    echo(s)
+"#
+    ));
+    assert!(ground.stand_in.reaches().is_empty());
+}
