@@ -122,6 +122,24 @@ impl Daemon {
             .unwrap_or_else(|| panic!("no number {path} in {stat}"))
     }
 
+    /// Waits until so many other nodes are up.
+    ///
+    /// # Panics
+    /// When they are not within 10 s.
+    pub fn wait_for_nodes(&mut self, expected: usize) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let stat = self.stat();
+            let nodes = stat["fabric"]["nodes"].as_array();
+            let up = |node: &&Value| node["up"] == true;
+            if nodes.map_or(0, |nodes| nodes.iter().filter(up).count()) >= expected {
+                return;
+            }
+            assert!(Instant::now() < end, "the nodes are not up: {stat:#}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Descriptors that the daemon holds.
     pub fn descriptors(&mut self) -> usize {
         let path = format!("/proc/{}/fd", self.running().pid());

@@ -1,6 +1,7 @@
 //! A place to try a server and its clients: plain, or with either or both preloaded.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use crate::daemon::Daemon;
@@ -19,6 +20,8 @@ pub enum Mode {
     ClientOnly,
     /// Neither: shows that the test itself is right.
     Neither,
+    /// Both, on two nodes: each has a daemon of its own, with a model of the device.
+    Nodes,
 }
 
 /// A folder, a daemon where one is needed, and programs started as the mode says.
@@ -29,6 +32,8 @@ pub struct Site {
     /// Files of the test.
     pub folder: Folder,
     daemon: Option<Daemon>,
+    /// The clients' daemon, where that is another one.
+    clients: Option<Daemon>,
 }
 
 /// What `rdsock why` said of a load while it ran.
@@ -45,35 +50,47 @@ pub struct Seen {
 impl Site {
     /// With a daemon of its own, unless neither end is preloaded.
     pub fn new(mode: Mode) -> Self {
-        let daemon = (mode != Mode::Neither).then(|| Daemon::start("log_level = \"debug\"\n"));
+        let folder = Folder::new();
+        let (daemon, clients) = match mode {
+            Mode::Neither => (None, None),
+            Mode::Nodes => {
+                let [servers, clients] = nodes(&folder);
+                (Some(servers), Some(clients))
+            }
+            _ => (Some(Daemon::start(LOG)), None),
+        };
         Site {
             mode,
-            folder: Folder::new(),
+            folder,
             daemon,
+            clients,
         }
     }
 
-    fn program(&self, name: impl AsRef<OsStr>, preloaded: bool) -> Program {
+    fn program(&self, name: impl AsRef<OsStr>, daemon: Option<&Daemon>) -> Program {
         let program = Program::new(name, self.folder.path());
-        match &self.daemon {
-            Some(daemon) if preloaded => program.preloaded(&daemon.socket()),
-            _ => program,
+        match daemon {
+            Some(daemon) => program.preloaded(&daemon.socket()),
+            None => program,
         }
     }
 
     /// A server, preloaded if the mode says so.
     pub fn server(&self, name: impl AsRef<OsStr>) -> Program {
-        self.program(name, matches!(self.mode, Mode::Both | Mode::ServerOnly))
+        let preloaded = self.mode != Mode::ClientOnly;
+        self.program(name, self.daemon.as_ref().filter(|_| preloaded))
     }
 
     /// A client, preloaded if the mode says so.
     pub fn client(&self, name: impl AsRef<OsStr>) -> Program {
-        self.program(name, matches!(self.mode, Mode::Both | Mode::ClientOnly))
+        let preloaded = self.mode != Mode::ServerOnly;
+        let daemon = self.clients.as_ref().or(self.daemon.as_ref());
+        self.program(name, daemon.filter(|_| preloaded))
     }
 
     /// A program that is no end of the connections looked at.
     pub fn plain(&self, name: impl AsRef<OsStr>) -> Program {
-        self.program(name, false)
+        self.program(name, None)
     }
 
     /// Waits for a client's end and looks on meanwhile, through `rdsock why`, at the connections
@@ -107,7 +124,7 @@ impl Site {
         }
         let output = client.finish(Duration::from_secs(1));
         match self.mode {
-            Mode::Both => assert!(
+            Mode::Both | Mode::Nodes => assert!(
                 seen.on_rings >= expected,
                 "expected {expected} connections to port {port} on rings, saw at most {} in {} \
                  looks; last: {:#?}",
@@ -127,7 +144,7 @@ impl Site {
     pub fn wait_for_rings(&self, port: u16, expected: usize) {
         let mut seen = Seen::default();
         let end = Instant::now() + Duration::from_secs(10);
-        while self.mode == Mode::Both && seen.on_rings < expected {
+        while matches!(self.mode, Mode::Both | Mode::Nodes) && seen.on_rings < expected {
             assert!(Instant::now() < end, "never on rings: {:#?}", seen.last);
             std::thread::sleep(Duration::from_millis(10));
             self.look(port, &mut seen);
@@ -164,6 +181,55 @@ impl Site {
     pub fn daemon(&mut self) -> Option<&mut Daemon> {
         self.daemon.as_mut()
     }
+}
+
+const LOG: &str = "log_level = \"debug\"\n";
+
+/// The daemons of two nodes: that of the servers, to which 127.0.0.1 and ::1 belong, and that of the
+/// clients. The fabric is waited for, so that a connect never goes past it.
+fn nodes(folder: &Folder) -> [Daemon; 2] {
+    let fabric = folder.at("fabric");
+    std::fs::create_dir(&fabric).unwrap();
+    std::fs::set_permissions(&fabric, PermissionsExt::from_mode(0o700)).unwrap();
+    let config = |node: u16| {
+        format!(
+            "{LOG}
+[fabric]
+node = {node}
+device = \"model:{}\"
+connect_timeout_us = 10000000
+[[fabric.nodes]]
+id = 1
+name = \"servers\"
+addresses = [\"127.0.0.1\", \"::1\"]
+[[fabric.nodes]]
+id = 2
+name = \"clients\"
+addresses = [\"127.0.0.2\", \"fd00::2\"]
+",
+            fabric.display()
+        )
+    };
+    let mut daemons = [1, 2].map(|node| Daemon::start(&config(node)));
+    for daemon in &mut daemons {
+        daemon.wait_for_nodes(1);
+    }
+    daemons
+}
+
+/// Makes a test of each function that takes a [`Site`]: the server on one node, the client on another.
+#[macro_export]
+macro_rules! between_nodes {
+    ($($name:ident),* $(,)?) => {
+        mod between_nodes {
+            $(
+                #[test]
+                fn $name() {
+                    super::$name($crate::Site::new($crate::Mode::Nodes));
+                }
+            )*
+        }
+    };
 }
 
 /// Makes four tests of a function that takes a [`Site`]: one for each [`Mode`].

@@ -122,9 +122,17 @@ impl Live {
                 self.from = From::Ring(switch_at);
             }
         }
-        let From::Ring(since) = self.from else {
-            let staged = stream.staged.load(Ordering::Acquire);
-            return advance(node, self.id, &mut self.head, staged);
+        let since = match self.from {
+            From::Ring(since) => since,
+            From::Anchor => {
+                let staged = stream.staged.load(Ordering::Acquire);
+                return advance(node, self.id, &mut self.head, staged);
+            }
+            From::Again(_, end) => {
+                // The staging area is behind until the anchors' thread has come to the end as well.
+                let staged = stream.staged.load(Ordering::Acquire).max(end);
+                return advance(node, self.id, &mut self.head, staged);
+            }
         };
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);

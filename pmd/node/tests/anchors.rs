@@ -1,4 +1,5 @@
 //! Programs that stay on their anchors: the daemons carry their bytes, and their endings.
+#[allow(dead_code)]
 mod site;
 
 use rdsock_node::Notice;

@@ -1,6 +1,8 @@
 //! Two nodes in one process, on models of the device that are wired to each other, with a control thread that
 //! is the test's.
 
+pub mod program;
+
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rdsock_model::{Chaos, Fabric};
 use rdsock_node::mail::Waker;

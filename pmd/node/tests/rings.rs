@@ -1,0 +1,126 @@
+//! Programs whose ends are on rings: their bytes lie where the engine reads and writes them.
+#[allow(dead_code)]
+mod site;
+
+use rdsock_node::{Command, Notice};
+use site::program::Program;
+use site::*;
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .collect()
+}
+
+fn programs(sites: &mut [Site; 2]) -> ([Program; 2], Connection) {
+    let connection = connect(sites);
+    let mut end = 0;
+    let programs = connection.programs.each_ref().map(|anchor| {
+        let program = Program::new(&connection.files[end], end, anchor.try_clone().unwrap());
+        end += 1;
+        program
+    });
+    for (site, stream) in sites.iter_mut().zip(&connection.streams) {
+        let stream = stream.clone();
+        site.poller.command(Command::Ready { stream });
+    }
+    (programs, connection)
+}
+
+fn are_over(sites: &mut [Site; 2], connection: &Connection) {
+    for (site, stream) in sites.iter_mut().zip(&connection.streams) {
+        let ticket = stream.ticket;
+        site.until(|notice| *notice == Notice::Released { ticket });
+    }
+}
+
+#[test]
+fn questions_and_answers_cross_on_rings() {
+    let mut sites = pair();
+    let ([mut a, mut b], connection) = programs(&mut sites);
+    a.send_on_anchor(b"first on the anchor");
+    a.switch();
+    b.switch();
+    assert_eq!(b.receive_exactly(19), b"first on the anchor");
+    for round in 0..2000u64 {
+        let question = pattern(1 + (round * 37 % 900) as usize, round);
+        a.send(&question);
+        assert_eq!(b.receive_exactly(question.len()), question);
+        let answer = pattern(1 + (round * 11 % 300) as usize, round + 1);
+        b.send(&answer);
+        assert_eq!(a.receive_exactly(answer.len()), answer);
+    }
+    a.shut();
+    assert_eq!(b.receive(10), b"");
+    b.shut();
+    assert_eq!(a.receive(10), b"");
+    drop((a, b));
+    let Connection { programs, .. } = &connection;
+    for program in programs {
+        program.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    are_over(&mut sites, &connection);
+}
+
+#[test]
+fn both_directions_are_full_at_once() {
+    let mut sites = pair();
+    let ([a, b], _connection) = programs(&mut sites);
+    let both = [(a, 1), (b, 2)].map(|(mut program, seed)| {
+        std::thread::spawn(move || {
+            program.switch();
+            let (bytes, expected) = (pattern(3_000_000, seed), pattern(3_000_000, 3 - seed));
+            let mut at = 0;
+            let mut got = Vec::new();
+            // In turns, so that neither ring is ever waited for by both.
+            while at < bytes.len() {
+                let next = (at + 20_000).min(bytes.len());
+                program.send(&bytes[at..next]);
+                got.extend(program.receive_exactly(next - at));
+                at = next;
+            }
+            assert!(got == expected);
+        })
+    });
+    for thread in both {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_program_may_leave_its_rings() {
+    let mut sites = pair();
+    let ([mut a, mut b], _connection) = programs(&mut sites);
+    a.switch();
+    b.switch();
+    a.send(b"on the ring, ");
+    a.leave();
+    a.send_on_anchor(b"then on the anchor");
+    assert_eq!(b.receive_exactly(31), b"on the ring, then on the anchor");
+    // B goes altogether, with bytes unread in its ring.
+    a.send_on_anchor(&pattern(5000, 9));
+    b.receive_exactly(1000);
+    b.abandon();
+    assert_eq!(b.receive_on_anchor(4000), pattern(5000, 9)[1000..]);
+    b.send_on_anchor(b"and back");
+    assert_eq!(a.receive_exactly(8), b"and back");
+}
+
+#[test]
+fn a_killed_program_leaves_its_last_bytes() {
+    let mut sites = pair();
+    let ([mut a, mut b], mut connection) = programs(&mut sites);
+    a.switch();
+    a.send(&pattern(40_000, 4));
+    let Connection { programs, .. } = &mut connection;
+    let gone = std::mem::replace(&mut programs[0], sockets().0);
+    drop((a, gone));
+    assert_eq!(b.receive_exactly(40_000), pattern(40_000, 4));
+    assert_eq!(b.receive(1), b"");
+}
