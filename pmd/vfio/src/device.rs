@@ -3,6 +3,7 @@
 use nix::sys::eventfd::EventFd;
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -93,6 +94,24 @@ pub trait Device: Send + Sync + Debug {
         len: usize,
         access: Access,
     ) -> Result<(), BusError>;
+
+    /// As [`Device::map`], for memory that is the bytes of `file` from `offset` on: a bus whose device is in another
+    /// process needs to know.
+    ///
+    /// # Safety
+    /// As [`Device::map`].
+    unsafe fn map_file(
+        &self,
+        iova: u64,
+        host: NonNull<u8>,
+        len: usize,
+        access: Access,
+        _file: BorrowedFd<'_>,
+        _offset: u64,
+    ) -> Result<(), BusError> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.map(iova, host, len, access) }
+    }
 
     /// Takes back what [`Device::map`] gave, with the same `iova` and `len`. When it has returned,
     /// the device does not touch the memory any more.

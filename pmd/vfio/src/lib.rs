@@ -18,6 +18,7 @@ mod device;
 mod dma;
 mod iova;
 pub mod model;
+mod translation;
 mod views;
 
 pub use device::{Access, BusError, Device, RegionInfo, Registers};
