@@ -274,7 +274,7 @@ impl Function {
     /// Changes the memory that the device reaches, while no access of any node to it is under way. `change` is
     /// given the number of the change, which the wire must announce if it is made (`Ok`): until then no other
     /// process executes anything at this node.
-    pub fn change_memory<R, E>(&self, change: impl FnOnce(u64) -> Result<R, E>) -> Result<R, E> {
+    pub fn change_reach<R, E>(&self, change: impl FnOnce(u64) -> Result<R, E>) -> Result<R, E> {
         let mut core = self.fabric.lock();
         core.hold(self.node, |node| {
             let number = node.port().changes.load(Relaxed).wrapping_add(1);

@@ -31,7 +31,7 @@ const SPINS: u32 = 200;
 pub struct Port {
     /// The fabric reaches the node.
     pub(crate) link_up: AtomicU64,
-    /// Changes of the memory that the node's device reaches ([`crate::Function::change_memory`]).
+    /// Changes of the memory that the node's device reaches ([`crate::Function::change_reach`]).
     pub(crate) changes: AtomicU64,
     _reserved: [AtomicU64; 14],
     /// Token of the holder, 0 for none.

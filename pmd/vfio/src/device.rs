@@ -46,6 +46,9 @@ pub enum BusError {
     /// All usable I/O virtual addresses are in use.
     #[error("no {0} bytes of I/O virtual addresses are left")]
     NoAddresses(u64),
+    /// The memory is no file, so that the processes with which the device is linked cannot map it.
+    #[error("a linked device can be given files only")]
+    NoFile,
     /// Nothing can be allocated or mapped with a length of 0 or so great a one.
     #[error("{0} bytes cannot be mapped")]
     BadLength(usize),

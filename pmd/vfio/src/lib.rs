@@ -17,6 +17,7 @@ pub mod barrier;
 mod device;
 mod dma;
 mod iova;
+pub mod link;
 pub mod model;
 mod translation;
 mod views;
