@@ -57,9 +57,35 @@ pub struct Counters {
     pub resets: u64,
 }
 
-/// What the driver's own accesses count, outside the fabric's lock. One for BAR0 and one for each queue page:
-/// a page has one user, so a plain load and store will do, where an atomic addition would cost more than the
-/// access itself.
+/// What one side of a function counts: the side that executes its own work, and the one that the work of other
+/// nodes counts in, which lies in its [port](crate::port). Fields as in [`Counters`].
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(crate) struct Tally {
+    pub descriptors: Count,
+    pub descriptor_reads: Count,
+    pub payload_reads: Count,
+    pub payload_writes: Count,
+    pub bytes_read: Count,
+    pub bytes_written: Count,
+    pub words: Count,
+    pub completions: Count,
+    pub status_writes: Count,
+    pub window_messages: Count,
+    pub messages_out: Count,
+    pub messages_in: Count,
+    pub notifications_in: Count,
+    pub refused_here: Count,
+    pub refused_there: Count,
+    pub dma_faults: Count,
+    pub held: Count,
+    pub lanes_failed: Count,
+    pub sets_failed: Count,
+    pub interrupts: Count,
+    pub resets: Count,
+}
+
+/// What the driver's own accesses count, outside the fabric's lock. One for BAR0 and one for each queue page.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Accesses {
@@ -69,22 +95,59 @@ pub(crate) struct Accesses {
     pub heads: Count,
 }
 
-/// A number that one thread at a time counts up. (If two do, some counts are lost.)
+/// A number that one thread at a time counts up, so a plain load and store will do, where an atomic addition
+/// would cost more than what is counted. (If two do, some counts are lost.)
 #[derive(Debug, Default)]
+#[repr(transparent)]
 pub(crate) struct Count(AtomicU64);
 
 impl Count {
     #[inline]
-    pub fn add(&self) {
-        self.0.store(self.0.load(Relaxed) + 1, Relaxed);
+    pub fn add(&self, by: u64) {
+        self.0.store(self.get().wrapping_add(by), Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
     }
 }
 
 impl Accesses {
     pub fn add_to(&self, counters: &mut Counters) {
-        counters.register_reads += self.reads.0.load(Relaxed);
-        counters.register_writes += self.writes.0.load(Relaxed);
-        counters.doorbells += self.doorbells.0.load(Relaxed);
-        counters.head_updates += self.heads.0.load(Relaxed);
+        counters.register_reads += self.reads.get();
+        counters.register_writes += self.writes.get();
+        counters.doorbells += self.doorbells.get();
+        counters.head_updates += self.heads.get();
+    }
+}
+
+impl Tally {
+    /// Adds both sides of a function to what its accesses were.
+    pub fn sum(&self, other: &Tally) -> Counters {
+        let sum = |a: &Count, b: &Count| a.get().wrapping_add(b.get());
+        Counters {
+            descriptors: sum(&self.descriptors, &other.descriptors),
+            descriptor_reads: sum(&self.descriptor_reads, &other.descriptor_reads),
+            payload_reads: sum(&self.payload_reads, &other.payload_reads),
+            payload_writes: sum(&self.payload_writes, &other.payload_writes),
+            bytes_read: sum(&self.bytes_read, &other.bytes_read),
+            bytes_written: sum(&self.bytes_written, &other.bytes_written),
+            words: sum(&self.words, &other.words),
+            completions: sum(&self.completions, &other.completions),
+            status_writes: sum(&self.status_writes, &other.status_writes),
+            window_messages: sum(&self.window_messages, &other.window_messages),
+            messages_out: sum(&self.messages_out, &other.messages_out),
+            messages_in: sum(&self.messages_in, &other.messages_in),
+            notifications_in: sum(&self.notifications_in, &other.notifications_in),
+            refused_here: sum(&self.refused_here, &other.refused_here),
+            refused_there: sum(&self.refused_there, &other.refused_there),
+            dma_faults: sum(&self.dma_faults, &other.dma_faults),
+            held: sum(&self.held, &other.held),
+            lanes_failed: sum(&self.lanes_failed, &other.lanes_failed),
+            sets_failed: sum(&self.sets_failed, &other.sets_failed),
+            interrupts: sum(&self.interrupts, &other.interrupts),
+            resets: sum(&self.resets, &other.resets),
+            ..Counters::default()
+        }
     }
 }

@@ -1,16 +1,18 @@
 //! The devices at work: what each does in a step. `execute.rs` has the execution of one item.
 
-use crate::counters::Counters;
+use crate::counters::Tally;
 use crate::descriptor::{self, Descriptor, Slot};
 use crate::dma::Dma;
-use crate::fabric::{Front, Interrupt};
+use crate::fabric::Front;
 use crate::faults::{Corruption, Dice};
 use crate::management::Management;
 use crate::page::Page;
+use crate::port::{Inbound, Port};
 use crate::queue_set::{Item, Lanes, QueueSet, Ring, Source, State};
 use crate::sheet::*;
+use crate::wire::{End, Peers, Wire};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::Ordering::{self, Relaxed};
 
 /// Slots taken from a work queue, and messages from a window, in one step.
 const BATCH: usize = 16;
@@ -19,12 +21,13 @@ const LANE_BATCH: usize = 16;
 
 /// One device.
 pub(crate) struct Node {
-    pub dma: Arc<dyn Dma>,
+    /// What sources see of it.
+    pub end: End,
     pub front: Arc<Front>,
     pub management: Management,
     pub sets: Vec<QueueSet>,
-    pub counters: Counters,
-    pub interrupts: Vec<Option<Interrupt>>,
+    /// What its own work did here.
+    pub tally: Tally,
     pub corrupt: Option<Corruption>,
     pub reset_in_flight: bool,
     pub link_up: bool,
@@ -37,17 +40,20 @@ pub(crate) struct Node {
 
 impl Node {
     pub fn new(dma: Arc<dyn Dma>, front: Arc<Front>) -> Self {
-        let sets = front.pages.len();
-        for page in &front.pages {
+        let sets = front.queue_sets();
+        for page in front.pages() {
             page.store32(page::DEVICE_STATUS, 1 << state::READY);
         }
         Node {
-            dma,
+            end: End {
+                memory: front.memory.clone(),
+                dma,
+                interrupts: vec![None; 1 + sets],
+            },
             front,
             management: Management::new(),
             sets: (0..sets).map(|_| QueueSet::default()).collect(),
-            counters: Counters::default(),
-            interrupts: vec![None; 1 + sets],
+            tally: Tally::default(),
             corrupt: None,
             reset_in_flight: false,
             link_up: false,
@@ -59,7 +65,16 @@ impl Node {
     }
 
     pub fn page(&self, set: usize) -> &Page {
-        &self.front.pages[set]
+        &self.front.pages()[set]
+    }
+
+    pub fn port(&self) -> &Port {
+        self.end.port()
+    }
+
+    /// A queue set as sources see it.
+    pub fn inbound(&self, set: usize) -> &Inbound {
+        &self.port().sets[set]
     }
 
     pub fn is_removed(&self) -> bool {
@@ -76,35 +91,33 @@ impl Node {
     }
 
     /// Stores an entry into host memory and counts a failure.
-    pub fn store(&mut self, iova: u64, words: &[u64]) -> Result<(), u32> {
-        self.dma.store(iova, words).map_err(|_| {
-            self.counters.dma_faults += 1;
+    pub fn store(&self, iova: u64, words: &[u64]) -> Result<(), u32> {
+        self.end.dma.store(iova, words).map_err(|_| {
+            self.tally.dma_faults.add(1);
             fault::DMA_FAULT
         })
     }
 
-    pub fn store_status(&mut self, set: usize, offset: u64, words: &[u64]) -> Result<(), u32> {
-        self.counters.status_writes += words.len() as u64;
+    pub fn store_status(&self, set: usize, offset: u64, words: &[u64]) -> Result<(), u32> {
+        self.tally.status_writes.add(words.len() as u64);
         self.store(self.sets[set].status.wrapping_add(offset), words)
-    }
-
-    pub fn interrupt(&mut self, vector: usize) {
-        if let Some(Some(interrupt)) = self.interrupts.get(vector) {
-            self.counters.interrupts += 1;
-            interrupt();
-        }
     }
 }
 
-/// All devices of a fabric.
+/// All devices of a fabric that are in this process, and what they reach.
 pub(crate) struct Core {
     pub nodes: Vec<Node>,
     pub dice: Dice,
     pub now: u64,
     /// Index in `nodes` by node id.
     pub routes: Vec<Option<usize>>,
-    /// Payload on its way.
-    pub buffer: Box<[u8]>,
+    pub peers: Peers,
+    /// What tells of the peers.
+    pub wire: Option<Box<dyn Wire>>,
+    /// The id under which the wire knows the first node.
+    pub wire_id: Option<u16>,
+    /// What is put into locks.
+    pub token: u64,
     order: Vec<u16>,
 }
 
@@ -112,6 +125,7 @@ impl std::fmt::Debug for Core {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Core")
             .field("nodes", &self.nodes.len())
+            .field("peers", &self.peers)
             .field("now", &self.now)
             .finish_non_exhaustive()
     }
@@ -124,7 +138,10 @@ impl Core {
             dice,
             now: 0,
             routes: vec![None; MAX_NODE as usize + 1],
-            buffer: vec![0; 16 << 10].into(),
+            peers: Peers::new(),
+            wire: None,
+            wire_id: None,
+            token: 1,
             order: Vec::new(),
         }
     }
@@ -168,24 +185,33 @@ impl Core {
         worked
     }
 
-    /// Follows ENABLE.
-    pub fn control(&mut self, node: usize, set: usize) {
-        let enable = self.nodes[node].page(set).load32(page::ENABLE) & 1 != 0;
-        match (self.nodes[node].sets[set].state, enable) {
-            (State::Stopped, true) => match self.start(node, set) {
+    /// Follows ENABLE, and what sources found.
+    pub fn control(&mut self, n: usize, set: usize) {
+        let node = &self.nodes[n];
+        let enable = node.page(set).load32(page::ENABLE) & 1 != 0;
+        match (node.sets[set].state, enable) {
+            (State::Stopped, true) => match self.start(n, set) {
                 Ok(()) => {
-                    let running = State::Running;
-                    self.nodes[node].sets[set].state = running;
-                    let page = self.nodes[node].page(set);
-                    page.store32(page::SET_STATE, running as u32);
+                    let node = &mut self.nodes[n];
+                    node.sets[set].state = State::Running;
+                    node.page(set)
+                        .store32(page::SET_STATE, State::Running as u32);
                 }
-                Err(fault) => self.fail(node, set, fault),
+                Err(fault) => self.fail(n, set, fault),
             },
             (State::Running | State::Failed, false) => {
-                self.nodes[node].sets[set] = QueueSet::default();
-                let page = self.nodes[node].page(set);
-                page.store32(page::FAULT, 0);
-                page.store32(page::SET_STATE, State::Stopped as u32);
+                self.hold(n, |node| node.inbound(set).stop());
+                let node = &mut self.nodes[n];
+                node.sets[set] = QueueSet::default();
+                node.page(set).store32(page::FAULT, 0);
+                node.page(set)
+                    .store32(page::SET_STATE, State::Stopped as u32);
+            }
+            (State::Running, true) => {
+                let fault = node.inbound(set).fault.load(Relaxed) as u32;
+                if fault != 0 {
+                    self.fail(n, set, fault);
+                }
             }
             _ => {}
         }
@@ -206,22 +232,25 @@ impl Core {
         let fresh = QueueSet {
             work: ring(page::WQ_ADDR, 0, 64)?,
             completions: ring(page::CQ_ADDR, 8, 16)?,
-            messages: ring(page::MQ_ADDR, 16, 64)?,
             status,
             ..Default::default()
         };
+        let messages = ring(page::MQ_ADDR, 16, 64)?;
         if !status.is_multiple_of(64) {
             return Err(fault::BAD_SETUP);
         }
         node.sets[set] = fresh;
         let state = node.block_state(false);
-        node.store_status(set, 0, &[state, 0, 0, 0, 0, 0, 0, 0])
+        node.store_status(set, 0, &[state, 0, 0, 0, 0, 0, 0, 0])?;
+        self.hold(n, |node| node.inbound(set).start(messages));
+        Ok(())
     }
 
     /// Stops a queue set for good.
     pub fn fail(&mut self, n: usize, set: usize, fault: u32) {
+        self.hold(n, |node| node.inbound(set).stop());
         let node = &mut self.nodes[n];
-        node.counters.sets_failed += 1;
+        node.tally.sets_failed.add(1);
         node.sets[set].state = State::Failed;
         if fault != fault::BAD_SETUP {
             let state = node.block_state(true);
@@ -236,7 +265,7 @@ impl Core {
     /// Takes descriptors from the work queue into their lanes.
     fn fetch(&mut self, n: usize, s: usize) -> Result<bool, u32> {
         let node = &mut self.nodes[n];
-        let tail = node.front.pages[s].load32(page::WQ_TAIL);
+        let tail = node.page(s).load32(page::WQ_TAIL);
         let set = &mut node.sets[s];
         let start = set.fetched as u32;
         let pending = tail.wrapping_sub(start);
@@ -252,12 +281,13 @@ impl Core {
         let (first, second) = slots[..count].split_at_mut(count.min(to_end));
         for (at, part) in [(start, first), (start.wrapping_add(to_end as u32), second)] {
             if !part.is_empty() {
-                node.counters.descriptor_reads += 1;
+                node.tally.descriptor_reads.add(1);
                 let loaded = node
+                    .end
                     .dma
                     .load(set.work.entry(at, 64), part.as_flattened_mut());
                 if loaded.is_err() {
-                    node.counters.dma_faults += 1;
+                    node.tally.dma_faults.add(1);
                     return Err(fault::DMA_FAULT);
                 }
             }
@@ -277,7 +307,7 @@ impl Core {
             if !set.descriptors.push(Item { work, ready }) {
                 break;
             }
-            node.counters.descriptors += 1;
+            node.tally.descriptors.add(1);
             at += needs;
         }
         set.fetched += at as u64;
@@ -291,7 +321,7 @@ impl Core {
     /// Takes messages from the send window into their lanes.
     fn take_window(&mut self, n: usize, s: usize) -> Result<bool, u32> {
         let node = &mut self.nodes[n];
-        let page = &node.front.pages[s];
+        let page = &node.front.pages()[s];
         let set = &mut node.sets[s];
         let before = set.window_taken;
         while set.window_taken - before < BATCH as u64 {
@@ -308,7 +338,7 @@ impl Core {
                 break;
             }
             set.window_taken += 1;
-            node.counters.window_messages += 1;
+            node.tally.window_messages.add(1);
         }
         let taken = set.window_taken;
         if taken != before {
@@ -357,20 +387,32 @@ impl Core {
     }
 
     /// Fires the vector of a queue set that asked for it.
+    ///
+    /// A source that delivers does the same, and no request is missed between the two: both look at ARM and at
+    /// the message queue's tail with the port's lock held. If the source comes first, its tail is seen here; if
+    /// it comes later, it sees ARM.
     fn fire(&mut self, n: usize, s: usize) {
         let node = &mut self.nodes[n];
-        let page = &node.front.pages[s];
+        let page = &node.front.pages()[s];
         let arm = page.load32(page::ARM);
         let set = &mut node.sets[s];
+        // What has fired is remembered here too: the port's word lies where sources store with each message.
         if arm == 0 || arm == set.fired || set.state == State::Stopped {
             return;
         }
-        if set.state == State::Failed
+        let port = node.end.port();
+        if !port.try_lock(self.token) {
+            return;
+        }
+        let tail = port.sets[s].tail.load(Relaxed) as u32;
+        let due = set.state == State::Failed
             || page.load32(page::CQ_HEAD) != set.completion_tail
-            || page.load32(page::MQ_HEAD) != set.message_tail
-        {
-            set.fired = arm;
-            node.interrupt(1 + s);
+            || page.load32(page::MQ_HEAD) != tail;
+        let fires = due && node.end.wants_interrupt(s);
+        set.fired = port.sets[s].fired.load(Relaxed) as u32;
+        port.unlock(self.token);
+        if fires {
+            node.end.fire(1 + s);
         }
     }
 }

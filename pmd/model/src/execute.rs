@@ -1,11 +1,15 @@
 //! Execution of one item of a lane: checks, data, word, message, completion (`docs/device.md`, 4 to 7).
 
 use crate::descriptor::{Descriptor, Piece};
+use crate::dma::Dma;
 use crate::engine::{Core, Node};
-use crate::faults::Corruption;
-use crate::management::Right;
-use crate::queue_set::{Lane, State};
+use crate::faults::{Corruption, Dice};
+use crate::port::{Inbound, Port};
+use crate::protection::Right;
+use crate::queue_set::{Lane, Ring, State};
 use crate::sheet::*;
+use crate::wire::End;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 
 /// What an attempt to execute an item came to.
 enum Attempt {
@@ -13,16 +17,36 @@ enum Attempt {
     Done(u8),
     /// The target is not ready; the status that it gets when this lasts too long.
     Wait(u8),
-    /// The function was reset.
-    Gone,
+    /// The function is to be reset.
+    Reset,
+}
+
+/// Where the target of an item is.
+#[derive(Clone, Copy)]
+enum Place {
+    /// In this process.
+    Here(usize),
+    /// In another one.
+    There(u16),
+}
+
+/// An item at its target, whose port is locked.
+struct Execution<'a> {
+    node: &'a Node,
+    set: usize,
+    work: &'a Descriptor,
+    end: &'a End,
+    port: &'a Port,
+    dice: &'a mut Dice,
+    /// The vector that the target asked to be fired.
+    fires: Option<usize>,
 }
 
 /// Where an item's effects go.
-struct Plan {
-    target: usize,
+struct Plan<'a> {
     data: u64,
     word: Option<(u64, u64)>,
-    message: Option<usize>,
+    message: Option<(usize, &'a Inbound, Ring)>,
 }
 
 impl Core {
@@ -62,10 +86,13 @@ impl Core {
         };
         let status = match attempt {
             Attempt::Done(status) => status,
-            Attempt::Gone => return false,
+            Attempt::Reset => {
+                self.reset(n);
+                return false;
+            }
             Attempt::Wait(status) => {
                 if lane.waiting.is_none() && status == status::STALLED {
-                    self.nodes[n].counters.held += 1;
+                    self.nodes[n].tally.held.add(1);
                 }
                 let since = *lane.waiting.get_or_insert(self.now);
                 let limit = u64::from(self.nodes[n].management.stall_timeout) * 1000;
@@ -81,7 +108,7 @@ impl Core {
             status::NO_QUEUE | status::UNREACHABLE | status::STALLED
         ) {
             lane.failed = true;
-            self.nodes[n].counters.lanes_failed += 1;
+            self.nodes[n].tally.lanes_failed.add(1);
         }
         if let Err(fault) = self.complete(n, s, &item.work, status) {
             self.fail(n, s, fault);
@@ -97,92 +124,54 @@ impl Core {
         if work.opcode == work::FLUSH {
             return Attempt::Done(status::OK);
         }
-        let plan = match self.plan(n, work) {
-            Ok(plan) => plan,
-            Err(attempt) => return attempt,
+        let unreachable = Attempt::Wait(status::UNREACHABLE);
+        let Some(place) = self.place(n, work.target) else {
+            return unreachable;
         };
-        if self.nodes[n].reset_in_flight && work.length != 0 {
-            // Half of the data gets through; no word, no message, no completion.
-            let _ = self.transfer(n, work, &plan, work.length / 2);
-            self.reset(n);
-            return Attempt::Gone;
+        let node = &self.nodes[n];
+        let (end, peer) = match place {
+            Place::Here(target) => (&self.nodes[target].end, None),
+            Place::There(id) => match self.peers.get(id) {
+                Some(peer) => (&peer.end, Some(peer)),
+                None => return unreachable,
+            },
+        };
+        let port = end.port();
+        if !port.try_lock(self.token) {
+            return unreachable;
         }
-        let done = self
-            .transfer(n, work, &plan, work.length)
-            .and_then(|()| self.store_word(&plan))
-            .and_then(|()| self.deliver(n, s, work, &plan));
-        Attempt::Done(done.err().unwrap_or(status::OK))
+        if peer.is_some_and(|peer| !peer.is_current()) {
+            port.unlock(self.token);
+            self.poll_wire();
+            return unreachable;
+        }
+        let mut execution = Execution {
+            node,
+            set: s,
+            work,
+            end,
+            port,
+            dice: &mut self.dice,
+            fires: None,
+        };
+        let attempt = execution.run();
+        let fires = execution.fires;
+        port.unlock(self.token);
+        if let Some(vector) = fires {
+            end.fire(vector);
+        }
+        attempt
     }
 
-    /// All checks, before anything moves.
-    fn plan(&mut self, n: usize, work: &Descriptor) -> Result<Plan, Attempt> {
-        let source = self.nodes[n].management.node_id;
-        let target = Some(usize::from(work.target))
-            .filter(|_| self.nodes[n].link_up)
-            .and_then(|id| *self.routes.get(id)?)
-            .filter(|target| self.nodes[*target].link_up)
-            .ok_or(Attempt::Wait(status::UNREACHABLE))?;
-        let refused = |core: &mut Core, status| {
-            core.nodes[target].counters.refused_here += 1;
-            core.nodes[n].counters.refused_there += 1;
-            Attempt::Done(status)
-        };
-        let management = &self.nodes[target].management;
-        if !management.admits(source) {
-            return Err(refused(self, status::REFUSED_SOURCE));
+    /// Where a target is, if there is a link to it from here.
+    fn place(&self, n: usize, target: u16) -> Option<Place> {
+        if !self.nodes[n].link_up {
+            return None;
         }
-        let mut plan = Plan {
-            target,
-            data: 0,
-            word: None,
-            message: None,
-        };
-        if !work.notifies() || work.length != 0 || work.word.is_some() {
-            let right = if work.opcode == work::READ {
-                Right::Read
-            } else {
-                Right::Write
-            };
-            let check = |offset, len| management.check(work.key, right, source, offset, len);
-            let checked = check(work.offset, work.length.into()).and_then(|data| {
-                let word = match work.word {
-                    Some((offset, value)) => Some((check(offset, 8)?, value)),
-                    None => None,
-                };
-                Ok((data, word))
-            });
-            let checked = match checked {
-                Ok(_) if self.dice.refuses() => Err(status::REFUSED_KEY),
-                checked => checked,
-            };
-            match checked {
-                Ok((data, word)) => (plan.data, plan.word) = (data, word),
-                Err(status) => return Err(refused(self, status)),
-            }
+        match *self.routes.get(usize::from(target))? {
+            Some(index) => Some(Place::Here(index)),
+            None => Some(Place::There(target)),
         }
-        if work.notifies() {
-            self.room_for_message(target, work.target_set.into())?;
-            plan.message = Some(work.target_set.into());
-        }
-        Ok(plan)
-    }
-
-    fn room_for_message(&mut self, t: usize, s: usize) -> Result<(), Attempt> {
-        let node = &self.nodes[t];
-        let Some(set) = node.sets.get(s).filter(|set| set.state == State::Running) else {
-            return Err(Attempt::Done(status::NO_QUEUE));
-        };
-        let used = set
-            .message_tail
-            .wrapping_sub(node.page(s).load32(page::MQ_HEAD));
-        if used > set.messages.entries() {
-            self.fail(t, s, fault::BAD_HEAD);
-            return Err(Attempt::Done(status::NO_QUEUE));
-        }
-        if used == set.messages.entries() || set.full || self.dice.finds_full() {
-            return Err(Attempt::Wait(status::STALLED));
-        }
-        Ok(())
     }
 
     fn room_for_completion(&self, n: usize, s: usize) -> Result<bool, u32> {
@@ -193,106 +182,6 @@ impl Core {
             return Err(fault::BAD_HEAD);
         }
         Ok(used < set.completions.entries())
-    }
-
-    /// Moves the first `length` bytes of an item's data.
-    fn transfer(
-        &mut self,
-        n: usize,
-        work: &Descriptor,
-        plan: &Plan,
-        length: u32,
-    ) -> Result<(), u8> {
-        let remote = [Piece {
-            iova: plan.data,
-            len: length,
-        }];
-        let reads = work.opcode == work::READ;
-        if length == 0 {
-            return Ok(());
-        }
-        if !work.inline().is_empty() {
-            let data = &work.inline()[..length as usize];
-            let node = &mut self.nodes[plan.target];
-            node.counters.payload_writes += 1;
-            node.counters.bytes_written += u64::from(length);
-            return node.dma.write(plan.data, data).map_err(|_| {
-                node.counters.dma_faults += 1;
-                status::TARGET_ACCESS
-            });
-        }
-        let (from, to) = if reads {
-            (plan.target, n)
-        } else {
-            (n, plan.target)
-        };
-        let (from_pieces, to_pieces) = if reads {
-            (&remote[..], work.pieces())
-        } else {
-            (work.pieces(), &remote[..])
-        };
-        let failed_from = copy(
-            (&self.nodes[from], from_pieces),
-            (&self.nodes[to], to_pieces),
-            length,
-            &mut self.buffer,
-        );
-        let counters = &mut self.nodes[from].counters;
-        counters.payload_reads += from_pieces.len() as u64;
-        counters.bytes_read += u64::from(length);
-        let counters = &mut self.nodes[to].counters;
-        counters.payload_writes += to_pieces.len() as u64;
-        counters.bytes_written += u64::from(length);
-        failed_from.map_err(|side| {
-            let at = if side == Side::From { from } else { to };
-            self.nodes[at].counters.dma_faults += 1;
-            if (side == Side::From) == reads {
-                status::TARGET_ACCESS
-            } else {
-                status::LOCAL_ACCESS
-            }
-        })
-    }
-
-    fn store_word(&mut self, plan: &Plan) -> Result<(), u8> {
-        let Some((iova, value)) = plan.word else {
-            return Ok(());
-        };
-        let node = &mut self.nodes[plan.target];
-        node.counters.words += 1;
-        node.store(iova, &[value])
-            .map_err(|_| status::TARGET_ACCESS)
-    }
-
-    /// Puts the message of an item into the target's queue.
-    fn deliver(&mut self, n: usize, s: usize, work: &Descriptor, plan: &Plan) -> Result<(), u8> {
-        let Some(target_set) = plan.message else {
-            return Ok(());
-        };
-        let source = u64::from(self.nodes[n].management.node_id);
-        let window = work.opcode == 0;
-        let kind = if window { 1 } else { 2 };
-        let node = &mut self.nodes[plan.target];
-        let set = &mut node.sets[target_set];
-        let index = set.message_tail;
-        let phase = set.messages.phase(index);
-        let mut entry = [0; 8];
-        entry[0] = source | (s as u64) << 16 | kind << 32 | phase << 63;
-        entry[1] = u64::from(work.length) | u64::from(index) << 32;
-        entry[2..].copy_from_slice(&work.payload);
-        set.message_tail = index.wrapping_add(1);
-        let iova = set.messages.entry(index, 64);
-        if let Err(fault) = node.store(iova, &entry) {
-            self.fail(plan.target, target_set, fault);
-            return Err(status::TARGET_ACCESS);
-        }
-        if window {
-            node.counters.messages_in += 1;
-        } else {
-            node.counters.notifications_in += 1;
-        }
-        self.nodes[n].counters.messages_out += 1;
-        Ok(())
     }
 
     /// Writes the completion of an item, if it gets one.
@@ -328,7 +217,7 @@ impl Core {
         let index = set.completion_tail;
         entry[0] ^= set.completions.phase(index) << 63;
         set.completion_tail = index.wrapping_add(1);
-        node.counters.completions += 1;
+        node.tally.completions.add(1);
         let iova = set.completions.entry(index, 16);
         node.store(iova, &entry)
     }
@@ -346,22 +235,206 @@ impl Core {
 
     /// A fault: an inbound message that says it is another entry than the one where it lies.
     pub fn message_out_of_place(&mut self, n: usize, s: usize) {
-        let node = &mut self.nodes[n];
-        let Some(set) = node
-            .sets
-            .get_mut(s)
-            .filter(|set| set.state == State::Running)
-        else {
+        let set = self.nodes[n].sets.get(s);
+        if set.is_none_or(|set| set.state != State::Running) {
             return;
-        };
-        let index = set.message_tail;
-        let word = 1 | 1 << 32 | set.messages.phase(index) << 63;
-        set.message_tail = index.wrapping_add(1);
-        let iova = set.messages.entry(index, 64);
-        let entry = [word, u64::from(index ^ 5) << 32, 0, 0, 0, 0, 0, 0];
-        if let Err(fault) = node.store(iova, &entry) {
+        }
+        let stored = self.hold(n, |node| {
+            let inbound = node.inbound(s);
+            let ring = inbound.ring().ok_or(fault::BAD_SETUP)?;
+            let index = inbound.tail.load(Relaxed) as u32;
+            let word = 1 | 1 << 32 | ring.phase(index) << 63;
+            inbound.tail.store(index.wrapping_add(1).into(), Relaxed);
+            let entry = [word, u64::from(index ^ 5) << 32, 0, 0, 0, 0, 0, 0];
+            node.store(ring.entry(index, 64), &entry)
+        });
+        if let Err(fault) = stored {
             self.fail(n, s, fault);
         }
+    }
+}
+
+impl<'a> Execution<'a> {
+    fn run(&mut self) -> Attempt {
+        let plan = match self.plan() {
+            Ok(plan) => plan,
+            Err(attempt) => return attempt,
+        };
+        if self.node.reset_in_flight && self.work.length != 0 {
+            // Half of the data gets through; no word, no message, no completion.
+            let _ = self.transfer(&plan, self.work.length / 2);
+            return Attempt::Reset;
+        }
+        let done = self
+            .transfer(&plan, self.work.length)
+            .and_then(|()| self.store_word(&plan))
+            .and_then(|()| self.deliver(&plan));
+        Attempt::Done(done.err().unwrap_or(status::OK))
+    }
+
+    /// All checks, before anything moves.
+    fn plan(&mut self) -> Result<Plan<'a>, Attempt> {
+        let (work, port) = (self.work, self.port);
+        if port.link_up.load(Relaxed) != 1 {
+            return Err(Attempt::Wait(status::UNREACHABLE));
+        }
+        let source = self.node.management.node_id;
+        if !port.protection.admits(source) {
+            return Err(self.refused(status::REFUSED_SOURCE));
+        }
+        let mut plan = Plan {
+            data: 0,
+            word: None,
+            message: None,
+        };
+        if !work.notifies() || work.length != 0 || work.word.is_some() {
+            let right = if work.opcode == work::READ {
+                Right::Read
+            } else {
+                Right::Write
+            };
+            let check = |offset, len| (port.protection).check(work.key, right, source, offset, len);
+            let checked = check(work.offset, work.length.into()).and_then(|data| {
+                let word = match work.word {
+                    Some((offset, value)) => Some((check(offset, 8)?, value)),
+                    None => None,
+                };
+                Ok((data, word))
+            });
+            match checked {
+                Ok(_) if self.dice.refuses() => return Err(self.refused(status::REFUSED_KEY)),
+                Ok((data, word)) => (plan.data, plan.word) = (data, word),
+                Err(status) => return Err(self.refused(status)),
+            }
+        }
+        if work.notifies() {
+            plan.message = Some(self.room_for_message(work.target_set.into())?);
+        }
+        Ok(plan)
+    }
+
+    fn refused(&self, status: u8) -> Attempt {
+        self.port.tally.refused_here.add(1);
+        self.node.tally.refused_there.add(1);
+        Attempt::Done(status)
+    }
+
+    /// The queue that gets the message.
+    fn room_for_message(&mut self, s: usize) -> Result<(usize, &'a Inbound, Ring), Attempt> {
+        let no_queue = Attempt::Done(status::NO_QUEUE);
+        let port = self.port;
+        let inbound = port.sets.get(s).filter(|set| set.open.load(Relaxed) == 1);
+        let page = self.end.memory.pages().get(s);
+        let (Some(inbound), Some(page)) = (inbound, page) else {
+            return Err(no_queue);
+        };
+        let Some(ring) = inbound.ring() else {
+            return Err(no_queue);
+        };
+        let tail = inbound.tail.load(Relaxed) as u32;
+        let used = tail.wrapping_sub(page.load32(page::MQ_HEAD));
+        if used > ring.entries() {
+            self.fail(s, inbound, fault::BAD_HEAD);
+            return Err(no_queue);
+        }
+        let full = used == ring.entries() || inbound.full.load(Relaxed) != 0;
+        if full || self.dice.finds_full() {
+            return Err(Attempt::Wait(status::STALLED));
+        }
+        Ok((s, inbound, ring))
+    }
+
+    /// Fails a queue set of the target. Its owner does the rest, when it next looks.
+    fn fail(&mut self, s: usize, inbound: &Inbound, fault: u32) {
+        inbound.fail(fault);
+        self.fires = self.end.wants_interrupt(s).then_some(1 + s);
+    }
+
+    /// Moves the first `length` bytes of an item's data.
+    fn transfer(&self, plan: &Plan<'_>, length: u32) -> Result<(), u8> {
+        if length == 0 {
+            return Ok(());
+        }
+        let (work, own, tally) = (self.work, &self.node.tally, &self.port.tally);
+        if !work.inline().is_empty() {
+            tally.payload_writes.add(1);
+            tally.bytes_written.add(length.into());
+            let data = &work.inline()[..length as usize];
+            return self.end.dma.write(plan.data, data).map_err(|_| {
+                tally.dma_faults.add(1);
+                status::TARGET_ACCESS
+            });
+        }
+        let remote = [Piece {
+            iova: plan.data,
+            len: length,
+        }];
+        let here = (&*self.node.end.dma, work.pieces(), own);
+        let there = (&*self.end.dma, &remote[..], tally);
+        let reads = work.opcode == work::READ;
+        let (from, to) = if reads { (there, here) } else { (here, there) };
+        from.2.payload_reads.add(from.1.len() as u64);
+        from.2.bytes_read.add(length.into());
+        to.2.payload_writes.add(to.1.len() as u64);
+        to.2.bytes_written.add(length.into());
+        copy((from.0, from.1), (to.0, to.1), length).map_err(|side| {
+            let at = if side == Side::From { from.2 } else { to.2 };
+            at.dma_faults.add(1);
+            if (side == Side::From) == reads {
+                status::TARGET_ACCESS
+            } else {
+                status::LOCAL_ACCESS
+            }
+        })
+    }
+
+    fn store_word(&self, plan: &Plan<'_>) -> Result<(), u8> {
+        let Some((iova, value)) = plan.word else {
+            return Ok(());
+        };
+        self.port.tally.words.add(1);
+        self.store(iova, &[value])
+    }
+
+    /// Stores an entry into the target's memory.
+    fn store(&self, iova: u64, words: &[u64]) -> Result<(), u8> {
+        self.end.dma.store(iova, words).map_err(|_| {
+            self.port.tally.dma_faults.add(1);
+            status::TARGET_ACCESS
+        })
+    }
+
+    /// Puts the message of an item into the target's queue.
+    fn deliver(&mut self, plan: &Plan<'_>) -> Result<(), u8> {
+        let Some((target_set, inbound, ring)) = plan.message else {
+            return Ok(());
+        };
+        let source = u64::from(self.node.management.node_id);
+        let window = self.work.opcode == 0;
+        let kind = if window { 1 } else { 2 };
+        let index = inbound.tail.load(Relaxed) as u32;
+        let mut entry = [0; 8];
+        entry[0] = source | (self.set as u64) << 16 | kind << 32 | ring.phase(index) << 63;
+        entry[1] = u64::from(self.work.length) | u64::from(index) << 32;
+        entry[2..].copy_from_slice(&self.work.payload);
+        if let Err(status) = self.store(ring.entry(index, 64), &entry) {
+            self.fail(target_set, inbound, fault::DMA_FAULT);
+            return Err(status);
+        }
+        // After the entry: see `Core::recover`.
+        inbound.tail.store(index.wrapping_add(1).into(), Release);
+        let tally = &self.port.tally;
+        if window {
+            tally.messages_in.add(1);
+        } else {
+            tally.notifications_in.add(1);
+        }
+        self.node.tally.messages_out.add(1);
+        self.fires = self
+            .end
+            .wants_interrupt(target_set)
+            .then_some(1 + target_set);
+        Ok(())
     }
 }
 
@@ -371,33 +444,24 @@ enum Side {
     To,
 }
 
-/// Copies the first `length` bytes of some pieces to others, a buffer at a time.
-fn copy(
-    from: (&Node, &[Piece]),
-    to: (&Node, &[Piece]),
-    length: u32,
-    buffer: &mut [u8],
-) -> Result<(), Side> {
+/// Copies the first `length` bytes of some pieces to others.
+fn copy(from: (&dyn Dma, &[Piece]), to: (&dyn Dma, &[Piece]), length: u32) -> Result<(), Side> {
     let (mut reader, mut writer) = (Walk::new(from.1), Walk::new(to.1));
-    let mut left = length as usize;
+    let mut left = length;
     while left != 0 {
-        let chunk = left.min(buffer.len());
-        let mut at = 0;
-        while at < chunk {
-            let (iova, len) = reader.next(chunk - at).ok_or(Side::From)?;
-            let part = &mut buffer[at..at + len];
-            from.0.dma.read(iova, part).map_err(|_| Side::From)?;
-            at += len;
-        }
-        at = 0;
-        while at < chunk {
-            let (iova, len) = writer.next(chunk - at).ok_or(Side::To)?;
-            to.0.dma
-                .write(iova, &buffer[at..at + len])
-                .map_err(|_| Side::To)?;
-            at += len;
-        }
-        left -= chunk;
+        let source = reader.piece().ok_or(Side::From)?;
+        let target = writer.piece().ok_or(Side::To)?;
+        let len = left.min(source.len).min(target.len);
+        let mut written = Ok(());
+        from.0
+            .show(source.iova, len as usize, &mut |bytes| {
+                written = to.0.write_shown(target.iova, bytes);
+            })
+            .map_err(|_| Side::From)?;
+        written.map_err(|_| Side::To)?;
+        reader.pass(len);
+        writer.pass(len);
+        left -= len;
     }
     Ok(())
 }
@@ -416,15 +480,17 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Address and length of the next part, of at most `most` bytes.
-    fn next(&mut self, most: usize) -> Option<(u64, usize)> {
+    /// What is left of the next piece that has anything left.
+    fn piece(&mut self) -> Option<Piece> {
         while self.now.len == 0 {
             self.now = *self.pieces.next()?;
         }
-        let len = most.min(self.now.len as usize);
-        let iova = self.now.iova;
-        self.now.iova = iova.wrapping_add(len as u64);
-        self.now.len -= len as u32;
-        Some((iova, len))
+        Some(self.now)
+    }
+
+    /// Goes on by `len` bytes, no more than that piece has.
+    fn pass(&mut self, len: u32) {
+        self.now.iova = self.now.iova.wrapping_add(len.into());
+        self.now.len -= len;
     }
 }

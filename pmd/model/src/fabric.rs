@@ -6,9 +6,16 @@ use crate::dma::Dma;
 use crate::engine::{Core, Node};
 use crate::faults::{Chaos, Dice, Fault};
 use crate::page::{self, Page};
-use crate::sheet::{self, BAR0_SIZE, PAGE_SIZE};
+use crate::port::{MAX_SETS, PortMemory, Private};
+use crate::sheet::{self, BAR0_SIZE, MAX_NODE, PAGE_SIZE};
+use crate::wire::Wire;
+use std::num::NonZeroU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Looks at the fabric's lock before a thread sleeps for it.
+const LOCK_TRIES: u32 = 1000;
 
 /// Called when a vector fires, with the fabric's lock held: it must be short, and must not call back.
 pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
@@ -38,9 +45,21 @@ struct Shared {
 /// The part of a function that the host's stores reach without the fabric's lock.
 #[derive(Debug)]
 pub(crate) struct Front {
-    pub pages: Box<[Page]>,
+    /// Its port and its pages.
+    pub memory: Arc<dyn PortMemory>,
     pub accesses: Accesses,
+    page_accesses: Box<[Accesses]>,
     pub removed: AtomicBool,
+}
+
+impl Front {
+    pub fn queue_sets(&self) -> usize {
+        self.page_accesses.len()
+    }
+
+    pub fn pages(&self) -> &[Page] {
+        &self.memory.pages()[..self.queue_sets()]
+    }
 }
 
 impl Fabric {
@@ -56,9 +75,61 @@ impl Fabric {
 
     /// Adds a device with `queue_sets` (1 to 256) queue sets to the memory of a host.
     pub fn add(&self, dma: Arc<dyn Dma>, queue_sets: usize) -> Function {
+        let queue_sets = queue_sets.clamp(1, MAX_SETS);
+        self.add_in(dma, queue_sets, Arc::new(Private::new(queue_sets)))
+    }
+
+    /// Connects the fabric, which has no device yet, with others by a wire, and adds the device that they reach,
+    /// with its port in `memory`. It can only join the fabric as node `id`. `token` is what this process puts into
+    /// the locks of ports: no two that are wired have the same.
+    ///
+    /// # Panics
+    /// When the fabric has a device or a wire, or `memory` has fewer pages than `queue_sets`.
+    pub fn connect(
+        &self,
+        (id, token): (u16, NonZeroU64),
+        wire: Box<dyn Wire>,
+        memory: Arc<dyn PortMemory>,
+        dma: Arc<dyn Dma>,
+        queue_sets: usize,
+    ) -> Function {
+        let mut core = self.lock();
+        assert!(
+            core.nodes.is_empty() && core.wire.is_none(),
+            "a fabric is connected once, before it has devices"
+        );
+        (core.wire_id, core.token) = (Some(id), token.get());
+        core.wire = Some(wire);
+        drop(core);
+        self.add_in(dma, queue_sets.clamp(1, MAX_SETS), memory)
+    }
+
+    /// Takes in what the wire has to tell, without waiting. For who waits for it; steps do it only when they
+    /// cannot go on without.
+    pub fn poll_wire(&self) {
+        self.lock().poll_wire();
+    }
+
+    /// Takes the wire away, and with it all nodes of other processes.
+    pub fn disconnect(&self) {
+        let mut core = self.lock();
+        core.wire = None;
+        for id in 0..=MAX_NODE as u16 {
+            core.peers.detach(id);
+        }
+        core.bury();
+    }
+
+    fn add_in(
+        &self,
+        dma: Arc<dyn Dma>,
+        queue_sets: usize,
+        memory: Arc<dyn PortMemory>,
+    ) -> Function {
         let front = Arc::new(Front {
-            pages: (0..queue_sets.clamp(1, 256)).map(|_| Page::new()).collect(),
+            memory,
             accesses: Accesses::default(),
+            page_accesses: (0..queue_sets).map(|_| Accesses::default()).collect(),
             removed: AtomicBool::new(false),
         });
         let mut core = self.lock();
@@ -96,6 +167,13 @@ impl Fabric {
 
     /// The lock, for others than the stepping thread.
     fn lock(&self) -> MutexGuard<'_, Core> {
+        // A step is short. Who steps all the time should not have to wake others that wait for the lock.
+        for _ in 0..LOCK_TRIES {
+            if let Ok(guard) = self.shared.core.try_lock() {
+                return guard;
+            }
+            std::hint::spin_loop();
+        }
         self.shared.wanted.fetch_add(1, Ordering::Relaxed);
         let guard = self.plain_lock();
         self.shared.wanted.fetch_sub(1, Ordering::Relaxed);
@@ -116,18 +194,18 @@ impl Function {
     pub fn bar_size(&self, bar: Bar) -> u64 {
         match bar {
             Bar::Management => BAR0_SIZE,
-            Bar::Pages => self.front.pages.len() as u64 * PAGE_SIZE,
+            Bar::Pages => self.front.queue_sets() as u64 * PAGE_SIZE,
         }
     }
 
     /// Number of interrupt vectors.
     pub fn vectors(&self) -> u32 {
-        1 + self.front.pages.len() as u32
+        1 + self.front.queue_sets() as u32
     }
 
     /// Loads a register of `width` (4 or 8) bytes; all ones where there is none.
     pub fn read(&self, bar: Bar, offset: u64, width: u32) -> u64 {
-        self.accesses(bar, offset).reads.add();
+        self.accesses(bar, offset).reads.add(1);
         let ones = if width == 4 {
             u32::MAX.into()
         } else {
@@ -146,7 +224,7 @@ impl Function {
     /// Stores to a register of `width` (4 or 8) bytes; nothing happens where there is none.
     #[inline]
     pub fn write(&self, bar: Bar, offset: u64, width: u32, value: u64) {
-        self.accesses(bar, offset).writes.add();
+        self.accesses(bar, offset).writes.add(1);
         if self.is_removed() || !offset.is_multiple_of(width.max(1).into()) {
             return;
         }
@@ -166,7 +244,11 @@ impl Function {
     /// Says what to do when a vector fires; `None` masks it.
     pub fn set_interrupt(&self, vector: u32, interrupt: Option<Interrupt>) {
         let mut core = self.fabric.lock();
-        if let Some(place) = core.nodes[self.node].interrupts.get_mut(vector as usize) {
+        if let Some(place) = core.nodes[self.node]
+            .end
+            .interrupts
+            .get_mut(vector as usize)
+        {
             *place = interrupt;
         }
     }
@@ -178,12 +260,28 @@ impl Function {
 
     /// What the device has done.
     pub fn counters(&self) -> Counters {
-        let mut counters = self.fabric.lock().nodes[self.node].counters;
+        let core = self.fabric.lock();
+        let node = &core.nodes[self.node];
+        let mut counters = node.tally.sum(&node.port().tally);
+        drop(core);
         self.front.accesses.add_to(&mut counters);
-        for page in &self.front.pages {
-            page.accesses.add_to(&mut counters);
+        for accesses in &self.front.page_accesses {
+            accesses.add_to(&mut counters);
         }
         counters
+    }
+
+    /// Changes the memory that the device reaches, while no access of any node to it is under way. `change` is
+    /// given the number of the change, which the wire must announce if it is made (`Ok`): until then no other
+    /// process executes anything at this node.
+    pub fn change_reach<R, E>(&self, change: impl FnOnce(u64) -> Result<R, E>) -> Result<R, E> {
+        let mut core = self.fabric.lock();
+        core.hold(self.node, |node| {
+            let number = node.port().changes.load(Relaxed).wrapping_add(1);
+            let done = change(number)?;
+            node.port().changes.store(number, Relaxed);
+            Ok(done)
+        })
     }
 
     /// Who counts an access.
@@ -191,9 +289,9 @@ impl Function {
     fn accesses(&self, bar: Bar, offset: u64) -> &Accesses {
         let page = match bar {
             Bar::Management => None,
-            Bar::Pages => self.front.pages.get((offset / PAGE_SIZE) as usize),
+            Bar::Pages => (self.front.page_accesses).get((offset / PAGE_SIZE) as usize),
         };
-        page.map_or(&self.front.accesses, |page| &page.accesses)
+        page.unwrap_or(&self.front.accesses)
     }
 
     fn is_removed(&self) -> bool {
@@ -202,7 +300,7 @@ impl Function {
 
     fn read_page(&self, offset: u64, width: u32) -> Option<u64> {
         let set = (offset / PAGE_SIZE) as usize;
-        let page = self.front.pages.get(set)?;
+        let page = self.front.pages().get(set)?;
         let offset = offset % PAGE_SIZE;
         if page::width(offset) != width {
             return None;
@@ -218,7 +316,8 @@ impl Function {
 
     #[inline]
     fn write_page(&self, offset: u64, width: u32, value: u64) {
-        let Some(page) = self.front.pages.get((offset / PAGE_SIZE) as usize) else {
+        let set = (offset / PAGE_SIZE) as usize;
+        let Some(page) = self.front.pages().get(set) else {
             return;
         };
         let offset = offset % PAGE_SIZE;
@@ -226,8 +325,10 @@ impl Function {
             return;
         }
         match offset {
-            sheet::page::WQ_TAIL => page.accesses.doorbells.add(),
-            sheet::page::CQ_HEAD | sheet::page::MQ_HEAD => page.accesses.heads.add(),
+            sheet::page::WQ_TAIL => self.front.page_accesses[set].doorbells.add(1),
+            sheet::page::CQ_HEAD | sheet::page::MQ_HEAD => {
+                self.front.page_accesses[set].heads.add(1)
+            }
             _ => {}
         }
         match width {

@@ -1,30 +1,30 @@
 //! A queue page: memory-like registers (`docs/device.md`, 5.1) that the driver stores to while
 //! the model looks at them.
 
-use crate::counters::Accesses;
 use crate::sheet::{PAGE_SIZE, page};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const WORDS: usize = PAGE_SIZE as usize / 8;
 
-/// The words of one page. Aligned, so that a register's line is the one that the data sheet means.
+/// The words of one queue page. Aligned, so that a register's line is the one that the data sheet means. Any
+/// contents are valid.
 #[derive(Debug)]
-#[repr(align(4096))]
-pub(crate) struct Page {
+#[repr(C, align(4096))]
+pub struct Page {
     words: [AtomicU64; WORDS],
-    pub accesses: Accesses,
 }
 
+const _: () = assert!(size_of::<Page>() == PAGE_SIZE as usize);
+
 impl Page {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Page {
             words: std::array::from_fn(|_| AtomicU64::new(0)),
-            accesses: Accesses::default(),
         }
     }
 
     /// Gives every word the value.
-    pub fn fill(&self, value: u64) {
+    pub(crate) fn fill(&self, value: u64) {
         for word in &self.words {
             word.store(value, Ordering::Release);
         }
@@ -32,24 +32,24 @@ impl Page {
 
     /// The 64-bit word at a multiple of 8 below the page's size.
     #[inline]
-    pub fn load64(&self, offset: u64) -> u64 {
+    pub(crate) fn load64(&self, offset: u64) -> u64 {
         self.words[offset as usize / 8].load(Ordering::Acquire)
     }
 
     /// The 32-bit register at a multiple of 4 below the page's size.
     #[inline]
-    pub fn load32(&self, offset: u64) -> u32 {
+    pub(crate) fn load32(&self, offset: u64) -> u32 {
         (self.load64(offset) >> shift(offset)) as u32
     }
 
     #[inline]
-    pub fn store64(&self, offset: u64, value: u64) {
+    pub(crate) fn store64(&self, offset: u64, value: u64) {
         self.words[offset as usize / 8].store(value, Ordering::Release);
     }
 
     /// The registers that are stored to while data move have a word of their own.
     #[inline]
-    pub fn store32(&self, offset: u64, value: u32) {
+    pub(crate) fn store32(&self, offset: u64, value: u32) {
         if matches!(
             offset,
             page::WQ_TAIL | page::CQ_HEAD | page::MQ_HEAD | page::ARM

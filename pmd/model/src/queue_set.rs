@@ -104,7 +104,6 @@ pub(crate) struct QueueSet {
     pub state: State,
     pub work: Ring,
     pub completions: Ring,
-    pub messages: Ring,
     pub status: u64,
     /// Slots taken since the start.
     pub fetched: u64,
@@ -112,17 +111,14 @@ pub(crate) struct QueueSet {
     pub window_taken: u64,
     /// Free-running index of the next completion.
     pub completion_tail: u32,
-    /// Free-running index of the next message.
-    pub message_tail: u32,
     /// Descriptors by target.
     pub descriptors: Lanes,
     /// Window messages by target.
     pub window: Lanes,
-    /// Value of ARM that has fired.
+    /// Value of ARM that has fired, as last seen.
     pub fired: u32,
-    /// Faults that were injected.
+    /// A fault that was injected.
     pub stuck: bool,
-    pub full: bool,
 }
 
 /// Which of a set's two groups of lanes.

@@ -3,6 +3,7 @@
 use nix::sys::eventfd::EventFd;
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -45,6 +46,9 @@ pub enum BusError {
     /// All usable I/O virtual addresses are in use.
     #[error("no {0} bytes of I/O virtual addresses are left")]
     NoAddresses(u64),
+    /// The memory is no file, so that the processes with which the device is linked cannot map it.
+    #[error("a linked device can be given files only")]
+    NoFile,
     /// Nothing can be allocated or mapped with a length of 0 or so great a one.
     #[error("{0} bytes cannot be mapped")]
     BadLength(usize),
@@ -93,6 +97,24 @@ pub trait Device: Send + Sync + Debug {
         len: usize,
         access: Access,
     ) -> Result<(), BusError>;
+
+    /// As [`Device::map`], for memory that is the bytes of `file` from `offset` on: a bus whose device is in another
+    /// process needs to know.
+    ///
+    /// # Safety
+    /// As [`Device::map`].
+    unsafe fn map_file(
+        &self,
+        iova: u64,
+        host: NonNull<u8>,
+        len: usize,
+        access: Access,
+        _file: BorrowedFd<'_>,
+        _offset: u64,
+    ) -> Result<(), BusError> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.map(iova, host, len, access) }
+    }
 
     /// Takes back what [`Device::map`] gave, with the same `iova` and `len`. When it has returned,
     /// the device does not touch the memory any more.

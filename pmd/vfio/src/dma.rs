@@ -7,13 +7,15 @@
 use crate::device::{Access, BusError, Device};
 use crate::iova::Iovas;
 use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of a huge page.
 pub const HUGE_PAGE: usize = 2 << 20;
-const HUGE_PAGE_LOG2: u8 = 21;
 const PAGE: usize = 4096;
 
 /// The address space of a device: everything that is mapped for it comes from here.
@@ -55,13 +57,8 @@ impl Space {
         if len >= HUGE_PAGE / 2
             && let Some(whole) = len.checked_next_multiple_of(HUGE_PAGE)
         {
-            let huge = MmapOptions::new()
-                .len(whole)
-                .huge(Some(HUGE_PAGE_LOG2))
-                .populate()
-                .map_anon();
-            match huge {
-                Ok(mapping) => return self.give(mapping.into(), true, Access::ReadWrite),
+            match make(whole, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB) {
+                Ok((mapping, file)) => return self.give(mapping, &file, true, Access::ReadWrite),
                 Err(error) => tracing::warn!(
                     bytes = whole,
                     %error,
@@ -73,15 +70,12 @@ impl Space {
             .checked_next_multiple_of(PAGE)
             .filter(|len| *len != 0)
             .ok_or(BusError::BadLength(len))?;
-        let mapping = MmapOptions::new()
-            .len(whole)
-            .populate()
-            .map_anon()
-            .map_err(|source| BusError::Io {
-                what: "allocating DMA memory",
-                source,
-            })?;
-        self.give(mapping.into(), false, Access::ReadWrite)
+        let made = make(whole, MFdFlags::empty());
+        let (mapping, file) = made.map_err(|source| BusError::Io {
+            what: "allocating DMA memory",
+            source,
+        })?;
+        self.give(mapping, &file, false, Access::ReadWrite)
     }
 
     /// Maps the first `len` bytes of a file that others have mapped too. It must be sealed against
@@ -93,7 +87,7 @@ impl Space {
         access: Access,
     ) -> Result<DmaMemory, BusError> {
         let mapping = map(file, len)?;
-        self.give(mapping, false, access)
+        self.give(mapping, file, false, access)
     }
 
     /// Sets `len` bytes of I/O virtual addresses aside, in which files are mapped and unmapped while
@@ -110,7 +104,13 @@ impl Space {
         })))
     }
 
-    fn give(&self, mapping: MmapRaw, huge: bool, access: Access) -> Result<DmaMemory, BusError> {
+    fn give(
+        &self,
+        mapping: MmapRaw,
+        file: &impl AsFd,
+        huge: bool,
+        access: Access,
+    ) -> Result<DmaMemory, BusError> {
         let len = mapping.len();
         let align = if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
         let iova = self
@@ -120,7 +120,10 @@ impl Space {
         let host = NonNull::new(mapping.as_mut_ptr()).ok_or(BusError::BadLength(len))?;
         // SAFETY: the mapping is owned by the DmaMemory made below, which unmaps at the device
         // before it drops the mapping; nothing in this crate makes a reference into it.
-        let mapped = unsafe { self.device.map(iova, host, len, access) };
+        let mapped = unsafe {
+            let file = file.as_fd();
+            self.device.map_file(iova, host, len, access, file, 0)
+        };
         if let Err(error) = mapped {
             self.iovas().give_back(iova);
             return Err(error);
@@ -137,6 +140,19 @@ impl Space {
     pub(crate) fn iovas(&self) -> std::sync::MutexGuard<'_, Iovas> {
         self.iovas.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes memory of `len` zeroed bytes that another process can map too: the device may be a model there.
+fn make(len: usize, pages: MFdFlags) -> std::io::Result<(MmapRaw, File)> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages;
+    let file = File::from(memfd_create(c"rdsock-dma", flags)?);
+    file.set_len(len as u64)?;
+    fcntl(
+        &file,
+        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+    )?;
+    let mapping = MmapOptions::new().len(len).populate().map_raw(&file)?;
+    Ok((mapping, file))
 }
 
 /// Maps the first `len` bytes of a file into this process.
@@ -211,7 +227,10 @@ impl Window {
         let mapping = map(file, len)?;
         let host = NonNull::new(mapping.as_mut_ptr()).ok_or(BusError::BadLength(len))?;
         // SAFETY: as in `Space::give`.
-        unsafe { space.device.map(iova, host, len, Access::ReadWrite) }?;
+        unsafe {
+            let file = file.as_fd();
+            (space.device).map_file(iova, host, len, Access::ReadWrite, file, 0)
+        }?;
         Ok(DmaMemory {
             mapping,
             iova,

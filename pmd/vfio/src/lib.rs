@@ -17,7 +17,9 @@ pub mod barrier;
 mod device;
 mod dma;
 mod iova;
+pub mod link;
 pub mod model;
+mod translation;
 mod views;
 
 pub use device::{Access, BusError, Device, RegionInfo, Registers};

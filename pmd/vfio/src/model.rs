@@ -1,20 +1,20 @@
-//! The bus to a model of the device in the same process.
-//!
-//! Opts into `unsafe` to play the IOMMU: it turns I/O virtual addresses into the addresses that
-//! [`Device::map`] was given, and copies there on the model's behalf.
+//! The bus to a model of the device in the same process, alone or linked with models in others.
 
 use crate::device::{Access, BusError, Device, RegionInfo, Registers};
+use crate::link::{Link, LinkError};
+use crate::translation::{Mapping, Translation};
 use nix::sys::eventfd::EventFd;
-use rdsock_model::{Bar, Dma, DmaFault, Fabric, Function};
-use std::collections::BTreeMap;
+use rdsock_model::{Bar, Fabric, Function};
 use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 /// A model on the in-process bus.
 #[derive(Debug)]
 pub struct ModelDevice {
+    link: Option<Link>,
     function: Function,
     translation: Arc<Translation>,
 }
@@ -24,9 +24,33 @@ impl ModelDevice {
     pub fn new(fabric: &Fabric, queue_sets: usize) -> Self {
         let translation = Arc::new(Translation::default());
         ModelDevice {
+            link: None,
             function: fabric.add(translation.clone(), queue_sets),
             translation,
         }
+    }
+
+    /// Adds a device to a fabric that has none, and links it, as node `id`, with those in the other processes that meet
+    /// in `dir`, now and later. Whoever steps the fabric runs this device; the others are run by their own
+    /// processes. They can write into all memory that the device is given: see [`crate::link`].
+    ///
+    /// All memory that it is given must be files ([`Device::map_file`]). Dropping it ends the links.
+    ///
+    /// # Panics
+    /// When the fabric has a device.
+    pub fn linked(
+        fabric: &Fabric,
+        dir: &Path,
+        id: u16,
+        queue_sets: usize,
+    ) -> Result<Self, LinkError> {
+        let translation = Arc::new(Translation::default());
+        let (link, function) = Link::connect(fabric, dir, id, translation.clone(), queue_sets)?;
+        Ok(ModelDevice {
+            link: Some(link),
+            function,
+            translation,
+        })
     }
 
     /// The model's side: faults, counters.
@@ -52,18 +76,45 @@ impl Device for ModelDevice {
         len: usize,
         access: Access,
     ) -> Result<(), BusError> {
-        self.translation.insert(
-            iova,
-            Mapping {
-                host,
-                len: len as u64,
-                writable: access == Access::ReadWrite,
-            },
-        )
+        if self.link.is_some() {
+            return Err(BusError::NoFile);
+        }
+        let mapping = mapping(host, len, access);
+        self.function
+            .change_reach(|_| self.translation.insert(iova, mapping))
+    }
+
+    unsafe fn map_file(
+        &self,
+        iova: u64,
+        host: NonNull<u8>,
+        len: usize,
+        access: Access,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<(), BusError> {
+        let mapping = mapping(host, len, access);
+        self.function.change_reach(|change| {
+            self.translation.insert(iova, mapping)?;
+            let Some(link) = &self.link else {
+                return Ok(());
+            };
+            let told = link.map(change, iova, (file, offset, len), access);
+            if told.is_err() {
+                self.translation.remove(iova, len as u64)?;
+            }
+            told
+        })
     }
 
     fn unmap(&self, iova: u64, len: usize) -> Result<(), BusError> {
-        self.translation.remove(iova, len as u64)
+        self.function.change_reach(|change| {
+            self.translation.remove(iova, len as u64)?;
+            if let Some(link) = &self.link {
+                link.unmap(change, iova, len);
+            }
+            Ok(())
+        })
     }
 
     fn region(&self, index: u32) -> Result<RegionInfo, BusError> {
@@ -91,6 +142,11 @@ impl Device for ModelDevice {
                 index: vector,
             });
         }
+        if let Some(link) = &self.link {
+            let eventfd = to.as_deref().map(AsFd::as_fd);
+            self.function
+                .change_reach(|change| link.set_interrupt(change, vector, eventfd))?;
+        }
         let fire = to.map(|eventfd| -> rdsock_model::Interrupt {
             Arc::new(move || {
                 // It fails only when 2^64 - 2 interrupts are pending, which says as much as one more.
@@ -104,6 +160,15 @@ impl Device for ModelDevice {
     fn reset(&self) -> Result<(), BusError> {
         self.function.reset();
         Ok(())
+    }
+}
+
+fn mapping(host: NonNull<u8>, len: usize, access: Access) -> Mapping {
+    Mapping {
+        host,
+        len: len as u64,
+        writable: access == Access::ReadWrite,
+        _memory: None,
     }
 }
 
@@ -141,142 +206,5 @@ impl Registers for ModelRegisters {
     #[inline]
     fn write64(&self, offset: u64, value: u64) {
         self.function.write(self.bar, offset, 8, value);
-    }
-}
-
-/// The IOMMU: what is mapped where.
-#[derive(Debug, Default)]
-struct Translation {
-    /// By first I/O virtual address. An access holds the lock for reading, so that unmapping waits
-    /// until none is under way.
-    mappings: RwLock<BTreeMap<u64, Mapping>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Mapping {
-    host: NonNull<u8>,
-    len: u64,
-    writable: bool,
-}
-
-// SAFETY: an address; what is done with it is justified where it is done.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Translation {
-    fn insert(&self, iova: u64, mapping: Mapping) -> Result<(), BusError> {
-        let refused = BusError::Range {
-            iova,
-            len: mapping.len,
-        };
-        let mut mappings = self
-            .mappings
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let Some(end) = iova.checked_add(mapping.len).filter(|_| mapping.len != 0) else {
-            return Err(refused);
-        };
-        let before = mappings.range(..end).next_back();
-        if before.is_some_and(|(start, other)| start + other.len > iova) {
-            return Err(refused);
-        }
-        mappings.insert(iova, mapping);
-        Ok(())
-    }
-
-    fn remove(&self, iova: u64, len: u64) -> Result<(), BusError> {
-        let mut mappings = self
-            .mappings
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        match mappings.get(&iova) {
-            Some(mapping) if mapping.len == len => {
-                mappings.remove(&iova);
-                Ok(())
-            }
-            _ => Err(BusError::Range { iova, len }),
-        }
-    }
-
-    /// Calls `access` with the host address of `len` bytes at `iova`.
-    fn with(
-        &self,
-        iova: u64,
-        len: usize,
-        write: bool,
-        access: impl FnOnce(NonNull<u8>),
-    ) -> Result<(), DmaFault> {
-        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
-        let (start, mapping) = mappings.range(..=iova).next_back().ok_or(DmaFault)?;
-        let offset = iova - start;
-        let inside = offset
-            .checked_add(len as u64)
-            .is_some_and(|end| end <= mapping.len);
-        if !inside || (write && !mapping.writable) {
-            return Err(DmaFault);
-        }
-        // SAFETY: inside the memory that `map` was given.
-        access(unsafe { mapping.host.add(offset as usize) });
-        Ok(())
-    }
-
-    /// As above, for words.
-    fn with_words(
-        &self,
-        iova: u64,
-        count: usize,
-        write: bool,
-        access: impl FnOnce(&[AtomicU64]),
-    ) -> Result<(), DmaFault> {
-        if !iova.is_multiple_of(8) {
-            return Err(DmaFault);
-        }
-        let mut aligned = true;
-        self.with(iova, count * 8, write, |host| {
-            aligned = host.cast::<u64>().is_aligned();
-            if aligned {
-                // SAFETY: inside the memory that `map` was given, aligned, and shared with the driver
-                // through atomics. It stays mapped while the translation's lock is held.
-                access(unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), count) });
-            }
-        })?;
-        if aligned { Ok(()) } else { Err(DmaFault) }
-    }
-}
-
-impl Dma for Translation {
-    fn read(&self, iova: u64, to: &mut [u8]) -> Result<(), DmaFault> {
-        self.with(iova, to.len(), false, |host| {
-            // SAFETY: `with` has checked the range; `to` is the model's own. Bytes that the host
-            // writes meanwhile are old or new, as with a real device.
-            unsafe { host.copy_to_nonoverlapping(NonNull::from(&mut *to).cast(), to.len()) }
-        })
-    }
-
-    fn write(&self, iova: u64, from: &[u8]) -> Result<(), DmaFault> {
-        self.with(iova, from.len(), true, |host| {
-            // SAFETY: as above, and `map` was promised that nobody holds a reference.
-            unsafe { host.copy_from_nonoverlapping(NonNull::from(from).cast(), from.len()) }
-        })
-    }
-
-    fn load(&self, iova: u64, to: &mut [u64]) -> Result<(), DmaFault> {
-        self.with_words(iova, to.len(), false, |words| {
-            for (word, to) in words.iter().zip(to) {
-                *to = word.load(Ordering::Acquire);
-            }
-        })
-    }
-
-    fn store(&self, iova: u64, from: &[u64]) -> Result<(), DmaFault> {
-        self.with_words(iova, from.len(), true, |words| {
-            for (word, from) in words.iter().zip(from).skip(1).rev() {
-                word.store(*from, Ordering::Relaxed);
-            }
-            if let (Some(word), Some(from)) = (words.first(), from.first()) {
-                word.store(*from, Ordering::Release);
-            }
-        })
     }
 }

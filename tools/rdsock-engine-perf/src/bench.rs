@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Empty polls between two looks at the clock.
-const POLLS: u32 = 1 << 16;
+pub const POLLS: u32 = 1 << 16;
 
 /// One node.
 pub struct Node {
-    device: Arc<ModelDevice>,
+    pub device: Arc<ModelDevice>,
     pub set: QueueSet,
     pub region: Region,
     pub piece: [Piece; 1],
-    _rde: Rde,
+    pub rde: Rde,
 }
 
 /// Both nodes, and who runs their devices.
@@ -32,10 +32,11 @@ impl Bench {
     /// Makes two nodes with memory of the planned size.
     pub fn new(plan: &Plan) -> Result<Self, Error> {
         let fabric = Fabric::new(Chaos::default());
-        let nodes = [node(&fabric, 1, plan.size)?, node(&fabric, 2, plan.size)?];
+        let device = || Arc::new(ModelDevice::new(&fabric, 1));
+        let nodes = [node(device(), 1, plan.size)?, node(device(), 2, plan.size)?];
         let core = plan.device_core;
         let thread = match plan.devices {
-            Devices::Inline => None,
+            Devices::Inline | Devices::Linked => None,
             Devices::Thread => {
                 let pin = move || {
                     core.map(core_affinity::set_for_current);
@@ -99,21 +100,23 @@ impl Bench {
     }
 }
 
-fn node(fabric: &Fabric, id: u16, size: u32) -> Result<Node, Error> {
-    let device = Arc::new(ModelDevice::new(fabric, 1));
+/// Makes node 1 or 2 of a device, with memory for operations of a size.
+pub fn node(device: Arc<ModelDevice>, id: u16, size: u32) -> Result<Node, Error> {
     let rde = Rde::open(Space::new(device.clone()))?;
-    rde.management().join(id, &[1, 2]);
     let half = size.next_multiple_of(64) as usize;
     let memory = Arc::new(rde.space().allocate(2 * half)?);
     let missing = || rdsock_vfio::BusError::BadLength(size as usize);
     let view = |at| Shared::new(&memory, at, size as usize).ok_or_else(missing);
     let region = rde.register(view(0)?, Rights::Write, None)?;
     let local = view(half)?;
+    let set = rde.queue_set(0, Sizes::default())?;
+    // Last: a message to a node that is there, but does not run the queue set, fails.
+    rde.management().join(id, &[1, 2]);
     Ok(Node {
-        set: rde.queue_set(0, Sizes::default())?,
+        set,
         region,
         piece: [local.piece(0, size).ok_or_else(missing)?],
         device,
-        _rde: rde,
+        rde,
     })
 }

@@ -2,8 +2,7 @@
 
 use clap::{Parser, ValueEnum};
 
-/// Latency of the RDMA engine and the mailbox between two nodes whose devices are models in this
-/// process.
+/// Latency of the RDMA engine and the mailbox between two nodes whose devices are models.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Flags {
@@ -25,9 +24,12 @@ pub struct Flags {
     /// Core of the driver's thread
     #[arg(long)]
     pub core: Option<usize>,
-    /// Core of the devices' thread
+    /// Core of the devices' thread, or of the other process
     #[arg(long)]
     pub device_core: Option<usize>,
+    /// Be the far end of the process that measures, which gives the directory where both meet
+    #[arg(long, hide = true)]
+    pub far: Option<std::path::PathBuf>,
     /// Print one JSON object for each test
     #[arg(long)]
     pub json: bool,
@@ -51,4 +53,6 @@ pub enum Devices {
     Thread,
     /// The driver's thread, in turns with it: no core talks to another
     Inline,
+    /// Each its own node's thread, in turns with it, in two processes
+    Linked,
 }

@@ -1,10 +1,12 @@
 //! `rdsock-engine-perf`: what the RDMA engine and the mailbox take, without sockets, like perftest's
-//! `ib_write_lat`. Two nodes with models of the device, in this process.
+//! `ib_write_lat`. Two nodes with models of the device, in this
+//! process or in two.
 //!
 //! The order of a run is: raw flags ([`cli`]) → checked plan ([`plan`]) → run ([`measure`]) → report.
 
 mod bench;
 mod cli;
+mod linked;
 mod measure;
 mod plan;
 mod report;
@@ -19,6 +21,9 @@ fn main() -> ExitCode {
         .init();
     let flags = cli::Flags::parse();
     let done = plan::Plan::check(flags).and_then(|plan| {
+        if let Some(dir) = &plan.far {
+            return measure::answer(&plan, dir);
+        }
         let outcomes = measure::run(&plan)?;
         report::print(&plan, &outcomes);
         Ok(())

@@ -1,11 +1,13 @@
 //! The measurements.
 
 use crate::bench::Bench;
-use crate::cli::Test;
+use crate::cli::{Devices, Test};
+use crate::linked::Linked;
 use crate::plan::{Error, Plan};
 use hdrhistogram::Histogram;
 use rdsock_model::Counters;
 use rdsock_rde::{Data, Notify, Operation, Work};
+use std::path::Path;
 use std::time::Instant;
 
 /// Longest latency that is told apart, in nanoseconds.
@@ -25,37 +27,84 @@ pub struct Outcome {
 
 /// Runs all tests of the plan.
 pub fn run(plan: &Plan) -> Result<Vec<Outcome>, Error> {
-    if let Some(core) = plan.core {
-        core_affinity::set_for_current(core);
-    }
+    pin(plan);
+    let one = if plan.devices == Devices::Linked {
+        linked
+    } else {
+        together
+    };
     plan.tests.iter().map(|test| one(plan, *test)).collect()
 }
 
-fn one(plan: &Plan, test: Test) -> Result<Outcome, Error> {
+/// Answers a process that measures.
+pub fn answer(plan: &Plan, dir: &Path) -> Result<(), Error> {
+    pin(plan);
+    Linked::far(dir, plan.size)
+}
+
+fn pin(plan: &Plan) {
+    if let Some(core) = plan.core {
+        core_affinity::set_for_current(core);
+    }
+}
+
+/// Both nodes in this process.
+fn together(plan: &Plan, test: Test) -> Result<Outcome, Error> {
     let mut bench = Bench::new(plan)?;
     let operation: fn(&mut Bench) -> Result<(), Error> = match test {
         Test::Write => write,
         Test::WriteNotify => |bench| notify(bench, 0).and_then(|()| notify(bench, 1)),
         Test::Mailbox => |bench| mailbox(bench, 0).and_then(|()| mailbox(bench, 1)),
     };
-    let ways = if test == Test::Write { 1 } else { 2 };
+    measure(
+        plan,
+        test,
+        ways(test),
+        &mut bench,
+        operation,
+        Bench::counters,
+    )
+}
+
+/// Each node in its process. What the other one counts is the same as here.
+fn linked(plan: &Plan, test: Test) -> Result<Outcome, Error> {
+    let mut near = Linked::near(plan)?;
+    let operation = |near: &mut Linked| near.operation(test);
+    let counters = |near: &Linked| [near.counters(), Counters::default()];
+    measure(plan, test, 1, &mut near, operation, counters)
+}
+
+/// Ways between the nodes that are measured at once.
+fn ways(test: Test) -> u64 {
+    if test == Test::Write { 1 } else { 2 }
+}
+
+/// `counted`: operations that the counters see in each measured one.
+fn measure<T>(
+    plan: &Plan,
+    test: Test,
+    counted: u64,
+    on: &mut T,
+    mut operation: impl FnMut(&mut T) -> Result<(), Error>,
+    counters: impl Fn(&T) -> [Counters; 2],
+) -> Result<Outcome, Error> {
     for _ in 0..plan.warmup {
-        operation(&mut bench)?;
+        operation(on)?;
     }
-    let before = bench.counters();
+    let before = counters(on);
     let mut latency = Histogram::new_with_bounds(1, LONGEST, 3)
         .unwrap_or_else(|error| unreachable!("constant bounds: {error}"));
     for _ in 0..plan.count {
         let start = Instant::now();
-        operation(&mut bench)?;
-        latency.saturating_record(start.elapsed().as_nanos() as u64 / ways);
+        operation(on)?;
+        latency.saturating_record(start.elapsed().as_nanos() as u64 / ways(test));
     }
     Ok(Outcome {
         test,
         latency,
         before,
-        after: bench.counters(),
-        operations: plan.count * ways,
+        after: counters(on),
+        operations: plan.count * counted,
     })
 }
 

@@ -17,6 +17,8 @@ pub struct Plan {
     pub devices: Devices,
     pub core: Option<CoreId>,
     pub device_core: Option<CoreId>,
+    /// This process is the far end of another one.
+    pub far: Option<std::path::PathBuf>,
     pub json: bool,
 }
 
@@ -29,8 +31,10 @@ pub enum Error {
     Count,
     #[error("there is no core {0} for this process (it has {1:?})")]
     Core(usize, Vec<usize>),
-    #[error("--device-core needs --devices thread")]
+    #[error("--device-core needs --devices thread or linked")]
     NoDeviceThread,
+    #[error("with --devices linked, give --core and --device-core or neither")]
+    OneCore,
     #[error("cannot open the device: {0}")]
     Open(#[from] rdsock_rde::OpenError),
     #[error("cannot allocate: {0}")]
@@ -45,6 +49,10 @@ pub enum Error {
     Silence,
     #[error("cannot start the devices' thread: {0}")]
     Thread(std::io::Error),
+    #[error("cannot start the far end: {0}")]
+    Far(std::io::Error),
+    #[error("cannot link the devices: {0}")]
+    Link(#[from] rdsock_vfio::link::LinkError),
 }
 
 impl Plan {
@@ -59,6 +67,9 @@ impl Plan {
         if flags.device_core.is_some() && flags.devices == Devices::Inline {
             return Err(Error::NoDeviceThread);
         }
+        if flags.devices == Devices::Linked && flags.core.is_some() != flags.device_core.is_some() {
+            return Err(Error::OneCore);
+        }
         let tests = match &flags.tests[..] {
             [] => Test::value_variants().to_vec(),
             tests => tests.to_vec(),
@@ -71,6 +82,7 @@ impl Plan {
             devices: flags.devices,
             core: core(flags.core)?,
             device_core: core(flags.device_core)?,
+            far: flags.far,
             json: flags.json,
         })
     }

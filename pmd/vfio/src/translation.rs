@@ -1,0 +1,175 @@
+//! What stands for the IOMMU of a model: I/O virtual addresses, and the memory of this process that they lead to.
+//!
+//! Opts into `unsafe` to copy there on the model's behalf.
+
+use crate::device::BusError;
+use memmap2::MmapRaw;
+use rdsock_model::{Dma, DmaFault};
+use std::collections::BTreeMap;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
+
+/// What is mapped where.
+#[derive(Debug, Default)]
+pub(crate) struct Translation {
+    /// By first I/O virtual address. Engines access it, and buses change it, with their fabric's lock held, so that
+    /// nobody ever waits here, and an access may hold it for reading twice.
+    mappings: RwLock<BTreeMap<u64, Mapping>>,
+}
+
+/// Memory that stays mapped in this process for as long as it is in the translation.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub host: NonNull<u8>,
+    pub len: u64,
+    pub writable: bool,
+    /// What keeps it mapped, if nobody else does.
+    pub _memory: Option<MmapRaw>,
+}
+
+// SAFETY: an address; what is done with it is justified where it is done.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Translation {
+    /// Adds memory where there is none.
+    pub fn insert(&self, iova: u64, mapping: Mapping) -> Result<(), BusError> {
+        let refused = BusError::Range {
+            iova,
+            len: mapping.len,
+        };
+        let mut mappings = self
+            .mappings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(end) = iova.checked_add(mapping.len).filter(|_| mapping.len != 0) else {
+            return Err(refused);
+        };
+        let before = mappings.range(..end).next_back();
+        if before.is_some_and(|(start, other)| start + other.len > iova) {
+            return Err(refused);
+        }
+        mappings.insert(iova, mapping);
+        Ok(())
+    }
+
+    /// Takes out what [`Translation::insert`] put in with the same range.
+    pub fn remove(&self, iova: u64, len: u64) -> Result<(), BusError> {
+        let mut mappings = self
+            .mappings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        match mappings.get(&iova) {
+            Some(mapping) if mapping.len == len => {
+                mappings.remove(&iova);
+                Ok(())
+            }
+            _ => Err(BusError::Range { iova, len }),
+        }
+    }
+
+    /// Calls `access` with the host address of `len` bytes at `iova`.
+    fn with(
+        &self,
+        iova: u64,
+        len: usize,
+        write: bool,
+        access: impl FnOnce(NonNull<u8>),
+    ) -> Result<(), DmaFault> {
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let (start, mapping) = mappings.range(..=iova).next_back().ok_or(DmaFault)?;
+        let offset = iova - start;
+        let inside = offset
+            .checked_add(len as u64)
+            .is_some_and(|end| end <= mapping.len);
+        if !inside || (write && !mapping.writable) {
+            return Err(DmaFault);
+        }
+        // SAFETY: inside a mapping.
+        access(unsafe { mapping.host.add(offset as usize) });
+        Ok(())
+    }
+
+    /// As above, for words.
+    fn with_words(
+        &self,
+        iova: u64,
+        count: usize,
+        write: bool,
+        access: impl FnOnce(&[AtomicU64]),
+    ) -> Result<(), DmaFault> {
+        if !iova.is_multiple_of(8) {
+            return Err(DmaFault);
+        }
+        let mut aligned = true;
+        self.with(iova, count * 8, write, |host| {
+            aligned = host.cast::<u64>().is_aligned();
+            if aligned {
+                // SAFETY: inside a mapping, aligned, and shared with the driver through atomics. It stays
+                // mapped while the translation's lock is held.
+                access(unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), count) });
+            }
+        })?;
+        if aligned { Ok(()) } else { Err(DmaFault) }
+    }
+}
+
+impl Dma for Translation {
+    fn read(&self, iova: u64, to: &mut [u8]) -> Result<(), DmaFault> {
+        self.with(iova, to.len(), false, |host| {
+            // SAFETY: `with` has checked the range; `to` is the model's own. Bytes that the host
+            // writes meanwhile are old or new, as with a real device.
+            unsafe { host.copy_to_nonoverlapping(NonNull::from(&mut *to).cast(), to.len()) }
+        })
+    }
+
+    fn write(&self, iova: u64, from: &[u8]) -> Result<(), DmaFault> {
+        self.with(iova, from.len(), true, |host| {
+            // SAFETY: as above, and nobody holds a reference into mapped memory.
+            unsafe { host.copy_from_nonoverlapping(NonNull::from(from).cast(), from.len()) }
+        })
+    }
+
+    fn load(&self, iova: u64, to: &mut [u64]) -> Result<(), DmaFault> {
+        self.with_words(iova, to.len(), false, |words| {
+            for (word, to) in words.iter().zip(to) {
+                *to = word.load(Ordering::Acquire);
+            }
+        })
+    }
+
+    fn store(&self, iova: u64, from: &[u64]) -> Result<(), DmaFault> {
+        self.with_words(iova, from.len(), true, |words| {
+            for (word, from) in words.iter().zip(from).skip(1).rev() {
+                word.store(*from, Ordering::Relaxed);
+            }
+            if let (Some(word), Some(from)) = (words.first(), from.first()) {
+                word.store(*from, Ordering::Release);
+            }
+        })
+    }
+
+    fn show(
+        &self,
+        iova: u64,
+        len: usize,
+        see: &mut dyn FnMut(&[AtomicU8]),
+    ) -> Result<(), DmaFault> {
+        self.with(iova, len, false, |host| {
+            // SAFETY: inside a mapping, which stays while the translation's lock is held, and which is only
+            // accessed through atomics, or by copies that take bytes as they come.
+            see(unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), len) })
+        })
+    }
+
+    fn write_shown(&self, iova: u64, from: &[AtomicU8]) -> Result<(), DmaFault> {
+        self.with(iova, from.len(), true, |host| {
+            let shown = NonNull::from(from).cast::<u8>();
+            // SAFETY: both are mapped, and may overlap. Bytes that somebody writes meanwhile are old or new, as
+            // with a real device.
+            unsafe { host.copy_from(shown, from.len()) }
+        })
+    }
+}
