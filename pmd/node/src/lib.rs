@@ -187,6 +187,9 @@ pub enum StartError {
     /// Its bus.
     #[error("the device can't be reached: {0}")]
     Bus(#[from] BusError),
+    /// The models of other nodes.
+    #[error("can't meet the other nodes' models: {0}")]
+    Link(#[from] rdsock_vfio::link::LinkError),
     /// The system said no.
     #[error("can't start a thread of the node: {0}")]
     System(#[from] io::Error),

@@ -117,6 +117,7 @@ fn a_killed_program_leaves_its_last_bytes() {
     let mut sites = pair();
     let ([mut a, mut b], mut connection) = programs(&mut sites);
     a.switch();
+    b.switch();
     a.send(&pattern(40_000, 4));
     let Connection { programs, .. } = &mut connection;
     let gone = std::mem::replace(&mut programs[0], sockets().0);

@@ -1,6 +1,7 @@
 //! Opens the device that the configuration names, and joins the fabric.
 
 use super::config::{Device, FabricConfig};
+use rdsock_model::Chaos;
 use rdsock_node::{Fabric, StartError};
 use rdsock_rde::Rde;
 use rdsock_vfio::{Space, model::ModelDevice};
@@ -14,9 +15,9 @@ const STALL: Duration = Duration::from_millis(100);
 pub fn open(config: &FabricConfig) -> Result<(Rde, Option<Fabric>), StartError> {
     let (device, fabric) = match &config.device {
         Device::Model(directory) => {
-            let _ = directory;
-            let fabric = Fabric::new(rdsock_model::Chaos::default());
-            (Arc::new(ModelDevice::new(&fabric, 1)), Some(fabric))
+            let fabric = Fabric::new(Chaos::default());
+            let device = ModelDevice::linked(&fabric, directory, config.node, 1)?;
+            (Arc::new(device), Some(fabric))
         }
     };
     let rde = Rde::open(Space::new(device))?;
