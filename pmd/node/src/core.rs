@@ -158,6 +158,7 @@ impl Core {
         worked |= self.drive()?;
         if self.now.wrapping_sub(self.checked) > CHECK_EVERY {
             self.checked = self.now;
+            self.inbox.totals.show(&self.node);
             self.set.check()?;
         }
         Ok(worked)
@@ -730,6 +731,7 @@ impl Core {
             && !self.inbox.stop.load(Ordering::Relaxed);
         if quiet && self.hot.is_empty() {
             self.inbox.totals.sleeps.add();
+            self.inbox.totals.show(&self.node);
             let mut fds = [
                 PollFd::new(self.inbox.waker.fd(), PollFlags::POLLIN),
                 PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN),

@@ -20,6 +20,7 @@ mod live;
 pub mod mail;
 pub mod memory;
 pub mod stream;
+mod totals;
 
 use crate::core::{Core, Inbox, Parts, Reach};
 pub use anchors::Attach;
@@ -33,11 +34,12 @@ use rdsock_vfio::{BusError, EventFd, EventFlags};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use stream::NodeStream;
+pub use totals::{Total, Totals};
 
 /// What a poll core does without work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,31 +155,6 @@ pub enum Notice {
     DeviceFailed,
 }
 
-/// A count that another thread may read.
-#[derive(Debug, Default)]
-pub struct Total(AtomicU64);
-
-impl Total {
-    /// Counts one more. Only one thread counts.
-    #[inline]
-    pub(crate) fn add(&self) {
-        let count = self.0.load(Ordering::Relaxed);
-        self.0.store(count + 1, Ordering::Relaxed);
-    }
-
-    /// The count.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// What a poll core has done.
-#[derive(Debug, Default)]
-pub struct Totals {
-    /// Times it slept.
-    pub sleeps: Total,
-}
-
 /// Why a node does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -271,7 +248,7 @@ impl Poller {
             look: Arc::new(Look::new(settings.streams, waker.clone(), 0)),
             stop: AtomicBool::new(false),
             waker,
-            totals: Totals::default(),
+            totals: Totals::new(&settings.peers),
         });
         let desk = Arc::new(Desk::new(settings.streams)?);
         let notices = Arc::new(Mail::new(4 * settings.streams + 4096, control));

@@ -22,10 +22,10 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{Command, Notice, Poller, Settings, StartError};
-use rdsock_proto::Addresses;
+use rdsock_proto::{Addresses, Count};
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -170,12 +170,18 @@ impl Control {
             .others()
             .map(|node| {
                 let streams = self.carried.values();
+                let totals = self.poller.totals();
+                let violations = Count::ALL.iter().map(|count| {
+                    let seen = totals.violations(node.id, *count);
+                    (count.name().to_owned(), Value::from(seen))
+                });
                 json!({
                     "id": node.id,
                     "name": node.name,
                     "addresses": node.addresses,
                     "up": self.up.contains(&node.id),
                     "streams": streams.filter(|carried| carried.stream.node == node.id).count(),
+                    "violations": violations.collect::<Map<String, Value>>(),
                 })
             })
             .collect();

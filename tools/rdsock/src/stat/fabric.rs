@@ -1,0 +1,61 @@
+//! The part of `rdsock stat` about other nodes.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::counts;
+use crate::show::table;
+
+/// The path to other nodes.
+#[derive(Debug, Deserialize)]
+pub struct Fabric {
+    node: u16,
+    device: String,
+    failed: bool,
+    streams: u64,
+    listeners: u64,
+    nodes: Vec<Node>,
+}
+
+/// Another node.
+#[derive(Debug, Deserialize)]
+struct Node {
+    id: u16,
+    name: String,
+    addresses: Vec<String>,
+    up: bool,
+    streams: u64,
+    violations: Map<String, Value>,
+}
+
+/// Prints it.
+pub fn print(fabric: &Fabric) {
+    let device = match fabric.failed {
+        true => "which has FAILED: see the log of rdsockd",
+        false => "which works",
+    };
+    println!(
+        "\nnode {} on {}, {device}: {} streams to other nodes, {} sockets that they may connect to",
+        fabric.node, fabric.device, fabric.streams, fabric.listeners
+    );
+    let mut table = table([
+        "NODE",
+        "NAME",
+        "STATE",
+        "STREAMS",
+        "ADDRESSES",
+        "VIOLATIONS",
+    ]);
+    for node in &fabric.nodes {
+        let state = if node.up { "up" } else { "absent" };
+        table.add_row([
+            node.id.to_string(),
+            node.name.clone(),
+            state.into(),
+            node.streams.to_string(),
+            node.addresses.join(" "),
+            counts(&node.violations),
+        ]);
+    }
+    println!("{table}");
+}
