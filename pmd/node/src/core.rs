@@ -7,7 +7,7 @@ use crate::live::Live;
 use crate::mail::{Look, Mail, Waker};
 use crate::memory::StreamMemory;
 use crate::stream::{NodeStream, todo};
-use crate::{Command, Idle, Notice, Settings, Totals};
+use crate::{Asked, Command, Idle, Notice, Settings, Totals};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rdsock_model::Fabric;
 use rdsock_proto::{
@@ -60,8 +60,10 @@ pub(crate) struct Reach {
 }
 
 pub(crate) struct Core {
+    /// Of this core, of its queue set, and of the queue sets that it talks to.
+    pub number: u16,
     pub node: Node,
-    pub rde: Rde,
+    pub rde: Arc<Rde>,
     pub set: QueueSet,
     /// The model to be stepped, when the device is one in this process.
     pub fabric: Option<Fabric>,
@@ -82,6 +84,8 @@ pub(crate) struct Core {
     failed: Option<DeviceFailed>,
     start: Instant,
     now: u64,
+    /// The model did its part when it was asked last.
+    stepped: bool,
     idle_turns: u32,
     idle_since: u64,
     checked: u64,
@@ -89,8 +93,9 @@ pub(crate) struct Core {
 
 /// What a core is made of.
 pub(crate) struct Parts {
+    pub number: u16,
     pub node: Node,
-    pub rde: Rde,
+    pub rde: Arc<Rde>,
     pub set: QueueSet,
     pub fabric: Option<Fabric>,
     pub interrupt: Arc<EventFd>,
@@ -99,12 +104,14 @@ pub(crate) struct Parts {
     pub desk: Arc<Desk>,
     pub notices: Arc<Mail<Notice>>,
     pub settings: Settings,
+    pub start: Instant,
 }
 
 impl Core {
     pub fn new(parts: Parts) -> Self {
         let streams = parts.settings.streams;
         Core {
+            number: parts.number,
             node: parts.node,
             rde: parts.rde,
             set: parts.set,
@@ -122,8 +129,9 @@ impl Core {
             pieces: Vec::with_capacity(16),
             blocked: Vec::new(),
             failed: None,
-            start: Instant::now(),
+            start: parts.start,
             now: 0,
+            stepped: true,
             idle_turns: 0,
             idle_since: 0,
             checked: 0,
@@ -164,10 +172,14 @@ impl Core {
         Ok(worked)
     }
 
-    fn step(&self) -> bool {
-        self.fabric
-            .as_ref()
-            .is_some_and(|fabric| fabric.step(self.now))
+    /// Has the model do its part, unless another core is at that.
+    fn step(&mut self) -> bool {
+        let Some(fabric) = &self.fabric else {
+            return false;
+        };
+        let stepped = fabric.step_set(self.number.into(), self.now);
+        self.stepped = stepped.is_some();
+        stepped.unwrap_or(false)
     }
 
     fn completions(&mut self) -> Result<bool, DeviceFailed> {
@@ -227,7 +239,10 @@ impl Core {
                     }
                 }
             }
-            Command::Accept { id, stream } => {
+            Command::Accept {
+                id: Asked { id, .. },
+                stream,
+            } => {
                 let accepted = self
                     .place(&stream)
                     .is_some_and(|place| self.node.accept(id, place).is_ok());
@@ -246,7 +261,7 @@ impl Core {
             }
             Command::Refuse { id, why } => {
                 // It has ended meanwhile, if that fails.
-                let _ = self.node.refuse(id, why);
+                let _ = self.node.refuse(id.id, why);
             }
             Command::Gone { stream } => {
                 if let Some(id) = StreamId::from_u64(stream.id.load(Ordering::Relaxed)) {
@@ -469,7 +484,7 @@ impl Core {
             Action::Send { node, seq, message } => self.set.post(&Work {
                 target: node.0,
                 operation: Operation::Message(Notify {
-                    set: 0,
+                    set: self.number,
                     payload: message,
                 }),
                 tag: *seq,
@@ -487,10 +502,8 @@ impl Core {
                 if !found {
                     return Err(NotPosted::Invalid("no memory for a write"));
                 }
-                let notify = write
-                    .notify
-                    .as_ref()
-                    .map(|payload| Notify { set: 0, payload });
+                let set = self.number;
+                let notify = write.notify.as_ref().map(|payload| Notify { set, payload });
                 self.set.post(&Work {
                     target: node.0,
                     operation: Operation::Write {
@@ -517,7 +530,10 @@ impl Core {
                 node,
                 addresses,
             } => self.tell(Notice::Incoming {
-                id: stream,
+                id: Asked {
+                    core: self.number,
+                    id: stream,
+                },
                 node: node.0,
                 addresses,
             }),
@@ -593,9 +609,13 @@ impl Core {
                     self.tell(Notice::Released { ticket });
                 }
             }
-            Event::NodeUp { node } => self.tell(Notice::NodeUp { node: node.0 }),
+            Event::NodeUp { node } => {
+                self.inbox.totals.show(&self.node);
+                self.tell(Notice::NodeUp { node: node.0 });
+            }
             Event::NodeGone { node } => {
                 self.renew(node.0);
+                self.inbox.totals.show(&self.node);
                 self.tell(Notice::NodeGone { node: node.0 });
             }
         }
@@ -657,10 +677,13 @@ impl Core {
     /// The device is not used any more: all streams end.
     fn fail(&mut self, failed: DeviceFailed) -> bool {
         tracing::error!(
-            "the device has failed: {failed}; streams to other nodes end, new connections stay on \
-             kernel TCP; restart rdsockd when it is well again"
+            "the device has failed for poll core {}: {failed}; its streams end, and when no poll core is \
+             left, new connections stay on kernel TCP; restart rdsockd when the device is well again",
+            self.number
         );
         self.failed = Some(failed);
+        self.inbox.totals.show(&self.node);
+        self.inbox.totals.fail();
         self.tell(Notice::DeviceFailed);
         self.hot.clear();
         for place in &mut self.streams {
@@ -728,6 +751,8 @@ impl Core {
         let quiet = self.inbox.commands.is_empty()
             && self.inbox.look.is_empty()
             && (self.failed.is_some() || !self.turn().unwrap_or(true))
+            // A model that did not look after it was armed does not tell what came before.
+            && (self.stepped || self.failed.is_some())
             && !self.inbox.stop.load(Ordering::Relaxed);
         if quiet && self.hot.is_empty() {
             self.inbox.totals.sleeps.add();

@@ -21,13 +21,13 @@ use crate::memory::StreamFds;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Notice, Poller, Settings, StartError};
+use rdsock_node::{Command, Notice, Opening, Poller, Settings, StartError};
 use rdsock_proto::{Addresses, Count};
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,7 +86,6 @@ pub(crate) struct Control {
     callers: HashMap<SocketAddr, u64>,
     /// By the sockets' cookies.
     listening: HashMap<u64, Listening>,
-    up: HashSet<u16>,
     failed: bool,
 }
 
@@ -95,10 +94,14 @@ impl Control {
     pub fn start(config: &FabricConfig, epoll: &Epoll) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
         let waker = Arc::new(Waker::new()?);
+        let cores = match config.poll_cores.as_slice() {
+            [] => vec![None],
+            cores => cores.iter().copied().map(Some).collect(),
+        };
         let settings = Settings {
             node: config.node,
             peers: config.others().map(|node| node.id).collect(),
-            cpu: config.cpu,
+            cores,
             idle: config.idle,
             streams: config.max_streams,
             streams_per_node: config.max_streams,
@@ -145,7 +148,6 @@ impl Control {
             expected: HashMap::new(),
             callers: HashMap::new(),
             listening: HashMap::new(),
-            up: HashSet::new(),
             failed: false,
         })
     }
@@ -170,16 +172,16 @@ impl Control {
             .others()
             .map(|node| {
                 let streams = self.carried.values();
-                let totals = self.poller.totals();
                 let violations = Count::ALL.iter().map(|count| {
-                    let seen = totals.violations(node.id, *count);
+                    let cores = self.poller.cores();
+                    let seen: u64 = cores.map(|core| core.violations(node.id, *count)).sum();
                     (count.name().to_owned(), Value::from(seen))
                 });
                 json!({
                     "id": node.id,
                     "name": node.name,
                     "addresses": node.addresses,
-                    "up": self.up.contains(&node.id),
+                    "up": self.poller.is_up(node.id),
                     "streams": streams.filter(|carried| carried.stream.node == node.id).count(),
                     "violations": violations.collect::<Map<String, Value>>(),
                 })
@@ -191,7 +193,7 @@ impl Control {
             "failed": self.failed,
             "streams": self.carried.len(),
             "listeners": self.listening.len(),
-            "sleeps": self.poller.totals().sleeps.get(),
+            "sleeps": self.poller.cores().map(|core| core.sleeps.get()).sum::<u64>(),
             "nodes": nodes,
         })
     }
@@ -237,28 +239,13 @@ impl Daemon {
             Notice::Established { ticket } => self.on_established(ticket),
             Notice::Refused { ticket, why } => self.on_refused(ticket, why),
             Notice::Released { ticket } => self.on_released(ticket),
-            Notice::NodeUp { node } => self.on_node(node, true),
-            Notice::NodeGone { node } => self.on_node(node, false),
+            Notice::NodeUp { node } => info!(node, "a node is up"),
+            Notice::NodeGone { node } => info!(node, "a node has gone"),
             Notice::DeviceFailed => {
                 if let Some(fabric) = &mut self.fabric {
                     fabric.failed = true;
-                    fabric.up.clear();
                 }
             }
-        }
-    }
-
-    fn on_node(&mut self, node: u16, up: bool) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        let changed = match up {
-            true => fabric.up.insert(node),
-            false => fabric.up.remove(&node),
-        };
-        if changed {
-            let state = if up { "up" } else { "gone" };
-            info!(node, "a node is {state}");
         }
     }
 
@@ -310,7 +297,7 @@ impl Daemon {
     fn carry(
         &mut self,
         node: u16,
-        end: usize,
+        opening: Opening,
         addresses: &Addresses,
         uid: u32,
     ) -> Result<u64, CarryError> {
@@ -335,7 +322,7 @@ impl Daemon {
         };
         let made = fabric
             .poller
-            .stream(ticket, node, end, &fds.stream)
+            .stream(ticket, node, opening, &fds.stream)
             .map_err(|error| CarryError::Memory(io::Error::other(error)))?;
         let stream = made.ok_or(CarryError::Limit)?;
         self.next_stream += 1;
