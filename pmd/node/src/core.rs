@@ -6,7 +6,9 @@ use crate::anchors::Desk;
 use crate::live::Live;
 use crate::mail::{Look, Mail, Waker};
 use crate::memory::StreamMemory;
+use crate::stages::{Stage, Stopwatch};
 use crate::stream::{NodeStream, todo};
+use crate::totals::Counts;
 use crate::{Asked, Command, Idle, Notice, Settings, Totals};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rdsock_model::Fabric;
@@ -89,6 +91,10 @@ pub(crate) struct Core {
     idle_turns: u32,
     idle_since: u64,
     checked: u64,
+    counts: Counts,
+    watch: Stopwatch,
+    /// Busy turns at which the counts of the nodes were shown last.
+    shown: u64,
 }
 
 /// What a core is made of.
@@ -135,6 +141,9 @@ impl Core {
             idle_turns: 0,
             idle_since: 0,
             checked: 0,
+            counts: Counts::default(),
+            watch: Stopwatch::new(),
+            shown: 0,
         }
     }
 
@@ -157,19 +166,58 @@ impl Core {
         if self.idle_turns.is_multiple_of(TURNS_PER_LOOK) {
             self.now = self.start.elapsed().as_nanos() as u64;
         }
-        let mut worked = self.step();
-        worked |= self.completions()?;
-        worked |= self.messages()?;
-        worked |= self.commands();
-        worked |= self.looks();
-        worked |= self.poll_hot();
-        worked |= self.drive()?;
+        let worked = if self.watch.turn() {
+            let worked = self.stages::<true>()?;
+            if worked {
+                self.watch.keep();
+            }
+            worked
+        } else {
+            self.stages::<false>()?
+        };
+        self.counts.turns += 1;
+        self.counts.busy_turns += u64::from(worked);
         if self.now.wrapping_sub(self.checked) > CHECK_EVERY {
             self.checked = self.now;
-            self.inbox.totals.show(&self.node);
+            self.show();
             self.set.check()?;
         }
         Ok(worked)
+    }
+
+    /// The stages of a turn; their times are taken when it is `TIMED`.
+    fn stages<const TIMED: bool>(&mut self) -> Result<bool, DeviceFailed> {
+        let mut worked = self.step();
+        self.lap::<TIMED>(Stage::Device);
+        worked |= self.completions()?;
+        self.lap::<TIMED>(Stage::Completions);
+        worked |= self.messages()?;
+        self.lap::<TIMED>(Stage::Messages);
+        worked |= self.commands();
+        self.lap::<TIMED>(Stage::Commands);
+        worked |= self.looks();
+        self.lap::<TIMED>(Stage::Looks);
+        worked |= self.poll_hot();
+        self.lap::<TIMED>(Stage::Streams);
+        worked |= self.drive::<TIMED>()?;
+        Ok(worked)
+    }
+
+    #[inline]
+    fn lap<const TIMED: bool>(&mut self, stage: Stage) {
+        if TIMED {
+            self.watch.lap(stage);
+        }
+    }
+
+    /// Shows other threads what was counted.
+    fn show(&mut self) {
+        self.counts.take(&self.set.stats());
+        self.inbox.totals.show(&self.counts, &self.watch);
+        if self.shown != self.counts.busy_turns {
+            self.shown = self.counts.busy_turns;
+            self.inbox.totals.show_nodes(&self.node);
+        }
     }
 
     /// Has the model do its part, unless another core is at that.
@@ -214,6 +262,7 @@ impl Core {
                 break;
             };
             worked = true;
+            self.counts.commands += 1;
             self.obey(command);
         }
         worked
@@ -325,6 +374,7 @@ impl Core {
                 break;
             };
             worked = true;
+            self.counts.looks += 1;
             let Some(id) = StreamId::from_u64(stream.id.load(Ordering::Relaxed)) else {
                 continue;
             };
@@ -367,6 +417,7 @@ impl Core {
     }
 
     fn poll_hot(&mut self) -> bool {
+        self.counts.polled += self.hot.len() as u64;
         let mut worked = false;
         let mut at = 0;
         while let Some(&place) = self.hot.get(at) {
@@ -413,26 +464,31 @@ impl Core {
     }
 
     /// Lets the protocol act.
-    fn drive(&mut self) -> Result<bool, DeviceFailed> {
+    fn drive<const TIMED: bool>(&mut self) -> Result<bool, DeviceFailed> {
         let mut worked = false;
         // Events must find room.
         while self.notices.room() > ACTIONS {
             let more = self.node.poll(self.now, &mut self.actions);
+            self.lap::<TIMED>(Stage::Protocol);
             if self.actions.is_empty() {
                 break;
             }
             worked = true;
             self.batch.clear();
             self.batch.extend(self.actions.drain());
+            self.counts.actions += self.batch.len() as u64;
             self.carry_out()?;
+            self.lap::<TIMED>(Stage::Posts);
             if !more {
                 break;
             }
         }
         if worked {
             self.set.ring();
+            self.lap::<TIMED>(Stage::Posts);
             // The model executes at once what was posted.
             self.step();
+            self.lap::<TIMED>(Stage::Device);
         }
         Ok(worked)
     }
@@ -610,12 +666,12 @@ impl Core {
                 }
             }
             Event::NodeUp { node } => {
-                self.inbox.totals.show(&self.node);
+                self.inbox.totals.show_nodes(&self.node);
                 self.tell(Notice::NodeUp { node: node.0 });
             }
             Event::NodeGone { node } => {
                 self.renew(node.0);
-                self.inbox.totals.show(&self.node);
+                self.inbox.totals.show_nodes(&self.node);
                 self.tell(Notice::NodeGone { node: node.0 });
             }
         }
@@ -682,7 +738,7 @@ impl Core {
             self.number
         );
         self.failed = Some(failed);
-        self.inbox.totals.show(&self.node);
+        self.show();
         self.inbox.totals.fail();
         self.tell(Notice::DeviceFailed);
         self.hot.clear();
@@ -755,8 +811,8 @@ impl Core {
             && (self.stepped || self.failed.is_some())
             && !self.inbox.stop.load(Ordering::Relaxed);
         if quiet && self.hot.is_empty() {
-            self.inbox.totals.sleeps.add();
-            self.inbox.totals.show(&self.node);
+            self.counts.sleeps += 1;
+            self.show();
             let mut fds = [
                 PollFd::new(self.inbox.waker.fd(), PollFlags::POLLIN),
                 PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN),

@@ -1,39 +1,82 @@
-//! What a poll core has counted, as other threads read it. Only the core counts; it takes no lock for that.
+//! What a poll core has counted, as other threads read it. The core counts in numbers of its own, and shows
+//! them here ten times a second and before it sleeps.
 
+use crate::stages::{Stage, Stopwatch};
 use rdsock_proto::{Count, Node, NodeId};
+use rdsock_rde::Stats;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// A count that other threads may read.
+/// A number that other threads may read.
 #[derive(Debug, Default)]
 pub struct Total(AtomicU64);
 
 impl Total {
-    /// Counts one more. Only one thread counts.
     #[inline]
-    pub(crate) fn add(&self) {
-        self.set(self.get() + 1);
-    }
-
-    /// What was counted elsewhere.
-    #[inline]
-    pub(crate) fn set(&self, count: u64) {
+    fn set(&self, count: u64) {
         self.0.store(count, Ordering::Relaxed);
     }
 
-    /// The count.
+    /// The number, at most a tenth of a second old.
     #[inline]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// What a poll core has done.
-#[derive(Debug, Default)]
-pub struct Totals {
-    /// Times it slept.
-    pub sleeps: Total,
-    failed: AtomicBool,
-    nodes: Box<[Seen]>,
+macro_rules! totals {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
+        /// What a core counts itself; the rest is counted by its queue set.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counts { $(pub $name: u64,)* }
+
+        /// What a poll core has done.
+        #[derive(Debug, Default)]
+        pub struct Totals {
+            $($(#[$doc])* pub $name: Total,)*
+            timed_turns: Total,
+            stages: [Total; Stage::ALL.len()],
+            failed: AtomicBool,
+            nodes: Box<[Seen]>,
+        }
+
+        impl Totals {
+            /// All counts, by the names that `rdsock stat` shows.
+            pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name.get()),)*].into_iter()
+            }
+
+            fn show_counts(&self, counts: &Counts) {
+                $(self.$name.set(counts.$name);)*
+            }
+        }
+    };
+}
+
+totals! {
+    /// Turns of the loop.
+    turns;
+    /// Turns that had work.
+    busy_turns;
+    /// Completions taken.
+    completions;
+    /// Messages of other nodes taken.
+    messages;
+    /// Commands of the control thread.
+    commands;
+    /// Streams looked at because the anchors' thread wanted it.
+    looks;
+    /// Streams polled.
+    polled;
+    /// Actions of the protocol carried out.
+    actions;
+    /// Descriptors posted.
+    posted;
+    /// Stores to the doorbell.
+    doorbells;
+    /// Times that a queue or a lane was full.
+    full;
+    /// Times that the core slept.
+    sleeps;
 }
 
 /// What the protocol knows of a node.
@@ -42,6 +85,17 @@ struct Seen {
     node: u16,
     up: AtomicBool,
     counts: [Total; Count::ALL.len()],
+}
+
+impl Counts {
+    /// Adds what the queue set counts.
+    pub fn take(&mut self, set: &Stats) {
+        self.completions = set.completions;
+        self.messages = set.received;
+        self.posted = set.posted;
+        self.doorbells = set.doorbells;
+        self.full = set.full;
+    }
 }
 
 impl Totals {
@@ -58,8 +112,17 @@ impl Totals {
         }
     }
 
+    /// Shows what was counted and measured.
+    pub(crate) fn show(&self, counts: &Counts, watch: &Stopwatch) {
+        self.show_counts(counts);
+        self.timed_turns.set(watch.kept_turns);
+        for (shown, spent) in self.stages.iter().zip(watch.nanoseconds()) {
+            shown.set(spent);
+        }
+    }
+
     /// Shows what the protocol knows.
-    pub(crate) fn show(&self, protocol: &Node) {
+    pub(crate) fn show_nodes(&self, protocol: &Node) {
         for Seen { node, up, counts } in &self.nodes {
             let is_up = protocol.is_up(NodeId(*node)) && !self.has_failed();
             up.store(is_up, Ordering::Relaxed);
@@ -82,6 +145,16 @@ impl Totals {
     /// Whether the core does not use the device any more.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Turns with work that were measured.
+    pub fn timed_turns(&self) -> u64 {
+        self.timed_turns.get()
+    }
+
+    /// Nanoseconds that those have spent in a stage.
+    pub fn stage(&self, stage: Stage) -> u64 {
+        self.stages[stage as usize].get()
     }
 
     fn seen(&self, node: u16) -> Option<&Seen> {

@@ -21,7 +21,7 @@ use crate::memory::StreamFds;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Notice, Opening, Poller, Settings, StartError};
+use rdsock_node::{Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
 use rdsock_proto::{Addresses, Count};
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
@@ -193,9 +193,33 @@ impl Control {
             "failed": self.failed,
             "streams": self.carried.len(),
             "listeners": self.listening.len(),
-            "sleeps": self.poller.cores().map(|core| core.sleeps.get()).sum::<u64>(),
+            "cores": self.cores_answer(config),
             "nodes": nodes,
         })
+    }
+}
+
+impl Control {
+    /// The poll cores, for `rdsock stat`.
+    fn cores_answer(&self, config: &FabricConfig) -> Vec<Value> {
+        let core = |(number, totals): (usize, &Totals)| {
+            let up = config.others().map(|node| node.id);
+            let stages = Stage::ALL.iter();
+            let stages = stages.map(|stage| (stage.name().into(), totals.stage(*stage).into()));
+            let counts = totals.counts();
+            let counts = counts.map(|(name, count)| (name.into(), count.into()));
+            json!({
+                "core": number,
+                "cpu": config.poll_cores.get(number),
+                "failed": totals.has_failed(),
+                "streams": self.poller.streams_of(number),
+                "nodes_up": up.filter(|node| totals.is_up(*node)).collect::<Vec<u16>>(),
+                "counts": counts.collect::<Map<String, Value>>(),
+                "timed_turns": totals.timed_turns(),
+                "stage_ns": stages.collect::<Map<String, Value>>(),
+            })
+        };
+        self.poller.cores().enumerate().map(core).collect()
     }
 }
 
