@@ -13,9 +13,9 @@ mod listen;
 mod promote;
 mod routes;
 
-pub use config::FabricConfig;
+pub use config::{FabricConfig, NodeConfig};
 
-use crate::book::TenantId;
+use crate::book::{Route, TenantId};
 use crate::daemon::{Daemon, Due, Token};
 use crate::memory::StreamFds;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -227,6 +227,42 @@ impl Daemon {
     /// The fabric, for `rdsock stat`.
     pub(crate) fn fabric_answer(&self) -> Option<Value> {
         Some(self.fabric.as_ref()?.answer(self.config.fabric.as_ref()?))
+    }
+
+    /// All nodes, for `rdsock why`.
+    pub(crate) fn nodes_answer(&self) -> Vec<Value> {
+        let Some(config) = &self.config.fabric else {
+            return Vec::new();
+        };
+        let up = |node| {
+            let fabric = self.fabric.as_ref();
+            fabric.is_some_and(|fabric| fabric.poller.is_up(node))
+        };
+        let answer = |node: &NodeConfig| {
+            json!({
+                "id": node.id,
+                "name": node.name,
+                "addresses": node.addresses,
+                "own": node.id == config.node,
+                "up": up(node.id),
+            })
+        };
+        config.nodes.iter().map(answer).collect()
+    }
+
+    /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant
+    /// that names the stream of another one has not its anchor.
+    pub(crate) fn way_of_anchor(
+        &self,
+        ticket: u64,
+        anchor: Route,
+    ) -> Option<(u16, SocketAddr, SocketAddr)> {
+        let carried = self.fabric.as_ref()?.carried.get(&ticket)?;
+        let (node, end) = (carried.stream.node, carried.stream.end);
+        (carried.anchor == Some((anchor.local, anchor.peer))).then_some(match end {
+            0 => (node, carried.source, carried.destination),
+            _ => (node, carried.destination, carried.source),
+        })
     }
 
     /// The poll core has something to say.
