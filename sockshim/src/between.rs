@@ -27,10 +27,10 @@ pub unsafe fn connect(
     }
     // SAFETY: as the caller says.
     let (family, peer) = unsafe { Address::given(address, len)? };
-    let end = tenant::end_of_wait();
-    if peer.is_any() || !tenant::lead_to(&peer.ip, end) || process::is_foreign() {
+    if peer.is_any() || !tenant::lead_to(&peer.ip) || process::is_foreign() {
         return None;
     }
+    let end = tenant::end_of_wait();
     let conn = held.conn;
     if TcpInfo::of(fd)?.state != TcpInfo::CLOSE {
         return None;

@@ -196,18 +196,19 @@ impl Anchors {
         let Some(anchor) = self.anchors.get_mut(&ticket) else {
             return;
         };
-        if flags.intersects(EpollFlags::EPOLLERR) {
-            anchor.fail();
-        } else {
-            if flags.intersects(EpollFlags::EPOLLOUT) {
-                anchor.write();
-            }
-            if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP) {
-                anchor.read();
-            }
-            if flags.intersects(EpollFlags::EPOLLHUP) {
-                anchor.hang_up();
-            }
+        // What was sent comes before the end, whatever that is, and is read before a send finds it.
+        let end = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
+        if flags.intersects(EpollFlags::EPOLLIN | end) {
+            anchor.read();
+        }
+        if flags.intersects(EpollFlags::EPOLLERR) && anchor.reading != Reading::Ended {
+            anchor.fail("the program's socket has an error");
+        }
+        if flags.intersects(EpollFlags::EPOLLHUP) {
+            anchor.hang_up();
+        }
+        if flags.intersects(EpollFlags::EPOLLOUT) {
+            anchor.write();
         }
         anchor.watch(&self.epoll);
         self.core.put(&anchor.stream);
@@ -245,7 +246,8 @@ impl Anchor {
         self.stream.seen.fetch_or(what, Ordering::AcqRel);
     }
 
-    fn fail(&mut self) {
+    fn fail(&mut self, why: &str) {
+        tracing::debug!(stream = self.stream.ticket, "broken by its program: {why}");
         self.broken = true;
         self.note(seen::BROKEN);
     }
@@ -281,7 +283,7 @@ impl Anchor {
         self.watches = wanted;
         let mut event = EpollEvent::new(wanted, self.stream.ticket);
         if epoll.modify(&self.socket, &mut event).is_err() {
-            self.fail();
+            self.fail("its socket can't be watched");
         }
     }
 
@@ -336,7 +338,7 @@ impl Anchor {
         let unread = match unread(&self.socket) {
             Ok(unread) => unread,
             Err(_) => {
-                self.fail();
+                self.fail("its socket does not say what there is to read");
                 return false;
             }
         };
@@ -348,7 +350,7 @@ impl Anchor {
                 return true;
             }
             if switch_at != NOT_SWITCHED && switch_at < self.received {
-                self.fail();
+                self.fail("it says that it switched before bytes that it has sent");
                 return false;
             }
             most = most.min(switch_at - self.received);
@@ -396,7 +398,7 @@ impl Anchor {
             Ok(got) if outstanding != 0 => {
                 self.drained = self.drained.wrapping_add(got as u32);
                 if bytes[..got].iter().any(|byte| *byte != WAKE_BYTE) {
-                    self.fail();
+                    self.fail("a byte that is no wake byte");
                 }
                 true
             }
@@ -404,7 +406,7 @@ impl Anchor {
                 // Somebody went past the shim, unless it was counted or ended meanwhile.
                 let explained = self.outstanding() != 0 || self.has_ended_ring();
                 if !explained {
-                    self.fail();
+                    self.fail("a byte that was not counted");
                 }
                 explained
             }
@@ -424,8 +426,14 @@ impl Anchor {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EAGAIN) => false,
             Some(Errno::EINTR) => true,
+            // The kernel of a program that has gone resets the connection for unread wake bytes.
+            // Whether it left bytes unread, the ring tells.
+            _ if self.reading == Reading::Ring => {
+                self.hung_up = true;
+                self.end_of_file()
+            }
             _ => {
-                self.fail();
+                self.fail("its socket has an error");
                 false
             }
         }
@@ -497,7 +505,7 @@ impl Anchor {
         let given = self.stream.given.load(Ordering::Relaxed);
         let size = self.stream.memory.ring_size();
         if stop < given || stop > arrived || arrived - stop > size {
-            return self.fail();
+            return self.fail("it left its ring where it can't have been");
         }
         self.stream.given.store(stop, Ordering::Release);
         self.stream.on_ring.store(false, Ordering::SeqCst);

@@ -69,7 +69,9 @@ impl Live {
         match self.try_look(node) {
             Ok(worked) => worked,
             // Nonsense in its memory, or the stream is over: either way it ends.
-            Err(_) => {
+            Err(error) => {
+                let stream = self.stream.ticket;
+                tracing::debug!(stream, ?error, "broken by its program");
                 self.break_it(node);
                 true
             }

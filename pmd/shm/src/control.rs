@@ -94,9 +94,14 @@ pod! {
 }
 pod! {
     /// The daemon accepts a tenant.
-    Welcome, 8 {
+    Welcome, 16 {
         /// The daemon's number of the tenant.
         tenant: u64,
+        /// Microseconds within which the daemon answers a REACH, whatever the other node does; 0 when
+        /// it has no other nodes.
+        answer_us: u32,
+        /// 0.
+        reserved: u32,
     }
 }
 pod! {

@@ -9,12 +9,14 @@ use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
 use crate::{clock, sys};
-use rdsock_shm::control::{Between, Caller, Message, Reached, kind};
+use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
-/// Milliseconds that a call of the program waits in all. The daemon answers within about two.
-const ANSWER_MS: u64 = 20;
+/// Nanoseconds that a call of the program waits beyond the time that the daemon has for its answer.
+pub(super) const GRACE: u64 = 20_000_000;
+/// Nanoseconds, at most, of the time that a daemon may claim for an answer.
+const LONGEST: u64 = 10_000_000_000;
 /// Threads that may ask at once; a further one goes to the kernel.
 const PLACES: usize = 32;
 
@@ -54,6 +56,8 @@ static PLACES_TAKEN: Shared<[Place; PLACES]> = Shared(UnsafeCell::new([FREE; PLA
 static QUESTIONS: AtomicU64 = AtomicU64::new(0);
 /// When the daemon last left a question without an answer.
 static SILENT_AT: AtomicU64 = AtomicU64::new(0);
+/// Nanoseconds that the daemon has for an answer, as it said.
+static ANSWER: AtomicU64 = AtomicU64::new(0);
 
 fn with_places<T>(_guard: &Guard, use_them: impl FnOnce(&mut [Place; PLACES]) -> T) -> T {
     // SAFETY: the lock is held, and no caller comes here again from within.
@@ -74,9 +78,15 @@ fn take_place(guard: &Guard, question: u64, until: u64) -> Option<()> {
     })
 }
 
-/// When a call that begins now stops waiting.
+/// The daemon has greeted this process.
+pub(super) fn welcomed(welcome: &Welcome) {
+    let answer = u64::from(welcome.answer_us) * 1000;
+    ANSWER.store(answer.min(LONGEST), Relaxed);
+}
+
+/// When a `connect` that begins now stops waiting.
 pub fn end_of_wait() -> u64 {
-    clock::nanoseconds() + ANSWER_MS * 1_000_000
+    clock::nanoseconds() + GRACE + ANSWER.load(Relaxed)
 }
 
 /// Asks whether a `connect` may go to another node. `None` when there is no daemon, or it does not

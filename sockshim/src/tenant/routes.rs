@@ -1,9 +1,10 @@
 //! Which addresses belong to other nodes, as the daemon has written it into this tenant's memory.
 
+use super::ask::GRACE;
 use super::attach::AWAITED;
 use super::memory::memory;
 use super::messages::{await_message, look};
-use crate::process;
+use crate::{clock, process};
 use std::sync::atomic::Ordering::*;
 
 /// True when an address could belong to another node. Two loads where none does.
@@ -21,11 +22,13 @@ fn is_awaited() -> bool {
     }
 }
 
-/// True when an address belongs to another node. Waits, until `end` at most, for the daemon that
-/// this process has just attached to.
-pub fn lead_to(ip: &[u8; 16], end: u64) -> bool {
+/// True when an address belongs to another node. Waits a little for the daemon that this process has
+/// just attached to.
+pub fn lead_to(ip: &[u8; 16]) -> bool {
     if is_awaited() && !process::is_foreign() {
-        await_message(end, |_| (AWAITED.load(Relaxed) == 0).then_some(()));
+        await_message(clock::nanoseconds() + GRACE, |_| {
+            (AWAITED.load(Relaxed) == 0).then_some(())
+        });
         // A daemon that is late is not waited for again.
         AWAITED.store(0, Relaxed);
     }

@@ -316,7 +316,12 @@ impl Attended {
                 memory.get().routes.set(&manners.routes);
                 self.hear(Heard::Hello);
                 std::thread::sleep(manners.delay);
-                self.send(kind::WELCOME, &Welcome { tenant: 1 });
+                let welcome = Welcome {
+                    tenant: 1,
+                    answer_us: 0,
+                    reserved: 0,
+                };
+                self.send(kind::WELCOME, &welcome);
             }
             kind::ADOPT => attend(&self.shared, fds.remove(0)),
             kind::REACH => {

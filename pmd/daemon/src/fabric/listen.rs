@@ -36,15 +36,17 @@ impl Daemon {
             return;
         };
         let of_tenant = |entry: &&Listening| entry.tenant == tenant;
-        if fabric.listening.values().filter(of_tenant).count() >= LISTENERS {
+        let all = fabric.listening.values().flatten();
+        if all.filter(of_tenant).count() >= LISTENERS {
             return;
         }
-        let entry = Listening {
+        let holders = fabric.listening.entry(request.cookie).or_default();
+        holders.retain(|holder| holder.tenant != tenant);
+        holders.push(Listening {
             tenant,
             fd: request.fd,
             address: SocketAddr::new(ip, port),
-        };
-        fabric.listening.insert(request.cookie, entry);
+        });
     }
 
     /// A node asks for a stream.
@@ -130,14 +132,14 @@ impl Daemon {
         let mut user = None;
         for socket in sockets.iter().filter(|socket| would_get(socket.address)) {
             // One that is not a tenant's would show the wrong peer.
-            let entry = fabric.listening.get(&socket.cookie)?;
-            let connection = self.connections.get(&entry.tenant)?;
-            if socket_inode(connection.peer.pid, entry.fd) != Some(socket.inode)
-                || entry.address.port() != destination.port()
-            {
-                return None;
-            }
-            user = Some(connection.peer.uid);
+            let holders = fabric.listening.get(&socket.cookie)?;
+            let peers = holders.iter().filter_map(|holder| {
+                let peer = &self.connections.get(&holder.tenant)?.peer;
+                let holds = socket_inode(peer.pid, holder.fd) == Some(socket.inode)
+                    && holder.address.port() == destination.port();
+                holds.then_some(peer.uid)
+            });
+            user = Some(peers.into_iter().next()?);
         }
         user
     }

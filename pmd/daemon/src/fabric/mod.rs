@@ -84,8 +84,8 @@ pub(crate) struct Control {
     expected: HashMap<SocketAddr, u64>,
     /// Streams by the address that the daemon has connected from.
     callers: HashMap<SocketAddr, u64>,
-    /// By the sockets' cookies.
-    listening: HashMap<u64, Listening>,
+    /// By the sockets' cookies: several processes may hold one.
+    listening: HashMap<u64, Vec<Listening>>,
     failed: bool,
 }
 
@@ -420,7 +420,10 @@ impl Daemon {
     /// A tenant has gone: it listens no more.
     pub(crate) fn forget_listener(&mut self, id: TenantId) {
         if let Some(fabric) = &mut self.fabric {
-            fabric.listening.retain(|_, entry| entry.tenant != id);
+            fabric.listening.retain(|_, holders| {
+                holders.retain(|holder| holder.tenant != id);
+                !holders.is_empty()
+            });
         }
     }
 
