@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use nix::unistd::geteuid;
+use nix::unistd::{AccessFlags, geteuid};
 use rdsock_shm::control::question;
 use serde::Deserialize;
 use serde_json::Value;
@@ -134,6 +134,8 @@ impl Fabric {
         match self.device.split_once(':') {
             _ if !self.nodes.is_empty() => Finding::good(what, format!("{}, in use", self.device)),
             Some(("model", directory)) => model(Path::new(directory)),
+            Some(("vfio-user", socket)) => served(Path::new(socket)),
+            Some(("vfio", address)) => pci(Path::new("/sys/bus/pci/devices"), address),
             _ => Finding::good(
                 what,
                 format!("{}: rdsockd tells of it in its log", self.device),
@@ -141,9 +143,9 @@ impl Fabric {
         }
     }
 
-    /// Models pin nothing.
+    /// Only the kernel's VFIO locks memory.
     fn locked_memory(&self) -> Option<Finding> {
-        if self.device.starts_with("model:") {
+        if !self.device.starts_with("vfio:") {
             return None;
         }
         let what = "locked memory for the device";
@@ -243,6 +245,67 @@ fn model(directory: &Path) -> Finding {
     Finding::new(what, Health::Weak, format!("{found}: {wrong}"), &advice)
 }
 
+/// A socket where a device is served.
+fn served(socket: &Path) -> Finding {
+    let what = "device";
+    let found = format!("one that is served at {}", socket.display());
+    match fs::metadata(socket) {
+        Ok(metadata) if metadata.file_type().is_socket() => Finding::good(what, found),
+        Ok(_) => Finding::new(
+            what,
+            Health::Weak,
+            format!("{found}: it is no socket"),
+            SERVE,
+        ),
+        Err(error) => Finding::new(what, Health::Weak, format!("{found}: {error}"), SERVE),
+    }
+}
+
+const SERVE: &str = "start who serves it before rdsockd: rdsock-model --node ID=SOCKET";
+
+/// A PCI device, by its address, below the folder that has them all.
+fn pci(devices: &Path, address: &str) -> Finding {
+    let what = "device";
+    let found = format!("PCI device {address}");
+    let weak = |wrong: &str, advice: &str| {
+        Finding::new(what, Health::Weak, format!("{found}: {wrong}"), advice)
+    };
+    let place = devices.join(address);
+    let name = |link: &str| {
+        let to = fs::read_link(place.join(link)).ok()?;
+        Some(to.file_name()?.to_string_lossy().into_owned())
+    };
+    if !place.exists() {
+        return weak("there is none", "lspci -D lists the addresses");
+    }
+    let driver = name("driver");
+    if !driver
+        .as_deref()
+        .is_some_and(|driver| driver.contains("vfio"))
+    {
+        let driver = driver.map_or("no driver has it".into(), |driver| {
+            format!("{driver} has it")
+        });
+        return weak(
+            &driver,
+            "bind it to vfio-pci (driver_override, then /sys/bus/pci/drivers_probe)",
+        );
+    }
+    let Some(group) = name("iommu_group") else {
+        let advice = "turn the IOMMU on (firmware; intel_iommu=on on the kernel's command line)";
+        return weak("it is behind no IOMMU", advice);
+    };
+    let node = Path::new("/dev/vfio").join(&group);
+    let may_open = nix::unistd::access(&node, AccessFlags::R_OK | AccessFlags::W_OK);
+    match may_open {
+        Ok(()) => Finding::good(what, format!("{found}, IOMMU group {group}")),
+        Err(error) => weak(
+            &format!("{}: {error}", node.display()),
+            "give it to the user of rdsockd (chown, or a udev rule)",
+        ),
+    }
+}
+
 /// The numbers of a list such as `0-3,7`.
 fn cpu_list(text: &str) -> BTreeSet<usize> {
     let ranges = text.trim().split(',');
@@ -280,5 +343,33 @@ mod tests {
         assert_eq!(model(&dir.path().join("none")).health, Health::Good);
         let file = tempfile::NamedTempFile::new().unwrap();
         assert_eq!(model(file.path()).health, Health::Weak);
+    }
+
+    #[test]
+    fn a_socket_where_nobody_serves_is_found_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("a.sock");
+        assert_eq!(served(&socket).health, Health::Weak);
+        let _serves = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!(served(&socket).health, Health::Good);
+    }
+
+    #[test]
+    fn a_pci_device_needs_its_driver_and_an_iommu() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = "0000:01:00.0";
+        let wrong = || pci(dir.path(), address).found;
+        assert!(wrong().contains("there is none"));
+        let place = dir.path().join(address);
+        fs::create_dir(&place).unwrap();
+        assert!(wrong().contains("no driver"));
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, place.join(name)).unwrap();
+        link("/x/nvme", "driver");
+        assert!(wrong().contains("nvme has it"));
+        fs::remove_file(place.join("driver")).unwrap();
+        link("/x/vfio-pci", "driver");
+        assert!(wrong().contains("no IOMMU"));
+        link("/x/no-such-group", "iommu_group");
+        assert!(wrong().contains("/dev/vfio/no-such-group"));
     }
 }
