@@ -25,7 +25,7 @@ use rdsock_vfio::{EventFd, Piece, Window};
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Completions, messages, and commands taken in one turn.
@@ -66,6 +66,8 @@ pub(crate) struct Core {
     pub number: u16,
     pub node: Node,
     pub rde: Arc<Rde>,
+    /// Poll cores of the node that use the device.
+    pub working: Arc<AtomicUsize>,
     pub set: QueueSet,
     /// The model to be stepped, when the device is one in this process.
     pub fabric: Option<Fabric>,
@@ -104,6 +106,8 @@ pub(crate) struct Parts {
     pub number: u16,
     pub node: Node,
     pub rde: Arc<Rde>,
+    /// Poll cores of the node that use the device.
+    pub working: Arc<AtomicUsize>,
     pub set: QueueSet,
     pub fabric: Option<Fabric>,
     pub interrupt: Arc<EventFd>,
@@ -122,6 +126,7 @@ impl Core {
             number: parts.number,
             node: parts.node,
             rde: parts.rde,
+            working: parts.working,
             set: parts.set,
             fabric: parts.fabric,
             interrupt: parts.interrupt,
@@ -748,6 +753,13 @@ impl Core {
         self.failed = Some(failed);
         self.show();
         self.inbox.totals.fail();
+        // Nobody writes into its streams' memory any more.
+        for reach in self.reach.values_mut() {
+            reach.region = None;
+        }
+        if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.rde.management().leave();
+        }
         self.tell(Notice::DeviceFailed);
         self.hot.clear();
         for place in &mut self.streams {

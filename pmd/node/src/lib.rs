@@ -38,6 +38,7 @@ use station::{Shared, Station};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use stream::NodeStream;
@@ -68,7 +69,8 @@ pub struct Settings {
     pub idle: Idle,
     /// Most streams.
     pub streams: usize,
-    /// Most streams to one node.
+    /// Most streams to one node. Of those that a node has opened itself, it gets no more than its
+    /// share of `streams` either, so that no node takes the others' places.
     pub streams_per_node: usize,
     /// Bytes of each ring.
     pub ring_size: u64,
@@ -264,6 +266,7 @@ impl Poller {
             windows,
             settings,
             control,
+            working: Arc::new(AtomicUsize::new(cores)),
             start: Instant::now(),
         };
         let stations = (0..cores).map(|number| Station::start(&shared, number as u16));

@@ -13,7 +13,7 @@ use rdsock_vfio::{EventFd, EventFlags, Window};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -27,6 +27,8 @@ pub(crate) struct Shared {
     pub settings: Settings,
     /// Woken by notices.
     pub control: Arc<Waker>,
+    /// Poll cores that use the device.
+    pub working: Arc<AtomicUsize>,
     /// When the clock of the cores, which the model runs by, was 0.
     pub start: Instant,
 }
@@ -83,6 +85,7 @@ impl Station {
             number,
             node: protocol(settings, number),
             rde: rde.clone(),
+            working: shared.working.clone(),
             set,
             fabric: shared.fabric.clone(),
             interrupt,
@@ -176,7 +179,8 @@ fn protocol(settings: &Settings, number: u16) -> Node {
     let nodes = settings.peers.iter().chain([&settings.node]).max();
     let mut limits = Limits::new(nodes.map_or(1, |node| node + 1));
     limits.streams = settings.streams as u32;
-    limits.streams_from_node = settings.streams_per_node as u32;
+    let share = settings.streams / settings.peers.len().max(1);
+    limits.streams_from_node = settings.streams_per_node.min(share.max(1)) as u32;
     limits.connect_timeout = settings.connect_timeout.as_nanos() as u64;
     let seed = settings.epoch.rotate_left(17) ^ u64::from(number);
     Node::new(NodeId(settings.node), settings.epoch, seed, limits)

@@ -96,6 +96,13 @@ fn the_failure_of_a_core_ends_its_streams_alone() {
         .function()
         .inject(Fault::CompletionForNothing(0));
     sites[0].until(|notice| *notice == Notice::DeviceFailed);
+    // The last one takes the node off the fabric.
+    let device = rdsock_rde::Rde::open(rdsock_vfio::Space::new(sites[0].device.clone())).unwrap();
+    let end = Instant::now() + LIMIT;
+    while device.management().status().link_up() {
+        assert!(Instant::now() < end, "still on the fabric");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     sites[0].until(|notice| *notice == Notice::NodeGone { node: 2 });
     assert!(!sites[0].poller.is_up(2));
 }
