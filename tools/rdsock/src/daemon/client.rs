@@ -131,6 +131,9 @@ pub struct Record {
     pub local: Option<String>,
     /// Likewise.
     pub peer: Option<String>,
+    /// The node of the other end, where that is another one.
+    #[serde(default)]
+    pub node: Option<u16>,
     /// What it sends, then what it receives.
     pub directions: Option<[Direction; 2]>,
 }

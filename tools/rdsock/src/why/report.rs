@@ -42,6 +42,8 @@ pub struct ConnectionLine {
     pub local: String,
     /// The other end's.
     pub peer: String,
+    /// The node of the other end, where that is another one.
+    pub node: Option<u16>,
     /// On rings, in at least one direction.
     pub accelerated: bool,
     /// One word: `kernel`, `announced`, `rings`, `demoted` or `reset`.
@@ -155,7 +157,9 @@ impl Report {
                 .and_then(|record| address(record).clone())
                 .unwrap_or("?".into())
         };
-        let (local, peer) = match socket {
+        let node = record.and_then(|record| record.node);
+        // The kernel has the addresses of the way to the daemon, not of that to the other node.
+        let (local, peer) = match socket.filter(|_| node.is_none()) {
             Some(socket) => (socket.local.to_string(), socket.peer.to_string()),
             None => (
                 announced(|record| &record.local),
@@ -176,6 +180,7 @@ impl Report {
             fd,
             local,
             peer,
+            node,
             accelerated,
             state: state.unwrap_or(State::Kernel).text(),
             reason: (!accelerated).then(|| reason(machine)),
@@ -205,6 +210,7 @@ impl Report {
                 fd,
                 local: socket.local.to_string(),
                 peer: socket.peer.to_string(),
+                node: None,
                 accelerated: false,
                 state: State::Kernel.text(),
                 reason: Some(why.clone()),
