@@ -141,8 +141,16 @@ impl Live {
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);
         let head = producer.head.load(Ordering::Acquire);
-        let mut worked = advance(node, self.id, &mut self.head, head)?;
-        if marks == 0 || self.shut {
+        // The program counts a ring from where it switched, while bytes before that may still be on
+        // their way from the staging area: these come first.
+        let done = stream.freed.load(Ordering::Relaxed);
+        let size = stream.memory.ring_size();
+        if head > done.max(since) + size {
+            return Err(LocalError::Position);
+        }
+        let taken = head.min(done + size);
+        let mut worked = advance(node, self.id, &mut self.head, taken)?;
+        if marks == 0 || self.shut || taken != head {
             return Ok(worked);
         }
         if marks & mark::RESET != 0 {
