@@ -228,9 +228,6 @@ impl Anchors {
             self.anchors.remove(&stream.ticket);
             return;
         }
-        if what & todo::LEFT != 0 {
-            anchor.leave();
-        }
         if what & (todo::WAKE_BYTES | todo::WAKE_SPACE) != 0 {
             anchor.wake(what);
         }
@@ -441,6 +438,9 @@ impl Anchor {
 
     /// Gives the program what has arrived, or has it read its ring.
     fn write(&mut self) {
+        if self.stream.has_left() {
+            self.leave();
+        }
         while self.is_writing_bytes() && !self.broken {
             let given = self.stream.given.load(Ordering::Relaxed);
             if self.writing == Writing::Anchor
@@ -487,24 +487,33 @@ impl Anchor {
         if self.stream.ends_at.load(Ordering::SeqCst) != NONE {
             self.stream.mark_end();
         }
-        if self.stream.answer(&incoming.bytes) {
+        if self.stream.has_left() {
+            // It has just read its last from the ring, or never came there.
+            self.leave();
+        } else if self.stream.answer(&incoming.bytes) {
             self.wake(todo::WAKE_BYTES);
         }
     }
 
-    /// The program left its ring where `stop` says, and reads the anchor.
+    /// The program left its ring where `stop` says, and reads the anchor; or it will never come to
+    /// its ring.
     fn leave(&mut self) {
-        if self.writing != Writing::Ring {
-            return;
+        match self.writing {
+            Writing::Anchor => self.writing = Writing::Again,
+            Writing::Ring => self.leave_ring(),
+            Writing::Again | Writing::Ended => {}
         }
+    }
+
+    fn leave_ring(&mut self) {
         let consumer = &self.stream.incoming().consumer;
-        let (stop, arrived) = (
-            consumer.stop.load(Ordering::Acquire),
-            self.stream.arrived.load(Ordering::Acquire),
-        );
+        // It may not have read all that was given to the anchor, where that still lies.
         let given = self.stream.given.load(Ordering::Relaxed);
-        let size = self.stream.memory.ring_size();
-        if stop < given || stop > arrived || arrived - stop > size {
+        let stop = consumer.stop.load(Ordering::Acquire).max(given);
+        let arrived = self.stream.arrived.load(Ordering::Acquire);
+        // The engine stores the head word before the poll core hears of it.
+        let head = self.stream.incoming().producer.head.load(Ordering::Acquire);
+        if stop > arrived.max(head) {
             return self.fail("it left its ring where it can't have been");
         }
         self.stream.given.store(stop, Ordering::Release);

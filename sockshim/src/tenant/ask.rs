@@ -14,10 +14,10 @@ use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
 /// Nanoseconds that a call of the program waits beyond the time that the daemon has for its answer.
-pub(super) const GRACE: u64 = 20_000_000;
+const GRACE: u64 = 20_000_000;
 /// Nanoseconds, at most, of the time that a daemon may claim for an answer.
 const LONGEST: u64 = 10_000_000_000;
-/// Threads that may ask at once; a further one goes to the kernel.
+/// Threads that may ask at once; a further one waits for its turn.
 const PLACES: usize = 32;
 
 /// The answer to a question.
@@ -122,16 +122,12 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
     }
     question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
     let number = question.question;
-    {
-        let guard = Guard::take()?;
-        make_memory();
-        attach(&guard);
-        take_place(&guard, number, end)?;
-        let control = CONTROL.load(Relaxed);
-        if control < 0 || send_with(control, &Message::new(what, &question), &[]) < 0 {
-            give_back(&guard, number);
+    while !put(what, &question, end)? {
+        if clock::nanoseconds() >= end {
             return None;
         }
+        // All places are taken, by threads that wait for an answer.
+        sys::poll_one(-1, 0, 1);
     }
     let answer = await_message(end, |guard| {
         with_places(guard, |places| {
@@ -145,6 +141,26 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
         SILENT_AT.store(clock::nanoseconds(), Relaxed);
     }
     answer
+}
+
+/// Sends a question. False when there is no place for its answer now; `None` when there is no daemon.
+fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
+    let number = question.question;
+    let guard = Guard::take()?;
+    make_memory();
+    attach(&guard);
+    let control = CONTROL.load(Relaxed);
+    if control < 0 {
+        return None;
+    }
+    if take_place(&guard, number, end).is_none() {
+        return Some(false);
+    }
+    if send_with(control, &Message::new(what, question), &[]) < 0 {
+        give_back(&guard, number);
+        return None;
+    }
+    Some(true)
 }
 
 fn give_back(guard: &Guard, question: u64) {

@@ -338,9 +338,10 @@ impl Attended {
                     let caller = Caller {
                         question: question.question,
                         ticket: manners.caller.map_or(0, |_| TICKETS + question.question),
+                        local: question.local,
                         peer: manners.caller.map_or([0; 16], |caller| bytes(caller.ip())),
+                        local_port: question.local_port,
                         peer_port: manners.caller.map_or(0, |caller| caller.port().into()),
-                        reserved: 0,
                     };
                     self.send(kind::CALLER, &caller);
                 }

@@ -182,25 +182,39 @@ impl Daemon {
         }
     }
 
-    /// A tenant asks for whom the daemon opened a connection that it has accepted.
+    /// A tenant asks whose connection it has: one that it has accepted, or got from another program.
     pub(crate) fn on_whois(&mut self, id: TenantId, question: Between) -> Result<(), End> {
-        let found = self.fabric.as_ref().and_then(|fabric| {
-            let (local, peer) = addresses(&question)?;
-            let ticket = *fabric.callers.get(&peer)?;
-            let carried = fabric.carried.get(&ticket)?;
-            (carried.destination == local).then_some((ticket, carried.source))
+        let found = self.fabric.as_ref().zip(addresses(&question));
+        let found = found.and_then(|(fabric, anchor)| {
+            let (local, peer) = anchor;
+            let accepted = fabric.callers.get(&peer);
+            let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
+            let accepted = accepted.filter(|(_, carried)| carried.destination == local);
+            accepted.or_else(|| {
+                let mut all = fabric
+                    .carried
+                    .iter()
+                    .map(|(ticket, carried)| (*ticket, carried));
+                all.find(|(_, carried)| carried.anchor == Some(anchor))
+            })
         });
-        let (ticket, peer, peer_port) = match found {
-            Some((ticket, source)) => (ticket, octets(source.ip()), source.port().into()),
-            None => (0, [0; 16], 0),
-        };
-        let answer = Caller {
+        let mut answer = Caller {
             question: question.question,
-            ticket,
-            peer,
-            peer_port,
-            reserved: 0,
+            ticket: 0,
+            local: [0; 16],
+            peer: [0; 16],
+            local_port: 0,
+            peer_port: 0,
         };
+        if let Some((ticket, carried)) = found {
+            let (local, peer) = match carried.stream.end {
+                0 => (carried.source, carried.destination),
+                _ => (carried.destination, carried.source),
+            };
+            answer.ticket = ticket;
+            (answer.local, answer.local_port) = (octets(local.ip()), local.port().into());
+            (answer.peer, answer.peer_port) = (octets(peer.ip()), peer.port().into());
+        }
         self.reply(id, Message::new(kind::CALLER, &answer));
         Ok(())
     }
