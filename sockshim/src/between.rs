@@ -28,7 +28,7 @@ pub unsafe fn connect(
     // SAFETY: as the caller says.
     let (family, peer) = unsafe { Address::given(address, len)? };
     let end = tenant::end_of_wait();
-    if peer.is_own() || !tenant::lead_to(&peer.ip, end) || process::is_foreign() {
+    if peer.is_any() || !tenant::lead_to(&peer.ip, end) || process::is_foreign() {
         return None;
     }
     let conn = held.conn;

@@ -12,7 +12,7 @@ use crate::wire::Wire;
 use std::num::NonZeroU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Looks at the fabric's lock before a thread sleeps for it.
 const LOCK_TRIES: u32 = 1000;
@@ -156,6 +156,22 @@ impl Fabric {
     /// does not go back. True when anything was done.
     pub fn step(&self, now: u64) -> bool {
         self.plain_lock().step(now)
+    }
+
+    /// As [`Fabric::step`], for one queue set of each device: what the thread that drives that set calls. Several
+    /// may, each for its own set. They take turns: while another one is at work in the fabric, or waits for a
+    /// register, this one does nothing, and need not wait (`None`).
+    pub fn step_set(&self, set: usize, now: u64) -> Option<bool> {
+        if self.is_wanted() {
+            return None;
+        }
+        match self.shared.core.try_lock() {
+            Ok(mut core) => Some(core.step_sets(set..set + 1, now)),
+            Err(TryLockError::Poisoned(core)) => {
+                Some(core.into_inner().step_sets(set..set + 1, now))
+            }
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Changes what happens by chance.

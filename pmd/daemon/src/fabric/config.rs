@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// Greatest id of a node (`docs/device.md`).
 const MAX_NODE: u16 = 1023;
+/// Most poll cores.
+const MAX_POLL_CORES: usize = 64;
 
 /// The `[fabric]` table.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -22,8 +24,8 @@ pub struct FabricConfig {
     pub node: u16,
     /// The device.
     pub device: Device,
-    /// The core of the poll core; `None` for any.
-    pub cpu: Option<usize>,
+    /// The machine's cores that poll; with none, one thread polls on any.
+    pub poll_cores: Vec<usize>,
     /// What a poll core does without work.
     pub idle: Idle,
     /// Bytes of each ring of a stream to another node.
@@ -115,7 +117,7 @@ struct Given {
     #[serde(deserialize_with = "device")]
     device: Device,
     #[serde(default, deserialize_with = "poll_cores")]
-    poll_cores: Option<usize>,
+    poll_cores: Vec<usize>,
     #[serde(default)]
     idle: Policy,
     #[serde(default = "spin")]
@@ -193,7 +195,7 @@ impl TryFrom<Given> for FabricConfig {
         Ok(FabricConfig {
             node: given.node,
             device: given.device,
-            cpu: given.poll_cores,
+            poll_cores: given.poll_cores,
             idle,
             ring_size: given.ring_size,
             max_streams: given.max_streams,
@@ -250,14 +252,22 @@ fn device<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error
     text.parse().map_err(de::Error::custom)
 }
 
-fn poll_cores<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
-    match *Vec::<usize>::deserialize(deserializer)? {
-        [] => Ok(None),
-        [cpu] => Ok(Some(cpu)),
-        _ => Err(de::Error::custom(
-            "more than one poll core is not possible yet, expected [] (any core) or [N]",
-        )),
+fn poll_cores<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    let cores = Vec::<usize>::deserialize(deserializer)?;
+    let twice = |at: usize| {
+        cores
+            .get(..at)
+            .is_some_and(|some| some.contains(&cores[at]))
+    };
+    if cores.len() > MAX_POLL_CORES {
+        let expected = format!("{} cores, expected at most {MAX_POLL_CORES}", cores.len());
+        return Err(de::Error::custom(expected));
     }
+    if let Some(at) = (0..cores.len()).find(|at| twice(*at)) {
+        let expected = format!("core {} stands there twice, expected each once", cores[at]);
+        return Err(de::Error::custom(expected));
+    }
+    Ok(cores)
 }
 
 fn ring_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -370,9 +380,9 @@ addresses = ["10.1.2.0/24"]
             ("node = 1\n", "node = 1\nring_size = 4096\n", 4, "65536 to"),
             (
                 "node = 1\n",
-                "node = 1\npoll_cores = [0, 1]\n",
+                "node = 1\npoll_cores = [2, 3, 2]\n",
                 4,
-                "more than one",
+                "core 2 stands there twice",
             ),
             ("node = 1\n", "node = 1\nidle = \"lazy\"\n", 4, "adaptive"),
             ("node = 1\n", "node = 1\nspeed = 9\n", 4, "speed"),

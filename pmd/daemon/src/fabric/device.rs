@@ -18,7 +18,8 @@ pub fn open(config: &FabricConfig) -> Result<(Rde, Option<Fabric>), StartError> 
     let (device, fabric): (Arc<dyn rdsock_vfio::Device>, _) = match &config.device {
         Device::Model(directory) => {
             let fabric = Fabric::new(Chaos::default());
-            let device = ModelDevice::linked(&fabric, directory, config.node, 1)?;
+            let sets = config.poll_cores.len().max(1);
+            let device = ModelDevice::linked(&fabric, directory, config.node, sets)?;
             (Arc::new(device), Some(fabric))
         }
         Device::VfioUser(socket) => (Arc::new(UserDevice::connect(socket)?), None),

@@ -8,7 +8,7 @@ use rdsock_model::{Chaos, Fabric};
 use rdsock_node::mail::Waker;
 use rdsock_node::memory::stream_bytes;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Idle, Notice, Poller, Settings};
+use rdsock_node::{Command, Idle, Notice, Opening, Poller, Settings};
 use rdsock_proto::{Addresses, Refusal};
 use rdsock_rde::Rde;
 use rdsock_shm::layout::{Direction, NOT_SWITCHED, Producer, StreamHeader};
@@ -26,33 +26,39 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 
 pub struct Site {
     pub poller: Poller,
+    pub device: Arc<ModelDevice>,
     pub streams: HashMap<u64, Arc<NodeStream>>,
     pub notices: Vec<Notice>,
     next: u64,
 }
 
-/// Two nodes, 1 and 2.
+/// Two nodes, 1 and 2, with one poll core each.
 pub fn pair() -> [Site; 2] {
+    pair_of([1, 1])
+}
+
+/// Two nodes with so many poll cores, up on all that both have.
+pub fn pair_of(cores: [usize; 2]) -> [Site; 2] {
     let fabric = Fabric::new(Chaos::default());
-    let sites = [1, 2].map(|node| site(&fabric, node));
-    let mut sites = sites;
+    let mut sites = [1, 2].map(|node: u16| site(&fabric, node, cores[usize::from(node - 1)]));
     for (at, site) in sites.iter_mut().enumerate() {
         let other = 2 - at as u16;
         site.until(|notice| *notice == Notice::NodeUp { node: other });
+        site.until_up(other, cores[0].min(cores[1]));
     }
     sites
 }
 
-fn site(fabric: &Fabric, node: u16) -> Site {
-    let device = Arc::new(ModelDevice::new(fabric, 1));
-    let rde = Rde::open(Space::new(device)).unwrap();
+fn site(fabric: &Fabric, node: u16, cores: usize) -> Site {
+    let device = Arc::new(ModelDevice::new(fabric, cores));
+    let rde = Rde::open(Space::new(device.clone())).unwrap();
     rde.management()
         .set_stall_timeout(Duration::from_millis(100));
     rde.management().join(node, &[1, 2]);
     let settings = Settings {
         node,
         peers: vec![3 - node],
-        cpu: None,
+        cores: vec![None; cores],
         idle: Idle::Adaptive {
             spin: Duration::from_micros(50),
         },
@@ -65,6 +71,7 @@ fn site(fabric: &Fabric, node: u16) -> Site {
     let waker = Arc::new(Waker::new().unwrap());
     Site {
         poller: Poller::start(rde, Some(fabric.clone()), settings, waker).unwrap(),
+        device,
         streams: HashMap::new(),
         notices: Vec::new(),
         next: 1,
@@ -101,10 +108,20 @@ impl Site {
         }
     }
 
-    pub fn stream(&mut self, node: u16, end: usize, file: &File) -> Arc<NodeStream> {
+    /// Waits until a node is up on so many cores.
+    pub fn until_up(&self, node: u16, cores: usize) {
+        let end = Instant::now() + LIMIT;
+        let up = || self.poller.cores().filter(|core| core.is_up(node)).count();
+        while up() != cores {
+            assert!(Instant::now() < end, "up on {} cores, not {cores}", up());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub fn stream(&mut self, node: u16, opening: Opening, file: &File) -> Arc<NodeStream> {
         let ticket = self.next;
         self.next += 1;
-        let made = self.poller.stream(ticket, node, end, file).unwrap();
+        let made = self.poller.stream(ticket, node, opening, file).unwrap();
         let stream = made.expect("there is room");
         self.streams.insert(ticket, stream.clone());
         stream
@@ -138,7 +155,7 @@ pub fn addresses() -> Addresses {
 pub fn connect(sites: &mut [Site; 2]) -> Connection {
     let files = [memory(), memory()];
     let (program, socket) = sockets();
-    let asking = sites[0].stream(2, 0, &files[0]);
+    let asking = sites[0].stream(2, Opening::Connect, &files[0]);
     sites[0].poller.attach(asking.clone(), socket.into());
     sites[0].poller.command(Command::Connect {
         stream: asking.clone(),
@@ -149,7 +166,7 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
         unreachable!()
     };
     let (served, socket) = sockets();
-    let asked = sites[1].stream(1, 1, &files[1]);
+    let asked = sites[1].stream(1, Opening::Accept(id), &files[1]);
     sites[1].poller.command(Command::Accept {
         id,
         stream: asked.clone(),
@@ -167,7 +184,7 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
 /// Asks, and is refused.
 pub fn refused(sites: &mut [Site; 2], why: Refusal) {
     let file = memory();
-    let asking = sites[0].stream(2, 0, &file);
+    let asking = sites[0].stream(2, Opening::Connect, &file);
     let ticket = asking.ticket;
     sites[0].poller.command(Command::Connect {
         stream: asking,

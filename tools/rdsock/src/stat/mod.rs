@@ -1,4 +1,6 @@
-//! `rdsock stat`: the live counters of daemon, tenants and streams.
+//! `rdsock stat`: the live counters of daemon, tenants, streams and other nodes.
+
+mod fabric;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -11,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::cli::StatArgs;
 use crate::daemon::{AskError, Daemon};
 use crate::show::{bytes, table};
+use fabric::Fabric;
 
 /// Why there are no counters.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +37,7 @@ struct Stat {
     tenants: Vec<Tenant>,
     streams: Vec<Stream>,
     users: Vec<User>,
+    fabric: Option<Fabric>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -62,6 +66,8 @@ struct Stream {
     stream: u64,
     local: String,
     peer: String,
+    #[serde(default)]
+    node: Option<u16>,
     pids: [Vec<i32>; 2],
     bytes: u64,
     huge: bool,
@@ -118,13 +124,7 @@ fn print(stat: &Stat) {
         stat.streams_now,
         stat.waiting_now
     );
-    let counters: Vec<String> = stat
-        .counters
-        .iter()
-        .filter(|(_, value)| value.as_u64() != Some(0))
-        .map(|(name, value)| format!("{name} {value}"))
-        .collect();
-    println!("{}", counters.join(", "));
+    println!("{}", counts(&stat.counters));
     for user in &stat.users {
         println!(
             "user {}: {} streams, {} reserved",
@@ -139,6 +139,19 @@ fn print(stat: &Stat) {
     if !stat.streams.is_empty() {
         print_streams(&stat.streams);
     }
+    if let Some(fabric) = &stat.fabric {
+        fabric::print(fabric);
+    }
+}
+
+/// Counts that are not 0.
+fn counts(counts: &Map<String, Value>) -> String {
+    let counts: Vec<String> = counts
+        .iter()
+        .filter(|(_, value)| value.as_u64() != Some(0))
+        .map(|(name, value)| format!("{name} {value}"))
+        .collect();
+    counts.join(", ")
 }
 
 fn print_tenants(tenants: &[Tenant]) {
@@ -187,7 +200,10 @@ fn print_streams(streams: &[Stream]) {
         table.add_row([
             stream.stream.to_string(),
             stream.local.clone(),
-            stream.peer.clone(),
+            match stream.node {
+                Some(node) => format!("{}, other end on node {node}", stream.peer),
+                None => stream.peer.clone(),
+            },
             names.join(" / "),
             position(0, |direction| direction.head),
             position(1, |direction| direction.tail),
