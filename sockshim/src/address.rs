@@ -114,6 +114,14 @@ impl Address {
         }
     }
 
+    /// True for an address of loopback.
+    pub fn is_loopback(&self) -> bool {
+        match v4(&self.ip) {
+            Some([first, ..]) => first == 127,
+            None => self.is_v6_loopback(),
+        }
+    }
+
     /// True for `::1`.
     pub fn is_v6_loopback(&self) -> bool {
         u128::from_be_bytes(self.ip) == 1

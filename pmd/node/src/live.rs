@@ -69,7 +69,11 @@ impl Live {
         match self.try_look(node) {
             Ok(worked) => worked,
             // Nonsense in its memory, or the stream is over: either way it ends.
-            Err(_) => {
+            Err(error) => {
+                let marks = self.stream.out().producer.mark.load(Ordering::Relaxed);
+                let seen = self.stream.seen.load(Ordering::Relaxed);
+                let stream = self.stream.ticket;
+                tracing::debug!(stream, ?error, marks, seen, "broken by its program");
                 self.break_it(node);
                 true
             }
@@ -89,12 +93,12 @@ impl Live {
     #[inline]
     fn look_in(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let stream = &*self.stream;
-        let consumed = if stream.on_ring.load(Ordering::Acquire) {
-            stream.incoming().consumer.tail.load(Ordering::Acquire)
-        } else {
-            stream.given.load(Ordering::Acquire)
-        };
-        // Less than before while the program has not come to its ring yet.
+        // What the anchor has taken counts as read, also while the program has not come to its ring.
+        let mut consumed = stream.given.load(Ordering::Acquire);
+        if stream.on_ring.load(Ordering::Acquire) {
+            let tail = stream.incoming().consumer.tail.load(Ordering::Acquire);
+            consumed = consumed.max(tail);
+        }
         if consumed <= self.consumed {
             return Ok(false);
         }
@@ -137,8 +141,16 @@ impl Live {
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);
         let head = producer.head.load(Ordering::Acquire);
-        let mut worked = advance(node, self.id, &mut self.head, head)?;
-        if marks == 0 || self.shut {
+        // The program counts a ring from where it switched, while bytes before that may still be on
+        // their way from the staging area: these come first.
+        let done = stream.freed.load(Ordering::Relaxed);
+        let size = stream.memory.ring_size();
+        if head > done.max(since) + size {
+            return Err(LocalError::Position);
+        }
+        let taken = head.min(done + size);
+        let mut worked = advance(node, self.id, &mut self.head, taken)?;
+        if marks == 0 || self.shut || taken != head {
             return Ok(worked);
         }
         if marks & mark::RESET != 0 {
@@ -166,8 +178,9 @@ impl Live {
         if bits & seen::BROKEN != 0 {
             return Err(LocalError::State);
         }
-        // What the program has sent before that.
-        let mut worked = self.look_out(node)?;
+        // What the program has read and sent before that.
+        let mut worked = self.look_in(node)?;
+        worked |= self.look_out(node)?;
         let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
         let on_ring = matches!(self.from, From::Ring(_));
         if !self.shut {
