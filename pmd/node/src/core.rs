@@ -40,6 +40,9 @@ const TURNS_PER_LOOK: u32 = 16;
 const TURNS_BEFORE_YIELD: u32 = 4;
 /// Nanoseconds between two looks whether the device is alive.
 const CHECK_EVERY: u64 = 100_000_000;
+/// Looks after which a device that has work and completes nothing is taken for stuck. What can't be done
+/// completes too, much earlier: the lane fails.
+const STUCK_CHECKS: u32 = 50;
 
 /// What a poll core shares with the other threads.
 #[derive(Debug)]
@@ -85,6 +88,8 @@ pub(crate) struct Core {
     idle_turns: u32,
     idle_since: u64,
     checked: u64,
+    /// Looks since something completed at which something was outstanding.
+    stuck_checks: u32,
 }
 
 /// What a core is made of.
@@ -127,6 +132,7 @@ impl Core {
             idle_turns: 0,
             idle_since: 0,
             checked: 0,
+            stuck_checks: 0,
         }
     }
 
@@ -160,6 +166,10 @@ impl Core {
             self.checked = self.now;
             self.inbox.totals.show(&self.node);
             self.set.check()?;
+            self.stuck_checks += u32::from(self.set.outstanding() != 0);
+            if self.stuck_checks > STUCK_CHECKS {
+                return Err(DeviceFailed::Stuck);
+            }
         }
         Ok(worked)
     }
@@ -172,10 +182,20 @@ impl Core {
 
     fn completions(&mut self) -> Result<bool, DeviceFailed> {
         let (node, now) = (&mut self.node, self.now);
-        let taken = self.set.poll_completions(BATCH, |done| {
-            node.handle_completion(NodeId(done.target), done.tag, outcome(done.status), now);
-        })?;
+        let mut denied = None;
+        let taken = self
+            .set
+            .poll_completions(BATCH, |done| match outcome(done.status) {
+                Some(outcome) => {
+                    node.handle_completion(NodeId(done.target), done.tag, outcome, now);
+                }
+                None => denied = Some(DeviceFailed::Denies(done.status)),
+            })?;
+        if let Some(denied) = denied {
+            return Err(denied);
+        }
         if taken != 0 {
+            self.stuck_checks = 0;
             for blocked in self.blocked.drain(..) {
                 self.node.handle_room(NodeId(blocked));
             }
@@ -298,8 +318,16 @@ impl Core {
     }
 
     fn tell(&self, notice: Notice) {
-        // There is room: `drive` looks before it asks the protocol for events.
-        let _ = self.notices.put(notice);
+        // There is room, since `drive` looks before it asks the protocol for events; but when all streams end at
+        // once, the control thread may have to make some.
+        let mut notice = notice;
+        while let Err(full) = self.notices.put(notice) {
+            if self.inbox.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            notice = full;
+            std::thread::yield_now();
+        }
     }
 
     /// What the anchors' thread wants to be looked at.
@@ -654,25 +682,27 @@ impl Core {
         }
     }
 
-    /// The device is not used any more: all streams end.
+    /// The device is not used any more: all streams end, and new ones find no place.
     fn fail(&mut self, failed: DeviceFailed) -> bool {
         tracing::error!(
             "the device has failed: {failed}; streams to other nodes end, new connections stay on \
              kernel TCP; restart rdsockd when it is well again"
         );
         self.failed = Some(failed);
+        self.inbox.totals.show(&self.node);
+        self.rde.management().leave();
+        for reach in self.reach.values_mut() {
+            reach.region = None;
+        }
         self.tell(Notice::DeviceFailed);
         self.hot.clear();
-        for place in &mut self.streams {
-            if let Some(live) = place.take() {
-                let ticket = live.stream.ticket;
-                self.desk.ask(&live.stream, todo::BROKEN);
-                let _ = self.notices.put(Notice::Refused {
-                    ticket,
-                    why: Refusal::Lost,
-                });
-                let _ = self.notices.put(Notice::Released { ticket });
-            }
+        let streams = std::mem::take(&mut self.streams);
+        for live in streams.into_iter().flatten() {
+            let ticket = live.stream.ticket;
+            self.desk.ask(&live.stream, todo::BROKEN);
+            let why = Refusal::Lost;
+            self.tell(Notice::Refused { ticket, why });
+            self.tell(Notice::Released { ticket });
         }
         true
     }
@@ -760,9 +790,10 @@ fn is_last(rest: &[Action], node: NodeId) -> bool {
     })
 }
 
-/// How the protocol takes a completion.
-fn outcome(done: rdsock_rde::spec::Status) -> Status {
-    match done.0 {
+/// How the protocol takes a completion. `None` when it says that our own memory or descriptor is wrong: what
+/// follows it in its lane is executed, and would leave a gap.
+fn outcome(done: rdsock_rde::spec::Status) -> Option<Status> {
+    Some(match done.0 {
         status::OK => Status::Success,
         status::FLUSHED => Status::Flushed,
         status::REFUSED_KEY
@@ -770,6 +801,7 @@ fn outcome(done: rdsock_rde::spec::Status) -> Status {
         | status::REFUSED_SOURCE
         | status::REFUSED_BOUNDS
         | status::TARGET_ACCESS => Status::Refused,
+        status::BAD_DESCRIPTOR | status::LOCAL_ACCESS | status::BAD_TARGET => return None,
         _ => Status::Failed,
-    }
+    })
 }

@@ -66,12 +66,15 @@ pub struct Settings {
     pub idle: Idle,
     /// Most streams.
     pub streams: usize,
-    /// Most streams to one node.
+    /// Most streams to one node. Of those that a node has opened itself, it gets no more than its
+    /// share of `streams` either, so that no node takes the others' places.
     pub streams_per_node: usize,
     /// Bytes of each ring.
     pub ring_size: u64,
     /// How long a connect waits for the other node's answer.
     pub connect_timeout: Duration,
+    /// How long streams wait for a node that does not answer any more, before they end.
+    pub resume_timeout: Duration,
     /// A number that no earlier start of this node had.
     pub epoch: u64,
 }
@@ -184,6 +187,9 @@ pub struct Poller {
     /// Notices taken while a command waited for room.
     backlog: VecDeque<Notice>,
     windows: HashMap<u16, Places>,
+    /// Held by each stream's place, so that the streams that there are can be counted.
+    living: Arc<()>,
+    streams: usize,
     ring_size: u64,
     threads: Vec<JoinHandle<()>>,
 }
@@ -233,8 +239,10 @@ impl Poller {
         let nodes = settings.peers.iter().chain([&settings.node]).max();
         let mut limits = Limits::new(nodes.map_or(1, |node| node + 1));
         limits.streams = settings.streams as u32;
-        limits.streams_from_node = settings.streams_per_node as u32;
+        let share = settings.streams / settings.peers.len().max(1);
+        limits.streams_from_node = settings.streams_per_node.min(share.max(1)) as u32;
         limits.connect_timeout = settings.connect_timeout.as_nanos() as u64;
+        limits.resume_timeout = settings.resume_timeout.as_nanos() as u64;
         let node = Node::new(
             NodeId(settings.node),
             settings.epoch,
@@ -257,7 +265,7 @@ impl Poller {
             Some(cpu) => Some(find_cpu(cpu)?),
             None => None,
         };
-        let ring_size = settings.ring_size;
+        let (ring_size, streams) = (settings.ring_size, settings.streams);
         let core = Core::new(Parts {
             node,
             rde,
@@ -276,6 +284,8 @@ impl Poller {
             notices,
             backlog: VecDeque::new(),
             windows,
+            living: Arc::new(()),
+            streams,
             ring_size,
             threads: Vec::new(),
         };
@@ -312,7 +322,11 @@ impl Poller {
         let Some(places) = self.windows.get(&node) else {
             return Ok(None);
         };
-        let Some(slot) = Slot::take(&places.free) else {
+        // The queues between the threads have room for so many, and each of them may be in each.
+        if Arc::strong_count(&self.living) > self.streams {
+            return Ok(None);
+        }
+        let Some(slot) = Slot::take(&places.free, &self.living) else {
             return Ok(None);
         };
         let memory = StreamMemory::new(file, self.ring_size, &places.window, slot)?;

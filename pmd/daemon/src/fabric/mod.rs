@@ -23,6 +23,8 @@ use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{Command, Notice, Poller, Settings, StartError};
 use rdsock_proto::{Addresses, Count};
+use rdsock_rde::Management;
+use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
 use serde_json::{Map, Value, json};
@@ -38,6 +40,9 @@ use tracing::{info, warn};
 
 /// Time for a program to make its anchor, once it was told where.
 const ANCHOR: Duration = Duration::from_secs(10);
+
+/// How long the streams of a node that does not answer any more wait for it.
+const RESUME: Duration = Duration::from_secs(30);
 
 /// A stream to another node.
 #[derive(Debug)]
@@ -73,6 +78,8 @@ struct Listening {
 #[derive(Debug)]
 pub(crate) struct Control {
     poller: Poller,
+    /// Where the device says what it has refused.
+    management: Management,
     waker: Arc<Waker>,
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
@@ -104,6 +111,7 @@ impl Control {
             streams_per_node: config.max_streams,
             ring_size: config.ring_size,
             connect_timeout: config.connect_timeout,
+            resume_timeout: RESUME,
             epoch: epoch(),
         };
         let mut listeners = Vec::new();
@@ -127,6 +135,7 @@ impl Control {
         epoll
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
+        let management = rde.management();
         let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         waker.start_sleep();
         info!(
@@ -137,6 +146,7 @@ impl Control {
         );
         Ok(Control {
             poller,
+            management,
             waker,
             listeners,
             board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
@@ -189,6 +199,8 @@ impl Control {
             "node": config.node,
             "device": config.device.to_string(),
             "failed": self.failed,
+            "refused_here": self.management.counter(counter::REFUSED_HERE),
+            "refused_there": self.management.counter(counter::REFUSED_THERE),
             "streams": self.carried.len(),
             "listeners": self.listening.len(),
             "sleeps": self.poller.totals().sleeps.get(),
