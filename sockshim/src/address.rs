@@ -114,13 +114,12 @@ impl Address {
         }
     }
 
-    /// True for what is this host's own wherever it is: loopback, and no address at all.
-    pub fn is_own(&self) -> bool {
-        let loopback = match v4(&self.ip) {
+    /// True for an address of loopback.
+    pub fn is_loopback(&self) -> bool {
+        match v4(&self.ip) {
             Some([first, ..]) => first == 127,
             None => self.is_v6_loopback(),
-        };
-        loopback || self.is_any()
+        }
     }
 
     /// True for `::1`.

@@ -5,7 +5,7 @@
 use crate::address::{self, Address};
 use crate::conn::{Use, born, phase};
 use crate::io::TcpInfo;
-use crate::{process, real, sys, tenant};
+use crate::{clock, process, real, sys, tenant};
 use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
 use rdsock_shm::control::{Between, FABRIC_SOURCE_V4, Reached};
 use rdsock_shm::reason::{Reason, State};
@@ -27,10 +27,10 @@ pub unsafe fn connect(
     }
     // SAFETY: as the caller says.
     let (family, peer) = unsafe { Address::given(address, len)? };
-    let end = tenant::end_of_wait();
-    if peer.is_own() || !tenant::lead_to(&peer.ip, end) || process::is_foreign() {
+    if peer.is_any() || !tenant::lead_to(&peer.ip) || process::is_foreign() {
         return None;
     }
+    let end = tenant::end_of_wait();
     let conn = held.conn;
     if TcpInfo::of(fd)?.state != TcpInfo::CLOSE {
         return None;
@@ -153,18 +153,58 @@ fn connect_to(fd: c_int, name: &sockaddr_storage, len: socklen_t) -> c_int {
     unsafe { real::connect(fd, (name as *const sockaddr_storage).cast(), len) }
 }
 
+/// Who is at the other end of a connection that the program has not made itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Whom the kernel says.
+    Kernel,
+    /// A program on another node, at this address.
+    Far(Address),
+    /// A program on another node, and the daemon does not say which: the kernel's address would be
+    /// taken for one of this host.
+    Unknown,
+}
+
+/// Nanoseconds to wait for the daemon, where it has made the connection for certain.
+const CERTAIN: u64 = 1_000_000_000;
+/// The same where it may have.
+const POSSIBLE: u64 = 100_000_000;
+
 /// A connection was accepted: where the daemon made it on behalf of a program on another node, the
-/// program is told that one's address from now on. What it is told; `None` where the kernel's address
-/// is true.
-pub fn accepted(held: &Use, fd: c_int) -> Option<Address> {
-    if !tenant::may_lead_away() {
-        return None;
+/// program is told that one's address from now on.
+pub fn accepted(held: &Use, fd: c_int) -> Origin {
+    let peer = sys::name_of(fd, true).and_then(|name| Address::of(&name));
+    let Some(peer) = peer.filter(|_| tenant::may_lead_away()) else {
+        return Origin::Kernel;
+    };
+    let certain = address::v4(&peer.ip) == Some(FABRIC_SOURCE_V4);
+    if !certain && !peer.is_v6_loopback() {
+        return Origin::Kernel;
     }
+    let within = if certain { CERTAIN } else { POSSIBLE };
+    match learn_names(held, fd, within) {
+        Some(peer) => Origin::Far(peer),
+        // One that is over by now has no names any more.
+        None if certain || TcpInfo::of(fd).is_none_or(|info| info.state == TcpInfo::CLOSE) => {
+            Origin::Unknown
+        }
+        None => Origin::Kernel,
+    }
+}
+
+/// A connection was got from another program, by exec, and has no stream (yet).
+pub fn inherited(held: &Use, fd: c_int) {
+    let peer = sys::name_of(fd, true).and_then(|name| Address::of(&name));
+    if tenant::may_lead_away() && peer.is_some_and(|peer| peer.is_loopback()) {
+        learn_names(held, fd, CERTAIN);
+    }
+}
+
+/// Asks the daemon whose connection this is, and keeps the answer; the peer. `None` when it is not
+/// the daemon's, or that does not answer.
+fn learn_names(held: &Use, fd: c_int, within: u64) -> Option<Address> {
     let name = sys::name_of(fd, true)?;
     let peer = Address::of(&name)?;
-    if address::v4(&peer.ip) != Some(FABRIC_SOURCE_V4) && !peer.is_v6_loopback() {
-        return None;
-    }
     let local = Address::of(&sys::name_of(fd, false)?)?;
     let question = Between {
         question: 0,
@@ -174,15 +214,22 @@ pub fn accepted(held: &Use, fd: c_int) -> Option<Address> {
         local_port: local.port.into(),
         peer_port: peer.port.into(),
     };
-    let caller = tenant::who_is(question, tenant::end_of_wait())?;
-    let far = Address {
-        ip: caller.peer,
-        port: u16::try_from(caller.peer_port).ok()?,
+    let caller = tenant::who_is(question, clock::nanoseconds() + within)?;
+    let address = |ip, port: u32| {
+        let port = u16::try_from(port).ok()?;
+        Some(Address { ip, port })
     };
-    if caller.ticket == 0 || far.name(name.ss_family.into()).is_none() || !held.conn.names.claim() {
+    let far = address(caller.peer, caller.peer_port)?;
+    let own = address(caller.local, caller.local_port)?;
+    let family = name.ss_family.into();
+    if caller.ticket == 0
+        || far.name(family).is_none()
+        || own.name(family).is_none()
+        || !held.conn.names.claim()
+    {
         return None;
     }
-    held.conn.names.tell(local, far, caller.ticket);
+    held.conn.names.tell(own, far, caller.ticket);
     tenant::announce_now(held.index, held.conn, fd);
     Some(far)
 }

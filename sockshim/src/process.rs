@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, born};
 use crate::io::TcpInfo;
-use crate::{clock, demote, epoll, real, stream, sys, tenant, wait};
+use crate::{between, clock, demote, epoll, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -120,6 +120,11 @@ fn adopt_inherited() {
                         conn.shared.store(1, Relaxed);
                     }
                     tenant::look_up(index, fd);
+                    if let Some(held) = conn::of(fd)
+                        && held.conn.stream().is_none()
+                    {
+                        between::inherited(&held, fd);
+                    }
                     if fd <= STDERR
                         && let Some(held) = conn::of(fd)
                     {

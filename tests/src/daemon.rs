@@ -20,17 +20,24 @@ pub struct Daemon {
     running: Option<Running>,
     folder: Folder,
     config: PathBuf,
+    namespace: Option<String>,
 }
 
 impl Daemon {
     /// Starts one with this configuration (TOML), and waits until it answers.
     pub fn start(config: &str) -> Self {
+        Self::start_inside(None, config)
+    }
+
+    /// The same in a network namespace.
+    pub fn start_inside(namespace: Option<&str>, config: &str) -> Self {
         let folder = Folder::new();
         let config = folder.write("rdsockd.toml", config);
         let mut daemon = Daemon {
             running: None,
             folder,
             config,
+            namespace: namespace.map(str::to_owned),
         };
         daemon.restart();
         daemon
@@ -41,12 +48,15 @@ impl Daemon {
     /// # Panics
     /// When it does not answer within 10 s.
     pub fn restart(&mut self) {
-        let running = Program::new(place::binary("rdsockd"), self.folder.path())
+        let mut program = Program::new(place::binary("rdsockd"), self.folder.path())
             .arg("--socket")
             .arg(self.socket())
             .arg("--config")
-            .arg(&self.config)
-            .start();
+            .arg(&self.config);
+        if let Some(namespace) = &self.namespace {
+            program = program.inside(namespace);
+        }
+        let running = program.start();
         let running = self.running.insert(running);
         let end = Instant::now() + Duration::from_secs(10);
         while connect_to(&self.folder.at("rdsockd.sock")).is_err() {

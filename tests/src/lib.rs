@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod folder;
+pub mod namespaces;
 pub mod place;
 pub mod program;
 pub mod site;
@@ -13,5 +14,6 @@ pub mod why;
 
 pub use daemon::Daemon;
 pub use folder::Folder;
+pub use namespaces::Namespaces;
 pub use program::{Program, Running};
 pub use site::{Mode, Site};

@@ -23,6 +23,7 @@ pub struct Program {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     preload: Option<PathBuf>,
+    namespace: Option<String>,
     limits: Vec<(Resource, u64)>,
     input: Option<PathBuf>,
     folder: PathBuf,
@@ -36,6 +37,7 @@ impl Program {
             args: Vec::new(),
             environment: Vec::new(),
             preload: None,
+            namespace: None,
             limits: Vec::new(),
             input: None,
             folder: folder.to_owned(),
@@ -80,18 +82,29 @@ impl Program {
         self
     }
 
+    /// Runs it in a network namespace, see [`crate::Namespaces`].
+    pub fn inside(mut self, namespace: &str) -> Self {
+        self.namespace = Some(namespace.to_owned());
+        self
+    }
+
     fn command(&self) -> Command {
-        let mut command = match &self.preload {
-            None => Command::new(&self.name),
-            Some(socket) => {
-                let mut command = Command::new(place::binary("rdsock"));
-                command
-                    .args(["run", "--no-daemon", "--"])
-                    .arg(&self.name)
-                    .env("RDSOCK_SOCKET", socket);
-                command
-            }
-        };
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(namespace) = &self.namespace {
+            words.push(place::command(&["ip"]).into());
+            words.extend(["netns", "exec", namespace].map(OsString::from));
+        }
+        if self.preload.is_some() {
+            words.push(place::binary("rdsock").into());
+            words.extend(["run", "--no-daemon", "--"].map(OsString::from));
+        }
+        words.push(self.name.clone().into());
+        let mut words = words.into_iter();
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words);
+        if let Some(socket) = &self.preload {
+            command.env("RDSOCK_SOCKET", socket);
+        }
         command.args(&self.args).process_group(0);
         for (name, value) in &self.environment {
             command.env(name, value);

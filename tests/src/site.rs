@@ -34,6 +34,8 @@ pub struct Site {
     daemon: Option<Daemon>,
     /// The clients' daemon, where that is another one.
     clients: Option<Daemon>,
+    /// Descriptors that each daemon of [`Mode::Nodes`] had at first.
+    descriptors: [usize; 2],
 }
 
 /// What `rdsock why` said of a load while it ran.
@@ -51,10 +53,13 @@ impl Site {
     /// With a daemon of its own, unless neither end is preloaded.
     pub fn new(mode: Mode) -> Self {
         let folder = Folder::new();
+        let mut descriptors = [0; 2];
         let (daemon, clients) = match mode {
             Mode::Neither => (None, None),
             Mode::Nodes => {
-                let [servers, clients] = nodes(&folder);
+                let mut daemons = nodes(&folder);
+                descriptors = daemons.each_mut().map(Daemon::descriptors);
+                let [servers, clients] = daemons;
                 (Some(servers), Some(clients))
             }
             _ => (Some(Daemon::start(LOG)), None),
@@ -64,6 +69,7 @@ impl Site {
             folder,
             daemon,
             clients,
+            descriptors,
         }
     }
 
@@ -81,9 +87,20 @@ impl Site {
         self.program(name, self.daemon.as_ref().filter(|_| preloaded))
     }
 
-    /// A client, preloaded if the mode says so.
+    /// A client, preloaded if the mode says so. Between nodes, the server is waited for until its
+    /// daemon knows that it listens.
+    ///
+    /// # Panics
+    /// When the daemon does not know that within 10 s.
     pub fn client(&self, name: impl AsRef<OsStr>) -> Program {
         let preloaded = self.mode != Mode::ServerOnly;
+        if let (Mode::Nodes, Some(daemon)) = (self.mode, &self.daemon) {
+            let end = Instant::now() + Duration::from_secs(10);
+            while daemon.number("/fabric/listeners") == 0 {
+                assert!(Instant::now() < end, "no server listens, its daemon says");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         let daemon = self.clients.as_ref().or(self.daemon.as_ref());
         self.program(name, daemon.filter(|_| preloaded))
     }
@@ -180,6 +197,22 @@ impl Site {
     /// The daemon, unless neither end is preloaded.
     pub fn daemon(&mut self) -> Option<&mut Daemon> {
         self.daemon.as_mut()
+    }
+}
+
+impl Drop for Site {
+    /// Between nodes, at the end of a test that has not failed: nothing is left of it, and no connect
+    /// went past the fabric.
+    fn drop(&mut self) {
+        if self.mode != Mode::Nodes || std::thread::panicking() {
+            return;
+        }
+        let daemons = [&mut self.daemon, &mut self.clients];
+        for (daemon, descriptors) in daemons.into_iter().flatten().zip(self.descriptors) {
+            daemon.wait_until_empty(descriptors);
+            assert_eq!(daemon.number("/fabric/streams"), 0);
+            assert_eq!(daemon.number("/counters/not_reached"), 0);
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, in_each_mode, place};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -94,3 +94,5 @@ fn one_after_another(site: Site) {
 }
 
 in_each_mode!(four_streams, reverse, both_directions, one_after_another);
+
+between_nodes!(four_streams, reverse, both_directions, one_after_another);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rdsock_tests::{Running, Site, folder, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const BIG: usize = 100 << 20;
@@ -234,6 +234,14 @@ fn graceful_end(site: Site) {
 }
 
 in_each_mode!(
+    big_file_by_checksum,
+    parallel_downloads_and_ranges,
+    wrk_load,
+    reload_under_load,
+    graceful_end,
+);
+
+between_nodes!(
     big_file_by_checksum,
     parallel_downloads_and_ranges,
     wrk_load,

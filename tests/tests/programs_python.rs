@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -180,3 +180,5 @@ in_each_mode!(
     threads_in_one_process,
     inherited_without_a_stream,
 );
+
+between_nodes!(http_server, asyncio_echo);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rdsock_tests::{Running, Site, folder, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -13,7 +13,9 @@ fn server(site: &Site) -> (Running, u16) {
     let port = place::free_port();
     let running = site
         .server(place::command(&["redis-server"]))
-        .args(&format!("--port {port} --bind 127.0.0.1 --appendonly no"))
+        .args(&format!(
+            "--port {port} --bind 127.0.0.1 --protected-mode no --appendonly no"
+        ))
         .args("--daemonize no --maxclients 2000 --dir")
         .arg(site.folder.path())
         .arg("--save")
@@ -190,6 +192,16 @@ in_each_mode!(
     pipelines,
     one_client,
     client_threads,
+    five_hundred_clients,
+    answers_are_right,
+    pub_sub,
+    a_64_mb_value,
+    waiting_clients,
+);
+
+between_nodes!(
+    pipelines,
+    one_client,
     five_hundred_clients,
     answers_are_right,
     pub_sub,

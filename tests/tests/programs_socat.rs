@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, folder, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -108,3 +108,5 @@ in_each_mode!(
     program_on_the_connection,
     relay
 );
+
+between_nodes!(half_close, echo_with_half_close, program_on_the_connection);

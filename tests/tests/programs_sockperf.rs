@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -69,3 +69,5 @@ fn under_load(site: Site) {
 }
 
 in_each_mode!(ping_pong, throughput, under_load);
+
+between_nodes!(ping_pong, throughput, under_load);

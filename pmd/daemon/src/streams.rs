@@ -366,8 +366,8 @@ impl Daemon {
     }
 
     fn close_stream(&mut self, id: u64) {
-        if self.abandon_carried(id) {
-            // It is closed when the other node knows.
+        if self.is_carried(id) {
+            // Its anchor tells the poll core how it ended, and it is closed when the other node knows.
             return;
         }
         if self.book.close(id).is_some() {

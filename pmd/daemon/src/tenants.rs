@@ -182,10 +182,13 @@ impl Daemon {
             connection.tenant = Some(tenant);
         }
         self.counters.attached += 1;
-        self.send(
-            id,
-            Message::new(kind::WELCOME, &Welcome { tenant: id }).into(),
-        )?;
+        let answer = self.config.fabric.as_ref().map(|f| f.connect_timeout);
+        let welcome = Welcome {
+            tenant: id,
+            answer_us: answer.unwrap_or_default().as_micros() as u32,
+            reserved: 0,
+        };
+        self.send(id, Message::new(kind::WELCOME, &welcome).into())?;
         // Whatever it put in before the daemon slept on its queue.
         self.drain(id)
     }

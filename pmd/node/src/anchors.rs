@@ -196,18 +196,19 @@ impl Anchors {
         let Some(anchor) = self.anchors.get_mut(&ticket) else {
             return;
         };
-        if flags.intersects(EpollFlags::EPOLLERR) {
-            anchor.fail();
-        } else {
-            if flags.intersects(EpollFlags::EPOLLOUT) {
-                anchor.write();
-            }
-            if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP) {
-                anchor.read();
-            }
-            if flags.intersects(EpollFlags::EPOLLHUP) {
-                anchor.hang_up();
-            }
+        // What was sent comes before the end, whatever that is, and is read before a send finds it.
+        let end = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
+        if flags.intersects(EpollFlags::EPOLLIN | end) {
+            anchor.read();
+        }
+        if flags.intersects(EpollFlags::EPOLLERR) && anchor.reading != Reading::Ended {
+            anchor.fail("the program's socket has an error");
+        }
+        if flags.intersects(EpollFlags::EPOLLHUP) {
+            anchor.hang_up();
+        }
+        if flags.intersects(EpollFlags::EPOLLOUT) {
+            anchor.write();
         }
         anchor.watch(&self.epoll);
         self.core.put(&anchor.stream);
@@ -227,9 +228,6 @@ impl Anchors {
             self.anchors.remove(&stream.ticket);
             return;
         }
-        if what & todo::LEFT != 0 {
-            anchor.leave();
-        }
         if what & (todo::WAKE_BYTES | todo::WAKE_SPACE) != 0 {
             anchor.wake(what);
         }
@@ -245,7 +243,8 @@ impl Anchor {
         self.stream.seen.fetch_or(what, Ordering::AcqRel);
     }
 
-    fn fail(&mut self) {
+    fn fail(&mut self, why: &str) {
+        tracing::debug!(stream = self.stream.ticket, "broken by its program: {why}");
         self.broken = true;
         self.note(seen::BROKEN);
     }
@@ -281,7 +280,7 @@ impl Anchor {
         self.watches = wanted;
         let mut event = EpollEvent::new(wanted, self.stream.ticket);
         if epoll.modify(&self.socket, &mut event).is_err() {
-            self.fail();
+            self.fail("its socket can't be watched");
         }
     }
 
@@ -336,7 +335,7 @@ impl Anchor {
         let unread = match unread(&self.socket) {
             Ok(unread) => unread,
             Err(_) => {
-                self.fail();
+                self.fail("its socket does not say what there is to read");
                 return false;
             }
         };
@@ -348,7 +347,7 @@ impl Anchor {
                 return true;
             }
             if switch_at != NOT_SWITCHED && switch_at < self.received {
-                self.fail();
+                self.fail("it says that it switched before bytes that it has sent");
                 return false;
             }
             most = most.min(switch_at - self.received);
@@ -396,7 +395,7 @@ impl Anchor {
             Ok(got) if outstanding != 0 => {
                 self.drained = self.drained.wrapping_add(got as u32);
                 if bytes[..got].iter().any(|byte| *byte != WAKE_BYTE) {
-                    self.fail();
+                    self.fail("a byte that is no wake byte");
                 }
                 true
             }
@@ -404,7 +403,7 @@ impl Anchor {
                 // Somebody went past the shim, unless it was counted or ended meanwhile.
                 let explained = self.outstanding() != 0 || self.has_ended_ring();
                 if !explained {
-                    self.fail();
+                    self.fail("a byte that was not counted");
                 }
                 explained
             }
@@ -424,8 +423,14 @@ impl Anchor {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EAGAIN) => false,
             Some(Errno::EINTR) => true,
+            // The kernel of a program that has gone resets the connection for unread wake bytes.
+            // Whether it left bytes unread, the ring tells.
+            _ if self.reading == Reading::Ring => {
+                self.hung_up = true;
+                self.end_of_file()
+            }
             _ => {
-                self.fail();
+                self.fail("its socket has an error");
                 false
             }
         }
@@ -433,6 +438,9 @@ impl Anchor {
 
     /// Gives the program what has arrived, or has it read its ring.
     fn write(&mut self) {
+        if self.stream.has_left() {
+            self.leave();
+        }
         while self.is_writing_bytes() && !self.broken {
             let given = self.stream.given.load(Ordering::Relaxed);
             if self.writing == Writing::Anchor
@@ -479,25 +487,34 @@ impl Anchor {
         if self.stream.ends_at.load(Ordering::SeqCst) != NONE {
             self.stream.mark_end();
         }
-        if self.stream.answer(&incoming.bytes) {
+        if self.stream.has_left() {
+            // It has just read its last from the ring, or never came there.
+            self.leave();
+        } else if self.stream.answer(&incoming.bytes) {
             self.wake(todo::WAKE_BYTES);
         }
     }
 
-    /// The program left its ring where `stop` says, and reads the anchor.
+    /// The program left its ring where `stop` says, and reads the anchor; or it will never come to
+    /// its ring.
     fn leave(&mut self) {
-        if self.writing != Writing::Ring {
-            return;
+        match self.writing {
+            Writing::Anchor => self.writing = Writing::Again,
+            Writing::Ring => self.leave_ring(),
+            Writing::Again | Writing::Ended => {}
         }
+    }
+
+    fn leave_ring(&mut self) {
         let consumer = &self.stream.incoming().consumer;
-        let (stop, arrived) = (
-            consumer.stop.load(Ordering::Acquire),
-            self.stream.arrived.load(Ordering::Acquire),
-        );
+        // It may not have read all that was given to the anchor, where that still lies.
         let given = self.stream.given.load(Ordering::Relaxed);
-        let size = self.stream.memory.ring_size();
-        if stop < given || stop > arrived || arrived - stop > size {
-            return self.fail();
+        let stop = consumer.stop.load(Ordering::Acquire).max(given);
+        let arrived = self.stream.arrived.load(Ordering::Acquire);
+        // The engine stores the head word before the poll core hears of it.
+        let head = self.stream.incoming().producer.head.load(Ordering::Acquire);
+        if stop > arrived.max(head) {
+            return self.fail("it left its ring where it can't have been");
         }
         self.stream.given.store(stop, Ordering::Release);
         self.stream.on_ring.store(false, Ordering::SeqCst);

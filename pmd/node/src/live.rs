@@ -69,7 +69,11 @@ impl Live {
         match self.try_look(node) {
             Ok(worked) => worked,
             // Nonsense in its memory, or the stream is over: either way it ends.
-            Err(_) => {
+            Err(error) => {
+                let marks = self.stream.out().producer.mark.load(Ordering::Relaxed);
+                let seen = self.stream.seen.load(Ordering::Relaxed);
+                let stream = self.stream.ticket;
+                tracing::debug!(stream, ?error, marks, seen, "broken by its program");
                 self.break_it(node);
                 true
             }
@@ -89,12 +93,12 @@ impl Live {
     #[inline]
     fn look_in(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let stream = &*self.stream;
-        let consumed = if stream.on_ring.load(Ordering::Acquire) {
-            stream.incoming().consumer.tail.load(Ordering::Acquire)
-        } else {
-            stream.given.load(Ordering::Acquire)
-        };
-        // Less than before while the program has not come to its ring yet.
+        // What the anchor has taken counts as read, also while the program has not come to its ring.
+        let mut consumed = stream.given.load(Ordering::Acquire);
+        if stream.on_ring.load(Ordering::Acquire) {
+            let tail = stream.incoming().consumer.tail.load(Ordering::Acquire);
+            consumed = consumed.max(tail);
+        }
         if consumed <= self.consumed {
             return Ok(false);
         }
@@ -166,8 +170,9 @@ impl Live {
         if bits & seen::BROKEN != 0 {
             return Err(LocalError::State);
         }
-        // What the program has sent before that.
-        let mut worked = self.look_out(node)?;
+        // What the program has read and sent before that.
+        let mut worked = self.look_in(node)?;
+        worked |= self.look_out(node)?;
         let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
         let on_ring = matches!(self.from, From::Ring(_));
         if !self.shut {

@@ -94,9 +94,14 @@ pod! {
 }
 pod! {
     /// The daemon accepts a tenant.
-    Welcome, 8 {
+    Welcome, 16 {
         /// The daemon's number of the tenant.
         tenant: u64,
+        /// Microseconds within which the daemon answers a REACH, whatever the other node does; 0 when
+        /// it has no other nodes.
+        answer_us: u32,
+        /// 0.
+        reserved: u32,
     }
 }
 pod! {
@@ -178,19 +183,21 @@ pod! {
     }
 }
 pod! {
-    /// For whom the daemon opened a connection.
-    Caller, 40 {
+    /// Whose connection with the daemon this is: for whom it opened it, or where it goes.
+    Caller, 56 {
         /// The question's number.
         question: u64,
         /// Names the stream in the announcement that follows ([`Request::stream_id`]); 0 when the
         /// connection is not the daemon's, and the addresses are true.
         ticket: u64,
+        /// The program's own true address.
+        local: [u8; 16],
         /// The peer's true address.
         peer: [u8; 16],
-        /// Its port, host order.
+        /// Port of `local`, host order.
+        local_port: u32,
+        /// Port of `peer`, host order.
         peer_port: u32,
-        /// 0.
-        reserved: u32,
     }
 }
 pod! {

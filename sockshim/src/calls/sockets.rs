@@ -2,8 +2,9 @@
 //! to be.
 
 use crate::address::family_of;
+use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{between, demote, process, real, sys, tenant};
+use crate::{demote, process, real, sys, tenant};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -131,7 +132,7 @@ unsafe fn accept_by(
     listener: c_int,
     address: *mut sockaddr,
     len: *mut socklen_t,
-    in_kernel: impl FnOnce() -> c_int,
+    in_kernel: impl Fn() -> c_int,
 ) -> c_int {
     if let Some(held) = conn::of(listener) {
         tenant::listens(&held);
@@ -144,16 +145,34 @@ unsafe fn accept_by(
     } else {
         0
     };
-    let fd = in_kernel();
-    if let Some(held) = accepted(listener, fd)
-        && (may_be_far || address.is_null())
-        && let Some(peer) = between::accepted(&held, fd)
-        && !address.is_null()
-    {
-        // SAFETY: the kernel has written the peer's address there, as much as there is room for.
-        unsafe { peer.put(address, room, family_of(*len)) };
+    loop {
+        let fd = in_kernel();
+        let Some(held) = accepted(listener, fd).filter(|_| may_be_far || address.is_null()) else {
+            return fd;
+        };
+        match between::accepted(&held, fd) {
+            Origin::Far(peer) if !address.is_null() => {
+                // SAFETY: the kernel has written the peer's address there, as much as there is room for.
+                unsafe { peer.put(address, room, family_of(*len)) };
+            }
+            Origin::Unknown => {
+                // As if it had never come.
+                drop(held);
+                sys::warn(
+                    "a connection from another node was dropped: the daemon does not say whose",
+                );
+                // SAFETY: the program does not know this descriptor.
+                unsafe { super::close(fd) };
+                if !address.is_null() {
+                    // SAFETY: the kernel has written the length there.
+                    unsafe { *len = room };
+                }
+                continue;
+            }
+            _ => {}
+        }
+        return fd;
     }
-    fd
 }
 
 /// Follows a descriptor that was just accepted.

@@ -9,13 +9,15 @@ use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
 use crate::{clock, sys};
-use rdsock_shm::control::{Between, Caller, Message, Reached, kind};
+use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
-/// Milliseconds that a call of the program waits in all. The daemon answers within about two.
-const ANSWER_MS: u64 = 20;
-/// Threads that may ask at once; a further one goes to the kernel.
+/// Nanoseconds that a call of the program waits beyond the time that the daemon has for its answer.
+const GRACE: u64 = 20_000_000;
+/// Nanoseconds, at most, of the time that a daemon may claim for an answer.
+const LONGEST: u64 = 10_000_000_000;
+/// Threads that may ask at once; a further one waits for its turn.
 const PLACES: usize = 32;
 
 /// The answer to a question.
@@ -54,6 +56,8 @@ static PLACES_TAKEN: Shared<[Place; PLACES]> = Shared(UnsafeCell::new([FREE; PLA
 static QUESTIONS: AtomicU64 = AtomicU64::new(0);
 /// When the daemon last left a question without an answer.
 static SILENT_AT: AtomicU64 = AtomicU64::new(0);
+/// Nanoseconds that the daemon has for an answer, as it said.
+static ANSWER: AtomicU64 = AtomicU64::new(0);
 
 fn with_places<T>(_guard: &Guard, use_them: impl FnOnce(&mut [Place; PLACES]) -> T) -> T {
     // SAFETY: the lock is held, and no caller comes here again from within.
@@ -74,9 +78,15 @@ fn take_place(guard: &Guard, question: u64, until: u64) -> Option<()> {
     })
 }
 
-/// When a call that begins now stops waiting.
+/// The daemon has greeted this process.
+pub(super) fn welcomed(welcome: &Welcome) {
+    let answer = u64::from(welcome.answer_us) * 1000;
+    ANSWER.store(answer.min(LONGEST), Relaxed);
+}
+
+/// When a `connect` that begins now stops waiting.
 pub fn end_of_wait() -> u64 {
-    clock::nanoseconds() + ANSWER_MS * 1_000_000
+    clock::nanoseconds() + GRACE + ANSWER.load(Relaxed)
 }
 
 /// Asks whether a `connect` may go to another node. `None` when there is no daemon, or it does not
@@ -112,16 +122,12 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
     }
     question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
     let number = question.question;
-    {
-        let guard = Guard::take()?;
-        make_memory();
-        attach(&guard);
-        take_place(&guard, number, end)?;
-        let control = CONTROL.load(Relaxed);
-        if control < 0 || send_with(control, &Message::new(what, &question), &[]) < 0 {
-            give_back(&guard, number);
+    while !put(what, &question, end)? {
+        if clock::nanoseconds() >= end {
             return None;
         }
+        // All places are taken, by threads that wait for an answer.
+        sys::poll_one(-1, 0, 1);
     }
     let answer = await_message(end, |guard| {
         with_places(guard, |places| {
@@ -135,6 +141,26 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
         SILENT_AT.store(clock::nanoseconds(), Relaxed);
     }
     answer
+}
+
+/// Sends a question. False when there is no place for its answer now; `None` when there is no daemon.
+fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
+    let number = question.question;
+    let guard = Guard::take()?;
+    make_memory();
+    attach(&guard);
+    let control = CONTROL.load(Relaxed);
+    if control < 0 {
+        return None;
+    }
+    if take_place(&guard, number, end).is_none() {
+        return Some(false);
+    }
+    if send_with(control, &Message::new(what, question), &[]) < 0 {
+        give_back(&guard, number);
+        return None;
+    }
+    Some(true)
 }
 
 fn give_back(guard: &Guard, question: u64) {

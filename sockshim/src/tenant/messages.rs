@@ -1,7 +1,7 @@
 //! Messages over the control connection: sent without waiting, and read when the daemon's count of
 //! them has moved.
 
-use super::ask::{Answer, deliver};
+use super::ask::{self, Answer, deliver};
 use super::attach::{AWAITED, CONTROL, detach, disable};
 use super::lock::Guard;
 use super::memory::memory;
@@ -112,7 +112,12 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
                     deliver(guard, Answer::Caller(caller));
                 }
             }
-            kind::WELCOME => AWAITED.store(0, Relaxed),
+            kind::WELCOME => {
+                if let Some(welcome) = control::from_bytes(body) {
+                    ask::welcomed(&welcome);
+                }
+                AWAITED.store(0, Relaxed);
+            }
             kind::NOT_FOUND => not_found = true,
             kind::REFUSED => {
                 disable();

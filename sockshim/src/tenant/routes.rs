@@ -3,8 +3,11 @@
 use super::attach::AWAITED;
 use super::memory::memory;
 use super::messages::{await_message, look};
-use crate::process;
+use crate::{clock, process};
 use std::sync::atomic::Ordering::*;
+
+/// Nanoseconds that the first `connect` of a process waits, at most, for a daemon that is there.
+const GREETING: u64 = 500_000_000;
 
 /// True when an address could belong to another node. Two loads where none does.
 #[inline]
@@ -21,11 +24,13 @@ fn is_awaited() -> bool {
     }
 }
 
-/// True when an address belongs to another node. Waits, until `end` at most, for the daemon that
-/// this process has just attached to.
-pub fn lead_to(ip: &[u8; 16], end: u64) -> bool {
+/// True when an address belongs to another node. Waits for the greeting of a daemon that this process
+/// has just attached to.
+pub fn lead_to(ip: &[u8; 16]) -> bool {
     if is_awaited() && !process::is_foreign() {
-        await_message(end, |_| (AWAITED.load(Relaxed) == 0).then_some(()));
+        await_message(clock::nanoseconds() + GREETING, |_| {
+            (AWAITED.load(Relaxed) == 0).then_some(())
+        });
         // A daemon that is late is not waited for again.
         AWAITED.store(0, Relaxed);
     }

@@ -316,7 +316,12 @@ impl Attended {
                 memory.get().routes.set(&manners.routes);
                 self.hear(Heard::Hello);
                 std::thread::sleep(manners.delay);
-                self.send(kind::WELCOME, &Welcome { tenant: 1 });
+                let welcome = Welcome {
+                    tenant: 1,
+                    answer_us: 0,
+                    reserved: 0,
+                };
+                self.send(kind::WELCOME, &welcome);
             }
             kind::ADOPT => attend(&self.shared, fds.remove(0)),
             kind::REACH => {
@@ -333,9 +338,10 @@ impl Attended {
                     let caller = Caller {
                         question: question.question,
                         ticket: manners.caller.map_or(0, |_| TICKETS + question.question),
+                        local: question.local,
                         peer: manners.caller.map_or([0; 16], |caller| bytes(caller.ip())),
+                        local_port: question.local_port,
                         peer_port: manners.caller.map_or(0, |caller| caller.port().into()),
-                        reserved: 0,
                     };
                     self.send(kind::CALLER, &caller);
                 }

@@ -147,6 +147,7 @@ impl Daemon {
                 Refusal::Limit | Refusal::Policy => Reason::NodeRefused,
                 Refusal::Timeout | Refusal::Lost => Reason::NodeAbsent,
             };
+            debug!(tenant = asking.tenant, ?why, "not over the fabric");
             self.decline(asking.tenant, &asking.question, reason);
         }
     }

@@ -36,15 +36,17 @@ impl Daemon {
             return;
         };
         let of_tenant = |entry: &&Listening| entry.tenant == tenant;
-        if fabric.listening.values().filter(of_tenant).count() >= LISTENERS {
+        let all = fabric.listening.values().flatten();
+        if all.filter(of_tenant).count() >= LISTENERS {
             return;
         }
-        let entry = Listening {
+        let holders = fabric.listening.entry(request.cookie).or_default();
+        holders.retain(|holder| holder.tenant != tenant);
+        holders.push(Listening {
             tenant,
             fd: request.fd,
             address: SocketAddr::new(ip, port),
-        };
-        fabric.listening.insert(request.cookie, entry);
+        });
     }
 
     /// A node asks for a stream.
@@ -128,14 +130,14 @@ impl Daemon {
         let mut user = None;
         for socket in sockets.iter().filter(|socket| would_get(socket.address)) {
             // One that is not a tenant's would show the wrong peer.
-            let entry = fabric.listening.get(&socket.cookie)?;
-            let connection = self.connections.get(&entry.tenant)?;
-            if socket_inode(connection.peer.pid, entry.fd) != Some(socket.inode)
-                || entry.address.port() != destination.port()
-            {
-                return None;
-            }
-            user = Some(connection.peer.uid);
+            let holders = fabric.listening.get(&socket.cookie)?;
+            let peers = holders.iter().filter_map(|holder| {
+                let peer = &self.connections.get(&holder.tenant)?.peer;
+                let holds = socket_inode(peer.pid, holder.fd) == Some(socket.inode)
+                    && holder.address.port() == destination.port();
+                holds.then_some(peer.uid)
+            });
+            user = Some(peers.into_iter().next()?);
         }
         user
     }
@@ -178,25 +180,39 @@ impl Daemon {
         }
     }
 
-    /// A tenant asks for whom the daemon opened a connection that it has accepted.
+    /// A tenant asks whose connection it has: one that it has accepted, or got from another program.
     pub(crate) fn on_whois(&mut self, id: TenantId, question: Between) -> Result<(), End> {
-        let found = self.fabric.as_ref().and_then(|fabric| {
-            let (local, peer) = addresses(&question)?;
-            let ticket = *fabric.callers.get(&peer)?;
-            let carried = fabric.carried.get(&ticket)?;
-            (carried.destination == local).then_some((ticket, carried.source))
+        let found = self.fabric.as_ref().zip(addresses(&question));
+        let found = found.and_then(|(fabric, anchor)| {
+            let (local, peer) = anchor;
+            let accepted = fabric.callers.get(&peer);
+            let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
+            let accepted = accepted.filter(|(_, carried)| carried.destination == local);
+            accepted.or_else(|| {
+                let mut all = fabric
+                    .carried
+                    .iter()
+                    .map(|(ticket, carried)| (*ticket, carried));
+                all.find(|(_, carried)| carried.anchor == Some(anchor))
+            })
         });
-        let (ticket, peer, peer_port) = match found {
-            Some((ticket, source)) => (ticket, octets(source.ip()), source.port().into()),
-            None => (0, [0; 16], 0),
-        };
-        let answer = Caller {
+        let mut answer = Caller {
             question: question.question,
-            ticket,
-            peer,
-            peer_port,
-            reserved: 0,
+            ticket: 0,
+            local: [0; 16],
+            peer: [0; 16],
+            local_port: 0,
+            peer_port: 0,
         };
+        if let Some((ticket, carried)) = found {
+            let (local, peer) = match carried.stream.end {
+                0 => (carried.source, carried.destination),
+                _ => (carried.destination, carried.source),
+            };
+            answer.ticket = ticket;
+            (answer.local, answer.local_port) = (octets(local.ip()), local.port().into());
+            (answer.peer, answer.peer_port) = (octets(peer.ip()), peer.port().into());
+        }
         self.reply(id, Message::new(kind::CALLER, &answer));
         Ok(())
     }

@@ -91,8 +91,8 @@ pub(crate) struct Control {
     expected: HashMap<SocketAddr, u64>,
     /// Streams by the address that the daemon has connected from.
     callers: HashMap<SocketAddr, u64>,
-    /// By the sockets' cookies.
-    listening: HashMap<u64, Listening>,
+    /// By the sockets' cookies: several processes may hold one.
+    listening: HashMap<u64, Vec<Listening>>,
     up: HashSet<u16>,
     failed: bool,
 }
@@ -288,17 +288,21 @@ impl Daemon {
         }
     }
 
-    /// No program has a stream any more, as far as is known.
-    pub(crate) fn abandon_carried(&mut self, ticket: u64) -> bool {
+    /// True for a stream to another node that is not released.
+    pub(crate) fn is_carried(&self, ticket: u64) -> bool {
+        let fabric = self.fabric.as_ref();
+        fabric.is_some_and(|fabric| fabric.carried.contains_key(&ticket))
+    }
+
+    /// No program has come for a stream.
+    fn abandon_carried(&mut self, ticket: u64) {
         let Some(fabric) = &mut self.fabric else {
-            return false;
+            return;
         };
-        let Some(carried) = fabric.carried.get(&ticket) else {
-            return false;
-        };
-        let stream = carried.stream.clone();
-        fabric.poller.command(Command::Gone { stream });
-        true
+        if let Some(carried) = fabric.carried.get(&ticket) {
+            let stream = carried.stream.clone();
+            fabric.poller.command(Command::Gone { stream });
+        }
     }
 
     /// A stream whose program was told where to make its anchor has had its time.
@@ -385,7 +389,10 @@ impl Daemon {
     /// A tenant has gone: it listens no more.
     pub(crate) fn forget_listener(&mut self, id: TenantId) {
         if let Some(fabric) = &mut self.fabric {
-            fabric.listening.retain(|_, entry| entry.tenant != id);
+            fabric.listening.retain(|_, holders| {
+                holders.retain(|holder| holder.tenant != id);
+                !holders.is_empty()
+            });
         }
     }
 
