@@ -136,8 +136,9 @@ impl Control {
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
         let management = rde.management();
-        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
+        // From the first notice on, which may come at once.
         waker.start_sleep();
+        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         info!(
             node = config.node,
             device = %config.device,
