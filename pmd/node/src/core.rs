@@ -38,6 +38,10 @@ const COOLS_AFTER: u64 = 2_000_000;
 const TURNS_PER_LOOK: u32 = 16;
 /// Turns without work after which a core that may sleep gives way to other threads.
 const TURNS_BEFORE_YIELD: u32 = 4;
+/// A core that sleeps looks around after this time.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// The same while there are programs that can't wake it. (The kernel counts in milliseconds, and one is added.)
+const POLLED_EVERY: Duration = Duration::ZERO;
 /// Nanoseconds between two looks whether the device is alive.
 const CHECK_EVERY: u64 = 100_000_000;
 /// Looks after which a device that has work and completes nothing is taken for stuck. What can't be done
@@ -422,7 +426,7 @@ impl Core {
         let stream = &live.stream;
         wake::ask(&stream.out().bytes.want, want::WAKE);
         wake::ask(&stream.incoming().space.want, want::WAKE);
-        !self.look_at(id)
+        !stream.is_deaf() && !self.look_at(id)
     }
 
     /// Lets the protocol act.
@@ -572,9 +576,13 @@ impl Core {
             Event::Credit { stream, to } => {
                 if let Some(live) = self.live(stream) {
                     let what = live.credit(to);
-                    let stream = live.stream.clone();
+                    let behind = live.is_behind();
                     if what != 0 {
+                        let stream = live.stream.clone();
                         self.desk.ask(&stream, what);
+                    }
+                    if behind {
+                        self.look_at(stream);
                     }
                 }
             }
@@ -733,23 +741,29 @@ impl Core {
     }
 
     fn sleep(&mut self) {
-        // Every program that is polled is asked for a sign.
-        while let Some(&place) = self.hot.last() {
-            let id = self
-                .streams
-                .get(place as usize)
-                .and_then(Option::as_ref)
-                .map(|live| live.id);
-            if let Some(id) = id {
-                if !self.cool(id) {
-                    self.idle_turns = 0;
-                    return;
+        // Every program that is polled is asked for a sign. One whose sign would not be seen goes on being polled.
+        let mut polled = 0;
+        while let Some(&place) = self.hot.get(polled) {
+            let live = self.streams.get(place as usize).and_then(Option::as_ref);
+            let (id, deaf) = match live {
+                Some(live) => (live.id, live.stream.is_deaf()),
+                None => {
+                    self.hot.swap_remove(polled);
+                    continue;
                 }
-                if let Some(live) = self.live(id) {
-                    live.hot = false;
-                }
+            };
+            if deaf {
+                polled += 1;
+                continue;
             }
-            self.hot.pop();
+            if !self.cool(id) {
+                self.idle_turns = 0;
+                return;
+            }
+            if let Some(live) = self.live(id) {
+                live.hot = false;
+            }
+            self.hot.swap_remove(polled);
         }
         self.inbox.waker.start_sleep();
         if self.failed.is_none() {
@@ -759,7 +773,7 @@ impl Core {
             && self.inbox.look.is_empty()
             && (self.failed.is_some() || !self.turn().unwrap_or(true))
             && !self.inbox.stop.load(Ordering::Relaxed);
-        if quiet && self.hot.is_empty() {
+        if quiet && self.hot.len() == polled {
             self.inbox.totals.sleeps.add();
             self.inbox.totals.show(&self.node);
             let mut fds = [
@@ -767,7 +781,12 @@ impl Core {
                 PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN),
             ];
             let until = self.node.deadline().saturating_sub(self.now);
-            let wait = Duration::from_nanos(until).min(Duration::from_secs(1));
+            let longest = if polled == 0 {
+                LONGEST_SLEEP
+            } else {
+                POLLED_EVERY
+            };
+            let wait = Duration::from_nanos(until).min(longest);
             let wait = PollTimeout::try_from(wait.as_millis() as u32 + 1);
             // Interrupted, it has slept long enough.
             let _ = poll(&mut fds, wait.unwrap_or(PollTimeout::ZERO));
