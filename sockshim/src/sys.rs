@@ -317,6 +317,11 @@ pub fn is_alive(pid: u32) -> bool {
     !ended
 }
 
+/// True while a process has this thread.
+pub fn is_thread_alive(pid: u32, thread: u32) -> bool {
+    syscall!(SYS_tgkill, pid, thread, 0) != -(libc::ESRCH as isize)
+}
+
 pub fn gettid() -> u32 {
     syscall!(SYS_gettid) as u32
 }

@@ -136,7 +136,7 @@ pub fn sendable(stream: &Stream, enough: u64) -> bool {
         || stream.tx().phase.load(Relaxed) != phase::RING
 }
 
-/// Milliseconds in which whoever was woken has looked.
+/// Milliseconds in which whoever was woken has looked, as a rule.
 pub const PATIENCE_MS: u32 = 100;
 
 /// A sleeper on a stream's anchor, for bytes or for space.
@@ -144,11 +144,15 @@ pub const PATIENCE_MS: u32 = 100;
 /// All of an end's sleepers sleep on one fd, and a wake byte ends the sleep of each of them, as long
 /// as it lies there. Whoever is counted was so before the bytes that are there now came, or is
 /// about to look, and stays counted until it has looked. So only one that finds nobody counted
-/// takes them off; one that finds both others and bytes gives way, until those have looked. Those
-/// that do not were killed, cancelled or stopped in their sleep.
+/// takes them off; one that finds both others and bytes gives way, until those have looked.
+///
+/// On a busy machine that can take any time: a thread that was woken may wait long for a core. Those
+/// that never look were killed or cancelled in their sleep, and are found by their names.
 #[derive(Debug)]
 pub struct Sleeper<'a> {
     stream: &'a Stream,
+    /// Its entry in the stream's table, or 0.
+    name: u64,
 }
 
 impl<'a> Sleeper<'a> {
@@ -158,30 +162,42 @@ impl<'a> Sleeper<'a> {
         let guard = stream.lock_rx();
         guard.drain(fd);
         let others = stream.rx().waiters.fetch_add(1, SeqCst);
-        let sleeper = Sleeper { stream };
-        if others == 0 || guard.outstanding() == 0 {
-            return Some(sleeper);
+        let mut sleeper = Sleeper { stream, name: 0 };
+        if others != 0 && guard.outstanding() != 0 {
+            if !are_late(stream) {
+                return None;
+            }
+            forget_ended(stream);
+            if stream.rx().waiters.load(SeqCst) > 1 {
+                drop(guard);
+                drop(sleeper);
+                // Not for ever at full speed.
+                sys::poll_one(-1, 0, 1);
+                return None;
+            }
+            // For one of this thread's own further up the stack, in whose sleep a handler runs.
+            stream.ask_for_bytes(want::WAKE);
+            wake::ask(&stream.out().space.want, want::WAKE);
+            guard.drain_all(fd);
         }
-        if !have_had_time(stream) {
-            return None;
+        // Named when counted: who is killed in between is waited for, and nobody is taken for dead.
+        let name = own_name();
+        let enter = |entry: &AtomicU64| entry.compare_exchange(0, name, SeqCst, Relaxed).is_ok();
+        if stream.rx().sleepers.iter().any(enter) {
+            sleeper.name = name;
         }
-        stream.rx().waiters.store(1, SeqCst);
-        // For one that is only stopped.
-        stream.ask_for_bytes(want::WAKE);
-        wake::ask(&stream.out().space.want, want::WAKE);
-        guard.drain_all(fd);
         Some(sleeper)
     }
 
     /// The sleeper that was counted in and forgotten.
     pub fn remembered(stream: &'a Stream) -> Self {
-        Sleeper { stream }
+        let name = own_name();
+        Sleeper { stream, name }
     }
 }
 
-/// True when the wake bytes that are on the anchor have been there for long, so that everybody who
-/// was asleep and is alive has looked.
-fn have_had_time(stream: &Stream) -> bool {
+/// True when the wake bytes that are on the anchor have been there for long.
+fn are_late(stream: &Stream) -> bool {
     let rx = stream.rx();
     let now = (clock::nanoseconds() / 1_000_000) as u32;
     let noted = rx.gave_way.load(Relaxed);
@@ -194,6 +210,28 @@ fn have_had_time(stream: &Stream) -> bool {
     now.wrapping_sub((noted >> 32) as u32) > PATIENCE_MS
 }
 
+/// Counts those sleepers out that have ended in their sleep; and this thread's own, since it is here.
+fn forget_ended(stream: &Stream) {
+    let me = own_name();
+    for entry in &stream.rx().sleepers {
+        let name = entry.load(SeqCst);
+        let has_ended = name != 0 && !sys::is_thread_alive((name >> 32) as u32, name as u32);
+        if (has_ended || name == me) && entry.compare_exchange(name, 0, SeqCst, Relaxed).is_ok() {
+            count_out(stream);
+        }
+    }
+}
+
+/// Process and thread, as they stand in the table of sleepers.
+fn own_name() -> u64 {
+    u64::from(sys::getpid()) << 32 | u64::from(sys::gettid())
+}
+
+fn count_out(stream: &Stream) {
+    let less = |count: u32| count.checked_sub(1);
+    let _ = stream.rx().waiters.fetch_update(SeqCst, SeqCst, less);
+}
+
 /// Lets others run, who are awake and about to look.
 pub fn give_way() {
     sys::sched_yield();
@@ -201,8 +239,16 @@ pub fn give_way() {
 
 impl Drop for Sleeper<'_> {
     fn drop(&mut self) {
-        let less = |count: u32| count.checked_sub(1);
-        let _ = self.stream.rx().waiters.fetch_update(SeqCst, SeqCst, less);
+        let mut entries = self.stream.rx().sleepers.iter();
+        let leave = |entry: &AtomicU64| {
+            entry
+                .compare_exchange(self.name, 0, SeqCst, Relaxed)
+                .is_ok()
+        };
+        // Whose entry is gone was counted out by somebody else.
+        if self.name == 0 || entries.any(leave) {
+            count_out(self.stream);
+        }
     }
 }
 

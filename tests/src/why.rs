@@ -53,6 +53,9 @@ pub struct Connection {
     pub local: String,
     /// The other end's.
     pub peer: String,
+    /// The node of the other end, if that is another one.
+    #[serde(default)]
+    pub node: Option<u16>,
     /// Whether its bytes travel through rings.
     pub accelerated: bool,
     /// A word for where they travel.

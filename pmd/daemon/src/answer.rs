@@ -11,7 +11,7 @@ use rdsock_shm::layout::Counter;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::book::{Conn, TenantId};
+use crate::book::{Conn, Route, TenantId};
 use crate::channel::Outgoing;
 use crate::connections::{Connection, End};
 use crate::counters::Counters;
@@ -120,7 +120,11 @@ impl Daemon {
                     .collect(),
             })
             .collect();
-        json!({ "daemon": self.daemon_answer(), "tenants": tenants })
+        json!({
+            "daemon": self.daemon_answer(),
+            "tenants": tenants,
+            "nodes": self.nodes_answer(),
+        })
     }
 
     fn conn_answer(&self, tenant: TenantId, number: u32, record: ConnView) -> ConnAnswer {
@@ -149,9 +153,13 @@ impl Daemon {
         {
             directions.swap(0, 1);
         }
-        let elsewhere = stream.and_then(|stream| stream.memory.elsewhere.as_ref());
+        let elsewhere = match stream {
+            Some(stream) => (stream.memory.elsewhere.as_ref())
+                .map(|elsewhere| (elsewhere.node, elsewhere.local(), elsewhere.peer())),
+            None => route.and_then(|route| self.way_of_anchor(record.stream_id, route)),
+        };
         let (local, peer) = match elsewhere {
-            Some(elsewhere) => (Some(elsewhere.local()), Some(elsewhere.peer())),
+            Some((_, local, peer)) => (Some(local), Some(peer)),
             None => route.map(|route| (route.local, route.peer)).unzip(),
         };
         ConnAnswer {
@@ -163,7 +171,7 @@ impl Daemon {
             local: local.map(|address| address.to_string()),
             peer: peer.map(|address| address.to_string()),
             end,
-            node: elsewhere.map(|elsewhere| elsewhere.node),
+            node: elsewhere.map(|(node, ..)| node),
             peer_pids,
             directions,
         }
@@ -205,10 +213,16 @@ impl Daemon {
                 let seen = sees_all || pids.iter().any(|pids| !pids.is_empty());
                 seen.then(|| {
                     let [connector, _] = &stream.ends;
+                    let elsewhere = stream.memory.elsewhere.as_ref();
+                    let Route { local, peer, .. } = connector.route;
+                    let (local, peer) = elsewhere.map_or((local, peer), |elsewhere| {
+                        (elsewhere.source, elsewhere.destination)
+                    });
                     json!({
                         "stream": id,
-                        "local": connector.route.local.to_string(),
-                        "peer": connector.route.peer.to_string(),
+                        "local": local.to_string(),
+                        "peer": peer.to_string(),
+                        "node": elsewhere.map(|elsewhere| elsewhere.node),
                         "pids": pids,
                         "uid": stream.payer,
                         "bytes": stream.bytes,

@@ -173,6 +173,25 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_table_of_nodes_is_one_and_holds_every_key_at_its_default() {
+        let example = include_str!("../../../docs/rdsockd.example.toml");
+        let (_, commented) = example.split_once("# [fabric]\n").unwrap();
+        let lines = commented.lines().filter_map(|line| line.strip_prefix("# "));
+        // Not the prose between.
+        let is_toml = |line: &&str| line.starts_with('[') || line.contains(" = ");
+        let table: Vec<&str> = lines.filter(is_toml).collect();
+        let whole = Config::parse(&format!("[fabric]\n{}", table.join("\n"))).unwrap();
+        let needed = |line: &&&str| {
+            let keys = ["[", "node =", "device =", "id =", "name =", "addresses ="];
+            keys.iter().any(|key| line.starts_with(key))
+        };
+        let needed: Vec<&str> = table.iter().filter(needed).copied().collect();
+        assert_eq!(table.len() - needed.len(), 6);
+        let short = Config::parse(&format!("[fabric]\n{}", needed.join("\n"))).unwrap();
+        assert!(whole.fabric.is_some() && whole.fabric == short.fabric);
+    }
+
+    #[test]
     fn errors_name_the_line_and_the_key() {
         let unknown = Config::parse("ring_size = 4096\nrings = 3\n").unwrap_err();
         assert!(

@@ -7,10 +7,11 @@ use crate::fabric::Front;
 use crate::faults::{Corruption, Dice};
 use crate::management::Management;
 use crate::page::Page;
-use crate::port::{Inbound, Port};
+use crate::port::{Inbound, MAX_SETS, Port};
 use crate::queue_set::{Item, Lanes, QueueSet, Ring, Source, State};
 use crate::sheet::*;
 use crate::wire::{End, Peers, Wire};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{self, Relaxed};
 
@@ -147,6 +148,11 @@ impl Core {
     }
 
     pub fn step(&mut self, now: u64) -> bool {
+        self.step_sets(0..MAX_SETS, now)
+    }
+
+    /// A step of some queue sets of each device.
+    pub fn step_sets(&mut self, sets: Range<usize>, now: u64) -> bool {
         self.now = self.now.max(now);
         let mut worked = false;
         for node in 0..self.nodes.len() {
@@ -154,12 +160,13 @@ impl Core {
                 continue;
             }
             self.flap(node);
-            for set in 0..self.nodes[node].sets.len() {
+            let there = self.nodes[node].sets.len();
+            for set in sets.start..sets.end.min(there) {
                 self.control(node, set);
                 if self.nodes[node].sets[set].state == State::Running {
                     worked |= self.serve(node, set);
                 }
-                self.fire(node, set);
+                worked |= !self.fire(node, set);
             }
         }
         worked
@@ -386,23 +393,23 @@ impl Core {
         done != 0
     }
 
-    /// Fires the vector of a queue set that asked for it.
+    /// Fires the vector of a queue set that asked for it. False when that could not be looked at now.
     ///
     /// A source that delivers does the same, and no request is missed between the two: both look at ARM and at
     /// the message queue's tail with the port's lock held. If the source comes first, its tail is seen here; if
     /// it comes later, it sees ARM.
-    fn fire(&mut self, n: usize, s: usize) {
+    fn fire(&mut self, n: usize, s: usize) -> bool {
         let node = &mut self.nodes[n];
         let page = &node.front.pages()[s];
         let arm = page.load32(page::ARM);
         let set = &mut node.sets[s];
         // What has fired is remembered here too: the port's word lies where sources store with each message.
         if arm == 0 || arm == set.fired || set.state == State::Stopped {
-            return;
+            return true;
         }
         let port = node.end.port();
         if !port.try_lock(self.token) {
-            return;
+            return false;
         }
         let tail = port.sets[s].tail.load(Relaxed) as u32;
         let due = set.state == State::Failed
@@ -414,5 +421,6 @@ impl Core {
         if fires {
             node.end.fire(1 + s);
         }
+        true
     }
 }

@@ -13,7 +13,7 @@ use crate::wire::Wire;
 use std::num::NonZeroU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Looks at the fabric's lock before a thread sleeps for it.
 const LOCK_TRIES: u32 = 1000;
@@ -80,6 +80,38 @@ impl Fabric {
         self.add_in(dma, queue_sets, Arc::new(Private::new(queue_sets)))
     }
 
+    /// As [`Fabric::add`], with the port and the queue pages in memory of the caller's: whoever serves the device
+    /// to another process shows it the pages there.
+    ///
+    /// # Panics
+    /// When `memory` has fewer pages than `queue_sets`.
+    pub fn add_in(
+        &self,
+        dma: Arc<dyn Dma>,
+        queue_sets: usize,
+        memory: Arc<dyn PortMemory>,
+    ) -> Function {
+        let queue_sets = queue_sets.clamp(1, MAX_SETS);
+        assert!(
+            memory.pages().len() >= queue_sets,
+            "a page for each queue set"
+        );
+        let front = Arc::new(Front {
+            memory,
+            accesses: Accesses::default(),
+            page_accesses: (0..queue_sets).map(|_| Accesses::default()).collect(),
+            removed: AtomicBool::new(false),
+        });
+        let mut core = self.lock();
+        core.nodes.push(Node::new(dma, front.clone()));
+        core.refresh_links();
+        Function {
+            node: core.nodes.len() - 1,
+            front,
+            fabric: self.clone(),
+        }
+    }
+
     /// Connects the fabric, which has no device yet, with others by a wire, and adds the device that they reach,
     /// with its port in `memory`. It can only join the fabric as node `id`. `token` is what this process puts into
     /// the locks of ports: no two that are wired have the same.
@@ -102,7 +134,7 @@ impl Fabric {
         (core.wire_id, core.token) = (Some(id), token.get());
         core.wire = Some(wire);
         drop(core);
-        self.add_in(dma, queue_sets.clamp(1, MAX_SETS), memory)
+        self.add_in(dma, queue_sets, memory)
     }
 
     /// Takes in what the wire has to tell, without waiting. For who waits for it; steps do it only when they
@@ -121,32 +153,26 @@ impl Fabric {
         core.bury();
     }
 
-    fn add_in(
-        &self,
-        dma: Arc<dyn Dma>,
-        queue_sets: usize,
-        memory: Arc<dyn PortMemory>,
-    ) -> Function {
-        let front = Arc::new(Front {
-            memory,
-            accesses: Accesses::default(),
-            page_accesses: (0..queue_sets).map(|_| Accesses::default()).collect(),
-            removed: AtomicBool::new(false),
-        });
-        let mut core = self.lock();
-        core.nodes.push(Node::new(dma, front.clone()));
-        core.refresh_links();
-        Function {
-            node: core.nodes.len() - 1,
-            front,
-            fabric: self.clone(),
-        }
-    }
-
     /// Lets every device do what it can do now: a bounded amount of work. `now` is in nanoseconds and
     /// does not go back. True when anything was done.
     pub fn step(&self, now: u64) -> bool {
         self.plain_lock().step(now)
+    }
+
+    /// As [`Fabric::step`], for one queue set of each device: what the thread that drives that set calls. Several
+    /// may, each for its own set. They take turns: while another one is at work in the fabric, or waits for a
+    /// register, this one does nothing, and need not wait (`None`).
+    pub fn step_set(&self, set: usize, now: u64) -> Option<bool> {
+        if self.is_wanted() {
+            return None;
+        }
+        match self.shared.core.try_lock() {
+            Ok(mut core) => Some(core.step_sets(set..set + 1, now)),
+            Err(TryLockError::Poisoned(core)) => {
+                Some(core.into_inner().step_sets(set..set + 1, now))
+            }
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Changes what happens by chance.

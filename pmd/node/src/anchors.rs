@@ -268,9 +268,7 @@ impl Anchor {
             return;
         }
         let mut wanted = EpollFlags::empty();
-        let stalled = self.reading == Reading::Ended
-            || no_room
-            || self.waits_for_end();
+        let stalled = self.reading == Reading::Ended || no_room || self.waits_for_end();
         wanted.set(EpollFlags::EPOLLIN, !stalled);
         let unsent = self.is_writing_bytes()
             && self.stream.arrived.load(Ordering::Acquire)

@@ -6,8 +6,10 @@ use crate::anchors::Desk;
 use crate::live::Live;
 use crate::mail::{Look, Mail, Waker};
 use crate::memory::StreamMemory;
+use crate::stages::{Stage, Stopwatch};
 use crate::stream::{NodeStream, todo};
-use crate::{Command, Idle, Notice, Settings, Totals};
+use crate::totals::Counts;
+use crate::{Asked, Command, Idle, Notice, Settings, Totals};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rdsock_model::Fabric;
 use rdsock_proto::{
@@ -67,8 +69,10 @@ pub(crate) struct Reach {
 }
 
 pub(crate) struct Core {
+    /// Of this core, of its queue set, and of the queue sets that it talks to.
+    pub number: u16,
     pub node: Node,
-    pub rde: Rde,
+    pub rde: Arc<Rde>,
     pub set: QueueSet,
     /// The model to be stepped, when the device is one in this process.
     pub fabric: Option<Fabric>,
@@ -89,17 +93,24 @@ pub(crate) struct Core {
     failed: Option<DeviceFailed>,
     start: Instant,
     now: u64,
+    /// The model did its part when it was asked last.
+    stepped: bool,
     idle_turns: u32,
     idle_since: u64,
     checked: u64,
     /// Looks since something completed at which something was outstanding.
     stuck_checks: u32,
+    counts: Counts,
+    watch: Stopwatch,
+    /// Busy turns at which the counts of the nodes were shown last.
+    shown: u64,
 }
 
 /// What a core is made of.
 pub(crate) struct Parts {
+    pub number: u16,
     pub node: Node,
-    pub rde: Rde,
+    pub rde: Arc<Rde>,
     pub set: QueueSet,
     pub fabric: Option<Fabric>,
     pub interrupt: Arc<EventFd>,
@@ -108,12 +119,14 @@ pub(crate) struct Parts {
     pub desk: Arc<Desk>,
     pub notices: Arc<Mail<Notice>>,
     pub settings: Settings,
+    pub start: Instant,
 }
 
 impl Core {
     pub fn new(parts: Parts) -> Self {
         let streams = parts.settings.streams;
         Core {
+            number: parts.number,
             node: parts.node,
             rde: parts.rde,
             set: parts.set,
@@ -131,12 +144,16 @@ impl Core {
             pieces: Vec::with_capacity(16),
             blocked: Vec::new(),
             failed: None,
-            start: Instant::now(),
+            start: parts.start,
             now: 0,
+            stepped: true,
             idle_turns: 0,
             idle_since: 0,
             checked: 0,
             stuck_checks: 0,
+            counts: Counts::default(),
+            watch: Stopwatch::new(),
+            shown: 0,
         }
     }
 
@@ -159,16 +176,20 @@ impl Core {
         if self.idle_turns.is_multiple_of(TURNS_PER_LOOK) {
             self.now = self.start.elapsed().as_nanos() as u64;
         }
-        let mut worked = self.step();
-        worked |= self.completions()?;
-        worked |= self.messages()?;
-        worked |= self.commands();
-        worked |= self.looks();
-        worked |= self.poll_hot();
-        worked |= self.drive()?;
+        let worked = if self.watch.turn() {
+            let worked = self.stages::<true>()?;
+            if worked {
+                self.watch.keep();
+            }
+            worked
+        } else {
+            self.stages::<false>()?
+        };
+        self.counts.turns += 1;
+        self.counts.busy_turns += u64::from(worked);
         if self.now.wrapping_sub(self.checked) > CHECK_EVERY {
             self.checked = self.now;
-            self.inbox.totals.show(&self.node);
+            self.show();
             self.set.check()?;
             self.stuck_checks += u32::from(self.set.outstanding() != 0);
             if self.stuck_checks > STUCK_CHECKS {
@@ -178,10 +199,49 @@ impl Core {
         Ok(worked)
     }
 
-    fn step(&self) -> bool {
-        self.fabric
-            .as_ref()
-            .is_some_and(|fabric| fabric.step(self.now))
+    /// The stages of a turn; their times are taken when it is `TIMED`.
+    fn stages<const TIMED: bool>(&mut self) -> Result<bool, DeviceFailed> {
+        let mut worked = self.step();
+        self.lap::<TIMED>(Stage::Device);
+        worked |= self.completions()?;
+        self.lap::<TIMED>(Stage::Completions);
+        worked |= self.messages()?;
+        self.lap::<TIMED>(Stage::Messages);
+        worked |= self.commands();
+        self.lap::<TIMED>(Stage::Commands);
+        worked |= self.looks();
+        self.lap::<TIMED>(Stage::Looks);
+        worked |= self.poll_hot();
+        self.lap::<TIMED>(Stage::Streams);
+        worked |= self.drive::<TIMED>()?;
+        Ok(worked)
+    }
+
+    #[inline]
+    fn lap<const TIMED: bool>(&mut self, stage: Stage) {
+        if TIMED {
+            self.watch.lap(stage);
+        }
+    }
+
+    /// Shows other threads what was counted.
+    fn show(&mut self) {
+        self.counts.take(&self.set.stats());
+        self.inbox.totals.show(&self.counts, &self.watch);
+        if self.shown != self.counts.busy_turns {
+            self.shown = self.counts.busy_turns;
+            self.inbox.totals.show_nodes(&self.node);
+        }
+    }
+
+    /// Has the model do its part, unless another core is at that.
+    fn step(&mut self) -> bool {
+        let Some(fabric) = &self.fabric else {
+            return false;
+        };
+        let stepped = fabric.step_set(self.number.into(), self.now);
+        self.stepped = stepped.is_some();
+        stepped.unwrap_or(false)
     }
 
     fn completions(&mut self) -> Result<bool, DeviceFailed> {
@@ -226,6 +286,7 @@ impl Core {
                 break;
             };
             worked = true;
+            self.counts.commands += 1;
             self.obey(command);
         }
         worked
@@ -251,7 +312,10 @@ impl Core {
                     }
                 }
             }
-            Command::Accept { id, stream } => {
+            Command::Accept {
+                id: Asked { id, .. },
+                stream,
+            } => {
                 let accepted = self
                     .place(&stream)
                     .is_some_and(|place| self.node.accept(id, place).is_ok());
@@ -270,7 +334,7 @@ impl Core {
             }
             Command::Refuse { id, why } => {
                 // It has ended meanwhile, if that fails.
-                let _ = self.node.refuse(id, why);
+                let _ = self.node.refuse(id.id, why);
             }
             Command::Gone { stream } => {
                 if let Some(id) = StreamId::from_u64(stream.id.load(Ordering::Relaxed)) {
@@ -342,6 +406,7 @@ impl Core {
                 break;
             };
             worked = true;
+            self.counts.looks += 1;
             let Some(id) = StreamId::from_u64(stream.id.load(Ordering::Relaxed)) else {
                 continue;
             };
@@ -384,6 +449,7 @@ impl Core {
     }
 
     fn poll_hot(&mut self) -> bool {
+        self.counts.polled += self.hot.len() as u64;
         let mut worked = false;
         let mut at = 0;
         while let Some(&place) = self.hot.get(at) {
@@ -430,26 +496,31 @@ impl Core {
     }
 
     /// Lets the protocol act.
-    fn drive(&mut self) -> Result<bool, DeviceFailed> {
+    fn drive<const TIMED: bool>(&mut self) -> Result<bool, DeviceFailed> {
         let mut worked = false;
         // Events must find room.
         while self.notices.room() > ACTIONS {
             let more = self.node.poll(self.now, &mut self.actions);
+            self.lap::<TIMED>(Stage::Protocol);
             if self.actions.is_empty() {
                 break;
             }
             worked = true;
             self.batch.clear();
             self.batch.extend(self.actions.drain());
+            self.counts.actions += self.batch.len() as u64;
             self.carry_out()?;
+            self.lap::<TIMED>(Stage::Posts);
             if !more {
                 break;
             }
         }
         if worked {
             self.set.ring();
+            self.lap::<TIMED>(Stage::Posts);
             // The model executes at once what was posted.
             self.step();
+            self.lap::<TIMED>(Stage::Device);
         }
         Ok(worked)
     }
@@ -501,7 +572,7 @@ impl Core {
             Action::Send { node, seq, message } => self.set.post(&Work {
                 target: node.0,
                 operation: Operation::Message(Notify {
-                    set: 0,
+                    set: self.number,
                     payload: message,
                 }),
                 tag: *seq,
@@ -519,10 +590,8 @@ impl Core {
                 if !found {
                     return Err(NotPosted::Invalid("no memory for a write"));
                 }
-                let notify = write
-                    .notify
-                    .as_ref()
-                    .map(|payload| Notify { set: 0, payload });
+                let set = self.number;
+                let notify = write.notify.as_ref().map(|payload| Notify { set, payload });
                 self.set.post(&Work {
                     target: node.0,
                     operation: Operation::Write {
@@ -549,7 +618,10 @@ impl Core {
                 node,
                 addresses,
             } => self.tell(Notice::Incoming {
-                id: stream,
+                id: Asked {
+                    core: self.number,
+                    id: stream,
+                },
                 node: node.0,
                 addresses,
             }),
@@ -629,9 +701,13 @@ impl Core {
                     self.tell(Notice::Released { ticket });
                 }
             }
-            Event::NodeUp { node } => self.tell(Notice::NodeUp { node: node.0 }),
+            Event::NodeUp { node } => {
+                self.inbox.totals.show_nodes(&self.node);
+                self.tell(Notice::NodeUp { node: node.0 });
+            }
             Event::NodeGone { node } => {
                 self.renew(node.0);
+                self.inbox.totals.show_nodes(&self.node);
                 self.tell(Notice::NodeGone { node: node.0 });
             }
         }
@@ -693,12 +769,13 @@ impl Core {
     /// The device is not used any more: all streams end, and new ones find no place.
     fn fail(&mut self, failed: DeviceFailed) -> bool {
         tracing::error!(
-            "the device has failed: {failed}; streams to other nodes end, new connections stay on \
-             kernel TCP; restart rdsockd when it is well again"
+            "the device has failed for poll core {}: {failed}; its streams end, and when no poll core is \
+             left, new connections stay on kernel TCP; restart rdsockd when the device is well again",
+            self.number
         );
         self.failed = Some(failed);
-        self.inbox.totals.show(&self.node);
-        self.rde.management().leave();
+        self.show();
+        self.inbox.totals.fail();
         for reach in self.reach.values_mut() {
             reach.region = None;
         }
@@ -772,10 +849,12 @@ impl Core {
         let quiet = self.inbox.commands.is_empty()
             && self.inbox.look.is_empty()
             && (self.failed.is_some() || !self.turn().unwrap_or(true))
+            // A model that did not look after it was armed does not tell what came before.
+            && (self.stepped || self.failed.is_some())
             && !self.inbox.stop.load(Ordering::Relaxed);
         if quiet && self.hot.len() == polled {
-            self.inbox.totals.sleeps.add();
-            self.inbox.totals.show(&self.node);
+            self.counts.sleeps += 1;
+            self.show();
             let mut fds = [
                 PollFd::new(self.inbox.waker.fd(), PollFlags::POLLIN),
                 PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  control thread ──Command──► poll core ◄──── look ────► anchors' thread
-//!  (rdsockd)      ◄──Notice───  (core)                     (anchors)
+//!  (rdsockd)      ◄──Notice───  (core)                     (anchors)       × poll cores
 //!                                 │  rings, by shared memory   │  sockets, by the kernel
 //!                                 ▼                            ▼
 //!                               device                      programs
@@ -12,32 +12,34 @@
 //! state machine, `rdsock-proto`, believes them nothing), and the device (`rdsock-rde`). For a program,
 //! the daemon is the other end of its connection: [`stream::NodeStream`] says how.
 //!
-//! A [`Poller`] is one poll core with its anchors' thread, started by whoever has opened a device.
+//! A [`Poller`] is the poll cores of a node, each with an anchors' thread, started by whoever has opened a
+//! device. Core *k* uses queue set *k*, and talks to cores *k* of the other nodes; a stream stays on the core that
+//! it was opened on. Nodes may have different numbers of cores: those that both have are used.
 
 mod anchors;
 mod core;
 mod live;
 pub mod mail;
 pub mod memory;
+mod stages;
+mod station;
 pub mod stream;
 mod totals;
 
-use crate::core::{Core, Inbox, Parts, Reach};
 pub use anchors::Attach;
-use anchors::{Anchors, Desk};
-use mail::{Look, Mail, Waker};
+use mail::Waker;
 use memory::{Slot, StreamMemory, stream_bytes};
 pub use rdsock_model::Fabric;
-use rdsock_proto::{Addresses, Config as Limits, Node, NodeId, Refusal, StreamId};
-use rdsock_rde::{OpenError, Rde, Rights, Sizes};
-use rdsock_vfio::{BusError, EventFd, EventFlags};
-use std::collections::{HashMap, VecDeque};
+use rdsock_proto::{Addresses, Refusal, StreamId};
+use rdsock_rde::{OpenError, Rde};
+use rdsock_vfio::{BusError, Window};
+pub use stages::Stage;
+use station::{Shared, Station};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use stream::NodeStream;
 pub use totals::{Total, Totals};
 
@@ -60,8 +62,8 @@ pub struct Settings {
     pub node: u16,
     /// The other nodes' ids.
     pub peers: Vec<u16>,
-    /// The core to run on; `None` for any.
-    pub cpu: Option<usize>,
+    /// The poll cores: for each, the core of the machine that it runs on; `None` for any.
+    pub cores: Vec<Option<usize>>,
     /// What to do without work.
     pub idle: Idle,
     /// Most streams.
@@ -79,6 +81,22 @@ pub struct Settings {
     pub epoch: u64,
 }
 
+/// A stream that a node asks for, until it is accepted or refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    core: u16,
+    id: StreamId,
+}
+
+/// How a stream comes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// A program of this node connects.
+    Connect,
+    /// A node asks for it.
+    Accept(Asked),
+}
+
 /// What the control thread wants done.
 #[derive(Debug)]
 pub enum Command {
@@ -92,14 +110,14 @@ pub enum Command {
     /// Accept what a node asked for.
     Accept {
         /// As in [`Notice::Incoming`].
-        id: StreamId,
+        id: Asked,
         /// The stream that it becomes.
         stream: Arc<NodeStream>,
     },
     /// Refuse it.
     Refuse {
         /// As in [`Notice::Incoming`].
-        id: StreamId,
+        id: Asked,
         /// Why.
         why: Refusal,
     },
@@ -120,8 +138,8 @@ pub enum Command {
 pub enum Notice {
     /// A node asks for a stream.
     Incoming {
-        /// The protocol's id of it.
-        id: StreamId,
+        /// What it is called until it is accepted or refused.
+        id: Asked,
         /// Who asks.
         node: u16,
         /// From where to where.
@@ -144,17 +162,17 @@ pub enum Notice {
         /// The stream.
         ticket: u64,
     },
-    /// Connects to this node are possible.
+    /// Connects to this node are possible, on one poll core at least.
     NodeUp {
         /// Which.
         node: u16,
     },
-    /// A node has restarted, or did not come back.
+    /// A node has restarted, or did not come back, on any poll core.
     NodeGone {
         /// Which.
         node: u16,
     },
-    /// The device is not used any more.
+    /// The device is not used any more, by any poll core.
     DeviceFailed,
 }
 
@@ -173,214 +191,228 @@ pub enum StartError {
     /// The system said no.
     #[error("can't start a thread of the node: {0}")]
     System(#[from] io::Error),
+    /// The device has too few interrupt vectors.
+    #[error(
+        "the device has {vectors} interrupt vectors, {cores} poll cores need one more than they are"
+    )]
+    Vectors {
+        /// Of the device.
+        vectors: u32,
+        /// Wanted.
+        cores: usize,
+    },
+    /// The device belongs to another node, or (0) to none.
+    #[error(
+        "the device has the node id {found}, `node` in the configuration says {configured}: change that, or the device's \
+         (whoever keeps its management page, the kernel module say, has set it)"
+    )]
+    OtherNode {
+        /// The device's id.
+        found: u32,
+        /// The configuration's.
+        configured: u16,
+    },
     /// The core cannot be used.
     #[error("there is no core {0} for a poll core (see taskset, and the unit's AllowedCPUs)")]
     NoCpu(usize),
 }
 
-/// A running poll core with its anchors' thread. Dropping it ends both; its streams break.
+/// The running poll cores of a node. Dropping it ends them; their streams break.
 #[derive(Debug)]
 pub struct Poller {
-    inbox: Arc<Inbox>,
-    desk: Arc<Desk>,
-    notices: Arc<Mail<Notice>>,
-    /// Notices taken while a command waited for room.
+    stations: Vec<Station>,
+    /// Where the search for a core for the next connect begins.
+    turn: usize,
+    /// The cores that have told that a node is up.
+    up: HashMap<u16, HashSet<usize>>,
+    /// Cores that do not use the device any more.
+    failed: HashSet<usize>,
     backlog: VecDeque<Notice>,
     windows: HashMap<u16, Places>,
-    /// Held by each stream's place, so that the streams that there are can be counted.
-    living: Arc<()>,
+    /// Most streams.
     streams: usize,
     ring_size: u64,
-    threads: Vec<JoinHandle<()>>,
 }
 
 /// The window of a node, and the places in it that are free.
 #[derive(Debug)]
 struct Places {
-    window: rdsock_vfio::Window,
+    window: Window,
     free: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Poller {
-    /// Starts on queue set 0 of a device, which has joined its fabric. `fabric` is the model to be stepped, when
-    /// the device is one in this process. `control` is woken by notices.
+    /// Starts on the first queue sets of a device, which has joined its fabric. `fabric` is the model to be stepped,
+    /// when the device is one in this process. `control` is woken by notices.
     pub fn start(
         rde: Rde,
         fabric: Option<Fabric>,
         settings: Settings,
         control: Arc<Waker>,
     ) -> Result<Self, StartError> {
-        let slot = stream_bytes(settings.ring_size);
-        let places = settings.streams_per_node;
-        let (mut windows, mut reach) = (HashMap::new(), HashMap::new());
-        for peer in &settings.peers {
-            let window = rde.space().window(slot * places as u64)?;
-            let region = rde.register_window(&window, Rights::Write, Some(*peer))?;
-            let free = (0..places as u64).rev().map(|place| place * slot).collect();
-            let free = Arc::new(Mutex::new(free));
-            windows.insert(
-                *peer,
-                Places {
-                    window: window.clone(),
-                    free,
-                },
-            );
-            let region = Some(region);
-            reach.insert(*peer, Reach { window, region });
+        let (vectors, cores) = (rde.space().device().vectors(), settings.cores.len());
+        if (vectors as usize) < 1 + cores {
+            return Err(StartError::Vectors { vectors, cores });
         }
-        let set = rde.queue_set(0, Sizes::default())?;
-        let flags = EventFlags::EFD_CLOEXEC | EventFlags::EFD_NONBLOCK;
-        let interrupt = EventFd::from_value_and_flags(0, flags).map_err(io::Error::from)?;
-        let interrupt = Arc::new(interrupt);
-        rde.space()
-            .device()
-            .set_interrupt(1, Some(interrupt.clone()))?;
-
-        let nodes = settings.peers.iter().chain([&settings.node]).max();
-        let mut limits = Limits::new(nodes.map_or(1, |node| node + 1));
-        limits.streams = settings.streams as u32;
-        let share = settings.streams / settings.peers.len().max(1);
-        limits.streams_from_node = settings.streams_per_node.min(share.max(1)) as u32;
-        limits.connect_timeout = settings.connect_timeout.as_nanos() as u64;
-        limits.resume_timeout = settings.resume_timeout.as_nanos() as u64;
-        let node = Node::new(
-            NodeId(settings.node),
-            settings.epoch,
-            settings.epoch.rotate_left(17),
-            limits,
-        );
-
-        let waker = Arc::new(Waker::new()?);
-        let inbox = Arc::new(Inbox {
-            commands: Mail::new(settings.streams.max(1024), waker.clone()),
-            look: Arc::new(Look::new(settings.streams, waker.clone(), 0)),
-            stop: AtomicBool::new(false),
-            waker,
-            totals: Totals::new(&settings.peers),
-        });
-        let desk = Arc::new(Desk::new(settings.streams)?);
-        let notices = Arc::new(Mail::new(4 * settings.streams + 4096, control));
-        let anchors = Anchors::new(desk.clone(), inbox.look.clone())?;
-        let cpu = match settings.cpu {
-            Some(cpu) => Some(find_cpu(cpu)?),
-            None => None,
-        };
-        let (ring_size, streams) = (settings.ring_size, settings.streams);
-        let core = Core::new(Parts {
-            node,
-            rde,
-            set,
+        let slot = stream_bytes(settings.ring_size);
+        let places = settings.streams_per_node as u64;
+        let mut windows = HashMap::new();
+        for peer in &settings.peers {
+            windows.insert(*peer, rde.space().window(slot * places)?);
+        }
+        let (streams, ring_size) = (settings.streams, settings.ring_size);
+        let shared = Shared {
+            rde: Arc::new(rde),
             fabric,
-            interrupt,
-            reach,
-            inbox: inbox.clone(),
-            desk: desk.clone(),
-            notices: notices.clone(),
-            settings,
-        });
-        let mut poller = Poller {
-            inbox,
-            desk,
-            notices,
-            backlog: VecDeque::new(),
             windows,
-            living: Arc::new(()),
+            settings,
+            control,
+            start: Instant::now(),
+        };
+        let stations = (0..cores).map(|number| Station::start(&shared, number as u16));
+        let stations = stations.collect::<Result<_, _>>()?;
+        let places = |window| Places {
+            window,
+            free: Arc::new(Mutex::new(
+                (0..places).rev().map(|place| place * slot).collect(),
+            )),
+        };
+        let windows = shared.windows.into_iter();
+        Ok(Poller {
+            stations,
+            turn: 0,
+            up: HashMap::new(),
+            failed: HashSet::new(),
+            backlog: VecDeque::new(),
+            windows: windows
+                .map(|(peer, window)| (peer, places(window)))
+                .collect(),
             streams,
             ring_size,
-            threads: Vec::new(),
-        };
-        poller.spawn("rdsock-anchors", move || anchors.run())?;
-        poller.spawn("rdsock-poll", move || {
-            if let Some(cpu) = cpu
-                && !core_affinity::set_for_current(cpu)
-            {
-                tracing::warn!(
-                    cpu = cpu.id,
-                    "the poll core can't be pinned; it runs on any"
-                );
-            }
-            core.run();
-        })?;
-        Ok(poller)
-    }
-
-    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let builder = std::thread::Builder::new().name(name.into());
-        self.threads.push(builder.spawn(run)?);
-        Ok(())
+        })
     }
 
     /// Maps the memory of a stream to a node: a memfd of [`stream_bytes`] bytes, sealed against shrinking, with the
     /// header in place. `None` when there are too many already, or there is no such node.
     pub fn stream(
-        &self,
+        &mut self,
         ticket: u64,
         node: u16,
-        end: usize,
+        opening: Opening,
         file: &impl AsFd,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
-        let Some(places) = self.windows.get(&node) else {
+        let (end, core) = match opening {
+            Opening::Connect => (0, self.choose(node)),
+            Opening::Accept(asked) => (1, asked.core.into()),
+        };
+        let (Some(places), Some(station)) = (self.windows.get(&node), self.stations.get(core))
+        else {
             return Ok(None);
         };
-        // The queues between the threads have room for so many, and each of them may be in each.
-        if Arc::strong_count(&self.living) > self.streams {
+        // The queues between the threads have room for so many.
+        if self.stations.iter().map(Station::streams).sum::<usize>() >= self.streams {
             return Ok(None);
         }
-        let Some(slot) = Slot::take(&places.free, &self.living) else {
+        let Some(slot) = Slot::take(&places.free) else {
             return Ok(None);
         };
         let memory = StreamMemory::new(file, self.ring_size, &places.window, slot)?;
-        Ok(Some(Arc::new(NodeStream::new(ticket, node, end, memory))))
+        let place = (core as u16, station.load.clone());
+        let stream = NodeStream::new(ticket, node, end, place, memory);
+        Ok(Some(Arc::new(stream)))
     }
 
-    /// Has the poll core do something.
+    /// The core with the fewest streams of those on which a node is up; in turn, when several have as few.
+    fn choose(&mut self, node: u16) -> usize {
+        let count = self.stations.len();
+        self.turn = (self.turn + 1) % count.max(1);
+        let in_turn = (0..count).map(|at| (self.turn + at) % count);
+        in_turn
+            .min_by_key(|at| {
+                let station = &self.stations[*at];
+                (!station.totals().is_up(node), station.streams())
+            })
+            .unwrap_or(0)
+    }
+
+    /// Has a poll core do something.
     pub fn command(&mut self, command: Command) {
-        let mut command = command;
-        while let Err(full) = self.inbox.commands.put(command) {
-            command = full;
-            // The poll core takes commands only while there is room for its notices.
-            self.backlog
-                .extend(std::iter::from_fn(|| self.notices.take()));
-            std::thread::yield_now();
+        let core = match &command {
+            Command::Accept { id, .. } | Command::Refuse { id, .. } => id.core,
+            Command::Connect { stream, .. }
+            | Command::Gone { stream }
+            | Command::Ready { stream } => stream.core,
+        };
+        if let Some(station) = self.stations.get_mut(usize::from(core)) {
+            station.command(command);
         }
     }
 
     /// Gives the daemon's end of a program's connection to the anchors' thread.
     pub fn attach(&self, stream: Arc<NodeStream>, socket: OwnedFd) {
-        let mut attach = Attach { stream, socket };
-        while let Err(full) = self.desk.attach.put(attach) {
-            attach = full;
-            std::thread::yield_now();
+        if let Some(station) = self.stations.get(usize::from(stream.core)) {
+            station.attach(Attach { stream, socket });
         }
     }
 
     /// The next notice.
     pub fn notice(&mut self) -> Option<Notice> {
-        self.backlog.pop_front().or_else(|| self.notices.take())
+        for core in 0..self.stations.len() {
+            while let Some(notice) = self.stations[core].notice() {
+                match notice {
+                    Notice::NodeUp { node } => self.on_up(core, node),
+                    Notice::NodeGone { node } => self.on_gone(core, node),
+                    Notice::DeviceFailed => self.on_failed(core),
+                    other => self.backlog.push_back(other),
+                }
+                if let Some(notice) = self.backlog.pop_front() {
+                    return Some(notice);
+                }
+            }
+        }
+        self.backlog.pop_front()
     }
 
-    /// What the poll core has done.
-    pub fn totals(&self) -> &Totals {
-        &self.inbox.totals
+    fn on_up(&mut self, core: usize, node: u16) {
+        let cores = self.up.entry(node).or_default();
+        if cores.is_empty() {
+            self.backlog.push_back(Notice::NodeUp { node });
+        }
+        cores.insert(core);
     }
-}
 
-impl Drop for Poller {
-    fn drop(&mut self) {
-        self.inbox.stop.store(true, Ordering::Release);
-        self.inbox.waker.wake();
-        self.desk.end();
-        for thread in self.threads.drain(..) {
-            // A panic of the thread was printed by the panic hook.
-            let _ = thread.join();
+    fn on_gone(&mut self, core: usize, node: u16) {
+        let cores = self.up.entry(node).or_default();
+        cores.remove(&core);
+        if cores.is_empty() {
+            self.backlog.push_back(Notice::NodeGone { node });
         }
     }
-}
 
-fn find_cpu(cpu: usize) -> Result<core_affinity::CoreId, StartError> {
-    core_affinity::get_core_ids()
-        .into_iter()
-        .flatten()
-        .find(|core| core.id == cpu)
-        .ok_or(StartError::NoCpu(cpu))
+    fn on_failed(&mut self, core: usize) {
+        self.failed.insert(core);
+        if self.failed.len() == self.stations.len() {
+            self.backlog.push_back(Notice::DeviceFailed);
+        }
+        let up = self.up.iter().filter(|(_, cores)| cores.contains(&core));
+        let nodes: Vec<u16> = up.map(|(node, _)| *node).collect();
+        for node in nodes {
+            self.on_gone(core, node);
+        }
+    }
+
+    /// Whether connects to a node are possible now, on one poll core at least.
+    pub fn is_up(&self, node: u16) -> bool {
+        self.cores().any(|totals| totals.is_up(node))
+    }
+
+    /// What the poll cores have done.
+    pub fn cores(&self) -> impl Iterator<Item = &Totals> {
+        self.stations.iter().map(Station::totals)
+    }
+
+    /// Streams of a poll core.
+    pub fn streams_of(&self, core: usize) -> usize {
+        self.stations.get(core).map_or(0, Station::streams)
+    }
 }

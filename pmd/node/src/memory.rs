@@ -47,18 +47,16 @@ pub struct StreamMemory {
 pub struct Slot {
     offset: u64,
     free: Arc<Mutex<Vec<u64>>>,
-    _living: Arc<()>,
 }
 
 impl Slot {
-    /// Takes one of the free places, whose offsets are given, and keeps a count of `living`.
-    pub fn take(free: &Arc<Mutex<Vec<u64>>>, living: &Arc<()>) -> Option<Self> {
+    /// Takes one of the free places, whose offsets are given.
+    pub fn take(free: &Arc<Mutex<Vec<u64>>>) -> Option<Self> {
         let mut offsets = free.lock().unwrap_or_else(PoisonError::into_inner);
         let offset = offsets.pop()?;
         Some(Slot {
             offset,
             free: free.clone(),
-            _living: living.clone(),
         })
     }
 }

@@ -57,6 +57,10 @@ pub struct NodeStream {
     pub node: u16,
     /// Which end the program is: 0 when it called `connect`.
     pub end: usize,
+    /// The poll core that carries it, for its whole life.
+    pub core: u16,
+    /// Held, so that the streams of that core can be counted.
+    _load: Arc<()>,
     /// Header, rings, staging area.
     pub memory: StreamMemory,
     /// The protocol's id, 0 while there is none.
@@ -91,12 +95,20 @@ pub struct NodeStream {
 }
 
 impl NodeStream {
-    /// A stream that nothing was done for yet.
-    pub fn new(ticket: u64, node: u16, end: usize, memory: StreamMemory) -> Self {
+    /// A stream that nothing was done for yet, of a poll core whose streams are counted by that.
+    pub(crate) fn new(
+        ticket: u64,
+        node: u16,
+        end: usize,
+        (core, load): (u16, Arc<()>),
+        memory: StreamMemory,
+    ) -> Self {
         let stream = NodeStream {
             ticket,
             node,
             end: end & 1,
+            core,
+            _load: load,
             memory,
             id: AtomicU64::new(0),
             board: OnceLock::new(),

@@ -4,7 +4,7 @@
 mod site;
 
 use rdsock_model::{Chaos, Corruption, Fault};
-use rdsock_node::{Command, Notice};
+use rdsock_node::{Command, Notice, Opening};
 use rdsock_proto::Refusal;
 use rdsock_shm::layout::mark;
 use site::program::Program;
@@ -67,7 +67,7 @@ fn fails(fault: Fault) {
     // What is new stays on the kernel, at either node.
     for at in [0, 1] {
         let file = memory(RING);
-        let stream = sites[at].stream(2 - at as u16, 0, &file);
+        let stream = sites[at].stream(2 - at as u16, Opening::Connect, &file);
         let ticket = stream.ticket;
         let addresses = addresses();
         sites[at]

@@ -4,7 +4,7 @@
 mod site;
 
 use rdsock_model::Footprint;
-use rdsock_node::{Command, Notice};
+use rdsock_node::{Command, Notice, Opening};
 use site::*;
 use std::time::Instant;
 
@@ -18,7 +18,7 @@ fn add(sites: &mut [Site; 2], count: usize) {
     while open < count {
         assert!(Instant::now() < end, "{open} of {count} are open");
         while asked < count && asked - open < BATCH {
-            let stream = sites[0].stream(2, 0, &memory(RING));
+            let stream = sites[0].stream(2, Opening::Connect, &memory(RING));
             let addresses = addresses();
             sites[0]
                 .poller
@@ -29,7 +29,7 @@ fn add(sites: &mut [Site; 2], count: usize) {
             let Notice::Incoming { id, .. } = notice else {
                 panic!("{notice:?}");
             };
-            let stream = sites[1].stream(1, 1, &memory(RING));
+            let stream = sites[1].stream(1, Opening::Accept(id), &memory(RING));
             sites[1].poller.command(Command::Accept { id, stream });
         }
         while let Some(notice) = sites[0].poller.notice() {

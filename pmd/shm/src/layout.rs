@@ -202,7 +202,13 @@ pub struct RxState {
     /// When a would-be sleeper first gave way to those counted in `waiters`: in milliseconds (upper
     /// half), and `drained` at that time.
     pub gave_way: AtomicU64,
+    /// Who is counted in `waiters`, as far as there is room: process (upper half) and thread, or 0. So
+    /// those are found who were killed or cancelled in their sleep.
+    pub sleepers: [AtomicU64; SLEEPERS],
 }
+
+/// Entries of [`RxState::sleepers`].
+pub const SLEEPERS: usize = 6;
 
 /// Where the bytes of a direction travel, in [`TxState::phase`] and [`RxState::phase`].
 pub mod phase {
@@ -462,6 +468,7 @@ mod assertions {
         assert!(offset_of!(TxState, phase) == 40);
         assert!(size_of::<RxState>() == 128);
         assert!(offset_of!(RxState, phase) == 32);
+        assert!(offset_of!(RxState, sleepers) == 72);
         assert!(size_of::<EndPage>() == 384);
         assert!(offset_of!(EndPage, holders) == 24);
         assert!(offset_of!(EndPage, tx) == 128);

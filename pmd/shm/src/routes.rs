@@ -196,8 +196,9 @@ mod tests {
             while !done.load(Acquire) {
                 let held = routes.sequence.load(Acquire);
                 let found = routes.lead_to(&mixed);
-                // Given up only where the writer was at work each time.
-                assert!(found || routes.sequence.load(Acquire) != held);
+                // Given up only where the writer was at work each time, or all the time: it may have
+                // lost its core in the middle.
+                assert!(found || held % 2 == 1 || routes.sequence.load(Acquire) != held);
             }
         });
     }

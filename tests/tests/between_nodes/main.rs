@@ -4,10 +4,13 @@
 
 mod stand_in;
 
+use std::process::Command;
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, unshare};
 use rdsock_shm::control::request;
-use rdsock_tests::{Folder, Program, Running};
+use rdsock_shm::reason::Reason;
+use rdsock_tests::{Folder, Program, Running, place};
 use stand_in::{Manners, Reach, StandIn, bytes};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -182,4 +185,108 @@ for target in (("127.0.0.1", {port}), ("0.0.0.0", {port})):
 "#
     ));
     assert!(ground.stand_in.reaches().is_empty());
+}
+
+/// Puts the calling thread, and what it starts, into a network of its own, in which the addresses of
+/// the other node are reached by the kernel too. `None` where that is not allowed.
+fn reachable(manners: Manners) -> Option<Ground> {
+    if !place::is_root() {
+        eprintln!("SKIPPED, NOTHING WAS CHECKED: a network namespace needs root");
+        return None;
+    }
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    for args in [
+        "link set lo up",
+        "address add 10.99.0.7/32 dev lo",
+        "address add 10.98.0.1/32 dev lo",
+    ] {
+        let status = Command::new("ip").args(args.split(' ')).status();
+        assert!(status.unwrap().success(), "ip {args}");
+    }
+    Some(Ground::new(manners))
+}
+
+/// Connects `n` times to a listener of its own at the other node's address, over the kernel.
+const OVER_THE_KERNEL: &str = r#"
+listener = socket.create_server(FAR)
+def over_the_kernel(blocking=True):
+    s = socket.socket()
+    s.setblocking(blocking)
+    result = s.connect_ex(FAR)
+    assert result in (0, errno.EINPROGRESS), errno.errorcode[result]
+    served, peer = listener.accept()
+    s.setblocking(True)
+    assert s.getpeername() == FAR and s.getsockname() == peer, (s.getsockname(), peer)
+    assert served.getsockname() == FAR and served.getpeername() == peer
+    s.sendall(b"over the kernel")
+    assert served.recv(100) == b"over the kernel"
+"#;
+
+#[test]
+fn a_declined_connect_is_the_kernels() {
+    let Some(ground) = reachable(Manners::default()) else {
+        return;
+    };
+    let reasons = [
+        Reason::NodeAbsent,
+        Reason::NoListener,
+        Reason::NodeRefused,
+        Reason::NoDevice,
+    ];
+    for (at, reason) in reasons.into_iter().enumerate() {
+        ground.stand_in.manners().reach = Reach::Decline(reason);
+        ground.run(&format!(
+            "{OVER_THE_KERNEL}\nfor blocking in (True, False): over_the_kernel(blocking)"
+        ));
+        // A process's first connect asks; the next one does not if the machine was too busy to answer
+        // the first in time.
+        assert!(ground.stand_in.reaches().len() > at);
+    }
+    // Nobody at the anchor: the daemon has just ended, say.
+    ground.stand_in.manners().reach = Reach::Nobody;
+    ground.run(&format!(
+        "{OVER_THE_KERNEL}\nfor blocking in (True, False): over_the_kernel(blocking)"
+    ));
+}
+
+#[test]
+fn a_silent_daemon_holds_up_one_connect_only() {
+    let Some(ground) = reachable(Manners {
+        reach: Reach::Silent,
+        ..Manners::default()
+    }) else {
+        return;
+    };
+    ground.run(&format!(
+        "{OVER_THE_KERNEL}\nfor _ in range(5): over_the_kernel()"
+    ));
+    assert_eq!(ground.stand_in.reaches().len(), 1);
+}
+
+#[test]
+fn a_late_answer_is_no_other_questions_answer() {
+    let Some(ground) = reachable(Manners {
+        delay: Duration::from_millis(100),
+        ..Manners::default()
+    }) else {
+        return;
+    };
+    let mut program = ground.start(&format!(
+        r#"{OVER_THE_KERNEL}
+over_the_kernel()
+print("first", flush=True)
+far = None
+end = time.monotonic() + 30
+while far != "10.98.0.1":
+    assert time.monotonic() < end, "never carried"
+    time.sleep(0.1)
+    s = socket.create_connection(FAR)
+    far = s.getsockname()[0]
+echo(s)
+assert s.getpeername() == FAR, s.getpeername()
+"#
+    ));
+    program.wait_for_output("first", LIMIT);
+    ground.stand_in.manners().delay = Duration::ZERO;
+    program.finish(LIMIT);
 }

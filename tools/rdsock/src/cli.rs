@@ -81,6 +81,11 @@ pub struct StatArgs {
 
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Look at what this configuration of rdsockd needs for other nodes
+    ///
+    /// Without it: what the daemon that runs was given, or else /etc/rdsock/rdsockd.toml.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -271,6 +271,72 @@ fn doctor_tells_what_to_do() {
 }
 
 #[test]
+fn doctor_looks_at_what_other_nodes_need() {
+    let place = Place::new();
+    let (fabric, config) = (place.at("fabric"), place.at("rdsockd.toml"));
+    std::fs::create_dir(&fabric).unwrap();
+    let look = |mode: u32, cores: &str| -> (Value, Value) {
+        std::fs::set_permissions(&fabric, PermissionsExt::from_mode(mode)).unwrap();
+        let text = format!(
+            "[fabric]\nnode = 3\ndevice = \"model:{}\"\npoll_cores = {cores}\n\
+             nodes = [{{ id = 3, addresses = [\"10.0.0.3\"] }}]\n",
+            fabric.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        let output = place
+            .rdsock()
+            .args(["doctor", "--json", "--config"])
+            .arg(&config)
+            .output()
+            .unwrap();
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let find = |what: &str| {
+            let findings = answer["findings"].as_array().unwrap();
+            let found = findings.iter().find(|finding| finding["what"] == what);
+            found
+                .unwrap_or_else(|| panic!("no {what}: {answer:#}"))
+                .clone()
+        };
+        assert!(
+            find("other nodes")["found"]
+                .as_str()
+                .unwrap()
+                .contains("node 3")
+        );
+        (find("device"), find("poll cores"))
+    };
+    let (device, cores) = look(0o700, "[]");
+    assert_eq!(
+        (&device["health"], &cores["health"]),
+        (&"good".into(), &"good".into())
+    );
+    let (device, cores) = look(0o777, "[100000]");
+    assert!(
+        device["found"].as_str().unwrap().contains("777"),
+        "{device}"
+    );
+    assert!(
+        device["advice"].as_str().unwrap().contains("mkdir -m 700"),
+        "{device}"
+    );
+    assert!(
+        cores["advice"].as_str().unwrap().contains("no core 100000"),
+        "{cores}"
+    );
+    std::fs::write(&config, "[fabric]\nnode = \"three\"\n").unwrap();
+    let output = place
+        .rdsock()
+        .args(["doctor", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    assert!(
+        text(&output.stdout).contains("--check-config"),
+        "{output:?}"
+    );
+}
+
+#[test]
 fn manual_pages_and_completions_are_written() {
     let place = Place::new();
     let dir = place.at("man");

@@ -3,6 +3,7 @@
 use ipnet::IpNet;
 use rdsock_node::Idle;
 use rdsock_shm::layout::{MAX_RING, ROUTES};
+use rdsock_vfio::vfio::PciAddress;
 use serde::{Deserialize, Deserializer, de};
 use std::fmt;
 use std::net::IpAddr;
@@ -12,6 +13,8 @@ use std::time::Duration;
 
 /// Greatest id of a node (`docs/device.md`).
 const MAX_NODE: u16 = 1023;
+/// Most poll cores.
+const MAX_POLL_CORES: usize = 64;
 
 /// The `[fabric]` table.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -21,8 +24,8 @@ pub struct FabricConfig {
     pub node: u16,
     /// The device.
     pub device: Device,
-    /// The core of the poll core; `None` for any.
-    pub cpu: Option<usize>,
+    /// The machine's cores that poll; with none, one thread polls on any.
+    pub poll_cores: Vec<usize>,
     /// What a poll core does without work.
     pub idle: Idle,
     /// Bytes of each ring of a stream to another node.
@@ -65,12 +68,18 @@ impl NodeConfig {
 pub enum Device {
     /// A model in this process, which meets the models of other nodes in a directory.
     Model(PathBuf),
+    /// Behind a vfio-user socket.
+    VfioUser(PathBuf),
+    /// A PCI device that the kernel's VFIO gives out.
+    Vfio(PciAddress),
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Model(directory) => write!(f, "model:{}", directory.display()),
+            Device::VfioUser(socket) => write!(f, "vfio-user:{}", socket.display()),
+            Device::Vfio(address) => write!(f, "vfio:{address}"),
         }
     }
 }
@@ -81,14 +90,17 @@ impl FromStr for Device {
     fn from_str(text: &str) -> Result<Self, String> {
         let place = match text.split_once(':') {
             Some(("model", directory)) => Device::Model(directory.into()),
+            Some(("vfio-user", socket)) => Device::VfioUser(socket.into()),
+            Some(("vfio", address)) => Device::Vfio(address.parse()?),
             _ => {
                 return Err(format!(
-                    "unknown device {text:?}: expected \"model:DIRECTORY\""
+                    "unknown device {text:?}: expected \"model:DIRECTORY\", \"vfio-user:SOCKET\" or \
+                     \"vfio:PCI ADDRESS\""
                 ));
             }
         };
         match &place {
-            Device::Model(path) if !path.is_absolute() => {
+            Device::Model(path) | Device::VfioUser(path) if !path.is_absolute() => {
                 Err(format!("the path in {text:?} is not absolute"))
             }
             _ => Ok(place),
@@ -105,7 +117,7 @@ struct Given {
     #[serde(deserialize_with = "device")]
     device: Device,
     #[serde(default, deserialize_with = "poll_cores")]
-    poll_cores: Option<usize>,
+    poll_cores: Vec<usize>,
     #[serde(default)]
     idle: Policy,
     #[serde(default = "spin")]
@@ -183,7 +195,7 @@ impl TryFrom<Given> for FabricConfig {
         Ok(FabricConfig {
             node: given.node,
             device: given.device,
-            cpu: given.poll_cores,
+            poll_cores: given.poll_cores,
             idle,
             ring_size: given.ring_size,
             max_streams: given.max_streams,
@@ -240,14 +252,22 @@ fn device<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error
     text.parse().map_err(de::Error::custom)
 }
 
-fn poll_cores<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
-    match *Vec::<usize>::deserialize(deserializer)? {
-        [] => Ok(None),
-        [cpu] => Ok(Some(cpu)),
-        _ => Err(de::Error::custom(
-            "more than one poll core is not possible yet, expected [] (any core) or [N]",
-        )),
+fn poll_cores<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    let cores = Vec::<usize>::deserialize(deserializer)?;
+    let twice = |at: usize| {
+        cores
+            .get(..at)
+            .is_some_and(|some| some.contains(&cores[at]))
+    };
+    if cores.len() > MAX_POLL_CORES {
+        let expected = format!("{} cores, expected at most {MAX_POLL_CORES}", cores.len());
+        return Err(de::Error::custom(expected));
     }
+    if let Some(at) = (0..cores.len()).find(|at| twice(*at)) {
+        let expected = format!("core {} stands there twice, expected each once", cores[at]);
+        return Err(de::Error::custom(expected));
+    }
+    Ok(cores)
 }
 
 fn ring_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -323,12 +343,26 @@ addresses = ["10.1.2.0/24"]
     }
 
     #[test]
+    fn a_device_is_shown_as_it_is_written() {
+        for text in ["model:/run/x", "vfio-user:/run/a.sock", "vfio:0000:01:00.0"] {
+            assert_eq!(text.parse::<super::Device>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
     fn errors_say_where_and_what_was_expected() {
         for (good, bad, line, said) in [
             ("node = 1\n", "node = 0\n", 3, "1 to 1023"),
             ("node = 1\n", "node = 4\n", 2, "none has the id 4"),
             ("model:/run", "rocket:/run", 4, "model:DIRECTORY"),
             ("model:/run", "model:run", 4, "not absolute"),
+            ("model:/run", "vfio-user:run", 4, "not absolute"),
+            (
+                "model:/run/rdsock/fabric",
+                "vfio:01:00.0",
+                4,
+                "0000:01:00.0",
+            ),
             ("id = 3", "id = 2", 2, "two have the id 2"),
             (
                 "\"10.0.0.2\"",
@@ -346,9 +380,9 @@ addresses = ["10.1.2.0/24"]
             ("node = 1\n", "node = 1\nring_size = 4096\n", 4, "65536 to"),
             (
                 "node = 1\n",
-                "node = 1\npoll_cores = [0, 1]\n",
+                "node = 1\npoll_cores = [2, 3, 2]\n",
                 4,
-                "more than one",
+                "core 2 stands there twice",
             ),
             ("node = 1\n", "node = 1\nidle = \"lazy\"\n", 4, "adaptive"),
             ("node = 1\n", "node = 1\nspeed = 9\n", 4, "speed"),

@@ -4,7 +4,7 @@ use super::{Asking, addresses, octets};
 use crate::book::TenantId;
 use crate::connections::End;
 use crate::daemon::Daemon;
-use rdsock_node::Command;
+use rdsock_node::{Command, Opening};
 use rdsock_proto::{Addresses, Refusal};
 use rdsock_shm::control::{Between, Message, Reached, kind};
 use rdsock_shm::reason::Reason;
@@ -51,7 +51,7 @@ impl Daemon {
             return Err(Reason::Policy);
         }
         let node = config.node_of(peer.ip()).map(|node| node.id);
-        let node = node.filter(|node| *node != config.node && fabric.up.contains(node));
+        let node = node.filter(|node| *node != config.node && fabric.poller.is_up(*node));
         let node = node.ok_or(Reason::NodeAbsent)?;
         let source = if local.ip().is_unspecified() {
             config.own_address(peer.ip()).ok_or(Reason::NodeAbsent)?
@@ -65,10 +65,12 @@ impl Daemon {
             destination: mapped(peer.ip()),
             destination_port: peer.port(),
         };
-        let ticket = self.carry(node, 0, &addresses, uid).map_err(|error| {
-            debug!(tenant = id, "no stream: {error}");
-            Reason::Limit
-        })?;
+        let ticket = self
+            .carry(node, Opening::Connect, &addresses, uid)
+            .map_err(|error| {
+                debug!(tenant = id, "no stream: {error}");
+                Reason::Limit
+            })?;
         let Some(fabric) = &mut self.fabric else {
             return Err(Reason::NoDevice);
         };

@@ -11,8 +11,8 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockname, getsockopt,
     socket, sockopt,
 };
-use rdsock_node::Command;
-use rdsock_proto::{Addresses, Refusal, StreamId};
+use rdsock_node::{Asked, Command, Opening};
+use rdsock_proto::{Addresses, Refusal};
 use rdsock_shm::control::{Between, Caller, FABRIC_SOURCE_V4, Message, Request, kind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -50,7 +50,7 @@ impl Daemon {
     }
 
     /// A node asks for a stream.
-    pub(super) fn on_incoming(&mut self, id: StreamId, node: u16, addresses: Addresses) {
+    pub(super) fn on_incoming(&mut self, id: Asked, node: u16, addresses: Addresses) {
         self.counters.incoming += 1;
         if let Err(why) = self.try_incoming(id, node, addresses) {
             debug!(node, ?addresses, ?why, "refused");
@@ -61,7 +61,7 @@ impl Daemon {
         }
     }
 
-    fn try_incoming(&mut self, id: StreamId, node: u16, between: Addresses) -> Result<(), Refusal> {
+    fn try_incoming(&mut self, id: Asked, node: u16, between: Addresses) -> Result<(), Refusal> {
         let ip = |ip: Ipv6Addr| IpAddr::V6(ip).to_canonical();
         let source = SocketAddr::new(ip(between.source), between.source_port);
         let destination = SocketAddr::new(ip(between.destination), between.destination_port);
@@ -76,10 +76,12 @@ impl Daemon {
             return Err(Refusal::Policy);
         }
         let uid = self.listener_of(destination).ok_or(Refusal::NoListener)?;
-        let ticket = self.carry(node, 1, &between, uid).map_err(|error| {
-            debug!(node, "no stream: {error}");
-            Refusal::Limit
-        })?;
+        let ticket = self
+            .carry(node, Opening::Accept(id), &between, uid)
+            .map_err(|error| {
+                debug!(node, "no stream: {error}");
+                Refusal::Limit
+            })?;
         match self.call(ticket, destination) {
             Ok((socket, local)) => {
                 let Some(fabric) = &mut self.fabric else {

@@ -13,15 +13,15 @@ mod listen;
 mod promote;
 mod routes;
 
-pub use config::FabricConfig;
+pub use config::{FabricConfig, NodeConfig};
 
-use crate::book::TenantId;
+use crate::book::{Route, TenantId};
 use crate::daemon::{Daemon, Due, Token};
 use crate::memory::StreamFds;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Notice, Poller, Settings, StartError};
+use rdsock_node::{Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
 use rdsock_proto::{Addresses, Count};
 use rdsock_rde::Management;
 use rdsock_rde::spec::counter;
@@ -29,7 +29,7 @@ use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -93,7 +93,6 @@ pub(crate) struct Control {
     callers: HashMap<SocketAddr, u64>,
     /// By the sockets' cookies: several processes may hold one.
     listening: HashMap<u64, Vec<Listening>>,
-    up: HashSet<u16>,
     failed: bool,
 }
 
@@ -102,10 +101,14 @@ impl Control {
     pub fn start(config: &FabricConfig, epoll: &Epoll) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
         let waker = Arc::new(Waker::new()?);
+        let cores = match config.poll_cores.as_slice() {
+            [] => vec![None],
+            cores => cores.iter().copied().map(Some).collect(),
+        };
         let settings = Settings {
             node: config.node,
             peers: config.others().map(|node| node.id).collect(),
-            cpu: config.cpu,
+            cores,
             idle: config.idle,
             streams: config.max_streams,
             streams_per_node: config.max_streams,
@@ -156,7 +159,6 @@ impl Control {
             expected: HashMap::new(),
             callers: HashMap::new(),
             listening: HashMap::new(),
-            up: HashSet::new(),
             failed: false,
         })
     }
@@ -181,16 +183,16 @@ impl Control {
             .others()
             .map(|node| {
                 let streams = self.carried.values();
-                let totals = self.poller.totals();
                 let violations = Count::ALL.iter().map(|count| {
-                    let seen = totals.violations(node.id, *count);
+                    let cores = self.poller.cores();
+                    let seen: u64 = cores.map(|core| core.violations(node.id, *count)).sum();
                     (count.name().to_owned(), Value::from(seen))
                 });
                 json!({
                     "id": node.id,
                     "name": node.name,
                     "addresses": node.addresses,
-                    "up": self.up.contains(&node.id),
+                    "up": self.poller.is_up(node.id),
                     "streams": streams.filter(|carried| carried.stream.node == node.id).count(),
                     "violations": violations.collect::<Map<String, Value>>(),
                 })
@@ -204,9 +206,33 @@ impl Control {
             "refused_there": self.management.counter(counter::REFUSED_THERE),
             "streams": self.carried.len(),
             "listeners": self.listening.len(),
-            "sleeps": self.poller.totals().sleeps.get(),
+            "cores": self.cores_answer(config),
             "nodes": nodes,
         })
+    }
+}
+
+impl Control {
+    /// The poll cores, for `rdsock stat`.
+    fn cores_answer(&self, config: &FabricConfig) -> Vec<Value> {
+        let core = |(number, totals): (usize, &Totals)| {
+            let up = config.others().map(|node| node.id);
+            let stages = Stage::ALL.iter();
+            let stages = stages.map(|stage| (stage.name().into(), totals.stage(*stage).into()));
+            let counts = totals.counts();
+            let counts = counts.map(|(name, count)| (name.into(), count.into()));
+            json!({
+                "core": number,
+                "cpu": config.poll_cores.get(number),
+                "failed": totals.has_failed(),
+                "streams": self.poller.streams_of(number),
+                "nodes_up": up.filter(|node| totals.is_up(*node)).collect::<Vec<u16>>(),
+                "counts": counts.collect::<Map<String, Value>>(),
+                "timed_turns": totals.timed_turns(),
+                "stage_ns": stages.collect::<Map<String, Value>>(),
+            })
+        };
+        self.poller.cores().enumerate().map(core).collect()
     }
 }
 
@@ -214,6 +240,42 @@ impl Daemon {
     /// The fabric, for `rdsock stat`.
     pub(crate) fn fabric_answer(&self) -> Option<Value> {
         Some(self.fabric.as_ref()?.answer(self.config.fabric.as_ref()?))
+    }
+
+    /// All nodes, for `rdsock why`.
+    pub(crate) fn nodes_answer(&self) -> Vec<Value> {
+        let Some(config) = &self.config.fabric else {
+            return Vec::new();
+        };
+        let up = |node| {
+            let fabric = self.fabric.as_ref();
+            fabric.is_some_and(|fabric| fabric.poller.is_up(node))
+        };
+        let answer = |node: &NodeConfig| {
+            json!({
+                "id": node.id,
+                "name": node.name,
+                "addresses": node.addresses,
+                "own": node.id == config.node,
+                "up": up(node.id),
+            })
+        };
+        config.nodes.iter().map(answer).collect()
+    }
+
+    /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant
+    /// that names the stream of another one has not its anchor.
+    pub(crate) fn way_of_anchor(
+        &self,
+        ticket: u64,
+        anchor: Route,
+    ) -> Option<(u16, SocketAddr, SocketAddr)> {
+        let carried = self.fabric.as_ref()?.carried.get(&ticket)?;
+        let (node, end) = (carried.stream.node, carried.stream.end);
+        (carried.anchor == Some((anchor.local, anchor.peer))).then_some(match end {
+            0 => (node, carried.source, carried.destination),
+            _ => (node, carried.destination, carried.source),
+        })
     }
 
     /// The poll core has something to say.
@@ -250,28 +312,13 @@ impl Daemon {
             Notice::Established { ticket } => self.on_established(ticket),
             Notice::Refused { ticket, why } => self.on_refused(ticket, why),
             Notice::Released { ticket } => self.on_released(ticket),
-            Notice::NodeUp { node } => self.on_node(node, true),
-            Notice::NodeGone { node } => self.on_node(node, false),
+            Notice::NodeUp { node } => info!(node, "a node is up"),
+            Notice::NodeGone { node } => info!(node, "a node has gone"),
             Notice::DeviceFailed => {
                 if let Some(fabric) = &mut self.fabric {
                     fabric.failed = true;
-                    fabric.up.clear();
                 }
             }
-        }
-    }
-
-    fn on_node(&mut self, node: u16, up: bool) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        let changed = match up {
-            true => fabric.up.insert(node),
-            false => fabric.up.remove(&node),
-        };
-        if changed {
-            let state = if up { "up" } else { "gone" };
-            info!(node, "a node is {state}");
         }
     }
 
@@ -327,7 +374,7 @@ impl Daemon {
     fn carry(
         &mut self,
         node: u16,
-        end: usize,
+        opening: Opening,
         addresses: &Addresses,
         uid: u32,
     ) -> Result<u64, CarryError> {
@@ -352,7 +399,7 @@ impl Daemon {
         };
         let made = fabric
             .poller
-            .stream(ticket, node, end, &fds.stream)
+            .stream(ticket, node, opening, &fds.stream)
             .map_err(|error| CarryError::Memory(io::Error::other(error)))?;
         let stream = made.ok_or(CarryError::Limit)?;
         self.next_stream += 1;

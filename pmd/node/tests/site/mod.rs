@@ -10,7 +10,7 @@ use rdsock_model::{Chaos, Counters, Fabric};
 use rdsock_node::mail::Waker;
 use rdsock_node::memory::stream_bytes;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Idle, Notice, Poller, Settings};
+use rdsock_node::{Command, Idle, Notice, Opening, Poller, Settings};
 use rdsock_proto::{Addresses, Refusal};
 use rdsock_rde::Rde;
 use rdsock_shm::layout::{Direction, NOT_SWITCHED, Producer, StreamHeader};
@@ -29,6 +29,8 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 /// How the two nodes are set up.
 #[derive(Clone)]
 pub struct Setup {
+    /// Poll cores of each node.
+    pub cores: [usize; 2],
     pub ring: u64,
     pub streams: usize,
     pub spin: Duration,
@@ -39,6 +41,7 @@ pub struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         Setup {
+            cores: [1, 1],
             ring: RING,
             streams: 256,
             spin: Duration::from_micros(50),
@@ -57,23 +60,34 @@ pub struct Site {
     next: u64,
 }
 
-/// Two nodes, 1 and 2.
+/// Two nodes, 1 and 2, with one poll core each.
 pub fn pair() -> [Site; 2] {
     pair_with(&Setup::default())
 }
 
+/// Two nodes with so many poll cores, up on all that both have.
+pub fn pair_of(cores: [usize; 2]) -> [Site; 2] {
+    pair_with(&Setup {
+        cores,
+        ..Setup::default()
+    })
+}
+
 pub fn pair_with(setup: &Setup) -> [Site; 2] {
+    let cores = setup.cores;
     let fabric = Fabric::new(setup.chaos);
     let mut sites = [1, 2].map(|node| site(&fabric, node, setup));
     for (at, site) in sites.iter_mut().enumerate() {
         let other = 2 - at as u16;
         site.until(|notice| *notice == Notice::NodeUp { node: other });
+        site.until_up(other, cores[0].min(cores[1]));
     }
     sites
 }
 
 fn site(fabric: &Fabric, node: u16, setup: &Setup) -> Site {
-    let device = Arc::new(ModelDevice::new(fabric, 1));
+    let cores = setup.cores[usize::from(node - 1)];
+    let device = Arc::new(ModelDevice::new(fabric, cores));
     let rde = Rde::open(Space::new(device.clone())).unwrap();
     rde.management()
         .set_stall_timeout(Duration::from_millis(100));
@@ -81,7 +95,7 @@ fn site(fabric: &Fabric, node: u16, setup: &Setup) -> Site {
     let settings = Settings {
         node,
         peers: vec![3 - node],
-        cpu: None,
+        cores: vec![None; cores],
         idle: Idle::Adaptive { spin: setup.spin },
         streams: setup.streams,
         streams_per_node: setup.streams,
@@ -136,10 +150,20 @@ impl Site {
         self.device.function().counters()
     }
 
-    pub fn stream(&mut self, node: u16, end: usize, file: &File) -> Arc<NodeStream> {
+    /// Waits until a node is up on so many cores.
+    pub fn until_up(&self, node: u16, cores: usize) {
+        let end = Instant::now() + LIMIT;
+        let up = || self.poller.cores().filter(|core| core.is_up(node)).count();
+        while up() != cores {
+            assert!(Instant::now() < end, "up on {} cores, not {cores}", up());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub fn stream(&mut self, node: u16, opening: Opening, file: &File) -> Arc<NodeStream> {
         let ticket = self.next;
         self.next += 1;
-        let made = self.poller.stream(ticket, node, end, file).unwrap();
+        let made = self.poller.stream(ticket, node, opening, file).unwrap();
         let stream = made.expect("there is room");
         self.streams.insert(ticket, stream.clone());
         stream
@@ -179,7 +203,7 @@ pub fn addresses() -> Addresses {
 pub fn connect(sites: &mut [Site; 2]) -> Connection {
     let files = sites.each_ref().map(|site| memory(site.ring));
     let (program, socket) = sockets();
-    let asking = sites[0].stream(2, 0, &files[0]);
+    let asking = sites[0].stream(2, Opening::Connect, &files[0]);
     sites[0].poller.attach(asking.clone(), socket.into());
     sites[0].poller.command(Command::Connect {
         stream: asking.clone(),
@@ -190,7 +214,7 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
         unreachable!()
     };
     let (served, socket) = sockets();
-    let asked = sites[1].stream(1, 1, &files[1]);
+    let asked = sites[1].stream(1, Opening::Accept(id), &files[1]);
     sites[1].poller.command(Command::Accept {
         id,
         stream: asked.clone(),
@@ -208,7 +232,7 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
 /// Asks, and is refused.
 pub fn refused(sites: &mut [Site; 2], why: Refusal) {
     let file = memory(sites[0].ring);
-    let asking = sites[0].stream(2, 0, &file);
+    let asking = sites[0].stream(2, Opening::Connect, &file);
     let ticket = asking.ticket;
     sites[0].poller.command(Command::Connect {
         stream: asking,

@@ -94,6 +94,24 @@ pub struct WhyAnswer {
     pub daemon: About,
     /// The tenants that this user may see.
     pub tenants: Vec<Tenant>,
+    /// The nodes that the daemon knows.
+    #[serde(default)]
+    pub nodes: Vec<Node>,
+}
+
+/// A node.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Node {
+    /// Its id.
+    pub id: u16,
+    /// What people call it, if they do.
+    pub name: String,
+    /// Its networks, as `ADDRESS/PREFIX`.
+    pub addresses: Vec<String>,
+    /// It is the daemon's.
+    pub own: bool,
+    /// Connects to it are possible.
+    pub up: bool,
 }
 
 /// The daemon itself.
@@ -131,6 +149,9 @@ pub struct Record {
     pub local: Option<String>,
     /// Likewise.
     pub peer: Option<String>,
+    /// The node of the other end; `None` when that is on this host, or the connection is the kernel's.
+    #[serde(default)]
+    pub node: Option<u16>,
     /// What it sends, then what it receives.
     pub directions: Option<[Direction; 2]>,
 }

@@ -4,6 +4,6 @@ mod client;
 mod find;
 mod start;
 
-pub use client::{AskError, Daemon, Direction, Record, Tenant, WhyAnswer};
+pub use client::{AskError, Daemon, Direction, Node, Record, Tenant, WhyAnswer};
 pub use find::find;
 pub use start::{find_program, start};

@@ -1,5 +1,6 @@
 //! `rdsock doctor`: what this machine has for rdsock, and what to do about what it lacks.
 
+mod fabric;
 mod kernel;
 mod memory;
 mod setup;
@@ -57,7 +58,8 @@ impl Finding {
 
 /// Prints what was found. Fails when rdsock can't be used.
 pub fn doctor(args: &DoctorArgs) -> ExitCode {
-    let findings: Vec<Finding> = [kernel::look(), memory::look(), setup::look()]
+    let fabric = fabric::look(args.config.as_deref());
+    let findings: Vec<Finding> = [kernel::look(), memory::look(), setup::look(), fabric]
         .into_iter()
         .flatten()
         .collect();

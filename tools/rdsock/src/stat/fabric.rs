@@ -15,6 +15,19 @@ pub struct Fabric {
     streams: u64,
     listeners: u64,
     nodes: Vec<Node>,
+    cores: Vec<Core>,
+}
+
+/// A poll core.
+#[derive(Debug, Deserialize)]
+struct Core {
+    core: u16,
+    cpu: Option<usize>,
+    failed: bool,
+    streams: u64,
+    counts: Map<String, Value>,
+    timed_turns: u64,
+    stage_ns: Map<String, Value>,
 }
 
 /// Another node.
@@ -58,4 +71,29 @@ pub fn print(fabric: &Fabric) {
         ]);
     }
     println!("{table}");
+    for core in &fabric.cores {
+        print_core(core);
+    }
+}
+
+fn print_core(core: &Core) {
+    let place = match core.cpu {
+        Some(cpu) => format!("pinned to CPU {cpu}"),
+        None => "on any CPU".into(),
+    };
+    let state = if core.failed { ", FAILED" } else { "" };
+    println!(
+        "poll core {}, {place}{state}: streams {}, {}",
+        core.core,
+        core.streams,
+        counts(&core.counts)
+    );
+    let mean = |(name, sum): (&String, &Value)| {
+        let mean = sum.as_u64()?.checked_div(core.timed_turns)?;
+        Some(format!("{name} {mean}"))
+    };
+    let means: Vec<String> = core.stage_ns.iter().filter_map(mean).collect();
+    if !means.is_empty() {
+        println!("  ns of a busy turn: {}", means.join(", "));
+    }
 }

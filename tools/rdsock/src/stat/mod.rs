@@ -66,6 +66,8 @@ struct Stream {
     stream: u64,
     local: String,
     peer: String,
+    #[serde(default)]
+    node: Option<u16>,
     pids: [Vec<i32>; 2],
     bytes: u64,
     huge: bool,
@@ -198,7 +200,10 @@ fn print_streams(streams: &[Stream]) {
         table.add_row([
             stream.stream.to_string(),
             stream.local.clone(),
-            stream.peer.clone(),
+            match stream.node {
+                Some(node) => format!("{}, other end on node {node}", stream.peer),
+                None => stream.peer.clone(),
+            },
             names.join(" / "),
             position(0, |direction| direction.head),
             position(1, |direction| direction.tail),

@@ -6,6 +6,7 @@ use rdsock_shm::layout::mark;
 use rdsock_shm::reason::{Reason, State};
 
 use super::machine::{Machine, Socket};
+use super::nodes::Nodes;
 use crate::daemon::{Direction, Record, Tenant};
 
 /// Where a connection's bytes travel.
@@ -49,13 +50,16 @@ pub fn place(record: &Record) -> Place {
 pub struct Explainer<'a> {
     daemon_runs: bool,
     tenants: HashMap<i32, &'a Tenant>,
+    /// The other nodes.
+    pub nodes: &'a Nodes,
 }
 
 impl<'a> Explainer<'a> {
-    /// With the tenants that the daemon told of.
-    pub fn new(daemon_runs: bool, tenants: &'a [Tenant]) -> Self {
+    /// With the tenants and nodes that the daemon told of.
+    pub fn new(daemon_runs: bool, tenants: &'a [Tenant], nodes: &'a Nodes) -> Self {
         Explainer {
             daemon_runs,
+            nodes,
             tenants: tenants.iter().map(|tenant| (tenant.pid, tenant)).collect(),
         }
     }
@@ -83,6 +87,9 @@ impl<'a> Explainer<'a> {
             said,
             None | Some(Reason::None | Reason::Young | Reason::PeerUnknown | Reason::NoDaemon)
         );
+        if let Some(reason) = self.between_nodes(socket, record, said, open) {
+            return reason;
+        }
         if state == State::Demoted as u32 || state == State::Reset as u32 || !open {
             return said.unwrap_or(Reason::None).text().into();
         }
@@ -96,6 +103,35 @@ impl<'a> Explainer<'a> {
             Some(reason @ (Reason::PeerUnknown | Reason::NoDaemon)) => reason.text().into(),
             _ => Reason::Young.text().into(),
         }
+    }
+
+    /// Why a connection to another node is not on rings; `None` for any other connection.
+    fn between_nodes(
+        &self,
+        socket: Option<&Socket>,
+        record: Option<&Record>,
+        said: Option<Reason>,
+        open: bool,
+    ) -> Option<String> {
+        if let Some(node) = record.and_then(|record| record.node) {
+            let why = match said.filter(|_| !open) {
+                Some(reason) => reason.text(),
+                None => "rdsock carries it, and it is on rings with one of its next calls",
+            };
+            return Some(format!("to {}: {why}", self.nodes.label(node)));
+        }
+        let node = self.nodes.of(socket?.peer.ip())?;
+        let why = match said.filter(|_| !open) {
+            Some(Reason::NodeAbsent) if node.up => {
+                "the other node was absent, or did not answer in time (connect_timeout_us)"
+            }
+            Some(reason) => reason.text(),
+            None => {
+                "over the kernel: if its program made it, it did so without asking the daemon (before it was \
+                 attached, or with a call that is not carried); if the other one did, rdsock why there says more"
+            }
+        };
+        Some(format!("to {}: {why}", self.nodes.label(node.id)))
     }
 
     /// What the other end has to do with it; `None` when nothing speaks against rings.
@@ -168,6 +204,7 @@ mod tests {
             named_stream: 1,
             local: None,
             peer: None,
+            node: None,
             directions,
         }
     }

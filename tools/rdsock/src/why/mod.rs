@@ -2,6 +2,7 @@
 
 mod explain;
 mod machine;
+mod nodes;
 mod report;
 mod table;
 

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::explain::{Explainer, place};
 use super::machine::{Machine, Socket};
+use super::nodes::Nodes;
 use crate::daemon::{Daemon, Record, Tenant, WhyAnswer};
 
 /// The daemon that answered.
@@ -42,6 +43,10 @@ pub struct ConnectionLine {
     pub local: String,
     /// The other end's.
     pub peer: String,
+    /// The node of the other end, if that is another one: its id.
+    pub node: Option<u16>,
+    /// What people call that.
+    pub node_name: Option<String>,
     /// On rings, in at least one direction.
     pub accelerated: bool,
     /// One word: `kernel`, `announced`, `rings`, `demoted` or `reset`.
@@ -85,9 +90,11 @@ impl Report {
                 socket: daemon.path.display().to_string(),
                 pid: answer.daemon.pid,
             });
-        let mut tenants = answer.map(|answer| answer.tenants).unwrap_or_default();
+        let (mut tenants, nodes) = answer
+            .map(|answer| (answer.tenants, Nodes::new(answer.nodes)))
+            .unwrap_or_default();
         tenants.sort_by_key(|tenant| tenant.pid);
-        let explainer = Explainer::new(line.is_some(), &tenants);
+        let explainer = Explainer::new(line.is_some(), &tenants, &nodes);
         let mut report = Report {
             daemon: line,
             processes: Vec::new(),
@@ -126,7 +133,15 @@ impl Report {
                     let reason = |machine: &mut Machine| {
                         explainer.tenant_connection(machine, tenant.pid, Some(&socket), record)
                     };
-                    self.add_connection(tenant, fd, Some(&socket), record, machine, reason);
+                    let nodes = explainer.nodes;
+                    self.add_connection(
+                        tenant,
+                        fd,
+                        (Some(&socket), record),
+                        nodes,
+                        machine,
+                        reason,
+                    );
                 }
             }
             // A tenant that may not be looked at: what it says itself.
@@ -135,7 +150,8 @@ impl Report {
                     let reason = |machine: &mut Machine| {
                         explainer.tenant_connection(machine, tenant.pid, None, Some(record))
                     };
-                    self.add_connection(tenant, record.fd, None, Some(record), machine, reason);
+                    let (nodes, said) = (explainer.nodes, Some(record));
+                    self.add_connection(tenant, record.fd, (None, said), nodes, machine, reason);
                 }
             }
         }
@@ -145,8 +161,8 @@ impl Report {
         &mut self,
         tenant: &Tenant,
         fd: i32,
-        socket: Option<&Socket>,
-        record: Option<&Record>,
+        (socket, record): (Option<&Socket>, Option<&Record>),
+        nodes: &Nodes,
         machine: &mut Machine,
         reason: impl FnOnce(&mut Machine) -> String,
     ) {
@@ -155,13 +171,18 @@ impl Report {
                 .and_then(|record| address(record).clone())
                 .unwrap_or("?".into())
         };
+        let carried_to = record.and_then(|record| record.node);
         let (local, peer) = match socket {
-            Some(socket) => (socket.local.to_string(), socket.peer.to_string()),
-            None => (
+            // To another node, the kernel's socket leads to the daemon.
+            Some(socket) if carried_to.is_none() => {
+                (socket.local.to_string(), socket.peer.to_string())
+            }
+            _ => (
                 announced(|record| &record.local),
                 announced(|record| &record.peer),
             ),
         };
+        let node = carried_to.or_else(|| Some(nodes.of(socket?.peer.ip())?.id));
         let place = record.map(place);
         let on_ring = place
             .as_ref()
@@ -176,6 +197,8 @@ impl Report {
             fd,
             local,
             peer,
+            node,
+            node_name: node.map(|node| nodes.label(node)),
             accelerated,
             state: state.unwrap_or(State::Kernel).text(),
             reason: (!accelerated).then(|| reason(machine)),
@@ -205,6 +228,8 @@ impl Report {
                 fd,
                 local: socket.local.to_string(),
                 peer: socket.peer.to_string(),
+                node: None,
+                node_name: None,
                 accelerated: false,
                 state: State::Kernel.text(),
                 reason: Some(why.clone()),

@@ -28,12 +28,16 @@ pub fn print(report: &Report, pid: Option<i32>) {
             (true, true, false) => "sending",
             (true, ..) => "receiving",
         };
+        let peer = match &line.node_name {
+            Some(node) => format!("{} on {node}", line.peer),
+            None => line.peer.clone(),
+        };
         table.add_row([
             line.pid.to_string(),
             line.program.clone(),
             line.fd.to_string(),
             line.local.clone(),
-            line.peer.clone(),
+            peer,
             rings.to_owned(),
             line.reason.clone().unwrap_or_default(),
         ]);

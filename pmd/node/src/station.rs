@@ -1,0 +1,193 @@
+//! A poll core with its anchors' thread, as the control thread has it. A node has as many as it has poll
+//! cores; each uses a queue set, a protocol machine and queues of its own, and none waits for another.
+
+use crate::anchors::{Anchors, Attach, Desk};
+use crate::core::{Core, Inbox, Parts, Reach};
+use crate::mail::{Look, Mail, Waker};
+use crate::totals::Totals;
+use crate::{Command, Notice, Settings, StartError};
+use rdsock_model::Fabric;
+use rdsock_proto::{Config as Limits, Node, NodeId};
+use rdsock_rde::{Rde, Rights, Sizes};
+use rdsock_vfio::{EventFd, EventFlags, Window};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// What the poll cores of a node have in common.
+pub(crate) struct Shared {
+    pub rde: Arc<Rde>,
+    /// The model to be stepped, when the device is one in this process.
+    pub fabric: Option<Fabric>,
+    /// The memory that each other node may reach.
+    pub windows: HashMap<u16, Window>,
+    pub settings: Settings,
+    /// Woken by notices.
+    pub control: Arc<Waker>,
+    /// When the clock of the cores, which the model runs by, was 0.
+    pub start: Instant,
+}
+
+/// See the module's text. Dropping it ends both threads; its streams break.
+#[derive(Debug)]
+pub(crate) struct Station {
+    inbox: Arc<Inbox>,
+    desk: Arc<Desk>,
+    notices: Arc<Mail<Notice>>,
+    /// Notices taken while a command waited for room.
+    backlog: VecDeque<Notice>,
+    /// Held by each of its streams.
+    pub load: Arc<()>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Station {
+    /// Starts poll core `number` on the queue set of that number.
+    pub fn start(shared: &Shared, number: u16) -> Result<Self, StartError> {
+        let Shared { rde, settings, .. } = shared;
+        let cpu = settings.cores.get(usize::from(number)).copied().flatten();
+        let cpu = cpu.map(find_cpu).transpose()?;
+        let mut reach = HashMap::new();
+        for (peer, window) in &shared.windows {
+            // A key of this core's own: it is withdrawn when the node has gone for this core, which says
+            // nothing of the streams of the others.
+            let region = rde.register_window(window, Rights::Write, Some(*peer))?;
+            let (window, region) = (window.clone(), Some(region));
+            reach.insert(*peer, Reach { window, region });
+        }
+        let set = rde.queue_set(number.into(), Sizes::default())?;
+        let flags = EventFlags::EFD_CLOEXEC | EventFlags::EFD_NONBLOCK;
+        let interrupt = EventFd::from_value_and_flags(0, flags).map_err(io::Error::from)?;
+        let interrupt = Arc::new(interrupt);
+        let device = rde.space().device();
+        device.set_interrupt(1 + u32::from(number), Some(interrupt.clone()))?;
+
+        let waker = Arc::new(Waker::new()?);
+        let inbox = Arc::new(Inbox {
+            commands: Mail::new(settings.streams.max(1024), waker.clone()),
+            look: Arc::new(Look::new(settings.streams, waker.clone(), 0)),
+            stop: AtomicBool::new(false),
+            waker,
+            totals: Totals::new(&settings.peers),
+        });
+        let desk = Arc::new(Desk::new(settings.streams)?);
+        let notices = Arc::new(Mail::new(
+            4 * settings.streams + 4096,
+            shared.control.clone(),
+        ));
+        let anchors = Anchors::new(desk.clone(), inbox.look.clone())?;
+        let core = Core::new(Parts {
+            number,
+            node: protocol(settings, number),
+            rde: rde.clone(),
+            set,
+            fabric: shared.fabric.clone(),
+            interrupt,
+            reach,
+            inbox: inbox.clone(),
+            desk: desk.clone(),
+            notices: notices.clone(),
+            settings: settings.clone(),
+            start: shared.start,
+        });
+        let mut station = Station {
+            inbox,
+            desk,
+            notices,
+            backlog: VecDeque::new(),
+            load: Arc::new(()),
+            threads: Vec::new(),
+        };
+        station.spawn("rdsock-anchors", move || anchors.run())?;
+        station.spawn("rdsock-poll", move || {
+            if let Some(cpu) = cpu
+                && !core_affinity::set_for_current(cpu)
+            {
+                tracing::warn!(
+                    cpu = cpu.id,
+                    "the poll core can't be pinned; it runs on any"
+                );
+            }
+            core.run();
+        })?;
+        Ok(station)
+    }
+
+    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let builder = std::thread::Builder::new().name(name.into());
+        self.threads.push(builder.spawn(run)?);
+        Ok(())
+    }
+
+    /// Has the poll core do something.
+    pub fn command(&mut self, command: Command) {
+        let mut command = command;
+        while let Err(full) = self.inbox.commands.put(command) {
+            command = full;
+            // The poll core takes commands only while there is room for its notices.
+            self.backlog
+                .extend(std::iter::from_fn(|| self.notices.take()));
+            std::thread::yield_now();
+        }
+    }
+
+    /// Gives an anchor to the anchors' thread.
+    pub fn attach(&self, attach: Attach) {
+        let mut attach = attach;
+        while let Err(full) = self.desk.attach.put(attach) {
+            attach = full;
+            std::thread::yield_now();
+        }
+    }
+
+    /// The next notice.
+    pub fn notice(&mut self) -> Option<Notice> {
+        self.backlog.pop_front().or_else(|| self.notices.take())
+    }
+
+    /// What the poll core has done.
+    pub fn totals(&self) -> &Totals {
+        &self.inbox.totals
+    }
+
+    /// Streams that it has.
+    pub fn streams(&self) -> usize {
+        Arc::strong_count(&self.load) - 1
+    }
+}
+
+impl Drop for Station {
+    fn drop(&mut self) {
+        self.inbox.stop.store(true, Ordering::Release);
+        self.inbox.waker.wake();
+        self.desk.end();
+        for thread in self.threads.drain(..) {
+            // A panic of the thread was printed by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The protocol's machine of a poll core: it greets the cores of the same number.
+fn protocol(settings: &Settings, number: u16) -> Node {
+    let nodes = settings.peers.iter().chain([&settings.node]).max();
+    let mut limits = Limits::new(nodes.map_or(1, |node| node + 1));
+    limits.streams = settings.streams as u32;
+    let share = settings.streams / settings.peers.len().max(1);
+    limits.streams_from_node = settings.streams_per_node.min(share.max(1)) as u32;
+    limits.resume_timeout = settings.resume_timeout.as_nanos() as u64;
+    limits.connect_timeout = settings.connect_timeout.as_nanos() as u64;
+    let seed = settings.epoch.rotate_left(17) ^ u64::from(number);
+    Node::new(NodeId(settings.node), settings.epoch, seed, limits)
+}
+
+fn find_cpu(cpu: usize) -> Result<core_affinity::CoreId, StartError> {
+    core_affinity::get_core_ids()
+        .into_iter()
+        .flatten()
+        .find(|core| core.id == cpu)
+        .ok_or(StartError::NoCpu(cpu))
+}
