@@ -9,7 +9,7 @@ INSTALL ?= install
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 
 BUILT := $(or $(CARGO_TARGET_DIR),target)/release
-BINARIES := rdsock rdsockd rdsock-perf
+BINARIES := rdsock rdsockd rdsock-perf rdsock-engine-perf
 SHARE := $(DESTDIR)$(PREFIX)/share
 COMPLETIONS := $(SHARE)/bash-completion/completions/rdsock $(SHARE)/zsh/site-functions/_rdsock \
 	$(SHARE)/fish/vendor_completions.d/rdsock.fish

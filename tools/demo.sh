@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows what rdsock does, on this machine, in two minutes: make demo
+# Shows what rdsock does, on this machine, in three minutes: make demo
 #
 # Builds everything, measures rdsock beside kernel TCP, and runs two real programs without and with
 # the shim. Needs no root, no huge pages, no configuration. It runs a daemon of its own on a socket
@@ -121,7 +121,7 @@ fault() {
 
 # --- 1. Side by side
 
-head_line "1. Kernel TCP, UNIX sockets, bare hardware and rdsock, measured in turns ($(nproc) cores)"
+head_line "1. Kernel TCP, UNIX sockets, bare hardware and rdsock, on one node and between two, measured in turns ($(nproc) cores)"
 awk -v cores="$(nproc)" '$1 > cores / 2 {
     print "Other programs are busy here (load " $1 "): figures will be worse than they could be.\n" }' /proc/loadavg
 compare=(rdsock-perf compare --seconds "$SECONDS_EACH" --rounds 1
@@ -291,6 +291,8 @@ head_line "What to look at"
 cat <<END
 - The first table: rdsock-local beside tcp-loopback in the same way of waiting ("x tcp"), and how
   near it comes to bare hardware (floor-cacheline, floor-ring).
+- The second: rdsock-nodes, two nodes with a model of the device each, beside a virtual Ethernet
+  (tcp-veth, as root) and the bare engine (floor-engine).
 - Latency distributions: $DIR/latency.svg
 - All figures:           $DIR/compare.json
 - The daemon's log:      $DIR/rdsockd.log

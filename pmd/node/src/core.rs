@@ -93,6 +93,8 @@ pub(crate) struct Core {
     failed: Option<DeviceFailed>,
     start: Instant,
     now: u64,
+    /// The device was asked for an interrupt.
+    armed: bool,
     /// The model did its part when it was asked last.
     stepped: bool,
     idle_turns: u32,
@@ -146,6 +148,7 @@ impl Core {
             failed: None,
             start: parts.start,
             now: 0,
+            armed: false,
             stepped: true,
             idle_turns: 0,
             idle_since: 0,
@@ -234,13 +237,18 @@ impl Core {
         }
     }
 
-    /// Has the model do its part, unless another core is at that.
+    /// Has the model do its part, unless another core is at that. While nothing of this core is in its hands
+    /// there is none, and the lock that the cores share in it is left alone.
     fn step(&mut self) -> bool {
         let Some(fabric) = &self.fabric else {
             return false;
         };
+        if self.set.outstanding() == 0 && !self.armed {
+            return false;
+        }
         let stepped = fabric.step_set(self.number.into(), self.now);
         self.stepped = stepped.is_some();
+        self.counts.model_busy += u64::from(stepped.is_none());
         stepped.unwrap_or(false)
     }
 
@@ -845,6 +853,7 @@ impl Core {
         self.inbox.waker.start_sleep();
         if self.failed.is_none() {
             self.set.arm();
+            self.armed = true;
         }
         let quiet = self.inbox.commands.is_empty()
             && self.inbox.look.is_empty()
@@ -871,6 +880,7 @@ impl Core {
             let _ = poll(&mut fds, wait.unwrap_or(PollTimeout::ZERO));
         }
         let _ = self.interrupt.read();
+        self.armed = false;
         self.inbox.waker.end_sleep();
         self.idle_turns = 0;
     }

@@ -75,6 +75,8 @@ totals! {
     doorbells;
     /// Times that a queue or a lane was full.
     full;
+    /// Times that another core, or a register access, kept the model busy.
+    model_busy;
     /// Times that the core slept.
     sleeps;
 }

@@ -26,8 +26,11 @@ fn work_is_counted_and_its_time_is_measured() {
         b.read_exact(&mut [0; 100]).unwrap();
     }
     for (name, count) in at_work.counts() {
-        // Queues need not fill up, nor need the core sleep.
-        assert!(count > 0 || matches!(name, "full" | "sleeps"), "{name}");
+        // Queues need not fill up, nor need the other core be in the way, nor need this one sleep.
+        assert!(
+            count > 0 || matches!(name, "full" | "model_busy" | "sleeps"),
+            "{name}"
+        );
     }
     assert!(at_work.busy_turns.get() <= at_work.turns.get());
     assert!(at_work.doorbells.get() <= at_work.posted.get());

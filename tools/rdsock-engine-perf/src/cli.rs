@@ -15,6 +15,9 @@ pub struct Flags {
     /// Operations that are measured
     #[arg(long, default_value_t = 100_000)]
     pub count: u64,
+    /// Measure for so many seconds instead of --count operations
+    #[arg(long)]
+    pub seconds: Option<f64>,
     /// Operations before that, which are not
     #[arg(long, default_value_t = 1_000)]
     pub warmup: u64,
@@ -44,6 +47,8 @@ pub enum Test {
     WriteNotify,
     /// A mailbox message to the other node and one back, halved
     Mailbox,
+    /// Writes one after the other, some always under way: an operation is what one of them took
+    WriteBw,
 }
 
 /// Where the devices run.

@@ -3,6 +3,7 @@
 
 use crate::bench::{Node, POLLS, node};
 use crate::cli::Test;
+use crate::measure::DEPTH;
 use crate::plan::{Error, Plan};
 use rdsock_model::{Chaos, Counters, Fabric};
 use rdsock_rde::spec::Key;
@@ -107,8 +108,9 @@ impl Linked {
 
     /// Each tells the other where to write.
     fn meet(&mut self) -> Result<(), Error> {
-        let key = self.node.region.key();
-        self.send(&key.0.to_le_bytes())?;
+        // In the lane of the writes, which must not come before it.
+        let key = self.node.region.key().0.to_le_bytes();
+        self.tell(&key)?;
         let since = Instant::now();
         let message = loop {
             match self.message() {
@@ -142,6 +144,12 @@ impl Linked {
                 self.send(&[0x5a; 48])?;
                 self.message().map(|_| ())
             }
+            Test::WriteBw => {
+                while self.node.set.outstanding() >= DEPTH {
+                    self.until(|linked| linked.reap())?;
+                }
+                self.post(None, true)
+            }
         }
     }
 
@@ -163,6 +171,18 @@ impl Linked {
             operation,
             tag: 0,
             report,
+        })?;
+        self.node.set.ring();
+        self.step();
+        Ok(())
+    }
+
+    fn tell(&mut self, payload: &[u8]) -> Result<(), Error> {
+        self.node.set.post(&Work {
+            target: self.other,
+            operation: Operation::Message(Notify { set: 0, payload }),
+            tag: 0,
+            report: false,
         })?;
         self.node.set.ring();
         self.step();

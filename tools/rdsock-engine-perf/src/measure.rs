@@ -3,7 +3,7 @@
 use crate::bench::Bench;
 use crate::cli::{Devices, Test};
 use crate::linked::Linked;
-use crate::plan::{Error, Plan};
+use crate::plan::{Error, Plan, Until};
 use hdrhistogram::Histogram;
 use rdsock_model::Counters;
 use rdsock_rde::{Data, Notify, Operation, Work};
@@ -18,6 +18,8 @@ pub struct Outcome {
     pub test: Test,
     /// Nanoseconds one way.
     pub latency: Histogram<u64>,
+    /// Length of the measured part.
+    pub seconds: f64,
     /// What both devices did in the measured part.
     pub before: [Counters; 2],
     pub after: [Counters; 2],
@@ -55,6 +57,7 @@ fn together(plan: &Plan, test: Test) -> Result<Outcome, Error> {
         Test::Write => write,
         Test::WriteNotify => |bench| notify(bench, 0).and_then(|()| notify(bench, 1)),
         Test::Mailbox => |bench| mailbox(bench, 0).and_then(|()| mailbox(bench, 1)),
+        Test::WriteBw => stream,
     };
     measure(
         plan,
@@ -76,7 +79,10 @@ fn linked(plan: &Plan, test: Test) -> Result<Outcome, Error> {
 
 /// Ways between the nodes that are measured at once.
 fn ways(test: Test) -> u64 {
-    if test == Test::Write { 1 } else { 2 }
+    match test {
+        Test::Write | Test::WriteBw => 1,
+        Test::WriteNotify | Test::Mailbox => 2,
+    }
 }
 
 /// `counted`: operations that the counters see in each measured one.
@@ -94,24 +100,52 @@ fn measure<T>(
     let before = counters(on);
     let mut latency = Histogram::new_with_bounds(1, LONGEST, 3)
         .unwrap_or_else(|error| unreachable!("constant bounds: {error}"));
-    for _ in 0..plan.count {
+    let begin = Instant::now();
+    let mut now = begin;
+    let mut done = 0;
+    loop {
+        match plan.until {
+            Until::Count(count) if done >= count => break,
+            Until::Passed(time) if now - begin >= time => break,
+            _ => {}
+        }
         let start = Instant::now();
         operation(on)?;
-        latency.saturating_record(start.elapsed().as_nanos() as u64 / ways(test));
+        now = Instant::now();
+        latency.saturating_record((now - start).as_nanos() as u64 / ways(test));
+        done += 1;
     }
     Ok(Outcome {
         test,
         latency,
+        seconds: (now - begin).as_secs_f64(),
         before,
         after: counters(on),
-        operations: plan.count * counted,
+        operations: done * counted,
     })
+}
+
+/// Writes that are under way at once.
+pub const DEPTH: usize = 8;
+
+/// One more write of node 1, when fewer than [`DEPTH`] are under way; else one completion first.
+fn stream(bench: &mut Bench) -> Result<(), Error> {
+    while bench.nodes[0].set.outstanding() >= DEPTH {
+        complete(bench)?;
+    }
+    let to = bench.remote(0);
+    post(bench, 0, to, None, true)
 }
 
 /// A write of node 1, until its completion.
 fn write(bench: &mut Bench) -> Result<(), Error> {
     let to = bench.remote(0);
     post(bench, 0, to, None, true)?;
+    complete(bench)
+}
+
+/// Takes a completion of node 1.
+fn complete(bench: &mut Bench) -> Result<(), Error> {
     let done = bench.until(0, |set| {
         let mut got = None;
         set.poll_completions(1, |completion| got = Some(completion))?;

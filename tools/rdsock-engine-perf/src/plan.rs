@@ -3,6 +3,7 @@
 use crate::cli::{Devices, Flags, Test};
 use clap::ValueEnum;
 use core_affinity::CoreId;
+use std::time::Duration;
 
 /// Most bytes of one operation.
 const MAX_SIZE: u32 = 1 << 20;
@@ -12,7 +13,7 @@ const MAX_SIZE: u32 = 1 << 20;
 pub struct Plan {
     pub tests: Vec<Test>,
     pub size: u32,
-    pub count: u64,
+    pub until: Until,
     pub warmup: u64,
     pub devices: Devices,
     pub core: Option<CoreId>,
@@ -22,6 +23,15 @@ pub struct Plan {
     pub json: bool,
 }
 
+/// When a measurement ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Until {
+    /// After so many operations.
+    Count(u64),
+    /// After this time.
+    Passed(Duration),
+}
+
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -29,6 +39,8 @@ pub enum Error {
     Size(u32),
     #[error("--count must be at least 1")]
     Count,
+    #[error("--seconds must be above 0 and at most 86400, not {0}")]
+    Seconds(f64),
     #[error("there is no core {0} for this process (it has {1:?})")]
     Core(usize, Vec<usize>),
     #[error("--device-core needs --devices thread or linked")]
@@ -64,6 +76,13 @@ impl Plan {
         if flags.count == 0 {
             return Err(Error::Count);
         }
+        let until = match flags.seconds {
+            None => Until::Count(flags.count),
+            Some(seconds) if seconds > 0.0 && seconds <= 86_400.0 => {
+                Until::Passed(Duration::from_secs_f64(seconds))
+            }
+            Some(seconds) => return Err(Error::Seconds(seconds)),
+        };
         if flags.device_core.is_some() && flags.devices == Devices::Inline {
             return Err(Error::NoDeviceThread);
         }
@@ -77,7 +96,7 @@ impl Plan {
         Ok(Plan {
             tests,
             size: flags.size,
-            count: flags.count,
+            until,
             warmup: flags.warmup,
             devices: flags.devices,
             core: core(flags.core)?,

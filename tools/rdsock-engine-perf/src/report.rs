@@ -21,11 +21,16 @@ struct Line {
     p999: u64,
     max: u64,
     mean: f64,
+    seconds: f64,
+    /// Bytes in one direction, in 10^6 each second.
+    mb_s: f64,
     register_reads: f64,
     doorbells: f64,
     payload_reads: f64,
     payload_writes: f64,
     messages: f64,
+    /// All samples: nanoseconds, and how many.
+    histogram: Vec<(u64, u64)>,
 }
 
 /// Prints all outcomes.
@@ -36,13 +41,14 @@ pub fn print(plan: &Plan, outcomes: &[Outcome]) {
             plan.size, plan.devices
         );
         println!(
-            "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>11}{:>10}{:>10}{:>10}{:>9}",
+            "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>11}{:>10}{:>10}{:>10}{:>9}",
             "",
             "min",
             "p50",
             "p99",
             "p99.9",
             "max",
+            "MB/s",
             "reg reads",
             "doorbells",
             "payload r",
@@ -59,13 +65,14 @@ pub fn print(plan: &Plan, outcomes: &[Outcome]) {
             }
         } else {
             println!(
-                "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>11.3}{:>10.3}{:>10.3}{:>10.3}{:>9.3}",
+                "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8.0}{:>11.3}{:>10.3}{:>10.3}{:>10.3}{:>9.3}",
                 line.test,
                 line.min,
                 line.p50,
                 line.p99,
                 line.p999,
                 line.max,
+                line.mb_s,
                 line.register_reads,
                 line.doorbells,
                 line.payload_reads,
@@ -89,6 +96,7 @@ impl Line {
             plan.size
         };
         let name = outcome.test.to_possible_value();
+        let one_way = latency.len() * u64::from(bytes);
         Line {
             test: name.map_or(String::new(), |name| name.get_name().into()),
             bytes,
@@ -100,11 +108,17 @@ impl Line {
             p999: latency.value_at_quantile(0.999),
             max: latency.max(),
             mean: latency.mean(),
+            seconds: outcome.seconds,
+            mb_s: one_way as f64 / outcome.seconds / 1e6,
             register_reads: each(|counters| counters.register_reads),
             doorbells: each(|counters| counters.doorbells),
             payload_reads: each(|counters| counters.payload_reads),
             payload_writes: each(|counters| counters.payload_writes),
             messages: each(|counters| counters.messages_in + counters.notifications_in),
+            histogram: latency
+                .iter_recorded()
+                .map(|value| (value.value_iterated_to(), value.count_at_value()))
+                .collect(),
         }
     }
 }

@@ -141,6 +141,10 @@ pub struct CompareFlags {
     /// Cores of server and client [default: the first two allowed]
     #[arg(long, value_name = "A,B")]
     pub cores: Option<String>,
+    /// Cores on which the daemons of rdsock-nodes poll, that of the server's node and that of the client's; may be
+    /// one [default: the server's and the client's own]
+    #[arg(long, value_name = "A,B")]
+    pub poll_cores: Option<String>,
     /// The rdsock program [default: beside this program, then in PATH]
     #[arg(long, value_name = "PATH")]
     pub rdsock: Option<PathBuf>,

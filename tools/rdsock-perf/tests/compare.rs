@@ -3,6 +3,7 @@
 
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -260,6 +261,98 @@ fn what_is_on_rings_is_measured_and_blocking_rows_may_not_spin() {
     // Server and client each: rtt and cps of local block, local spin, adaptive.
     let a_mode = ["0", "0", "unset", "unset", "unset", "unset"];
     assert_eq!(log.lines().collect::<Vec<_>>(), [a_mode, a_mode].concat());
+}
+
+/// A comparison of two nodes as scripts play them; `node` is what `rdsock why` says of the other end.
+fn two_nodes(folder: &Folder, node: &str) -> Output {
+    let daemon = folder.file("rdsockd");
+    let script = "#!/bin/sh\ntrap 'exit 0' TERM\nwhile :; do sleep 0.05; done\n";
+    fs::write(&daemon, script).unwrap();
+    fs::set_permissions(&daemon, fs::Permissions::from_mode(0o755)).unwrap();
+    let rdsock = folder.file("rdsock");
+    std::os::unix::fs::symlink(FAKE, &rdsock).unwrap();
+    compare(&["--rounds", "1", "--paths", "rdsock-nodes", "--only", "rtt"])
+        .arg("--rdsock")
+        .arg(rdsock)
+        .env("FAKE_VERDICT", "rings")
+        .env("FAKE_NODE", node)
+        .env("FAKE_SHIM", fake_shim(folder))
+        .env("FAKE_LOG", folder.file("log"))
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn two_nodes_are_measured_when_each_says_that_the_other_end_is_elsewhere() {
+    let _guard = ONE_AT_A_TIME.lock();
+    if !has_two_cores() {
+        return;
+    }
+    let folder = Folder::new("nodes");
+    let output = two_nodes(&folder, "2");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("rdsock-nodes"), "{text}");
+    // Server and client each: block, then spin.
+    let log = fs::read_to_string(folder.file("log")).unwrap();
+    let budgets: Vec<&str> = log.lines().collect();
+    assert_eq!(budgets, ["0", "0", "unset", "unset"]);
+}
+
+#[test]
+fn two_ends_on_one_node_are_refused() {
+    let _guard = ONE_AT_A_TIME.lock();
+    if !has_two_cores() {
+        return;
+    }
+    let folder = Folder::new("one-node");
+    assert_refused(&two_nodes(&folder, ""), "its other end is on the same node");
+}
+
+#[test]
+fn nodes_without_a_daemon_are_an_error() {
+    if !has_two_cores() {
+        return;
+    }
+    let output = compare(&["--paths", "rdsock-nodes", "--rdsock", FAKE])
+        .env("PATH", "/nonexistent")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("no program rdsockd beside"), "{stderr}");
+}
+
+#[test]
+fn the_engine_is_another_program() {
+    let _guard = ONE_AT_A_TIME.lock();
+    if !has_two_cores() {
+        return;
+    }
+    let folder = Folder::new("engine");
+    // One that was built stands beside `rdsock-perf`, and comes first.
+    let engine = folder.file("rdsock-engine-perf");
+    let script = r#"#!/bin/sh
+echo '{"operations":3,"seconds":1.0,"mb_s":9.0,"histogram":[[100,3]]}'
+"#;
+    fs::write(&engine, script).unwrap();
+    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+    let json = folder.file("out.json");
+    let path = format!("{}:{}", folder.0.display(), std::env::var("PATH").unwrap());
+    let output = compare(&["--rounds", "1", "--paths", "floor-engine", "--json"])
+        .arg(&json)
+        .env("PATH", path)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let document: Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
+    let rows = document["rows"].as_array().unwrap();
+    let modes: Vec<&str> = rows.iter().filter_map(|row| row["mode"].as_str()).collect();
+    assert_eq!(modes, ["rtt", "bw"]);
+    assert!(rows[0]["p50_ns"].as_f64().unwrap() > 0.0 && rows[0]["mb_s"].is_null());
+    assert!(rows[1]["mb_s"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

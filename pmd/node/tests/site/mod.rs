@@ -175,7 +175,12 @@ pub fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let program = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     program.set_read_timeout(Some(LIMIT)).unwrap();
-    (program, listener.accept().unwrap().0)
+    let (daemon, _) = listener.accept().unwrap();
+    // As shim and daemon have it: a wake byte does not wait for an acknowledgement.
+    for socket in [&program, &daemon] {
+        socket.set_nodelay(true).unwrap();
+    }
+    (program, daemon)
 }
 
 /// Lets the process have as many descriptors as it may.

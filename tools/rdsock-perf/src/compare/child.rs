@@ -151,6 +151,22 @@ impl Child {
         }
     }
 
+    /// An error when the child has ended.
+    pub fn check(&mut self) -> Result<()> {
+        let ended = self.process.try_wait();
+        match ended.doing(|| format!("wait for {}", self.name))? {
+            None => Ok(()),
+            Some(status) => Err(self.failure(&format!("ended ({status})"))),
+        }
+    }
+
+    /// Asks the child to end (SIGTERM), and waits for that, at most `limit`.
+    pub fn terminate(self, limit: Duration) -> Result<()> {
+        // SAFETY: the child was not waited for, so its pid is its own.
+        unsafe { libc::kill(self.process.id() as libc::pid_t, libc::SIGTERM) };
+        self.finish(limit)
+    }
+
     /// Waits for the end of the child and takes all that it wrote to stdout; whether it ended well, and its text.
     pub fn output(mut self, limit: Duration) -> Result<(bool, String)> {
         drop(self.process.stdin.take());

@@ -9,9 +9,11 @@ mod ground;
 mod interrupt;
 mod json;
 mod machine;
+mod nodes;
 mod proof;
 mod ratio;
 mod rows;
+mod run_engine;
 mod run_floor;
 mod run_sockets;
 mod svg;
@@ -125,6 +127,7 @@ fn measure(
     interrupt::check()?;
     let measured = match path {
         Path::FloorCacheline | Path::FloorRing => run_floor::run(plan, cell, path),
+        Path::FloorEngine => run_engine::run(plan, ground, cell),
         _ => run_sockets::run(plan, ground, cell, path, wait),
     };
     measured.map_err(|error| match error {

@@ -2,6 +2,7 @@
 //! word of `rdsock why` before and after.
 
 use super::ground::Ground;
+use super::nodes::Nodes;
 use super::why::{self, Demand, End};
 use crate::error::{Doing, Error, Result};
 use crate::plan::{Cell, Mode, Path};
@@ -17,7 +18,7 @@ pub enum Proof<'a> {
     /// Over rdsock: what `rdsock why` must say, and the bytes moved before.
     Rdsock {
         rdsock: &'a std::path::Path,
-        ends: [End; 2],
+        ends: Box<[End; 2]>,
         demand: Demand,
         before: [u64; 2],
     },
@@ -29,6 +30,7 @@ impl<'a> Proof<'a> {
         ground: &'a Ground,
         cell: Cell,
         path: Path,
+        nodes: Option<&Nodes>,
         listening: &Value,
         connected: &Value,
     ) -> Result<Self> {
@@ -44,20 +46,23 @@ impl<'a> Proof<'a> {
             .as_deref()
             .expect("a path that was not left out has its program");
         let (local, peer) = (text(connected, "local")?, text(connected, "peer")?);
-        let ends = [
+        let daemon = |at: usize| nodes.map(|nodes| nodes.sockets()[at].clone());
+        let ends = Box::new([
             End {
                 name: "server",
+                daemon: daemon(0),
                 pid: pids[0],
                 local: peer.clone(),
                 peer: local.clone(),
             },
             End {
                 name: "client",
+                daemon: daemon(1),
                 pid: pids[1],
                 local,
                 peer,
             },
-        ];
+        ]);
         let demand = if cell.mode == Mode::Cps {
             Demand::Attached
         } else {
@@ -89,7 +94,10 @@ impl<'a> Proof<'a> {
 impl Path {
     /// Whether the path goes through the shim.
     pub fn is_rdsock(self) -> bool {
-        matches!(self, Self::RdsockLocal | Self::RdsockAdaptive)
+        matches!(
+            self,
+            Self::RdsockLocal | Self::RdsockAdaptive | Self::RdsockNodes
+        )
     }
 }
 

@@ -49,6 +49,13 @@ fn references(row: &Row) -> Vec<(Path, Wait)> {
         (Path::FloorCacheline, Wait::Spin),
         (Path::FloorRing, Wait::Spin),
     ]);
+    if row.path == Path::RdsockNodes {
+        references.push((Path::TcpVeth, row.wait));
+        if row.wait == Wait::Spin {
+            references.push((Path::TcpVeth, Wait::Block));
+        }
+        references.push((Path::FloorEngine, Wait::Spin));
+    }
     references
 }
 
@@ -178,6 +185,33 @@ mod tests {
         ]);
         assert!(against(&rows, &rows.rows[2], Path::FloorCacheline, Wait::Spin).is_some());
         assert!(against(&rows, &rows.rows[2], Path::Unix, Wait::Spin).is_none());
+    }
+
+    #[test]
+    fn nodes_are_compared_with_ethernet_and_with_the_engine() {
+        let rtt = |path, wait, ns| (path, Mode::Rtt, wait, 64, Some(ns), 1.0);
+        let rows = rows(&[
+            rtt(Path::FloorEngine, Wait::Spin, 2000),
+            rtt(Path::TcpVeth, Wait::Block, 60_000),
+            rtt(Path::TcpVeth, Wait::Spin, 12_000),
+            rtt(Path::RdsockNodes, Wait::Spin, 4000),
+            rtt(Path::Unix, Wait::Spin, 3000),
+        ]);
+        let all = all(&rows);
+        let better = |against, wait| {
+            let found = all.iter().find(|ratio| {
+                (ratio.path, ratio.against, ratio.against_wait)
+                    == (Path::RdsockNodes, against, wait)
+            });
+            found.unwrap().times_better
+        };
+        assert_eq!(better(Path::TcpVeth, Wait::Block), 15.0);
+        assert_eq!(better(Path::TcpVeth, Wait::Spin), 3.0);
+        assert_eq!(better(Path::FloorEngine, Wait::Spin), 0.5);
+        assert!(
+            !all.iter()
+                .any(|ratio| ratio.path == Path::Unix && ratio.against == Path::TcpVeth)
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::child::Child;
 use super::ground::Ground;
+use super::nodes::Nodes;
 use super::proof::{Proof, pid, text};
 use super::veth::Veth;
 use crate::error::{Error, Result};
@@ -24,7 +25,11 @@ pub fn run(
     path: Path,
     wait: Wait,
 ) -> Result<Outcome> {
-    let [mut server, mut client] = ground.commands(path, wait);
+    let nodes = match path {
+        Path::RdsockNodes => Some(Nodes::start(plan, ground)?),
+        _ => None,
+    };
+    let [mut server, mut client] = ground.commands(path, wait, nodes.as_ref());
     server.args([
         "server",
         "--json",
@@ -35,6 +40,10 @@ pub fn run(
     match path {
         Path::Unix => server.args(["--unix", &fresh_name()]),
         Path::TcpVeth => server.args(["--port", "0", "--bind", &Veth::SERVER.to_string()]),
+        Path::RdsockNodes => {
+            let address = Nodes::server_address(ground.veth.as_ref());
+            server.args(["--port", "0", "--bind", &address.to_string()])
+        }
         _ => server.args(["--port", "0"]),
     };
     let mut server = Child::start("the server", server)?;
@@ -42,7 +51,7 @@ pub fn run(
     add_client_flags(&mut client, plan, cell, wait, &text(&listening, "address")?);
     let mut client = Child::start("the client", client)?;
     let connected = client.event("connected", START)?;
-    let proof = Proof::begin(ground, cell, path, &listening, &connected)?;
+    let proof = Proof::begin(ground, cell, path, nodes.as_ref(), &listening, &connected)?;
     let pids = [pid(&listening)?, pid(&connected)?];
     let before = preemptions(pids);
     client.tell("go")?;
@@ -55,8 +64,12 @@ pub fn run(
     client.tell("finish")?;
     client.finish(END)?;
     server.finish(END)?;
+    if let Some(nodes) = nodes {
+        nodes.finish()?;
+    }
     Ok(Outcome {
-        preempted: Some(preempted),
+        // The four threads of two nodes give the two cores to each other all the time.
+        preempted: (path != Path::RdsockNodes).then_some(preempted),
         ..outcome
     })
 }

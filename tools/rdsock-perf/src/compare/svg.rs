@@ -108,11 +108,13 @@ fn style(row: &Row) -> ShapeStyle {
     let color = match row.path {
         Path::FloorCacheline => RGBColor(0x99, 0x99, 0x99),
         Path::FloorRing => RGBColor(0x44, 0x44, 0x44),
+        Path::FloorEngine => RGBColor(0x7a, 0x5c, 0x3e),
         Path::TcpLoopback => RGBColor(0xd5, 0x5e, 0x00),
         Path::TcpVeth => RGBColor(0xcc, 0x79, 0xa7),
         Path::Unix => RGBColor(0x00, 0x72, 0xb2),
         Path::RdsockLocal => RGBColor(0x00, 0x9e, 0x73),
         Path::RdsockAdaptive => RGBColor(0x56, 0xb4, 0xe9),
+        Path::RdsockNodes => RGBColor(0xe6, 0x9f, 0x00),
     };
     color.stroke_width(if row.wait == Wait::Spin { 3 } else { 1 })
 }

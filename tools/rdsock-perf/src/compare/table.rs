@@ -42,11 +42,46 @@ pub fn draw(rows: &Rows) -> String {
         }
         table.add_row(line(rows, row));
     }
+    let between = between_nodes(rows);
     format!(
         "{table}\n\n\
+         {between}\
          × tcp, × unix: times better than that path in the same way of waiting (p50 in rtt, MB/s in bw, else per s)\n\
          p50/line: round trip in cache-line round trips; of ring: p50 (rtt) or throughput as a part of a bare ring's"
     )
+}
+
+/// A paragraph on each row of rdsock-nodes beside the typical Ethernet and the bare engine; nothing without such rows.
+fn between_nodes(rows: &Rows) -> String {
+    let mut table = Table::new();
+    table.load_preset(NOTHING).set_header([
+        "rdsock-nodes",
+        "size",
+        "wait",
+        "× tcp-veth",
+        "× tcp-veth block",
+        "× floor-engine",
+    ]);
+    let ours = (rows.rows.iter()).filter(|row| row.path == Path::RdsockNodes);
+    for row in ours {
+        let better = |path, wait| {
+            against(rows, row, path, wait)
+                .map(|ratio| format!("{}×", significant(ratio.times_better)))
+                .unwrap_or_default()
+        };
+        table.add_row([
+            row.mode.to_string(),
+            size(row),
+            row.wait.to_string(),
+            better(Path::TcpVeth, row.wait),
+            better(Path::TcpVeth, Wait::Block),
+            better(Path::FloorEngine, Wait::Spin),
+        ]);
+    }
+    match table.is_empty() {
+        true => String::new(),
+        false => format!("{table}\n\n"),
+    }
 }
 
 /// A core taken away so often in a second makes a row doubtful.
@@ -192,11 +227,25 @@ mod tests {
             (Path::RdsockLocal, Mode::Bw, Wait::Spin, 65536, None, 1e5),
         ]);
         let text = draw(&rows);
+        assert!(!text.contains("floor-engine"), "{text}");
         let ours = text
             .lines()
             .find(|line| line.contains("rdsock-local"))
             .unwrap();
         assert!(ours.contains("20.0×") && ours.contains("140×"), "{ours}");
         assert!(text.contains("64k") && text.contains("6554"), "{text}");
+    }
+
+    #[test]
+    fn nodes_stand_beside_ethernet() {
+        let rtt = |path, wait, ns| (path, Mode::Rtt, wait, 64, Some(ns), 1.0);
+        let rows = rows(&[
+            rtt(Path::TcpVeth, Wait::Block, 60_000),
+            rtt(Path::TcpVeth, Wait::Spin, 12_000),
+            rtt(Path::RdsockNodes, Wait::Spin, 4000),
+        ]);
+        let text = draw(&rows);
+        let line = text.lines().find(|line| line.contains("15.0×"));
+        assert!(line.is_some_and(|line| line.contains("3.00×")), "{text}");
     }
 }

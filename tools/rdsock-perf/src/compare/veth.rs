@@ -1,6 +1,7 @@
 //! Two network namespaces joined by a pair of virtual Ethernet devices: made here, removed here.
 
 use super::child::Child;
+use super::ground::is_root;
 use crate::error::{Error, Result};
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Stdio};
@@ -20,12 +21,12 @@ pub struct Veth {
 impl Veth {
     /// The server's address; from the range for benchmarks (RFC 2544), and in its own namespace anyway.
     pub const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1));
-    const CLIENT: &str = "198.18.0.2/30";
+    /// The client's.
+    pub const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 2));
 
     /// Makes the namespaces, or says why that is impossible.
     pub fn make() -> std::result::Result<Self, String> {
-        // SAFETY: geteuid can't fail and touches no memory.
-        if unsafe { libc::geteuid() } != 0 {
+        if !is_root() {
             return Err("network namespaces need root".into());
         }
         remove_leftovers();
@@ -40,15 +41,15 @@ impl Veth {
     /// Runs `ip` for each step; what was made before a failing step is removed by `drop`.
     fn build(&self) -> Result<()> {
         let (server, client) = (self.server.as_str(), self.client.as_str());
-        let address = format!("{}/30", Self::SERVER);
         ip(&["netns", "add", server])?;
         ip(&["netns", "add", client])?;
         ip(&[
             "-n", server, "link", "add", "perf", "type", "veth", "peer", "name", "perf", "netns",
             client,
         ])?;
-        for (namespace, address) in [(server, address.as_str()), (client, Self::CLIENT)] {
-            ip(&["-n", namespace, "address", "add", address, "dev", "perf"])?;
+        for (namespace, address) in [(server, Self::SERVER), (client, Self::CLIENT)] {
+            let address = format!("{address}/30");
+            ip(&["-n", namespace, "address", "add", &address, "dev", "perf"])?;
             ip(&["-n", namespace, "link", "set", "perf", "up"])?;
             ip(&["-n", namespace, "link", "set", "lo", "up"])?;
         }

@@ -1,10 +1,11 @@
 //! Asks `rdsock why` whether a run is really accelerated. Without its yes there is no figure.
 
 use super::child::Child;
+use super::ground::SOCKET;
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,9 @@ struct Connection {
     local: String,
     peer: String,
     accelerated: bool,
+    /// The other end's node, where that is another one.
+    #[serde(default)]
+    node: Option<u16>,
     #[serde(default)]
     reason: Option<String>,
     #[serde(default)]
@@ -51,6 +55,8 @@ struct Connection {
 pub struct End {
     /// "server" or "client".
     pub name: &'static str,
+    /// The socket of its node's daemon, where the two ends are on two nodes.
+    pub daemon: Option<PathBuf>,
     /// The process that holds it.
     pub pid: u32,
     /// Its own address.
@@ -106,7 +112,7 @@ pub fn check_after(
 fn check(rdsock: &Path, ends: &[End; 2], demand: Demand) -> Result<[u64; 2]> {
     let mut moved = [0; 2];
     for (end, moved) in ends.iter().zip(&mut moved) {
-        let verdict = ask(rdsock, end.pid)?.and_then(|answer| match demand {
+        let verdict = ask(rdsock, end)?.and_then(|answer| match demand {
             Demand::OnRings => on_rings(&answer, end),
             Demand::Attached => attached(&answer, end),
         });
@@ -118,9 +124,12 @@ fn check(rdsock: &Path, ends: &[End; 2], demand: Demand) -> Result<[u64; 2]> {
 }
 
 /// The answer of `rdsock why`, or in what way it did not answer.
-fn ask(rdsock: &Path, pid: u32) -> Result<std::result::Result<Answer, String>> {
+fn ask(rdsock: &Path, end: &End) -> Result<std::result::Result<Answer, String>> {
     let mut command = Command::new(rdsock);
-    command.args(["why", &pid.to_string(), "--json"]);
+    command.args(["why", &end.pid.to_string(), "--json"]);
+    if let Some(socket) = &end.daemon {
+        command.env(SOCKET, socket);
+    }
     let (good, text) = Child::start("rdsock why", command)?.output(LIMIT)?;
     Ok(if good {
         serde_json::from_str(&text)
@@ -145,6 +154,12 @@ fn on_rings(answer: &Answer, end: &End) -> std::result::Result<u64, String> {
             ),
             Err(reason) => reason,
         }),
+        Some(found) if found.accelerated && found.node.is_some() != end.daemon.is_some() => {
+            Err(match found.node {
+                Some(node) => format!("its other end is on another node ({node})"),
+                None => "its other end is on the same node".into(),
+            })
+        }
         Some(found) if found.accelerated => Ok(found.tx_bytes + found.rx_bytes),
         Some(found) => Err(found
             .reason
@@ -189,6 +204,7 @@ mod tests {
     fn end() -> End {
         End {
             name: "client",
+            daemon: None,
             pid: 7,
             local: "127.0.0.1:50000".into(),
             peer: "127.0.0.1:6379".into(),
@@ -222,6 +238,18 @@ mod tests {
             on_rings(&answer(&text), &end()),
             Err("peer not preloaded".into())
         );
+    }
+
+    #[test]
+    fn another_node_is_told_from_this_one() {
+        let between = ON_RINGS.replace("\"accelerated\":true", "\"accelerated\":true,\"node\":2");
+        let far = End {
+            daemon: Some("/somewhere".into()),
+            ..end()
+        };
+        assert_eq!(on_rings(&answer(&between), &far), Ok(15));
+        assert!(on_rings(&answer(&between), &end()).is_err());
+        assert!(on_rings(&answer(ON_RINGS), &far).is_err());
     }
 
     #[test]

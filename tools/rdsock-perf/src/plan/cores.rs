@@ -11,37 +11,37 @@ pub struct Cores {
 }
 
 impl Cores {
-    /// The cores named as "A,B", else the first two of `allowed`.
+    /// The cores named as "A,B", else the first two of `allowed`; two different ones.
     pub fn choose(named: Option<&str>, allowed: &[usize]) -> Result<Self> {
-        let cores = match named {
-            None => allowed.to_vec(),
-            Some(text) => text
-                .split(',')
-                .map(|core| {
-                    core.trim().parse().map_err(|_| {
-                        Error::Usage(format!("--cores {text}: expected two numbers, as in 0,1"))
-                    })
-                })
-                .collect::<Result<Vec<usize>>>()?,
-        };
-        match cores[..] {
-            [server, client, ..] if named.is_none() || cores.len() == 2 => {
-                if server == client {
-                    return Err(Error::Usage("--cores must name two different cores".into()));
-                }
-                match cores.iter().take(2).find(|core| !allowed.contains(core)) {
-                    Some(core) => Err(Error::Usage(format!(
-                        "core {core} is not allowed; allowed are {allowed:?}"
-                    ))),
-                    None => Ok(Self { server, client }),
-                }
+        let cores = match (named, allowed) {
+            (Some(text), _) => Self::named("--cores", text, allowed)?,
+            (None, &[server, client, ..]) => Self { server, client },
+            _ => {
+                return Err(Error::Usage(format!(
+                    "a comparison needs two cores, and this process may use only {allowed:?}"
+                )));
             }
-            _ if named.is_none() => Err(Error::Usage(format!(
-                "a comparison needs two cores, and this process may use only {allowed:?}"
+        };
+        if cores.server == cores.client {
+            return Err(Error::Usage("--cores must name two different cores".into()));
+        }
+        Ok(cores)
+    }
+
+    /// The cores that a flag names as "A,B", perhaps the same twice.
+    pub fn named(flag: &str, text: &str, allowed: &[usize]) -> Result<Self> {
+        let wrong = || Error::Usage(format!("{flag} {text}: expected two numbers, as in 0,1"));
+        let number = |core: &str| core.trim().parse::<usize>().map_err(|_| wrong());
+        let (server, client) = text.split_once(',').ok_or_else(wrong)?;
+        let cores = [number(server)?, number(client)?];
+        match cores.iter().find(|core| !allowed.contains(core)) {
+            Some(core) => Err(Error::Usage(format!(
+                "core {core} is not allowed; allowed are {allowed:?}"
             ))),
-            _ => Err(Error::Usage(
-                "--cores: expected two numbers, as in 0,1".into(),
-            )),
+            None => Ok(Self {
+                server: cores[0],
+                client: cores[1],
+            }),
         }
     }
 }

@@ -42,6 +42,8 @@ pub enum Path {
     FloorCacheline,
     /// A bare shared-memory ring between two processes
     FloorRing,
+    /// Bare writes of the RDMA engine between two nodes, without sockets (needs rdsock-engine-perf)
+    FloorEngine,
     /// Kernel TCP over 127.0.0.1
     TcpLoopback,
     /// Kernel TCP between two network namespaces (needs root)
@@ -52,6 +54,8 @@ pub enum Path {
     RdsockLocal,
     /// Blocking calls under rdsock with its default, adaptive spinning
     RdsockAdaptive,
+    /// As rdsock-local, but server and client on two nodes: each has its own rdsockd with a model of the device
+    RdsockNodes,
 }
 
 /// Writes the name that the flags use.

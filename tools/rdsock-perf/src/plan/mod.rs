@@ -18,6 +18,9 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Most bytes of one write of rdsock-engine-perf.
+const LARGEST_TRANSFER: u64 = 1 << 20;
+
 /// What this process is to do.
 pub enum Plan {
     /// Answer clients.
@@ -74,6 +77,8 @@ pub struct ComparePlan {
     pub seconds: f64,
     pub rounds: u32,
     pub cores: Cores,
+    /// Where the daemons of the path rdsock-nodes poll: that of the server's node, and that of the client's.
+    pub poll_cores: Cores,
     pub rdsock: Option<PathBuf>,
     pub verify: bool,
     pub nagle: bool,
@@ -182,6 +187,11 @@ impl ComparePlan {
         } else {
             flags.paths.clone()
         };
+        let cores = Cores::choose(flags.cores.as_deref(), allowed)?;
+        let poll_cores = match &flags.poll_cores {
+            Some(named) => Cores::named("--poll-cores", named, allowed)?,
+            None => cores,
+        };
         let mut waits = flags.wait;
         paths.sort_unstable();
         paths.dedup();
@@ -194,7 +204,8 @@ impl ComparePlan {
             waits,
             seconds: flags.seconds,
             rounds: flags.rounds,
-            cores: Cores::choose(flags.cores.as_deref(), allowed)?,
+            cores,
+            poll_cores,
             rdsock: flags.rdsock,
             verify: flags.verify,
             nagle: flags.nagle,
@@ -212,6 +223,10 @@ impl ComparePlan {
             Path::FloorCacheline => vec![],
             Path::FloorRing if cell.mode == Mode::Cps => vec![],
             Path::FloorRing => vec![Wait::Spin],
+            Path::FloorEngine => match cell.mode {
+                Mode::Rtt | Mode::Bw if cell.size <= LARGEST_TRANSFER => vec![Wait::Spin],
+                _ => vec![],
+            },
             Path::RdsockAdaptive if cell.mode != Mode::Rtt && !self.paths_named => vec![],
             Path::RdsockAdaptive => vec![Wait::Block],
             _ => self.waits.clone(),
@@ -303,7 +318,8 @@ mod tests {
                 client: 1
             }
         );
-        assert_eq!(plan.paths.len(), 7);
+        assert_eq!(plan.paths.len(), 9);
+        assert_eq!(plan.poll_cores, plan.cores);
         assert!(!plan.paths_named);
         let rtt = plan.cells[0];
         let rate = plan.cells[1];
@@ -312,6 +328,19 @@ mod tests {
         assert_eq!(plan.waits_of(Path::RdsockAdaptive, rtt), [Wait::Block]);
         assert!(plan.waits_of(Path::RdsockAdaptive, rate).is_empty());
         assert_eq!(plan.waits_of(Path::Unix, rate), [Wait::Block, Wait::Spin]);
+        assert_eq!(plan.waits_of(Path::FloorEngine, rtt), [Wait::Spin]);
+        assert!(plan.waits_of(Path::FloorEngine, rate).is_empty());
+        let nodes = plan.waits_of(Path::RdsockNodes, rate);
+        assert_eq!(nodes, [Wait::Block, Wait::Spin]);
+    }
+
+    #[test]
+    fn poll_cores_may_be_one() {
+        let plan = compare(&["--poll-cores", "2,2"]).unwrap();
+        assert_eq!((plan.poll_cores.server, plan.poll_cores.client), (2, 2));
+        for wrong in ["2", "2,9", "a"] {
+            assert!(compare(&["--poll-cores", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]
