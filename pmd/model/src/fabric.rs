@@ -5,6 +5,7 @@ use crate::counters::{Accesses, Counters};
 use crate::dma::Dma;
 use crate::engine::{Core, Node};
 use crate::faults::{Chaos, Dice, Fault};
+use crate::footprint::Footprint;
 use crate::page::{self, Page};
 use crate::port::{MAX_SETS, PortMemory, Private};
 use crate::sheet::{self, BAR0_SIZE, MAX_NODE, PAGE_SIZE};
@@ -295,6 +296,11 @@ impl Function {
             accesses.add_to(&mut counters);
         }
         counters
+    }
+
+    /// What the device holds.
+    pub fn footprint(&self) -> Footprint {
+        Footprint::of(&self.fabric.lock().nodes[self.node])
     }
 
     /// Changes the memory that the device reaches, while no access of any node to it is under way. `change` is

@@ -107,6 +107,12 @@ impl Protection {
         }
     }
 
+    /// Entries that are in use.
+    pub fn valid_regions(&self) -> usize {
+        let valid = |region: &&Region| region.control.load(Relaxed) & 1 != 0;
+        self.regions.iter().filter(valid).count()
+    }
+
     /// Whether `source` may reach this node at all.
     pub fn admits(&self, source: u32) -> bool {
         let word = self.peers.get(source as usize / 64);

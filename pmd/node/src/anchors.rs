@@ -258,6 +258,8 @@ impl Anchor {
 
     /// Has epoll report what can be done, and nothing else.
     fn watch(&mut self, epoll: &Epoll) {
+        let no_room = self.is_reading_bytes() && self.staging_room() == 0;
+        self.stream.is_stalled.store(no_room, Ordering::Release);
         if self.hung_up || self.broken {
             // It would be reported for ever, and there is nothing more to wait for.
             if std::mem::replace(&mut self.watched, false) {
@@ -266,9 +268,7 @@ impl Anchor {
             return;
         }
         let mut wanted = EpollFlags::empty();
-        let stalled = self.reading == Reading::Ended
-            || self.is_reading_bytes() && self.staging_room() == 0
-            || self.waits_for_end();
+        let stalled = self.reading == Reading::Ended || no_room || self.waits_for_end();
         wanted.set(EpollFlags::EPOLLIN, !stalled);
         let unsent = self.is_writing_bytes()
             && self.stream.arrived.load(Ordering::Acquire)
@@ -355,8 +355,11 @@ impl Anchor {
         if most == 0 {
             return false;
         }
+        if unread == 0 {
+            return self.look_for_end();
+        }
         let at = self.received;
-        let most = if unread == 0 { 1 } else { most.min(unread) };
+        let most = most.min(unread);
         let memory = &self.stream.memory;
         match memory.receive(self.socket.as_fd(), Area::Staging, at, most) {
             Ok(0) => self.end_of_file(),
@@ -366,6 +369,17 @@ impl Anchor {
                 true
             }
             Err(error) => self.failed(&error),
+        }
+    }
+
+    /// Nothing has come, or the end has. A byte that comes meanwhile is left there: it may be a wake byte, sent
+    /// behind a switch.
+    fn look_for_end(&mut self) -> bool {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        match recv(self.socket.as_raw_fd(), &mut [0], flags) {
+            Ok(0) => self.end_of_file(),
+            Ok(_) => true,
+            Err(errno) => self.failed(&errno.into()),
         }
     }
 

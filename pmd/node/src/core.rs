@@ -40,8 +40,15 @@ const COOLS_AFTER: u64 = 2_000_000;
 const TURNS_PER_LOOK: u32 = 16;
 /// Turns without work after which a core that may sleep gives way to other threads.
 const TURNS_BEFORE_YIELD: u32 = 4;
+/// A core that sleeps looks around after this time.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// The same while there are programs that can't wake it. (The kernel counts in milliseconds, and one is added.)
+const POLLED_EVERY: Duration = Duration::ZERO;
 /// Nanoseconds between two looks whether the device is alive.
 const CHECK_EVERY: u64 = 100_000_000;
+/// Looks after which a device that has work and completes nothing is taken for stuck. What can't be done
+/// completes too, much earlier: the lane fails.
+const STUCK_CHECKS: u32 = 50;
 
 /// What a poll core shares with the other threads.
 #[derive(Debug)]
@@ -95,6 +102,8 @@ pub(crate) struct Core {
     idle_turns: u32,
     idle_since: u64,
     checked: u64,
+    /// Looks since something completed at which something was outstanding.
+    stuck_checks: u32,
     counts: Counts,
     watch: Stopwatch,
     /// Busy turns at which the counts of the nodes were shown last.
@@ -149,6 +158,7 @@ impl Core {
             idle_turns: 0,
             idle_since: 0,
             checked: 0,
+            stuck_checks: 0,
             counts: Counts::default(),
             watch: Stopwatch::new(),
             shown: 0,
@@ -189,6 +199,10 @@ impl Core {
             self.checked = self.now;
             self.show();
             self.set.check()?;
+            self.stuck_checks += u32::from(self.set.outstanding() != 0);
+            if self.stuck_checks > STUCK_CHECKS {
+                return Err(DeviceFailed::Stuck);
+            }
         }
         Ok(worked)
     }
@@ -245,10 +259,20 @@ impl Core {
 
     fn completions(&mut self) -> Result<bool, DeviceFailed> {
         let (node, now) = (&mut self.node, self.now);
-        let taken = self.set.poll_completions(BATCH, |done| {
-            node.handle_completion(NodeId(done.target), done.tag, outcome(done.status), now);
-        })?;
+        let mut denied = None;
+        let taken = self
+            .set
+            .poll_completions(BATCH, |done| match outcome(done.status) {
+                Some(outcome) => {
+                    node.handle_completion(NodeId(done.target), done.tag, outcome, now);
+                }
+                None => denied = Some(DeviceFailed::Denies(done.status)),
+            })?;
+        if let Some(denied) = denied {
+            return Err(denied);
+        }
         if taken != 0 {
+            self.stuck_checks = 0;
             for blocked in self.blocked.drain(..) {
                 self.node.handle_room(NodeId(blocked));
             }
@@ -375,8 +399,16 @@ impl Core {
     }
 
     fn tell(&self, notice: Notice) {
-        // There is room: `drive` looks before it asks the protocol for events.
-        let _ = self.notices.put(notice);
+        // There is room, since `drive` looks before it asks the protocol for events; but when all streams end at
+        // once, the control thread may have to make some.
+        let mut notice = notice;
+        while let Err(full) = self.notices.put(notice) {
+            if self.inbox.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            notice = full;
+            std::thread::yield_now();
+        }
     }
 
     /// What the anchors' thread wants to be looked at.
@@ -473,7 +505,7 @@ impl Core {
         let stream = &live.stream;
         wake::ask(&stream.out().bytes.want, want::WAKE);
         wake::ask(&stream.incoming().space.want, want::WAKE);
-        !self.look_at(id)
+        !stream.is_deaf() && !self.look_at(id)
     }
 
     /// Lets the protocol act.
@@ -629,9 +661,13 @@ impl Core {
             Event::Credit { stream, to } => {
                 if let Some(live) = self.live(stream) {
                     let what = live.credit(to);
-                    let stream = live.stream.clone();
+                    let behind = live.is_behind();
                     if what != 0 {
+                        let stream = live.stream.clone();
                         self.desk.ask(&stream, what);
+                    }
+                    if behind {
+                        self.look_at(stream);
                     }
                 }
             }
@@ -743,7 +779,7 @@ impl Core {
         }
     }
 
-    /// The device is not used any more: all streams end.
+    /// The device is not used any more: all streams end, and new ones find no place.
     fn fail(&mut self, failed: DeviceFailed) -> bool {
         tracing::error!(
             "the device has failed for poll core {}: {failed}; its streams end, and when no poll core is \
@@ -762,16 +798,13 @@ impl Core {
         }
         self.tell(Notice::DeviceFailed);
         self.hot.clear();
-        for place in &mut self.streams {
-            if let Some(live) = place.take() {
-                let ticket = live.stream.ticket;
-                self.desk.ask(&live.stream, todo::BROKEN);
-                let _ = self.notices.put(Notice::Refused {
-                    ticket,
-                    why: Refusal::Lost,
-                });
-                let _ = self.notices.put(Notice::Released { ticket });
-            }
+        let streams = std::mem::take(&mut self.streams);
+        for live in streams.into_iter().flatten() {
+            let ticket = live.stream.ticket;
+            self.desk.ask(&live.stream, todo::BROKEN);
+            let why = Refusal::Lost;
+            self.tell(Notice::Refused { ticket, why });
+            self.tell(Notice::Released { ticket });
         }
         true
     }
@@ -802,23 +835,29 @@ impl Core {
     }
 
     fn sleep(&mut self) {
-        // Every program that is polled is asked for a sign.
-        while let Some(&place) = self.hot.last() {
-            let id = self
-                .streams
-                .get(place as usize)
-                .and_then(Option::as_ref)
-                .map(|live| live.id);
-            if let Some(id) = id {
-                if !self.cool(id) {
-                    self.idle_turns = 0;
-                    return;
+        // Every program that is polled is asked for a sign. One whose sign would not be seen goes on being polled.
+        let mut polled = 0;
+        while let Some(&place) = self.hot.get(polled) {
+            let live = self.streams.get(place as usize).and_then(Option::as_ref);
+            let (id, deaf) = match live {
+                Some(live) => (live.id, live.stream.is_deaf()),
+                None => {
+                    self.hot.swap_remove(polled);
+                    continue;
                 }
-                if let Some(live) = self.live(id) {
-                    live.hot = false;
-                }
+            };
+            if deaf {
+                polled += 1;
+                continue;
             }
-            self.hot.pop();
+            if !self.cool(id) {
+                self.idle_turns = 0;
+                return;
+            }
+            if let Some(live) = self.live(id) {
+                live.hot = false;
+            }
+            self.hot.swap_remove(polled);
         }
         self.inbox.waker.start_sleep();
         if self.failed.is_none() {
@@ -831,7 +870,7 @@ impl Core {
             // A model that did not look after it was armed does not tell what came before.
             && (self.stepped || self.failed.is_some())
             && !self.inbox.stop.load(Ordering::Relaxed);
-        if quiet && self.hot.is_empty() {
+        if quiet && self.hot.len() == polled {
             self.counts.sleeps += 1;
             self.show();
             let mut fds = [
@@ -839,7 +878,12 @@ impl Core {
                 PollFd::new(self.interrupt.as_fd(), PollFlags::POLLIN),
             ];
             let until = self.node.deadline().saturating_sub(self.now);
-            let wait = Duration::from_nanos(until).min(Duration::from_secs(1));
+            let longest = if polled == 0 {
+                LONGEST_SLEEP
+            } else {
+                POLLED_EVERY
+            };
+            let wait = Duration::from_nanos(until).min(longest);
             let wait = PollTimeout::try_from(wait.as_millis() as u32 + 1);
             // Interrupted, it has slept long enough.
             let _ = poll(&mut fds, wait.unwrap_or(PollTimeout::ZERO));
@@ -863,9 +907,10 @@ fn is_last(rest: &[Action], node: NodeId) -> bool {
     })
 }
 
-/// How the protocol takes a completion.
-fn outcome(done: rdsock_rde::spec::Status) -> Status {
-    match done.0 {
+/// How the protocol takes a completion. `None` when it says that our own memory or descriptor is wrong: what
+/// follows it in its lane is executed, and would leave a gap.
+fn outcome(done: rdsock_rde::spec::Status) -> Option<Status> {
+    Some(match done.0 {
         status::OK => Status::Success,
         status::FLUSHED => Status::Flushed,
         status::REFUSED_KEY
@@ -873,6 +918,7 @@ fn outcome(done: rdsock_rde::spec::Status) -> Status {
         | status::REFUSED_SOURCE
         | status::REFUSED_BOUNDS
         | status::TARGET_ACCESS => Status::Refused,
+        status::BAD_DESCRIPTOR | status::LOCAL_ACCESS | status::BAD_TARGET => return None,
         _ => Status::Failed,
-    }
+    })
 }

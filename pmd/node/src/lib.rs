@@ -76,6 +76,8 @@ pub struct Settings {
     pub ring_size: u64,
     /// How long a connect waits for the other node's answer.
     pub connect_timeout: Duration,
+    /// How long streams wait for a node that does not answer any more, before they end.
+    pub resume_timeout: Duration,
     /// A number that no earlier start of this node had.
     pub epoch: u64,
 }

@@ -28,6 +28,8 @@ pub(crate) struct Live {
     from: From,
     /// Out: position that the protocol was told.
     head: u64,
+    /// Out: the program has written more, which waits for credit.
+    behind: bool,
     /// In: position that the protocol was told.
     consumed: u64,
     shut: bool,
@@ -50,6 +52,7 @@ impl Live {
             id,
             from: From::Anchor,
             head: 0,
+            behind: false,
             consumed: 0,
             shut: false,
             gone: false,
@@ -122,7 +125,6 @@ impl Live {
         if self.from == From::Anchor {
             let switch_at = producer.switch_at.load(Ordering::Acquire);
             if switch_at != NOT_SWITCHED && switch_at == stream.staged.load(Ordering::Acquire) {
-                advance(node, self.id, &mut self.head, switch_at)?;
                 self.from = From::Ring(switch_at);
             }
         }
@@ -130,27 +132,23 @@ impl Live {
             From::Ring(since) => since,
             From::Anchor => {
                 let staged = stream.staged.load(Ordering::Acquire);
-                return advance(node, self.id, &mut self.head, staged);
+                return self.advance(node, staged);
             }
             From::Again(_, end) => {
                 // The staging area is behind until the anchors' thread has come to the end as well.
                 let staged = stream.staged.load(Ordering::Acquire).max(end);
-                return advance(node, self.id, &mut self.head, staged);
+                return self.advance(node, staged);
             }
         };
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);
         let head = producer.head.load(Ordering::Acquire);
-        // The program counts a ring from where it switched, while bytes before that may still be on
-        // their way from the staging area: these come first.
-        let done = stream.freed.load(Ordering::Relaxed);
-        let size = stream.memory.ring_size();
-        if head > done.max(since) + size {
+        let freed = stream.freed.load(Ordering::Relaxed).max(since);
+        if head < since || head > freed + stream.memory.ring_size() {
             return Err(LocalError::Position);
         }
-        let taken = head.min(done + size);
-        let mut worked = advance(node, self.id, &mut self.head, taken)?;
-        if marks == 0 || self.shut || taken != head {
+        let mut worked = self.advance(node, head)?;
+        if marks == 0 || self.shut {
             return Ok(worked);
         }
         if marks & mark::RESET != 0 {
@@ -164,7 +162,7 @@ impl Live {
                 self.ask |= todo::LEFT;
             }
             worked = true;
-        } else if marks & mark::FIN != 0 {
+        } else if marks & mark::FIN != 0 && !self.behind {
             self.shut = true;
             node.shut(self.id)?;
             worked = true;
@@ -181,6 +179,9 @@ impl Live {
         // What the program has read and sent before that.
         let mut worked = self.look_in(node)?;
         worked |= self.look_out(node)?;
+        if self.behind {
+            return Ok(worked);
+        }
         let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
         let on_ring = matches!(self.from, From::Ring(_));
         if !self.shut {
@@ -251,21 +252,31 @@ impl Live {
         true
     }
 
+    /// Tells the protocol that the program has written up to `to`, as far as the protocol can know: it counts with one
+    /// ring of bytes under way, and the staging area holds some beside. True when that is news.
+    #[inline]
+    fn advance(&mut self, node: &mut Node, to: u64) -> Result<bool, LocalError> {
+        let stream = &*self.stream;
+        let most = stream.freed.load(Ordering::Relaxed) + stream.memory.ring_size();
+        self.behind = to > most;
+        let to = to.min(most);
+        if to == self.head {
+            return Ok(false);
+        }
+        node.advance_head(self.id, to)?;
+        self.head = to;
+        Ok(true)
+    }
+
+    /// True when what the program has done waits for credit, so that it has to be looked at after that.
+    pub fn is_behind(&self) -> bool {
+        self.behind
+    }
+
     /// Where the program keeps a position in its ring. It moves its origin only while the ring is empty, so
     /// never while there is something to send.
     fn in_ring(&self, position: u64) -> u64 {
         let origin = self.stream.out().producer.origin.load(Ordering::Relaxed);
         position.wrapping_sub(origin)
     }
-}
-
-/// Tells the protocol that the program has written up to `to`. True when that is news.
-#[inline]
-fn advance(node: &mut Node, id: StreamId, head: &mut u64, to: u64) -> Result<bool, LocalError> {
-    if to == *head {
-        return Ok(false);
-    }
-    node.advance_head(id, to)?;
-    *head = to;
-    Ok(true)
 }

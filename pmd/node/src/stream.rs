@@ -76,6 +76,8 @@ pub struct NodeStream {
     pub on_ring: AtomicBool,
     /// Anchors' thread: bits of [`seen`].
     pub seen: AtomicU32,
+    /// Anchors' thread: bytes on the anchor wait for room in the staging area, and a wake byte may lie behind them.
+    pub is_stalled: AtomicBool,
 
     /// Poll core: out, position up to which the staging area may be used again.
     pub freed: AtomicU64,
@@ -114,6 +116,7 @@ impl NodeStream {
             given: AtomicU64::new(0),
             on_ring: AtomicBool::new(false),
             seen: AtomicU32::new(0),
+            is_stalled: AtomicBool::new(false),
             freed: AtomicU64::new(0),
             resumes_at: AtomicU64::new(NONE),
             arrived: AtomicU64::new(0),
@@ -136,6 +139,12 @@ impl NodeStream {
     #[inline]
     pub fn incoming(&self) -> &Direction {
         self.memory.direction(1 - self.end)
+    }
+
+    /// No wake byte of the program would be seen now, when it takes bytes off its ring.
+    #[inline]
+    pub fn is_deaf(&self) -> bool {
+        self.is_stalled.load(Ordering::Acquire) && self.on_ring.load(Ordering::Acquire)
     }
 
     /// The program has closed its last descriptor.

@@ -2,9 +2,11 @@
 #[allow(dead_code)]
 mod site;
 
+use rdsock_model::Fault;
 use rdsock_node::{Command, Notice};
 use site::program::Program;
 use site::*;
+use std::time::Duration;
 
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
@@ -124,4 +126,31 @@ fn a_killed_program_leaves_its_last_bytes() {
     drop((a, gone));
     assert_eq!(b.receive_exactly(40_000), pattern(40_000, 4));
     assert_eq!(b.receive(1), b"");
+}
+
+#[test]
+fn a_full_ring_behind_a_full_staging_area_waits_for_credit() {
+    let mut sites = pair();
+    let ([mut a, mut b], connection) = programs(&mut sites);
+    let device = sites[0].device.clone();
+    let stuck = |is| device.function().inject(Fault::Stuck(0, is));
+    // Nothing gets through, so nothing is credited.
+    stuck(true);
+    let bytes = pattern(50_000 + RING as usize, 5);
+    a.send_on_anchor(&bytes[..50_000]);
+    a.switch();
+    b.switch();
+    a.send(&bytes[50_000..]);
+    a.shut();
+    std::thread::sleep(Duration::from_millis(100));
+    stuck(false);
+    assert!(b.receive_exactly(bytes.len()) == bytes);
+    assert_eq!(b.receive(1), b"");
+    b.shut();
+    assert_eq!(a.receive(1), b"");
+    drop((a, b));
+    for program in &connection.programs {
+        program.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    are_over(&mut sites, &connection);
 }

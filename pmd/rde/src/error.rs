@@ -1,5 +1,6 @@
 //! What can go wrong, in three families: not now, the device lies, and local faults.
 
+use crate::spec::Status;
 use rdsock_vfio::BusError;
 
 /// Why something was not posted or sent. Nothing has happened.
@@ -40,6 +41,12 @@ pub enum DeviceFailed {
     /// The device was reset behind our back.
     #[error("the device was reset while in use")]
     Reset,
+    /// Nothing completes any more.
+    #[error("the device completes nothing any more")]
+    Stuck,
+    /// It says that what it was given was wrong. This driver gives it nothing that is.
+    #[error("the device finds fault with this node's own memory or descriptors ({0:?})")]
+    Denies(Status),
     /// A completion of nothing that was posted.
     #[error("a completion came for nothing that was posted (cookie {cookie:#x}, index {index})")]
     ForNothing {

@@ -58,6 +58,13 @@ impl Management {
         self.registers.read32(management::NODE_ID)
     }
 
+    /// One of the device's own counters (3.3), by its word; `None` when the page can't be read: the device is gone, or
+    /// the kernel keeps the page for itself.
+    pub fn counter(&self, word: usize) -> Option<u64> {
+        let value = (self.registers).read64(management::COUNTERS + 8 * word as u64);
+        (value != u64::MAX).then_some(value)
+    }
+
     /// Resets the device. All queue sets and regions are gone when it returns.
     pub fn reset(&self) -> Result<(), OpenError> {
         self.registers

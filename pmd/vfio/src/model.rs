@@ -53,6 +53,11 @@ impl ModelDevice {
         })
     }
 
+    /// How many pieces of memory the device reaches, and how many bytes.
+    pub fn mapped(&self) -> (usize, u64) {
+        self.translation.size()
+    }
+
     /// The model's side: faults, counters.
     pub fn function(&self) -> &Function {
         &self.function

@@ -107,6 +107,13 @@ impl Translation {
         }
     }
 
+    /// Mappings, and their bytes.
+    pub fn size(&self) -> (usize, u64) {
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let bytes = mappings.values().map(|mapping| mapping.len).sum();
+        (mappings.len(), bytes)
+    }
+
     /// Calls `access` with the host address of `len` bytes at `iova`.
     fn with(
         &self,

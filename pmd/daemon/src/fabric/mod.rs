@@ -23,6 +23,8 @@ use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
 use rdsock_proto::{Addresses, Count};
+use rdsock_rde::Management;
+use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
 use serde_json::{Map, Value, json};
@@ -38,6 +40,9 @@ use tracing::{info, warn};
 
 /// Time for a program to make its anchor, once it was told where.
 const ANCHOR: Duration = Duration::from_secs(10);
+
+/// How long the streams of a node that does not answer any more wait for it.
+const RESUME: Duration = Duration::from_secs(30);
 
 /// A stream to another node.
 #[derive(Debug)]
@@ -73,6 +78,8 @@ struct Listening {
 #[derive(Debug)]
 pub(crate) struct Control {
     poller: Poller,
+    /// Where the device says what it has refused.
+    management: Management,
     waker: Arc<Waker>,
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
@@ -107,6 +114,7 @@ impl Control {
             streams_per_node: config.max_streams,
             ring_size: config.ring_size,
             connect_timeout: config.connect_timeout,
+            resume_timeout: RESUME,
             epoch: epoch(),
         };
         let mut listeners = Vec::new();
@@ -130,8 +138,10 @@ impl Control {
         epoll
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
-        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
+        let management = rde.management();
+        // From the first notice on, which may come at once.
         waker.start_sleep();
+        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         info!(
             node = config.node,
             device = %config.device,
@@ -140,6 +150,7 @@ impl Control {
         );
         Ok(Control {
             poller,
+            management,
             waker,
             listeners,
             board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
@@ -191,6 +202,8 @@ impl Control {
             "node": config.node,
             "device": config.device.to_string(),
             "failed": self.failed,
+            "refused_here": self.management.counter(counter::REFUSED_HERE),
+            "refused_there": self.management.counter(counter::REFUSED_THERE),
             "streams": self.carried.len(),
             "listeners": self.listening.len(),
             "cores": self.cores_answer(config),

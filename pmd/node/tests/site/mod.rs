@@ -2,9 +2,11 @@
 //! is the test's.
 
 pub mod program;
+pub mod traffic;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use rdsock_model::{Chaos, Fabric};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rdsock_model::{Chaos, Counters, Fabric};
 use rdsock_node::mail::Waker;
 use rdsock_node::memory::stream_bytes;
 use rdsock_node::stream::NodeStream;
@@ -24,9 +26,35 @@ use std::time::{Duration, Instant};
 pub const RING: u64 = 64 << 10;
 pub const LIMIT: Duration = Duration::from_secs(30);
 
+/// How the two nodes are set up.
+#[derive(Clone)]
+pub struct Setup {
+    /// Poll cores of each node.
+    pub cores: [usize; 2],
+    pub ring: u64,
+    pub streams: usize,
+    pub spin: Duration,
+    pub resume_timeout: Duration,
+    pub chaos: Chaos,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Setup {
+            cores: [1, 1],
+            ring: RING,
+            streams: 256,
+            spin: Duration::from_micros(50),
+            resume_timeout: LIMIT,
+            chaos: Chaos::default(),
+        }
+    }
+}
+
 pub struct Site {
     pub poller: Poller,
     pub device: Arc<ModelDevice>,
+    ring: u64,
     pub streams: HashMap<u64, Arc<NodeStream>>,
     pub notices: Vec<Notice>,
     next: u64,
@@ -34,13 +62,21 @@ pub struct Site {
 
 /// Two nodes, 1 and 2, with one poll core each.
 pub fn pair() -> [Site; 2] {
-    pair_of([1, 1])
+    pair_with(&Setup::default())
 }
 
 /// Two nodes with so many poll cores, up on all that both have.
 pub fn pair_of(cores: [usize; 2]) -> [Site; 2] {
-    let fabric = Fabric::new(Chaos::default());
-    let mut sites = [1, 2].map(|node: u16| site(&fabric, node, cores[usize::from(node - 1)]));
+    pair_with(&Setup {
+        cores,
+        ..Setup::default()
+    })
+}
+
+pub fn pair_with(setup: &Setup) -> [Site; 2] {
+    let cores = setup.cores;
+    let fabric = Fabric::new(setup.chaos);
+    let mut sites = [1, 2].map(|node| site(&fabric, node, setup));
     for (at, site) in sites.iter_mut().enumerate() {
         let other = 2 - at as u16;
         site.until(|notice| *notice == Notice::NodeUp { node: other });
@@ -49,7 +85,8 @@ pub fn pair_of(cores: [usize; 2]) -> [Site; 2] {
     sites
 }
 
-fn site(fabric: &Fabric, node: u16, cores: usize) -> Site {
+fn site(fabric: &Fabric, node: u16, setup: &Setup) -> Site {
+    let cores = setup.cores[usize::from(node - 1)];
     let device = Arc::new(ModelDevice::new(fabric, cores));
     let rde = Rde::open(Space::new(device.clone())).unwrap();
     rde.management()
@@ -59,19 +96,19 @@ fn site(fabric: &Fabric, node: u16, cores: usize) -> Site {
         node,
         peers: vec![3 - node],
         cores: vec![None; cores],
-        idle: Idle::Adaptive {
-            spin: Duration::from_micros(50),
-        },
-        streams: 256,
-        streams_per_node: 256,
-        ring_size: RING,
+        idle: Idle::Adaptive { spin: setup.spin },
+        streams: setup.streams,
+        streams_per_node: setup.streams,
+        ring_size: setup.ring,
         connect_timeout: LIMIT,
+        resume_timeout: setup.resume_timeout,
         epoch: u64::from(node),
     };
     let waker = Arc::new(Waker::new().unwrap());
     Site {
         poller: Poller::start(rde, Some(fabric.clone()), settings, waker).unwrap(),
         device,
+        ring: setup.ring,
         streams: HashMap::new(),
         notices: Vec::new(),
         next: 1,
@@ -79,9 +116,9 @@ fn site(fabric: &Fabric, node: u16, cores: usize) -> Site {
 }
 
 /// A stream's memfd with its header.
-pub fn memory() -> File {
+pub fn memory(ring: u64) -> File {
     let file = File::from(memfd_create(c"stream", MFdFlags::empty()).unwrap());
-    file.set_len(stream_bytes(RING)).unwrap();
+    file.set_len(stream_bytes(ring)).unwrap();
     for direction in 0..2 {
         let at = offset_of!(StreamHeader, directions)
             + direction * size_of::<Direction>()
@@ -106,6 +143,11 @@ impl Site {
             }
             assert!(Instant::now() < end, "not told; seen: {:?}", self.notices);
         }
+    }
+
+    /// What its device has done.
+    pub fn counters(&self) -> Counters {
+        self.device.function().counters()
     }
 
     /// Waits until a node is up on so many cores.
@@ -141,6 +183,12 @@ pub fn sockets() -> (TcpStream, TcpStream) {
     (program, daemon)
 }
 
+/// Lets the process have as many descriptors as it may.
+pub fn raise_limits() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+}
+
 /// A connection from a program of node 1 to one of node 2.
 pub struct Connection {
     pub programs: [TcpStream; 2],
@@ -158,7 +206,7 @@ pub fn addresses() -> Addresses {
 }
 
 pub fn connect(sites: &mut [Site; 2]) -> Connection {
-    let files = [memory(), memory()];
+    let files = sites.each_ref().map(|site| memory(site.ring));
     let (program, socket) = sockets();
     let asking = sites[0].stream(2, Opening::Connect, &files[0]);
     sites[0].poller.attach(asking.clone(), socket.into());
@@ -188,7 +236,7 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
 
 /// Asks, and is refused.
 pub fn refused(sites: &mut [Site; 2], why: Refusal) {
-    let file = memory();
+    let file = memory(sites[0].ring);
     let asking = sites[0].stream(2, Opening::Connect, &file);
     let ticket = asking.ticket;
     sites[0].poller.command(Command::Connect {

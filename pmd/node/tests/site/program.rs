@@ -1,7 +1,8 @@
 //! A program whose end of a stream is on rings, as the shim would have it.
 
-use super::RING;
+use super::LIMIT;
 use memmap2::{MmapOptions, MmapRaw};
+use rdsock_node::memory::stream_bytes;
 use rdsock_shm::layout::{DATA_OFFSET, Direction, RxState, StreamHeader, TxState, mark, want};
 use rdsock_shm::ring::{Receiver, RingMemory, Sender};
 use rdsock_shm::wake;
@@ -9,6 +10,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::Ordering::*;
+use std::time::Instant;
 
 const WAKE_BYTE: u8 = 0xA5;
 
@@ -60,9 +62,10 @@ impl Program {
     }
 
     fn ring(&self, number: usize) -> RingMemory {
-        let at = DATA_OFFSET as usize + number * RING as usize;
+        let size = (self.map.len() as u64 - stream_bytes(0)) / 2;
+        let at = DATA_OFFSET as usize + number * size as usize;
         // SAFETY: within the mapping, which the program keeps.
-        unsafe { RingMemory::new(self.map.as_mut_ptr().add(at), RING) }
+        unsafe { RingMemory::new(self.map.as_mut_ptr().add(at), size) }
     }
 
     pub fn sender(&self) -> Sender<'_> {
@@ -188,6 +191,36 @@ impl Program {
                 self.sleep();
             }
         }
+    }
+
+    /// Looks for bytes on its ring, without asking for a sign, until `len` of them are there, and reads them.
+    pub fn receive_awake(&mut self, len: usize) -> Vec<u8> {
+        if !self.on_ring {
+            while Receiver::switch_at(self.incoming()) != Some(self.received) {
+                std::thread::yield_now();
+            }
+            self.receiver().switch(self.received);
+            self.on_ring = true;
+        }
+        let end = Instant::now() + LIMIT;
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let receiver = self.receiver();
+            let Some(available) = receiver.available_now().unwrap() else {
+                assert!(Instant::now() < end, "{} of {len} came", bytes.len());
+                std::thread::yield_now();
+                continue;
+            };
+            let part = (len - bytes.len()).min(available.len as usize);
+            let at = bytes.len();
+            bytes.resize(at + part, 0);
+            // SAFETY: the buffer has `part` bytes at `at`.
+            unsafe { receiver.copy(available, 0, bytes[at..].as_mut_ptr(), part) };
+            assert!(receiver.consume(available, part as u64));
+            receiver.publish();
+            self.answer();
+        }
+        bytes
     }
 
     pub fn receive_exactly(&mut self, len: usize) -> Vec<u8> {

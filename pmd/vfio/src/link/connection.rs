@@ -105,15 +105,20 @@ impl Connection {
         Ok(Sent::All)
     }
 
-    /// Takes in all that has come.
-    pub fn receive(&mut self, own_id: u16, peers: &mut Peers) -> Result<(), Broken> {
+    /// Takes in what has come. True when it stopped after it was told who is there, and is to be called again.
+    pub fn receive(&mut self, own_id: u16, peers: &mut Peers) -> Result<bool, Broken> {
         if self.attached && !peers.knows(self.id()) {
             return Err(Broken::Stopped);
         }
         loop {
             match Message::receive(&self.socket) {
-                Ok((message, file)) => self.apply(message, file, own_id, peers)?,
-                Err(Unreceived::Nothing) => return Ok(()),
+                Ok((message, file)) => {
+                    self.apply(message, file, own_id, peers)?;
+                    if matches!(message, Message::Hello { .. }) {
+                        return Ok(true);
+                    }
+                }
+                Err(Unreceived::Nothing) => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
         }

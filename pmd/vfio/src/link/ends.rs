@@ -191,29 +191,39 @@ impl Ends {
         }
     }
 
+    /// Ends a link.
+    fn cut(&mut self, at: usize, broken: Broken, peers: &mut Peers) {
+        let connection = self.connections.remove(at);
+        connection.detach(peers);
+        let node = connection.id();
+        match broken {
+            Broken::Receive(Unreceived::Closed) => {
+                tracing::info!(node, "a linked process has gone");
+            }
+            broken => tracing::warn!(node, %broken, "cut the link to another process"),
+        }
+    }
+
     fn poll(&mut self, peers: &mut Peers) {
         self.accept();
-        let id = self.id;
-        let works = |connection: &mut Connection| -> Result<(), Broken> {
-            connection.receive(id, peers)?;
-            connection.flush().map(|_| ())
-        };
-        let mut works = works;
-        let mut gone = Vec::new();
-        for (i, connection) in self.connections.iter_mut().enumerate() {
-            if let Err(broken) = works(connection) {
-                gone.push((i, broken));
-            }
-        }
-        for (i, broken) in gone.into_iter().rev() {
-            let connection = self.connections.remove(i);
-            connection.detach(peers);
-            let node = connection.id();
-            match broken {
-                Broken::Receive(Unreceived::Closed) => {
-                    tracing::info!(node, "a linked process has gone")
+        let mut at = 0;
+        while let Some(connection) = self.connections.get_mut(at) {
+            match connection.receive(self.id, peers) {
+                Ok(true) => {
+                    // A node that has restarted: only one process at a time has its id, so the one before has gone,
+                    // though perhaps not all of its descriptors.
+                    let node = connection.id();
+                    if let Some(before) = self.connections[..at].iter().position(|c| c.id() == node)
+                    {
+                        self.cut(before, Unreceived::Closed.into(), peers);
+                        at -= 1;
+                    }
                 }
-                broken => tracing::warn!(node, %broken, "cut the link to another process"),
+                Ok(false) => match connection.flush() {
+                    Ok(_) => at += 1,
+                    Err(broken) => self.cut(at, broken, peers),
+                },
+                Err(broken) => self.cut(at, broken, peers),
             }
         }
         self.flush();
