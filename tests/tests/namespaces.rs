@@ -146,8 +146,9 @@ impl Ground {
             .arg(&end)
             .preloaded(&self.daemons[1].socket())
             .start();
-        let output = running.wait_for_output("\n", LIMIT);
-        let words: Vec<&str> = output.split_whitespace().collect();
+        let output = running.wait_for_output("own ", LIMIT);
+        let line = output.lines().find(|line| line.starts_with("own "));
+        let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
         let ["own", own, own_port, "peer", peer, peer_port] = words[..] else {
             panic!("the client says {output}");
         };

@@ -543,9 +543,13 @@ impl Core {
             Event::Credit { stream, to } => {
                 if let Some(live) = self.live(stream) {
                     let what = live.credit(to);
-                    let stream = live.stream.clone();
+                    let held_back = live.held_back;
                     if what != 0 {
+                        let stream = live.stream.clone();
                         self.desk.ask(&stream, what);
+                    }
+                    if held_back {
+                        self.look_at(stream);
                     }
                 }
             }

@@ -39,6 +39,8 @@ pub(crate) struct Live {
     pub hot: bool,
     /// When something happened last.
     pub moved: u64,
+    /// The program has written more than the protocol can be told of yet.
+    pub held_back: bool,
     /// What the anchors' thread is to do: bits of [`todo`].
     pub ask: u32,
 }
@@ -56,6 +58,7 @@ impl Live {
             open: false,
             hot: false,
             moved: now,
+            held_back: false,
             ask: 0,
         }
     }
@@ -141,8 +144,17 @@ impl Live {
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);
         let head = producer.head.load(Ordering::Acquire);
-        let mut worked = advance(node, self.id, &mut self.head, head)?;
-        if marks == 0 || self.shut {
+        // Its ring was empty when it switched, whatever was still on its way from the anchor: so it may
+        // be ahead by a ring and that.
+        let freed = stream.freed.load(Ordering::Relaxed);
+        let size = stream.memory.ring_size();
+        if head.saturating_sub(freed.max(since)) > size {
+            return Err(LocalError::Position);
+        }
+        let known = head.min(freed + size);
+        self.held_back = known != head;
+        let mut worked = advance(node, self.id, &mut self.head, known)?;
+        if marks == 0 || self.shut || self.held_back {
             return Ok(worked);
         }
         if marks & mark::RESET != 0 {

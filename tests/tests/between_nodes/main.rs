@@ -7,6 +7,7 @@ mod stand_in;
 use std::time::Duration;
 
 use rdsock_shm::control::request;
+use rdsock_shm::reason::Reason;
 use rdsock_tests::{Folder, Program, Running};
 use stand_in::{Manners, Reach, StandIn, bytes};
 
@@ -182,4 +183,63 @@ for target in (("127.0.0.1", {port}), ("0.0.0.0", {port})):
 "#
     ));
     assert!(ground.stand_in.reaches().is_empty());
+}
+
+/// The connect is made by the kernel, to the same address, and nothing of the attempt is seen.
+#[test]
+fn a_connect_that_is_not_carried_is_the_kernels() {
+    for reach in [
+        Reach::Decline(Reason::NoListener),
+        Reach::Nobody,
+        Reach::Silent,
+    ] {
+        let ground = Ground::new(Manners {
+            routes: vec![stand_in::network("127.9.9.0", 96 + 24)],
+            reach,
+            ..Manners::default()
+        });
+        ground.run(
+            r#"
+listener = socket.create_server(("127.9.9.9", 0))
+s = socket.create_connection(listener.getsockname())
+far, peer = listener.accept()
+assert s.getpeername() == listener.getsockname() == far.getsockname()
+assert s.getsockname() == peer == far.getpeername()
+threading.Thread(target=lambda: far.sendall(far.recv(100))).start()
+echo(s)
+"#,
+        );
+        assert_eq!(ground.stand_in.reaches().len(), 1, "{reach:?}");
+    }
+}
+
+/// Shown as it is, it would be taken for a program of this host.
+#[test]
+fn a_connection_of_which_the_daemon_does_not_say_whose_it_is_is_dropped() {
+    for knows_callers in [false, true] {
+        let ground = Ground::new(Manners {
+            caller: None,
+            knows_callers,
+            ..Manners::default()
+        });
+        let mut server = ground.start(
+            r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+s, peer = listener.accept()
+assert peer[0] == "127.0.0.1" and s.getpeername() == peer, peer
+echo(s)
+"#,
+        );
+        let output = server.wait_for_output("port ", LIMIT);
+        let line = output.lines().find(|line| line.starts_with("port "));
+        let port = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+        let port: u16 = port.expect("a port");
+        let mut dropped = call(port);
+        let end = std::io::Read::read(&mut dropped, &mut [0]);
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+        echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+        server.finish(LIMIT);
+        assert_eq!(ground.stand_in.questions_who().len(), 1);
+    }
 }

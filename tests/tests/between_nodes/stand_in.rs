@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -148,10 +148,6 @@ impl StandIn {
     /// Its control socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.at("stand-in.sock")
-    }
-
-    pub fn manners(&self) -> MutexGuard<'_, Manners> {
-        self.shared.manners.lock().unwrap()
     }
 
     pub fn anchor(&self) -> u16 {

@@ -131,6 +131,9 @@ pub struct Record {
     pub local: Option<String>,
     /// Likewise.
     pub peer: Option<String>,
+    /// The node of the other end, when that is on another one: then the addresses are what the program
+    /// is told, and not its socket's.
+    pub node: Option<u16>,
     /// What it sends, then what it receives.
     pub directions: Option<[Direction; 2]>,
 }

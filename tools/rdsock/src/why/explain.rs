@@ -168,6 +168,7 @@ mod tests {
             named_stream: 1,
             local: None,
             peer: None,
+            node: None,
             directions,
         }
     }

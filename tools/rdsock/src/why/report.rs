@@ -155,7 +155,8 @@ impl Report {
                 .and_then(|record| address(record).clone())
                 .unwrap_or("?".into())
         };
-        let (local, peer) = match socket {
+        let is_far = record.is_some_and(|record| record.node.is_some());
+        let (local, peer) = match socket.filter(|_| !is_far) {
             Some(socket) => (socket.local.to_string(), socket.peer.to_string()),
             None => (
                 announced(|record| &record.local),
