@@ -19,7 +19,7 @@ const SERVER: &str = r#"
 import socket, sys, threading
 address, port = sys.argv[1], int(sys.argv[2])
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
-listener = socket.create_server((address, port), family=family, backlog=64)
+listener = socket.create_server((address, port), family=family, backlog=64, dualstack_ipv6=address == "::")
 print("listening", flush=True)
 def serve(s, peer):
     try:

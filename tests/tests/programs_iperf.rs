@@ -110,10 +110,4 @@ fn one_after_another(site: Site) {
 
 in_each_mode!(four_streams, reverse, both_directions, one_after_another);
 
-between_nodes!(
-    four_streams,
-    reverse,
-    both_directions,
-    over_ipv6,
-    one_after_another
-);
+between_nodes!(four_streams, reverse, both_directions, over_ipv6);

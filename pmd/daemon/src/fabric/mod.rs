@@ -45,6 +45,8 @@ pub(crate) struct Carried {
     pub stream: Arc<NodeStream>,
     /// Its memory and end pages, until the program's end was promoted.
     fds: Option<StreamFds>,
+    /// A program has it mapped, or had.
+    mapped: bool,
     /// From where to where, as the programs see it.
     source: SocketAddr,
     destination: SocketAddr,
@@ -127,8 +129,9 @@ impl Control {
         epoll
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
-        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
+        // Before there can be a notice: each is to be seen by epoll.
         waker.start_sleep();
+        let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         info!(
             node = config.node,
             device = %config.device,
@@ -343,6 +346,7 @@ impl Daemon {
             Carried {
                 stream,
                 fds: Some(fds),
+                mapped: false,
                 source: address(addresses.source, addresses.source_port),
                 destination: address(addresses.destination, addresses.destination_port),
                 anchor: None,
