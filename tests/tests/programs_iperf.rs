@@ -20,10 +20,15 @@ fn server(site: &Site) -> (Running, u16) {
 
 /// Runs a client with these options; gigabytes that were received, by each field of the summary.
 fn run(site: &Site, port: u16, options: &str, streams: usize) -> Value {
+    run_to(site, "127.0.0.1", port, options, streams)
+}
+
+/// The same, to this address.
+fn run_to(site: &Site, address: &str, port: u16, options: &str, streams: usize) -> Value {
     let client = site
         .client(place::command(&["iperf3"]))
         .args(&format!(
-            "--client 127.0.0.1 --port {port} --time 2 --json {options}"
+            "--client {address} --port {port} --time 2 --json {options}"
         ))
         .start();
     let (output, _) = site.finish(client, port, streams, LIMIT);
@@ -75,6 +80,16 @@ fn both_directions(site: Site) {
     );
 }
 
+fn over_ipv6(site: Site) {
+    let (_server, port) = server(&site);
+    let end = run_to(&site, "::1", port, "-P 2 --bidir", 4);
+    assert!(
+        received(&end, "sum_received") > 1e7,
+        "{}",
+        end["sum_received"]
+    );
+}
+
 /// One server for a few tests, one of them zero-copy (sendfile), one with small blocks.
 fn one_after_another(site: Site) {
     let (mut server, port) = server(&site);
@@ -95,4 +110,4 @@ fn one_after_another(site: Site) {
 
 in_each_mode!(four_streams, reverse, both_directions, one_after_another);
 
-between_nodes!(four_streams, reverse, both_directions, one_after_another);
+between_nodes!(four_streams, reverse, both_directions, over_ipv6);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
+use rdsock_tests::{Mode, Running, Site, between_nodes, folder, in_each_mode, place};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -39,6 +39,14 @@ fn benchmark(site: &Site, port: u16, options: &str, on_rings: usize) {
     );
 }
 
+/// The number of requests: fewer between nodes, where two daemons share the processors with them.
+fn requests(site: &Site, number: u32) -> u32 {
+    match site.mode {
+        Mode::Nodes => number / 10,
+        _ => number,
+    }
+}
+
 /// A redis-cli that reads its commands from a file.
 fn cli(site: &Site, port: u16, commands: &Path) -> String {
     site.client(place::command(&["redis-cli"]))
@@ -52,20 +60,34 @@ fn pipelines(site: Site) {
     benchmark(
         &site,
         port,
-        "-P 16 -c 20 -n 600000 -t set,get,incr,lpush",
+        &format!(
+            "-P 16 -c 20 -n {number} -t set,get,incr,lpush",
+            number = requests(&site, 600000)
+        ),
         20,
     );
     benchmark(
         &site,
         port,
-        "-P 200 -c 4 -n 2000000 -t set,get -d 100 -r 1000",
+        &format!(
+            "-P 200 -c 4 -n {number} -t set,get -d 100 -r 1000",
+            number = requests(&site, 2000000)
+        ),
         4,
     );
 }
 
 fn one_client(site: Site) {
     let (_server, port) = server(&site);
-    benchmark(&site, port, "-c 1 -n 30000 -t get,set", 1);
+    benchmark(
+        &site,
+        port,
+        &format!(
+            "-c 1 -n {number} -t get,set",
+            number = requests(&site, 30000)
+        ),
+        1,
+    );
 }
 
 fn client_threads(site: Site) {
@@ -75,7 +97,15 @@ fn client_threads(site: Site) {
 
 fn five_hundred_clients(site: Site) {
     let (_server, port) = server(&site);
-    benchmark(&site, port, "-c 500 -n 200000 -t get,set", 400);
+    benchmark(
+        &site,
+        port,
+        &format!(
+            "-c 500 -n {number} -t get,set",
+            number = requests(&site, 200000)
+        ),
+        400,
+    );
 }
 
 /// Many commands of one redis-cli: the answers are those of a true store.

@@ -70,4 +70,4 @@ fn under_load(site: Site) {
 
 in_each_mode!(ping_pong, throughput, under_load);
 
-between_nodes!(ping_pong, throughput, under_load);
+between_nodes!(ping_pong, under_load);

@@ -73,6 +73,13 @@ impl Elsewhere {
 }
 
 impl Memory {
+    /// An end is handed to another tenant, with this bell board.
+    pub fn hand_anew(&mut self, end: usize, bells: Rc<OwnedFd>) {
+        if let Some(place) = self.bells.get_mut(end) {
+            *place = bells;
+        }
+    }
+
     pub fn new(
         fds: StreamFds,
         bells: [Rc<OwnedFd>; 2],
@@ -234,6 +241,7 @@ impl Daemon {
             && self.may_hold(id, lookup.fd, stream, end)
         {
             self.take_seat(conn, stream, end);
+            self.note_mapped(stream);
             self.counters.inherited += 1;
             if let Some(message) = self.promotion(conn) {
                 return self.send(id, message);

@@ -41,6 +41,7 @@ pub(crate) struct Live {
     pub hot: bool,
     /// When something happened last.
     pub moved: u64,
+    /// The program has written more than the protocol can be told of yet.
     /// What the anchors' thread is to do: bits of [`todo`].
     pub ask: u32,
 }

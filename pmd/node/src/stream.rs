@@ -9,7 +9,7 @@ use rdsock_shm::bell::Place;
 use rdsock_shm::layout::{Ask, Direction, mark, want};
 use rdsock_shm::wake;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// No position.
 pub const NONE: u64 = u64::MAX;
@@ -65,8 +65,8 @@ pub struct NodeStream {
     pub memory: StreamMemory,
     /// The protocol's id, 0 while there is none.
     pub id: AtomicU64,
-    /// The program's bell board, once it was handed the stream.
-    pub board: OnceLock<Arc<Board>>,
+    /// The bell board of the program that was handed the stream last.
+    board: Mutex<Option<Arc<Board>>>,
 
     /// Anchors' thread: out, position after the last byte in the staging area.
     pub staged: AtomicU64,
@@ -111,7 +111,7 @@ impl NodeStream {
             _load: load,
             memory,
             id: AtomicU64::new(0),
-            board: OnceLock::new(),
+            board: Mutex::new(None),
             staged: AtomicU64::new(0),
             given: AtomicU64::new(0),
             on_ring: AtomicBool::new(false),
@@ -127,6 +127,16 @@ impl NodeStream {
         // The daemon counts what it reads from the anchor, so the program may switch when it likes.
         stream.out().consumer.ready.store(1, Ordering::Release);
         stream
+    }
+
+    /// A program is handed the stream, with this bell board.
+    pub fn set_board(&self, board: Board) {
+        *self.board.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(board));
+    }
+
+    fn board(&self) -> Option<Arc<Board>> {
+        let board = self.board.lock();
+        board.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The direction from the program to the other node.
@@ -175,7 +185,7 @@ impl NodeStream {
         let mut byte = taken & want::WAKE != 0;
         if taken & want::BELL != 0 {
             let place = Place::from_word(ask.place.load(Ordering::Acquire));
-            byte |= match (place, self.board.get()) {
+            byte |= match (place, self.board()) {
                 (Some(place), Some(board)) => board.ring(place),
                 _ => true,
             };

@@ -290,3 +290,34 @@ assert s.getpeername() == FAR, s.getpeername()
     ground.stand_in.manners().delay = Duration::ZERO;
     program.finish(LIMIT);
 }
+
+/// Shown as it is, it would be taken for a program of this host.
+#[test]
+fn a_connection_of_which_the_daemon_does_not_say_whose_it_is_is_dropped() {
+    for knows_callers in [false, true] {
+        let ground = Ground::new(Manners {
+            caller: None,
+            knows_callers,
+            ..Manners::default()
+        });
+        let mut server = ground.start(
+            r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+s, peer = listener.accept()
+assert peer[0] == "127.0.0.1" and s.getpeername() == peer, peer
+echo(s)
+"#,
+        );
+        let output = server.wait_for_output("port ", LIMIT);
+        let line = output.lines().find(|line| line.starts_with("port "));
+        let port = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+        let port: u16 = port.expect("a port");
+        let mut dropped = call(port);
+        let end = std::io::Read::read(&mut dropped, &mut [0]);
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+        echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+        server.finish(LIMIT);
+        assert_eq!(ground.stand_in.questions_who().len(), 1);
+    }
+}

@@ -6,7 +6,7 @@ use rdsock_shm::layout::{MAX_RING, ROUTES};
 use rdsock_vfio::vfio::PciAddress;
 use serde::{Deserialize, Deserializer, de};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -293,19 +293,30 @@ fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D:
             "expected at least one address or network",
         ));
     }
-    texts
-        .iter()
-        .map(|text| {
-            let parsed: Option<IpNet> = match text.contains('/') {
-                true => text.parse().ok(),
-                false => text.parse::<IpAddr>().ok().map(IpNet::from),
-            };
-            parsed.ok_or_else(|| {
-                let expected = "expected an address (\"10.0.0.1\") or a network (\"fd00::/64\")";
-                de::Error::custom(format!("{text:?} is neither, {expected}"))
-            })
-        })
-        .collect()
+    let network = |text: &String| {
+        let parsed: Option<IpNet> = match text.contains('/') {
+            true => text.parse().ok(),
+            false => text.parse::<IpAddr>().ok().map(IpNet::from),
+        };
+        let network = parsed.ok_or_else(|| {
+            let expected = "expected an address (\"10.0.0.1\") or a network (\"fd00::/64\")";
+            de::Error::custom(format!("{text:?} is neither, {expected}"))
+        })?;
+        if has_all_of_loopback(&network) {
+            let cause = "contains the loopback addresses, which are each host's own";
+            return Err(de::Error::custom(format!("{text:?} {cause}")));
+        }
+        Ok(network)
+    };
+    texts.iter().map(network).collect()
+}
+
+/// Addresses of loopback may be given to nodes one by one, to try several on one host.
+fn has_all_of_loopback(network: &IpNet) -> bool {
+    match network {
+        IpNet::V4(network) => network.prefix_len() <= 8 && network.contains(&Ipv4Addr::LOCALHOST),
+        IpNet::V6(network) => network.prefix_len() < 128 && network.contains(&Ipv6Addr::LOCALHOST),
+    }
 }
 
 #[cfg(test)]
@@ -371,6 +382,7 @@ addresses = ["10.1.2.0/24"]
                 "belongs to a (node 1) and to node 2",
             ),
             ("10.1.0.0/16", "10.1.0.0/99", 11, "expected an address"),
+            ("10.1.0.0/16", "96.0.0.0/3", 11, "loopback"),
             (
                 "node = 1\n",
                 "node = 1\nring_size = 99999\n",

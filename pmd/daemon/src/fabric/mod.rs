@@ -50,6 +50,8 @@ pub(crate) struct Carried {
     pub stream: Arc<NodeStream>,
     /// Its memory and end pages, until the program's end was promoted.
     fds: Option<StreamFds>,
+    /// A program has it mapped, or had.
+    mapped: bool,
     /// From where to where, as the programs see it.
     source: SocketAddr,
     destination: SocketAddr,
@@ -139,7 +141,7 @@ impl Control {
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
         let management = rde.management();
-        // From the first notice on, which may come at once.
+        // Before there can be a notice: each is to be seen by epoll.
         waker.start_sleep();
         let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         info!(
@@ -409,6 +411,7 @@ impl Daemon {
             Carried {
                 stream,
                 fds: Some(fds),
+                mapped: false,
                 source: address(addresses.source, addresses.source_port),
                 destination: address(addresses.destination, addresses.destination_port),
                 anchor: None,

@@ -7,7 +7,6 @@ use crate::streams::{Elsewhere, Memory};
 use rdsock_node::Command;
 use rdsock_node::memory::Board;
 use rdsock_shm::reason::Reason;
-use std::sync::Arc;
 
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
@@ -41,10 +40,13 @@ impl Daemon {
             return Err(Reason::Unverified);
         };
         let board = Board::new(&bells).map_err(|_| Reason::NoMemory)?;
-        // Promoted already: somebody has the stream of this very socket.
-        let fds = carried.fds.take().ok_or(Reason::Shared)?;
+        let fds = carried.fds.take();
+        if fds.is_none() && carried.mapped {
+            // Somebody has the stream of this very socket.
+            return Err(Reason::Shared);
+        }
         let stream = carried.stream.clone();
-        let _ = stream.board.set(Arc::new(board));
+        stream.set_board(board);
         let elsewhere = Elsewhere {
             node: stream.node,
             end: stream.end,
@@ -70,19 +72,42 @@ impl Daemon {
             },
             role: Role::Unknown,
         };
-        let board = fabric.board.clone();
-        let (ends, boards) = match stream.end {
-            0 => ([announced, ours], [bells, board]),
-            _ => ([ours, announced], [board, bells]),
+        let ends = match stream.end {
+            0 => [announced, ours],
+            _ => [ours, announced],
         };
-        let bytes = fds.bytes;
-        let ring_size = stream.memory.ring_size();
-        let memory = Memory::new(fds, boards, ring_size, Some(elsewhere));
-        self.counters.streams_opened += 1;
-        self.book.open(ticket, ends, bytes, memory);
+        match fds {
+            Some(fds) => {
+                let board = fabric.board.clone();
+                let boards = match stream.end {
+                    0 => [bells, board],
+                    _ => [board, bells],
+                };
+                let bytes = fds.bytes;
+                let ring_size = stream.memory.ring_size();
+                let memory = Memory::new(fds, boards, ring_size, Some(elsewhere));
+                self.counters.streams_opened += 1;
+                self.book.open(ticket, ends, bytes, memory);
+            }
+            // Who was handed it has forked before it came to that: this is the child.
+            None => {
+                let before = self.book.close(ticket).ok_or(Reason::Shared)?;
+                let mut memory = before.memory;
+                memory.hand_anew(stream.end, bells);
+                self.book.open(ticket, ends, before.bytes, memory);
+            }
+        }
         // The daemon is no tenant that holds it.
         self.book.release(ours.conn);
         Ok(())
+    }
+
+    /// A stream is not handed to anybody else from now on.
+    pub(crate) fn note_mapped(&mut self, ticket: u64) {
+        let fabric = self.fabric.as_mut();
+        if let Some(carried) = fabric.and_then(|fabric| fabric.carried.get_mut(&ticket)) {
+            carried.mapped = true;
+        }
     }
 
     /// A tenant has mapped the stream of a connection.
@@ -94,6 +119,9 @@ impl Daemon {
             .and_then(|(id, _)| self.book.stream(id))
             .and_then(|stream| stream.memory.elsewhere.as_ref())
             .map(|elsewhere| elsewhere.stream.clone());
+        if let Some(stream) = &stream {
+            self.note_mapped(stream.ticket);
+        }
         if let (Some(stream), Some(fabric)) = (stream, &mut self.fabric) {
             fabric.poller.command(Command::Ready { stream });
         }
