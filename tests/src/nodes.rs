@@ -110,6 +110,26 @@ impl Nodes {
         }
     }
 
+    /// A transfer by `pump` from node 2 to a port of node 1, with arguments as the pump has them, well on its way on
+    /// rings. Where the machine is so busy that a node did not answer in time, the kernel has it, and it is
+    /// begun again.
+    ///
+    /// # Panics
+    /// When that goes on.
+    pub fn begin(&self, pump: &str, args: &str) -> Running {
+        for _ in 0..5 {
+            let mut client = self.program(2, pump, args).start();
+            client.wait_for_output("begun", Duration::from_secs(60));
+            let why = why::ask(&self.daemons[1].socket(), Some(client.pid()));
+            if why.connections.iter().all(|c| c.state != "kernel") {
+                self.wait_for_rings(2, &client, 1);
+                return client;
+            }
+            client.kill();
+        }
+        panic!("five connections stayed on the kernel");
+    }
+
     /// What the daemon of a node says of its fabric.
     pub fn fabric_stat(&self, node: usize) -> Value {
         self.daemons[node - 1].stat()["fabric"].clone()
