@@ -21,9 +21,7 @@ fn a_device_that_stops_its_queue_set() {
     let port = place::free_port();
     let mut server = nodes.program(1, PUMP, &format!("serve {port}")).start();
     server.wait_for_output("listening", LIMIT);
-    let mut client = send(&nodes, port, 10_000, 100);
-    client.wait_for_output("begun", LIMIT);
-    nodes.wait_for_rings(2, &client, 1);
+    let mut client = nodes.begin(PUMP, &format!("send {port} 10000 100"));
     assert_eq!(nodes.fabric_stat(2)["failed"], false);
 
     // A doorbell beyond what the queue holds, which no driver rings: the device stops. The queue pages of the model lie
@@ -61,9 +59,7 @@ fn a_device_that_stops_its_queue_set() {
     nodes.daemon(2).kill();
     nodes.daemon(2).restart();
     nodes.wait_until_met();
-    let mut client = send(&nodes, port, 10_000, 100);
-    client.wait_for_output("begun", LIMIT);
-    nodes.wait_for_rings(2, &client, 1);
+    let mut client = nodes.begin(PUMP, &format!("send {port} 10000 100"));
     client.kill();
     server.kill();
     near_server.kill();

@@ -25,10 +25,7 @@ fn send(nodes: &Nodes, port: u16, megabytes: u64, rate: u64) -> Running {
 
 /// The same, well on its way on rings.
 fn begin(nodes: &Nodes, port: u16, megabytes: u64, rate: u64) -> Running {
-    let mut client = send(nodes, port, megabytes, rate);
-    client.wait_for_output("begun", LIMIT);
-    nodes.wait_for_rings(2, &client, 1);
-    client
+    nodes.begin(PUMP, &format!("send {port} {megabytes} {rate}"))
 }
 
 /// Waits until a server has said what became of so many connections; all of it is what TCP may do.

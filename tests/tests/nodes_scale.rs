@@ -22,7 +22,7 @@ fn serve(nodes: &Nodes) -> (Running, u16) {
 fn a_thousand_connections_at_once() {
     let mut nodes = Nodes::start(2, 2);
     let (mut server, port) = serve(&nodes);
-    let program = nodes.program(2, PUMP, &format!("hold {port} 1000 3"));
+    let program = nodes.program(2, PUMP, &format!("hold {port} 1000 8"));
     let mut client = program.limit(Resource::RLIMIT_NOFILE, DESCRIPTORS).start();
     client.wait_for_output("held", LIMIT);
     nodes.wait_for_rings(2, &client, 1000);
@@ -45,10 +45,7 @@ fn gigabytes_both_ways_at_once() {
     let mut nodes = Nodes::start(2, 2);
     let (mut server, port) = serve(&nodes);
     // The server sends back what comes, as it comes.
-    let args = format!("send {port} {megabytes} 100000");
-    let mut client = nodes.program(2, PUMP, &args).start();
-    client.wait_for_output("begun", limit);
-    nodes.wait_for_rings(2, &client, 1);
+    let client = nodes.begin(PUMP, &format!("send {port} {megabytes} 100000"));
     let output = client.finish(limit);
     assert!(
         output.contains(&format!("done {}", megabytes << 20)),

@@ -1,6 +1,9 @@
 //! The tests of engine and mailbox once more, with each model behind a vfio-user socket: queue pages are memory that
 //! driver and model share, other registers are messages, and DMA goes to files.
 
+// Each of these files has its nodes, as when it is a test of its own.
+#![allow(clippy::duplicate_mod)]
+
 #[path = "back_pressure.rs"]
 mod back_pressure;
 #[path = "faulty_device.rs"]

@@ -9,6 +9,10 @@ use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
 
+/// A receiver gives way to an offer for so many turns of so many milliseconds, unless bytes come.
+const GIVE_WAY_TURNS: u32 = 20;
+const GIVE_WAY_MS: i64 = 5;
+
 type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
 
 /// A call that moves bytes: on the stream when there is one, else in the kernel, counted in so that
@@ -42,6 +46,9 @@ pub(super) fn transfer(
                 }
             };
         }
+        if receives && held.conn.offered.load(Relaxed) != 0 {
+            give_way_to_offer(&held, fd);
+        }
         let counted = InKernel::enter(if receives {
             &held.conn.in_rx
         } else {
@@ -63,6 +70,22 @@ pub(super) fn transfer(
             }
         }
     }
+}
+
+/// Looks for bytes while not counted in, for a while: an offer is followed when nobody is inside the kernel, and
+/// where one thread waits for bytes and another one for space, somebody always would be.
+#[cold]
+fn give_way_to_offer(held: &Use, fd: c_int) {
+    let error = sys::errno();
+    for _ in 0..GIVE_WAY_TURNS {
+        if sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0
+            || held.conn.offered.load(Relaxed) == 0
+            || sys::poll_one(fd, libc::POLLIN, GIVE_WAY_MS) != 0
+        {
+            break;
+        }
+    }
+    sys::set_errno(error);
 }
 
 /// Flags of a receive that rings honour; with any other the kernel decides.

@@ -31,10 +31,7 @@ impl Ground {
         let port = place::free_port();
         let mut server = nodes.program(1, PUMP, &format!("serve {port}")).start();
         server.wait_for_output("listening", LIMIT);
-        let args = format!("send {port} 300 60");
-        let mut honest = nodes.program(2, PUMP, &args).start();
-        honest.wait_for_output("begun", LIMIT);
-        nodes.wait_for_rings(2, &honest, 1);
+        let honest = nodes.begin(PUMP, &format!("send {port} 300 60"));
         Ground {
             liar: Liar::join(&nodes.fabric(), 3),
             server,
