@@ -120,6 +120,10 @@ pub struct Conn {
     pub cookie: AtomicU64,
     /// When the anchor was last looked at, in ticks.
     pub looked_at: AtomicU64,
+    /// Receives in a row that found nothing and did not wait.
+    pub misses: AtomicU32,
+    /// How far was read when a poll core on the same core last got a turn for it.
+    pub owed_at: AtomicU64,
     /// First of its epoll registrations, 0 for none: see [`crate::epoll`].
     pub registrations: AtomicU32,
     /// Those of them that the program has deleted, and may make again.
@@ -396,9 +400,11 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             &conn.wants_space,
             &conn.one_way,
             &conn.gather,
+            &conn.misses,
         ] {
             word.store(0, Relaxed);
         }
+        conn.owed_at.store(0, Relaxed);
         conn.names.forget();
         conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
         conn.generation.fetch_add(1, Relaxed);

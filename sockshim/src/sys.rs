@@ -306,6 +306,13 @@ pub fn sched_yield() {
     syscall!(SYS_sched_yield);
 }
 
+/// The number of the core that this thread runs on, plus 1; 0 when it is not known.
+#[inline]
+pub fn core() -> u32 {
+    // SAFETY: it takes nothing, and reads memory of this thread that the kernel keeps up to date.
+    (unsafe { libc::sched_getcpu() } + 1) as u32
+}
+
 /// True while a process runs; one that has ended but was not waited for does not.
 pub fn is_alive(pid: u32) -> bool {
     let fd = syscall!(SYS_pidfd_open, pid, 0);

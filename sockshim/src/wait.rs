@@ -69,6 +69,9 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
             score.store((points + 1).min(FULL_SCORE), Relaxed);
             return true;
         }
+        if give_core() {
+            continue;
+        }
         std::hint::spin_loop();
         turns = turns.wrapping_add(1);
         if turns.is_multiple_of(16) {
@@ -100,6 +103,76 @@ fn yield_has_lost_core() -> bool {
         QUIET_FOR_MS.store(quiet_for - 1, Relaxed);
     }
     lost
+}
+
+/// The core, plus 1, on which a poll core has to run before anything goes on for a stream of this
+/// process; 0 for none. Where it is this thread's own, spinning keeps it from that.
+static OWED: AtomicU32 = AtomicU32::new(0);
+/// Receives in a row that found nothing and did not wait, after which a poll core on the same core gets a
+/// turn in any case: some ten microseconds.
+const MISSES: u32 = 256;
+/// A poll core on the same core gets a turn when so large a part of the ring was read: the other end may
+/// wait for that.
+const OWED_PER_RING: u64 = 8;
+
+/// Bytes were put into a stream's ring: where a poll core takes them from there, and shares this core,
+/// it gets its turn as soon as this process waits.
+#[inline]
+pub fn owe(stream: &Stream) {
+    let core = stream.out().bytes.core.load(Relaxed);
+    if core != 0 {
+        owe_to(core);
+    }
+}
+
+#[cold]
+fn owe_to(core: u32) {
+    if core == sys::core() {
+        OWED.store(core, Relaxed);
+    }
+}
+
+/// Bytes were taken off a stream's ring, up to position `tail`.
+#[inline]
+pub fn owe_for_space(conn: &Conn, stream: &Stream, tail: u64) {
+    conn.misses.store(0, Relaxed);
+    if stream.out().bytes.core.load(Relaxed) != 0
+        && tail.wrapping_sub(conn.owed_at.load(Relaxed)) >= stream.ring_size() / OWED_PER_RING
+    {
+        conn.owed_at.store(tail, Relaxed);
+        owe(stream);
+    }
+}
+
+/// Gives the core to a poll core that is owed it. True when it did: look again.
+#[inline]
+pub fn give_core() -> bool {
+    OWED.load(Relaxed) != 0 && give_core_to_owed()
+}
+
+#[cold]
+fn give_core_to_owed() -> bool {
+    let here = OWED.swap(0, Relaxed) == sys::core();
+    if here {
+        sys::sched_yield();
+    }
+    here
+}
+
+/// A receive that does not wait has found nothing. True when a poll core had its turn: look again.
+#[inline]
+pub fn missed(conn: &Conn, stream: &Stream) -> bool {
+    let core = stream.out().bytes.core.load(Relaxed);
+    if core == 0 {
+        return false;
+    }
+    let misses = conn.misses.load(Relaxed).wrapping_add(1);
+    conn.misses.store(misses, Relaxed);
+    if misses.is_multiple_of(MISSES) {
+        owe_to(core);
+    }
+    // One that asks once will do something else now, and then wait.
+    misses > 1 && give_core()
 }
 
 /// True when the fd still names this connection, after a sleep.

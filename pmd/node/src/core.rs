@@ -38,12 +38,17 @@ const ALWAYS_HOT: usize = 64;
 const COOLS_AFTER: u64 = 2_000_000;
 /// Turns without work between two looks at the clock.
 const TURNS_PER_LOOK: u32 = 16;
-/// Turns without work after which a core that may sleep gives way to other threads.
+/// Turns without work after which a core that may sleep gives way to other threads, while it seems to
+/// have its core to itself.
 const TURNS_BEFORE_YIELD: u32 = 4;
 /// A core that sleeps looks around after this time.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The same while there are programs that can't wake it. (The kernel counts in milliseconds, and one is added.)
 const POLLED_EVERY: Duration = Duration::ZERO;
+/// Bytes of a turn after which a core that it shares with others gives way at once.
+const LITTLE: u64 = 4096;
+/// Giving way took longer: somebody else was on the core meanwhile.
+const LOST: Duration = Duration::from_micros(2);
 /// Nanoseconds between two looks whether the device is alive.
 const CHECK_EVERY: u64 = 100_000_000;
 /// Looks after which a device that has work and completes nothing is taken for stuck. What can't be done
@@ -108,6 +113,12 @@ pub(crate) struct Core {
     watch: Stopwatch,
     /// Busy turns at which the counts of the nodes were shown last.
     shown: u64,
+    /// The core that it runs on, plus 1.
+    core: u32,
+    /// Others run there as well.
+    shares_core: bool,
+    /// Bytes that this turn has sent.
+    sent: u64,
 }
 
 /// What a core is made of.
@@ -162,6 +173,9 @@ impl Core {
             counts: Counts::default(),
             watch: Stopwatch::new(),
             shown: 0,
+            core: 0,
+            shares_core: false,
+            sent: 0,
         }
     }
 
@@ -171,10 +185,15 @@ impl Core {
                 None => self.turn().unwrap_or_else(|failed| self.fail(failed)),
                 Some(_) => self.commands(),
             };
-            if worked {
-                self.idle_turns = 0;
-            } else {
+            if !worked {
                 self.idle();
+                continue;
+            }
+            self.idle_turns = 0;
+            let sent = std::mem::take(&mut self.sent);
+            if sent <= LITTLE && self.shares_core {
+                // What remains to be done of it can wait, and the program on this core cannot.
+                self.give_way();
             }
         }
     }
@@ -197,6 +216,7 @@ impl Core {
         self.counts.busy_turns += u64::from(worked);
         if self.now.wrapping_sub(self.checked) > CHECK_EVERY {
             self.checked = self.now;
+            self.core = here();
             self.show();
             self.set.check()?;
             self.stuck_checks += u32::from(self.set.outstanding() != 0);
@@ -474,6 +494,7 @@ impl Core {
                 self.hot.swap_remove(at);
                 continue;
             };
+            live.tell_core(self.core);
             let (id, gone) = (live.id, live.gone);
             let looked = self.look_at(id);
             worked |= looked;
@@ -499,6 +520,7 @@ impl Core {
     /// Asks a program for a sign of what it does next, so that it need not be polled. False when it
     /// has done something meanwhile.
     fn cool(&mut self, id: StreamId) -> bool {
+        self.with(id, |live, node| live.stop_watching(node));
         let Some(live) = self.live(id) else {
             return true;
         };
@@ -603,6 +625,7 @@ impl Core {
                 if !found {
                     return Err(NotPosted::Invalid("no memory for a write"));
                 }
+                self.sent += u64::from(len);
                 let set = self.number;
                 let notify = write.notify.as_ref().map(|payload| Notify { set, payload });
                 self.set.post(&Work {
@@ -730,23 +753,20 @@ impl Core {
     #[inline]
     fn arrived(&mut self, id: StreamId, head: u64) {
         let now = self.now;
-        let Some(live) = self.live(id) else {
+        let (Some(live), node) = (
+            self.streams.get_mut(index(id)).and_then(Option::as_mut),
+            &mut self.node,
+        ) else {
             return;
         };
+        if live.id != id {
+            return;
+        }
         live.moved = now;
-        let (hot, stream) = (live.hot, &live.stream);
-        stream.arrived.store(head, Ordering::SeqCst);
-        let what = if !stream.on_ring.load(Ordering::SeqCst) {
-            todo::ARRIVED
-        } else if stream.answer(&stream.incoming().bytes) {
-            todo::WAKE_BYTES
-        } else if stream.has_left() {
-            todo::LEFT
-        } else {
-            0
-        };
+        let hot = live.hot;
+        let what = live.notified(head, node);
         if what != 0 {
-            let stream = stream.clone();
+            let stream = live.stream.clone();
             self.desk.ask(&stream, what);
         }
         if !hot {
@@ -819,19 +839,29 @@ impl Core {
         let Idle::Adaptive { spin } = self.settings.idle else {
             return std::hint::spin_loop();
         };
-        if self.idle_turns < TURNS_BEFORE_YIELD {
+        if self.idle_turns < TURNS_BEFORE_YIELD && !self.shares_core {
             return std::hint::spin_loop();
         }
         let idle_for = self.now.saturating_sub(self.idle_since);
         let may_sleep = self.set.outstanding() == 0 || self.fabric.is_none();
         if idle_for < spin.as_nanos() as u64 || !may_sleep {
-            std::thread::yield_now();
-            if self.idle_turns.is_multiple_of(TURNS_PER_LOOK) {
-                self.now = self.start.elapsed().as_nanos() as u64;
-            }
-            return;
+            return self.give_way();
         }
         self.sleep();
+    }
+
+    /// Lets others run, who may have something to send.
+    fn give_way(&mut self) {
+        let before = Instant::now();
+        std::thread::yield_now();
+        let after = Instant::now();
+        self.now = (after - self.start).as_nanos() as u64;
+        self.shares_core = after - before > LOST;
+        if self.shares_core {
+            // Time that others had is no time without work.
+            self.idle_since += (after - before).as_nanos() as u64;
+        }
+        self.core = here();
     }
 
     fn sleep(&mut self) {
@@ -893,6 +923,11 @@ impl Core {
         self.inbox.waker.end_sleep();
         self.idle_turns = 0;
     }
+}
+
+/// The core that this thread runs on, plus 1; 0 when the system does not say.
+fn here() -> u32 {
+    nix::sched::sched_getcpu().map_or(0, |core| core as u32 + 1)
 }
 
 fn index(id: StreamId) -> usize {

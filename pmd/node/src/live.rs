@@ -44,7 +44,17 @@ pub(crate) struct Live {
     /// The program has written more than the protocol can be told of yet.
     /// What the anchors' thread is to do: bits of [`todo`].
     pub ask: u32,
+    /// The core that the program was told, plus 1.
+    core: u32,
+    /// Notifications since it was polled.
+    notified: u32,
+    /// The head word is polled, and the other node was told not to notify.
+    watches: bool,
 }
+
+/// Notifications of a stream that is polled, after which its head word is polled instead. A stream that sleeps after
+/// each message does better with notifications, since each change costs a message.
+const WATCH_AFTER: u32 = 32;
 
 impl Live {
     pub fn new(stream: Arc<NodeStream>, id: StreamId, now: u64) -> Self {
@@ -61,6 +71,18 @@ impl Live {
             hot: false,
             moved: now,
             ask: 0,
+            core: 0,
+            notified: 0,
+            watches: false,
+        }
+    }
+
+    /// Tells the program on which core its bytes are awaited: its number plus 1, 0 when that is not known.
+    #[inline]
+    pub fn tell_core(&mut self, core: u32) {
+        if core != self.core {
+            self.core = core;
+            self.stream.out().bytes.core.store(core, Ordering::Relaxed);
         }
     }
 
@@ -86,11 +108,67 @@ impl Live {
 
     fn try_look(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let mut worked = self.look_in(node)?;
+        worked |= self.watches && self.look_at_head()?;
         worked |= self.look_out(node)?;
         if self.stream.seen.load(Ordering::Relaxed) != 0 {
             worked |= self.look_at_anchor(node)?;
         }
         Ok(worked)
+    }
+
+    /// The other node has said how far bytes have arrived. What the anchors' thread is to do: bits of [`todo`].
+    #[inline]
+    pub fn notified(&mut self, head: u64, node: &mut Node) -> u32 {
+        let head = head.max(self.stream.arrived.load(Ordering::Relaxed));
+        self.notified = self.notified.saturating_add(1);
+        if self.hot && self.notified >= WATCH_AFTER && !self.watches {
+            // It fails for a stream that is over.
+            self.watches = node.set_notify(self.id, false, head).is_ok();
+        }
+        self.arrived(head)
+    }
+
+    /// Asks for notifications again, before the stream is not polled any more. Whatever came since the last look is
+    /// then told.
+    pub fn stop_watching(&mut self, node: &mut Node) {
+        self.notified = 0;
+        if std::mem::take(&mut self.watches) {
+            let seen = self.stream.arrived.load(Ordering::Relaxed);
+            // As above.
+            let _ = node.set_notify(self.id, true, seen);
+        }
+    }
+
+    /// What the engine has written, which stores the head word after it.
+    #[inline]
+    fn look_at_head(&mut self) -> Result<bool, LocalError> {
+        let head = self.stream.incoming().producer.head.load(Ordering::Acquire);
+        let arrived = self.stream.arrived.load(Ordering::Relaxed);
+        if head == arrived {
+            return Ok(false);
+        }
+        let granted = self.consumed + self.stream.memory.ring_size();
+        if head < arrived || head > granted {
+            return Err(LocalError::Position);
+        }
+        self.ask |= self.arrived(head);
+        Ok(true)
+    }
+
+    /// Bytes have arrived up to `head`.
+    #[inline]
+    fn arrived(&self, head: u64) -> u32 {
+        let stream = &self.stream;
+        stream.arrived.store(head, Ordering::SeqCst);
+        if !stream.on_ring.load(Ordering::SeqCst) {
+            todo::ARRIVED
+        } else if stream.answer(&stream.incoming().bytes) {
+            todo::WAKE_BYTES
+        } else if stream.has_left() {
+            todo::LEFT
+        } else {
+            0
+        }
     }
 
     /// What the program has read.

@@ -102,6 +102,9 @@ pub struct Ask {
     /// 1 while the asker promises a barrier on the other end's threads before it sleeps, so that
     /// these need none of their own: see [`crate::wake`].
     pub hot: AtomicU32,
+    /// Where the asker is a poll core: the number of the core that it runs on, or slept on, plus 1.
+    /// Else 0. On the same core, the other end has to give way before it is noticed.
+    pub core: AtomicU32,
 }
 
 /// One direction of a stream.
@@ -450,6 +453,7 @@ mod assertions {
         assert!(offset_of!(Ask, want) == 0);
         assert!(offset_of!(Ask, place) == 4);
         assert!(offset_of!(Ask, hot) == 8);
+        assert!(offset_of!(Ask, core) == 12);
         assert!(size_of::<Direction>() == 512);
         assert!(offset_of!(Direction, producer) == 0);
         assert!(offset_of!(Direction, consumer) == 128);

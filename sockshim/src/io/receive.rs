@@ -113,6 +113,11 @@ fn recv_all<'a>(
                 if wait::receivable(stream) {
                     continue;
                 }
+            } else {
+                drop(guard);
+            }
+            if wait::missed(held.conn, stream) && wait::receivable(stream) {
+                continue;
             }
             return Outcome::Done(if done == 0 { AGAIN } else { done as isize });
         }
@@ -227,6 +232,7 @@ fn take(
         if receiver.publish() && wake::asked(&stream.incoming().space) != 0 {
             *answer = true;
         }
+        wait::owe_for_space(held.conn, stream, available.at + len);
     }
     *done += len as usize;
     Took::Some

@@ -123,13 +123,20 @@ pub(super) fn wait_for_space(
     if is_nonblocking(stream, flags) {
         // Said before the last look, so that space which comes now is an edge.
         held.conn.wants_space.store(1, SeqCst);
+        wait::owe(stream);
+        wait::give_core();
         return if wait::sendable(stream, stream.ring_size() / 3) {
             Ok(())
         } else {
             Err(AGAIN)
         };
     }
-    if wait::spin(&held.conn.spin_score, || wait::sendable(stream, 1)) {
+    let has_space = || {
+        // A poll core makes room in turns.
+        wait::owe(stream);
+        wait::sendable(stream, 1)
+    };
+    if wait::spin(&held.conn.spin_score, has_space) {
         return Ok(());
     }
     wait::for_space(held, stream, fd)
@@ -175,6 +182,7 @@ fn fill(
             unsafe { sender.fill(space, skip, at, len) }
         });
         sender.publish();
+        wait::owe(stream);
         *done += space.len as usize;
         if wake::asked(&stream.out().bytes) != 0 {
             demote::after_answer(
