@@ -181,8 +181,7 @@ pub fn accepted(held: &Use, fd: c_int) -> Origin {
     if !certain && !peer.is_v6_loopback() {
         return Origin::Kernel;
     }
-    let within = if certain { CERTAIN } else { POSSIBLE };
-    match learn_names(held, fd, within) {
+    match learn_names(held, fd, certain) {
         Some(peer) => Origin::Far(peer),
         // One that is over by now has no names any more.
         None if certain || TcpInfo::of(fd).is_none_or(|info| info.state == TcpInfo::CLOSE) => {
@@ -196,13 +195,13 @@ pub fn accepted(held: &Use, fd: c_int) -> Origin {
 pub fn inherited(held: &Use, fd: c_int) {
     let peer = sys::name_of(fd, true).and_then(|name| Address::of(&name));
     if tenant::may_lead_away() && peer.is_some_and(|peer| peer.is_loopback()) {
-        learn_names(held, fd, CERTAIN);
+        learn_names(held, fd, true);
     }
 }
 
 /// Asks the daemon whose connection this is, and keeps the answer; the peer. `None` when it is not
 /// the daemon's, or that does not answer.
-fn learn_names(held: &Use, fd: c_int, within: u64) -> Option<Address> {
+fn learn_names(held: &Use, fd: c_int, certain: bool) -> Option<Address> {
     let name = sys::name_of(fd, true)?;
     let peer = Address::of(&name)?;
     let local = Address::of(&sys::name_of(fd, false)?)?;
@@ -214,7 +213,8 @@ fn learn_names(held: &Use, fd: c_int, within: u64) -> Option<Address> {
         local_port: local.port.into(),
         peer_port: peer.port.into(),
     };
-    let caller = tenant::who_is(question, clock::nanoseconds() + within)?;
+    let within = if certain { CERTAIN } else { POSSIBLE };
+    let caller = tenant::who_is(question, clock::nanoseconds() + within, certain)?;
     let address = |ip, port: u32| {
         let port = u16::try_from(port).ok()?;
         Some(Address { ip, port })

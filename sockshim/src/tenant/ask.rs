@@ -92,21 +92,29 @@ pub fn end_of_wait() -> u64 {
 /// Asks whether a `connect` may go to another node. `None` when there is no daemon, or it does not
 /// answer until `end`.
 pub fn reach(question: Between, end: u64) -> Option<Reached> {
-    match ask(kind::REACH, question, end)? {
+    match ask(kind::REACH, question, end, false)? {
         Answer::Reached(reached) => Some(reached),
         Answer::Caller(_) => None,
     }
 }
 
-/// Asks for whom the daemon opened an accepted connection. `None` as for [`reach`].
-pub fn who_is(question: Between, end: u64) -> Option<Caller> {
-    match ask(kind::WHOIS, question, end)? {
+/// Asks for whom the daemon opened an accepted connection. `None` as for [`reach`]. What the daemon has
+/// `certain`ly opened is asked for even when it was silent a moment ago: it has just shown that it runs.
+pub fn who_is(question: Between, end: u64, certain: bool) -> Option<Caller> {
+    match ask(kind::WHOIS, question, end, certain)? {
         Answer::Caller(caller) => Some(caller),
         Answer::Reached(_) => None,
     }
 }
 
-fn ask(what: u16, question: Between, end: u64) -> Option<Answer> {
+/// A daemon that has not answered a question is not asked for a while, but by who `insists`.
+fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> {
+    let silent_at = SILENT_AT.load(Relaxed);
+    let is_silent =
+        silent_at != 0 && clock::nanoseconds().wrapping_sub(silent_at) < RETRY_MS * 1_000_000;
+    if is_disabled() || (is_silent && !insists) {
+        return None;
+    }
     // A handler could ask as well, and find the places in use.
     let mask = sys::block_signals();
     let answer = ask_with_signals_blocked(what, question, end);
@@ -115,11 +123,6 @@ fn ask(what: u16, question: Between, end: u64) -> Option<Answer> {
 }
 
 fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Option<Answer> {
-    let now = clock::nanoseconds();
-    let silent_at = SILENT_AT.load(Relaxed);
-    if is_disabled() || (silent_at != 0 && now.wrapping_sub(silent_at) < RETRY_MS * 1_000_000) {
-        return None;
-    }
     question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
     let number = question.question;
     while !put(what, &question, end)? {

@@ -123,8 +123,7 @@ assert s.getsockname() == listener.getsockname()
 echo(s, b"from the server")
 "#,
     );
-    let output = server.wait_for_output("port ", LIMIT);
-    let port: u16 = output.trim().rsplit(' ').next().unwrap().parse().unwrap();
+    let port = port_of(&mut server);
     let listens = ground.stand_in.requests(request::LISTENS, 1);
     assert_eq!(listens[0].local_port, u32::from(port));
     assert_eq!(listens[0].local, bytes("127.0.0.1".parse().unwrap()));
@@ -143,6 +142,14 @@ echo(s, b"from the server")
     );
     assert_eq!(announced[0].active, 0);
     assert_eq!(ground.stand_in.requests(request::LISTENS, 1).len(), 1);
+}
+
+/// Where a server listens, as it says.
+fn port_of(server: &mut Running) -> u16 {
+    let output = server.wait_for_output("port ", LIMIT);
+    let line = output.lines().find(|line| line.starts_with("port "));
+    let port = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+    port.unwrap_or_else(|| panic!("no port in {output}"))
 }
 
 /// Connects as the daemon does for another node.
@@ -264,6 +271,29 @@ fn a_silent_daemon_holds_up_one_connect_only() {
 }
 
 #[test]
+fn a_peer_is_asked_for_while_the_daemon_is_silent_about_a_connect() {
+    let Some(ground) = reachable(Manners {
+        reach: Reach::Silent,
+        caller: Some("10.97.0.3:999".parse().unwrap()),
+        ..Manners::default()
+    }) else {
+        return;
+    };
+    let mut server = ground.start(&format!(
+        r#"{OVER_THE_KERNEL}
+over_the_kernel()
+far = socket.create_server(("127.0.0.1", 0))
+print("port", far.getsockname()[1], flush=True)
+s, peer = far.accept()
+assert peer == ("10.97.0.3", 999), peer
+echo(s)
+"#
+    ));
+    echo_back(call(port_of(&mut server)));
+    server.finish(LIMIT);
+}
+
+#[test]
 fn a_late_answer_is_no_other_questions_answer() {
     let Some(ground) = reachable(Manners {
         delay: Duration::from_millis(100),
@@ -309,10 +339,7 @@ assert peer[0] == "127.0.0.1" and s.getpeername() == peer, peer
 echo(s)
 "#,
         );
-        let output = server.wait_for_output("port ", LIMIT);
-        let line = output.lines().find(|line| line.starts_with("port "));
-        let port = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
-        let port: u16 = port.expect("a port");
+        let port = port_of(&mut server);
         let mut dropped = call(port);
         let end = std::io::Read::read(&mut dropped, &mut [0]);
         assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
