@@ -10,12 +10,12 @@ use tracing::debug;
 use crate::book::{Announced, Announcement, Conn, Role, Route, TenantId};
 use crate::connections::End;
 use crate::daemon::Daemon;
-use crate::process::{OtherHolder, other_holder, socket_inode};
+use crate::process::{OtherHolder, other_holder, processor_time, socket_inode};
 
-/// Longest search for other holders of one socket.
+/// Longest search for other holders of one socket, in processor time.
 const SEARCH: Duration = Duration::from_millis(20);
 
-/// Time that a user may make the daemon spend on searching `/proc`: a tenth of all time.
+/// Processor time that a user may make the daemon spend on searching `/proc`: a tenth of all time.
 #[derive(Debug)]
 pub(crate) struct SearchBudget {
     next: Instant,
@@ -36,13 +36,15 @@ impl SearchBudget {
     const SAVED: Duration = Duration::from_secs(1);
 
     fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
-        let start = Instant::now();
-        if self.next > start {
+        let now = Instant::now();
+        if self.next > now {
             return None;
         }
+        let before = processor_time();
         let result = search();
-        let earliest = start.checked_sub(Self::SAVED).unwrap_or(start);
-        self.next = self.next.max(earliest) + start.elapsed() * Self::SHARE;
+        let spent = processor_time().saturating_sub(before);
+        let earliest = now.checked_sub(Self::SAVED).unwrap_or(now);
+        self.next = self.next.max(earliest) + spent * Self::SHARE;
         Some(result)
     }
 }
