@@ -354,6 +354,22 @@ pub fn restore_signals(mask: u64) {
     syscall!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
 }
 
+/// True when a signal waits that `mask` lets through, and whose handler interrupts calls.
+pub fn pending_signal_interrupts(mask: u64) -> bool {
+    let mut pending = 0_u64;
+    syscall!(SYS_rt_sigpending, &raw mut pending, 8);
+    let let_through = pending & !mask;
+    (1..=64)
+        .filter(|signal| let_through & (1 << (signal - 1)) != 0)
+        .any(|signal| {
+            // As the kernel has it: handler, flags, restorer, mask.
+            let mut action = [0_usize; 4];
+            syscall!(SYS_rt_sigaction, signal, 0, &raw mut action, 8);
+            let is_handled = action[0] != libc::SIG_DFL && action[0] != libc::SIG_IGN;
+            is_handled && action[1] & libc::SA_RESTART as usize == 0
+        })
+}
+
 /// Takes part in global expedited membarriers; true when the kernel has them.
 pub fn register_membarrier() -> bool {
     const REGISTER_GLOBAL_EXPEDITED: usize = 1 << 2;

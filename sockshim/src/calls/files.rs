@@ -1,6 +1,6 @@
 //! Bytes that go between a connection and a file or a pipe: `sendfile` and `splice`.
 
-use super::transfer::transfer;
+use super::transfer::{Moves, transfer};
 use crate::conn::{self, Kind};
 use crate::{io, real};
 use libc::{c_int, c_uint, off_t, off64_t, size_t, ssize_t};
@@ -53,7 +53,7 @@ unsafe fn send_file(
     }
     transfer(
         out,
-        false,
+        Moves::Out,
         // SAFETY: the caller vouches for the offset.
         &|held, stream| io::send_file(held, stream, out, from, unsafe { offset.as_mut() }, count),
         in_kernel,
@@ -84,14 +84,14 @@ pub unsafe extern "C" fn splice(
     if conn::kind(to) != Kind::Other {
         transfer(
             to,
-            false,
+            Moves::Out,
             &|held, stream| io::splice_in(held, stream, to, from, len, wait),
             &in_kernel,
         )
     } else if conn::kind(from) != Kind::Other {
         transfer(
             from,
-            true,
+            Moves::In { waits: wait },
             &|held, stream| io::splice_out(held, stream, from, to, len, wait),
             &in_kernel,
         )

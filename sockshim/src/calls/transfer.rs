@@ -13,6 +13,16 @@ use std::sync::atomic::Ordering::*;
 const GIVE_WAY_TURNS: u32 = 20;
 const GIVE_WAY_MS: i64 = 5;
 
+/// Where a call moves bytes, as its program sees it.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Moves {
+    Out,
+    /// It may wait for them.
+    In {
+        waits: bool,
+    },
+}
+
 type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
 
 /// A call that moves bytes: on the stream when there is one, else in the kernel, counted in so that
@@ -20,7 +30,7 @@ type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
 #[inline]
 pub(super) fn transfer(
     fd: c_int,
-    receives: bool,
+    moves: Moves,
     on_stream: StreamCall<'_>,
     in_kernel: &dyn Fn() -> isize,
 ) -> isize {
@@ -46,13 +56,15 @@ pub(super) fn transfer(
                 }
             };
         }
-        if receives && held.conn.offered.load(Relaxed) != 0 {
-            give_way_to_offer(&held, fd);
+        if moves == (Moves::In { waits: true })
+            && held.conn.offered.load(Relaxed) != 0
+            && let Err(error) = give_way_to_offer(&held, fd)
+        {
+            return sys::to_c(error);
         }
-        let counted = InKernel::enter(if receives {
-            &held.conn.in_rx
-        } else {
-            &held.conn.in_tx
+        let counted = InKernel::enter(match moves {
+            Moves::In { .. } => &held.conn.in_rx,
+            Moves::Out => &held.conn.in_tx,
         });
         match held.conn.phase.load(SeqCst) {
             phase::INSTALLING => {
@@ -73,19 +85,34 @@ pub(super) fn transfer(
 }
 
 /// Looks for bytes while not counted in, for a while: an offer is followed when nobody is inside the kernel, and
-/// where one thread waits for bytes and another one for space, somebody always would be.
+/// where one thread waits for bytes and another one for space, somebody always would be. Fails where the
+/// kernel's own receive would have been interrupted.
 #[cold]
-fn give_way_to_offer(held: &Use, fd: c_int) {
+fn give_way_to_offer(held: &Use, fd: c_int) -> Result<(), isize> {
     let error = sys::errno();
+    let timeout: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO);
+    let waits = |fd| sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
+    if timeout.is_none_or(|limit| limit.tv_sec != 0 || limit.tv_usec != 0) {
+        return Ok(());
+    }
     for _ in 0..GIVE_WAY_TURNS {
-        if sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0
-            || held.conn.offered.load(Relaxed) == 0
-            || sys::poll_one(fd, libc::POLLIN, GIVE_WAY_MS) != 0
-        {
+        if held.conn.offered.load(Relaxed) == 0 || !waits(fd) {
+            break;
+        }
+        // A signal would end the poll whether it restarts calls or not.
+        let mask = sys::block_signals();
+        let found = sys::poll_one(fd, libc::POLLIN, GIVE_WAY_MS) != 0;
+        let interrupted = sys::pending_signal_interrupts(mask);
+        sys::restore_signals(mask);
+        if interrupted {
+            return Err(-(libc::EINTR as isize));
+        }
+        if found {
             break;
         }
     }
     sys::set_errno(error);
+    Ok(())
 }
 
 /// Flags of a receive that rings honour; with any other the kernel decides.
@@ -145,7 +172,9 @@ pub(super) unsafe fn receive(
     };
     transfer(
         fd,
-        true,
+        Moves::In {
+            waits: flags & libc::MSG_DONTWAIT == 0,
+        },
         &|held, stream| match on_stream(held, stream) {
             isize::MIN => Outcome::Kernel(None),
             result => Outcome::Done(result),
@@ -168,7 +197,7 @@ pub(super) unsafe fn transmit(
     }
     transfer(
         fd,
-        false,
+        Moves::Out,
         // SAFETY: the caller vouches for the entries.
         &|held, stream| match unsafe { Buffers::new(parts, count, flags) } {
             Ok(buffers) => io::send(held, stream, fd, &buffers, flags),
