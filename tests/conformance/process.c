@@ -115,6 +115,25 @@ CASE(fork_eof_at_the_last_close)
     P_WANT_ERROR(&d, ECONNRESET);
 }
 
+CASE(fork_child_ends_after_it_was_woken)
+{
+    /* It has sent nothing since the stream was promoted, and leaves nothing unread: no reset. */
+    struct duo d = duo_open(0);
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        for (int i = 0; i < 60; i++)
+            WANT(d.fd, "x");
+        _exit(0);
+    }
+    MUST(close(d.fd));
+    for (int i = 0; i < 60; i++) {
+        sleep_ms(2);
+        p_send(&d, "x");
+    }
+    WAIT_CHILD(pid);
+    P_WANT_EOF(&d);
+}
+
 CASE(fork_child_exits_parent_goes_on)
 {
     struct duo d = duo_open(0);

@@ -287,6 +287,16 @@ fn anchor_end(stream: &Stream) -> Took {
     Took::End
 }
 
+/// The kernel reports an error of the anchor. It resets a connection for wake bytes that its end has
+/// not read, which the program must not see.
+fn anchor_error(stream: &Stream, before: u64, error: isize) -> Took {
+    if error != BROKEN {
+        return Took::Error(error);
+    }
+    stream.note_end(true);
+    anchor_end_unless_switched(stream, before)
+}
+
 /// Receives on the anchor what was sent there before the other end switched.
 fn take_switching(
     stream: &Stream,
@@ -335,7 +345,7 @@ fn take_switching(
         return match got {
             0 => anchor_end_unless_switched(stream, before),
             AGAIN => Took::Nothing,
-            got if got < 0 => Took::Error(got),
+            got if got < 0 => anchor_error(stream, before, got),
             _ if to.total == *done => Took::Some,
             _ => Took::Again,
         };
@@ -371,7 +381,7 @@ fn take_switching(
     match stop {
         Some(0) => anchor_end_unless_switched(stream, before),
         Some(AGAIN) | None => Took::Nothing,
-        Some(error) => Took::Error(error),
+        Some(error) => anchor_error(stream, before, error),
     }
 }
 
