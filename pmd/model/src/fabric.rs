@@ -79,6 +79,38 @@ impl Fabric {
         self.add_in(dma, queue_sets, Arc::new(Private::new(queue_sets)))
     }
 
+    /// As [`Fabric::add`], with the port and the queue pages in memory of the caller's: whoever serves the device
+    /// to another process shows it the pages there.
+    ///
+    /// # Panics
+    /// When `memory` has fewer pages than `queue_sets`.
+    pub fn add_in(
+        &self,
+        dma: Arc<dyn Dma>,
+        queue_sets: usize,
+        memory: Arc<dyn PortMemory>,
+    ) -> Function {
+        let queue_sets = queue_sets.clamp(1, MAX_SETS);
+        assert!(
+            memory.pages().len() >= queue_sets,
+            "a page for each queue set"
+        );
+        let front = Arc::new(Front {
+            memory,
+            accesses: Accesses::default(),
+            page_accesses: (0..queue_sets).map(|_| Accesses::default()).collect(),
+            removed: AtomicBool::new(false),
+        });
+        let mut core = self.lock();
+        core.nodes.push(Node::new(dma, front.clone()));
+        core.refresh_links();
+        Function {
+            node: core.nodes.len() - 1,
+            front,
+            fabric: self.clone(),
+        }
+    }
+
     /// Connects the fabric, which has no device yet, with others by a wire, and adds the device that they reach,
     /// with its port in `memory`. It can only join the fabric as node `id`. `token` is what this process puts into
     /// the locks of ports: no two that are wired have the same.
@@ -101,7 +133,7 @@ impl Fabric {
         (core.wire_id, core.token) = (Some(id), token.get());
         core.wire = Some(wire);
         drop(core);
-        self.add_in(dma, queue_sets.clamp(1, MAX_SETS), memory)
+        self.add_in(dma, queue_sets, memory)
     }
 
     /// Takes in what the wire has to tell, without waiting. For who waits for it; steps do it only when they
@@ -118,28 +150,6 @@ impl Fabric {
             core.peers.detach(id);
         }
         core.bury();
-    }
-
-    fn add_in(
-        &self,
-        dma: Arc<dyn Dma>,
-        queue_sets: usize,
-        memory: Arc<dyn PortMemory>,
-    ) -> Function {
-        let front = Arc::new(Front {
-            memory,
-            accesses: Accesses::default(),
-            page_accesses: (0..queue_sets).map(|_| Accesses::default()).collect(),
-            removed: AtomicBool::new(false),
-        });
-        let mut core = self.lock();
-        core.nodes.push(Node::new(dma, front.clone()));
-        core.refresh_links();
-        Function {
-            node: core.nodes.len() - 1,
-            front,
-            fabric: self.clone(),
-        }
     }
 
     /// Lets every device do what it can do now: a bounded amount of work. `now` is in nanoseconds and

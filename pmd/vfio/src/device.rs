@@ -46,9 +46,20 @@ pub enum BusError {
     /// All usable I/O virtual addresses are in use.
     #[error("no {0} bytes of I/O virtual addresses are left")]
     NoAddresses(u64),
-    /// The memory is no file, so that the processes with which the device is linked cannot map it.
-    #[error("a linked device can be given files only")]
+    /// The memory is no file, so that the other processes in which the device is cannot map it.
+    #[error("a device in another process can be given files only")]
     NoFile,
+    /// The server of a vfio-user device refused something. It goes on.
+    #[error("the vfio-user server refused to {what}: {source}")]
+    Refused {
+        /// What it was asked to do.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The server of a vfio-user device did what it may not, or has gone. The device is not used any more.
+    #[error("the vfio-user server {0}; its device counts as gone")]
+    Server(String),
     /// Nothing can be allocated or mapped with a length of 0 or so great a one.
     #[error("{0} bytes cannot be mapped")]
     BadLength(usize),

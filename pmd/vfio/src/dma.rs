@@ -6,9 +6,9 @@
 
 use crate::device::{Access, BusError, Device};
 use crate::iova::Iovas;
+use crate::sealed;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::memfd::MFdFlags;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
@@ -144,13 +144,7 @@ impl Space {
 
 /// Makes memory of `len` zeroed bytes that another process can map too: the device may be a model there.
 fn make(len: usize, pages: MFdFlags) -> std::io::Result<(MmapRaw, File)> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages;
-    let file = File::from(memfd_create(c"rdsock-dma", flags)?);
-    file.set_len(len as u64)?;
-    fcntl(
-        &file,
-        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
-    )?;
+    let file = sealed::make(c"rdsock-dma", len as u64, pages)?;
     let mapping = MmapOptions::new().len(len).populate().map_raw(&file)?;
     Ok((mapping, file))
 }
@@ -159,11 +153,8 @@ fn make(len: usize, pages: MFdFlags) -> std::io::Result<(MmapRaw, File)> {
 fn map(file: &impl AsFd, len: usize) -> Result<MmapRaw, BusError> {
     let what = "mapping a file for DMA";
     let fd = file.as_fd().as_raw_fd();
-    let size = nix::sys::stat::fstat(file.as_fd()).map_err(|errno| BusError::Io {
-        what,
-        source: errno.into(),
-    })?;
-    if len == 0 || u64::try_from(size.st_size).is_ok_and(|size| size < len as u64) {
+    let size = sealed::size(file).map_err(|source| BusError::Io { what, source })?;
+    if len == 0 || size < len as u64 {
         return Err(BusError::BadLength(len));
     }
     MmapOptions::new()

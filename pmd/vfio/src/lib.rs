@@ -14,12 +14,18 @@
 //! None of them ever gives a Rust reference to memory that a device can write.
 
 pub mod barrier;
+mod capabilities;
 mod device;
 mod dma;
+mod fire;
 mod iova;
 pub mod link;
+mod mapped;
 pub mod model;
+mod sealed;
+pub mod serve;
 mod translation;
+pub mod user;
 mod views;
 
 pub use device::{Access, BusError, Device, RegionInfo, Registers};

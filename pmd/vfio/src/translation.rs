@@ -8,7 +8,7 @@ use rdsock_model::{Dma, DmaFault};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// What is mapped where.
 #[derive(Debug, Default)]
@@ -19,13 +19,13 @@ pub(crate) struct Translation {
 }
 
 /// Memory that stays mapped in this process for as long as it is in the translation.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Mapping {
     pub host: NonNull<u8>,
     pub len: u64,
     pub writable: bool,
     /// What keeps it mapped, if nobody else does.
-    pub _memory: Option<MmapRaw>,
+    pub _memory: Option<Arc<MmapRaw>>,
 }
 
 // SAFETY: an address; what is done with it is justified where it is done.
@@ -67,6 +67,43 @@ impl Translation {
                 Ok(())
             }
             _ => Err(BusError::Range { iova, len }),
+        }
+    }
+
+    /// Takes out whatever lies in the range, parts of larger mappings too.
+    pub fn cut(&self, iova: u64, len: u64) {
+        let mut mappings = self
+            .mappings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let end = iova.saturating_add(len);
+        // From the last on: what is left of the first may begin before the range.
+        while let Some((start, mapping)) = mappings.range(..end).next_back() {
+            let (start, mapping) = (*start, mapping.clone());
+            // It does not wrap: checked when it was put in.
+            let old_end = start + mapping.len;
+            if old_end <= iova {
+                return;
+            }
+            mappings.remove(&start);
+            if old_end > end {
+                // SAFETY: inside the mapping, or one past its end.
+                let host = unsafe { mapping.host.add((end - start) as usize) };
+                let len = old_end - end;
+                mappings.insert(
+                    end,
+                    Mapping {
+                        host,
+                        len,
+                        ..mapping.clone()
+                    },
+                );
+            }
+            if start < iova {
+                let len = iova - start;
+                mappings.insert(start, Mapping { len, ..mapping });
+                return;
+            }
         }
     }
 

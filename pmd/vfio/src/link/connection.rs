@@ -1,13 +1,13 @@
 //! The link to one other process: what it has told of its node, and what it has not been told yet.
 
+use crate::fire::fire;
 use crate::link::memory::{self, SharedPort};
 use crate::link::message::{Message, Unreceived, VERSION};
 use crate::translation::Translation;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rdsock_model::{Interrupt, Peers};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Messages that may wait for a process that does not take them. One that lives is never so far behind.
@@ -190,14 +190,5 @@ impl Connection {
             peers.caught_up(self.id(), change);
         }
         Ok(())
-    }
-}
-
-/// Adds 1 to an eventfd of another process, unless that would block: then as many are pending as can be.
-fn fire(eventfd: &OwnedFd) {
-    let mut fds = [PollFd::new(eventfd.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut fds, PollTimeout::ZERO) == Ok(1) {
-        // It belongs to another process: whether that has closed it is not for us to know.
-        let _ = nix::unistd::write(eventfd, &1u64.to_ne_bytes());
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::device::{Access, BusError};
 use crate::link::connection::{Broken, Connection, Sent};
-use crate::link::memory;
 use crate::link::message::{Message, Unreceived, VERSION};
 use crate::link::place::Place;
+use crate::sealed;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt::PeerCredentials};
@@ -109,7 +109,7 @@ impl Ends {
             what: "sharing DMA memory with linked processes",
             source,
         };
-        memory::check(&file, offset, len as u64).map_err(io)?;
+        sealed::check(&file, offset, len as u64).map_err(io)?;
         let memory = Memory {
             len: len as u64,
             offset,

@@ -3,15 +3,16 @@
 //! Opts into `unsafe` to see a port in a mapping, and the files that come with messages. A file is mapped only
 //! when it is sealed against shrinking: else whoever has it could make this process fault.
 
+use crate::sealed;
 use crate::translation::Mapping;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::memfd::MFdFlags;
 use rdsock_model::sheet::PAGE_SIZE;
 use rdsock_model::{Page, Port, PortMemory};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// A port in memory that processes share.
 #[derive(Debug)]
@@ -22,17 +23,13 @@ pub struct SharedPort {
 impl SharedPort {
     /// Makes one of zeroes, for this process's device, and its file.
     pub fn make() -> std::io::Result<(Self, File)> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create(c"rdsock-port", flags)?);
-        file.set_len(Port::BYTES as u64)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        let file = sealed::make(c"rdsock-port", Port::BYTES as u64, MFdFlags::empty())?;
         Ok((Self::map(&file)?, file))
     }
 
     /// Maps that of another process.
     pub fn map(file: &impl AsFd) -> std::io::Result<Self> {
-        check(file, 0, Port::BYTES as u64)?;
+        sealed::check(file, 0, Port::BYTES as u64)?;
         let mapping = MmapOptions::new()
             .len(Port::BYTES)
             .map_raw(file.as_fd().as_raw_fd())?;
@@ -59,7 +56,7 @@ impl PortMemory for SharedPort {
 
 /// Maps memory that another process's device reaches.
 pub fn map(file: &OwnedFd, offset: u64, len: u64, writable: bool) -> std::io::Result<Mapping> {
-    check(file, offset, len)?;
+    sealed::check(file, offset, len)?;
     let bytes = usize::try_from(len).map_err(std::io::Error::other)?;
     let mut options = MmapOptions::new();
     options.offset(offset).len(bytes);
@@ -74,23 +71,6 @@ pub fn map(file: &OwnedFd, offset: u64, len: u64, writable: bool) -> std::io::Re
         host: host.ok_or_else(|| std::io::Error::other("mapped at address 0"))?,
         len,
         writable,
-        _memory: Some(mapping),
+        _memory: Some(Arc::new(mapping)),
     })
-}
-
-/// The file has these bytes, and keeps them.
-pub fn check(file: &impl AsFd, offset: u64, len: u64) -> std::io::Result<()> {
-    let size = nix::sys::stat::fstat(file.as_fd())?.st_size;
-    let end = offset.checked_add(len).filter(|_| len != 0);
-    if end.is_none_or(|end| i64::try_from(end).is_ok_and(|end| end > size) || end > i64::MAX as u64)
-    {
-        return Err(std::io::Error::other("the file is too short"));
-    }
-    let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_truncate);
-    if !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
-        return Err(std::io::Error::other(
-            "the file can shrink: it has to be a memfd with the seal F_SEAL_SHRINK",
-        ));
-    }
-    Ok(())
 }
