@@ -192,6 +192,11 @@ impl Core {
             Fault::ResetInFlight => node.reset_in_flight = true,
             Fault::Remove => {
                 node.front.removed.store(true, Ordering::Relaxed);
+                // For a driver that has them mapped.
+                node.front
+                    .pages()
+                    .iter()
+                    .for_each(|page| page.fill(u64::MAX));
                 self.refresh_links();
             }
         }

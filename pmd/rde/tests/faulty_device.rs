@@ -162,11 +162,11 @@ fn after_a_reset_the_device_works_again() {
     nodes.settle();
     let a = nodes.nodes.remove(0);
     assert_eq!(a.rde.management().node(), 1);
-    let (rde, device) = (a.rde, a.device);
+    let (rde, function) = (a.rde, a.function);
     drop((a.set, a.region));
     rde.management().reset().unwrap();
     assert_eq!(rde.management().node(), 0);
-    assert_eq!(device.function().counters().resets, 1);
+    assert_eq!(function.counters().resets, 1);
     rde.management().join(1, &[2]);
     let mut set = rde.queue_set(0, SMALL).unwrap();
     set.check().unwrap();
@@ -189,7 +189,12 @@ fn a_set_that_the_device_stops_is_noticed_and_can_be_started_again() {
     assert_eq!(a.set.check(), Err(failed));
     is_failed(a, failed);
     assert!(matches!(a.rde.queue_set(0, SMALL), Err(OpenError::Busy(0))));
-    let Node { rde, set, .. } = nodes.nodes.remove(0);
+    let Node {
+        rde,
+        set,
+        server: _server,
+        ..
+    } = nodes.nodes.remove(0);
     drop(set);
     rde.queue_set(0, SMALL).unwrap().check().unwrap();
 }

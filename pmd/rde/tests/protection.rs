@@ -221,11 +221,21 @@ fn what_the_device_cannot_do_is_not_posted() {
     assert_eq!((a.set.stats().posted, a.set.outstanding()), (0, 0));
 }
 
+/// A file as programs share their memory in: one that cannot shrink.
+fn shared_file(len: u64) -> std::fs::File {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let file = memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    let file = std::fs::File::from(file);
+    file.set_len(len).unwrap();
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+    file
+}
+
 #[test]
 fn of_a_window_only_what_is_mapped_can_be_reached() {
     let mut nodes = Nodes::pair();
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(8192).unwrap();
+    let file = shared_file(8192);
     let rde = &nodes.nodes[1].rde;
     let window = rde.space().window(1 << 20).unwrap();
     assert!(window.map_file(100, &file, 8192).is_err());

@@ -19,16 +19,16 @@ const MOST: usize = 256;
 pub(crate) struct Malformed;
 
 /// The capabilities of a structure of which `bytes` are all bytes, the structure's own included, and the first
-/// of which is at `first`: their ids, versions and bytes behind the header.
-pub(crate) fn chain(bytes: &[u8], first: u32) -> Result<Vec<(u16, u16, &[u8])>, Malformed> {
+/// of which is at `first`: their ids, and bytes behind the header.
+pub(crate) fn chain(bytes: &[u8], first: u32) -> Result<Vec<(u16, &[u8])>, Malformed> {
     let mut found = Vec::new();
     let mut at = first;
     while at != 0 {
         let capability = bytes.get(at as usize..).ok_or(Malformed)?;
-        let (id, rest) = take(capability)?;
-        let (version, rest) = take(rest)?;
+        let (id, rest) = capability.split_first_chunk().ok_or(Malformed)?;
+        let (_version, rest) = rest.split_first_chunk::<2>().ok_or(Malformed)?;
         let (next, body) = rest.split_first_chunk().ok_or(Malformed)?;
-        found.push((u16::from_ne_bytes(id), u16::from_ne_bytes(version), body));
+        found.push((u16::from_ne_bytes(*id), body));
         if found.len() > MOST {
             return Err(Malformed);
         }
@@ -37,16 +37,10 @@ pub(crate) fn chain(bytes: &[u8], first: u32) -> Result<Vec<(u16, u16, &[u8])>, 
     Ok(found)
 }
 
-/// Takes a 16-bit field from the front.
-fn take(bytes: &[u8]) -> Result<([u8; 2], &[u8]), Malformed> {
-    let (field, rest) = bytes.split_first_chunk().ok_or(Malformed)?;
-    Ok((*field, rest))
-}
-
 /// The areas of a region that can be mapped, if it says that only some can.
 pub(crate) fn sparse_areas(bytes: &[u8], first: u32) -> Result<Option<Vec<Area>>, Malformed> {
     let mut areas = None;
-    for (id, _, body) in chain(bytes, first)? {
+    for (id, body) in chain(bytes, first)? {
         if id != SPARSE_MMAP {
             continue;
         }
@@ -118,14 +112,14 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused() {
         let chains = [
-            (behind(&[header(3, 32)]), 32),                        // itself
-            (behind(&[header(3, 40), header(3, 32)]), 32),         // a circle
-            (behind(&[header(3, 4000)]), 32),                      // outside
-            (behind(&[]), 32),                                     // nothing there
-            (behind(&[header(3, 0)[..7].to_vec()]), 32),           // cut off
-            (behind(&[header(SPARSE_MMAP, 0)]), 32),               // no count
-            (behind(&[sparse(0, 2, &[(0, 4096)])]), 32),           // fewer areas than it says
-            (behind(&[sparse(0, u32::MAX, &[(0, 4096)])]), 32),    // absurdly many
+            (behind(&[header(3, 32)]), 32),                     // itself
+            (behind(&[header(3, 40), header(3, 32)]), 32),      // a circle
+            (behind(&[header(3, 4000)]), 32),                   // outside
+            (behind(&[]), 32),                                  // nothing there
+            (behind(&[header(3, 0)[..7].to_vec()]), 32),        // cut off
+            (behind(&[header(SPARSE_MMAP, 0)]), 32),            // no count
+            (behind(&[sparse(0, 2, &[(0, 4096)])]), 32),        // fewer areas than it says
+            (behind(&[sparse(0, u32::MAX, &[(0, 4096)])]), 32), // absurdly many
             (behind(&[header(3, u32::MAX)]), 32),
             (vec![], u32::MAX),
         ];

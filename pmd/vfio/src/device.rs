@@ -49,6 +49,16 @@ pub enum BusError {
     /// The memory is no file, so that the other processes in which the device is cannot map it.
     #[error("a device in another process can be given files only")]
     NoFile,
+    /// The device cannot be opened as things are.
+    #[error("cannot use {device}: {cause}; {remedy}")]
+    Unusable {
+        /// Its address.
+        device: String,
+        /// Why not.
+        cause: String,
+        /// What to do.
+        remedy: String,
+    },
     /// The server of a vfio-user device refused something. It goes on.
     #[error("the vfio-user server refused to {what}: {source}")]
     Refused {

@@ -26,6 +26,7 @@ mod sealed;
 pub mod serve;
 mod translation;
 pub mod user;
+pub mod vfio;
 mod views;
 
 pub use device::{Access, BusError, Device, RegionInfo, Registers};

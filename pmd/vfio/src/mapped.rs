@@ -183,7 +183,10 @@ mod tests {
         let mut bytes = [0; 8];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 4096).unwrap();
         assert_eq!(bytes, 0x1234u64.to_le_bytes());
-        assert_eq!((registers.read32(4096), registers.read64(8184)), (0x1234, 7));
+        assert_eq!(
+            (registers.read32(4096), registers.read64(8184)),
+            (0x1234, 7)
+        );
         assert_eq!(registers.read32(4092), 0x5678);
         assert_eq!(registers.far.0.lock().unwrap()[4092..4094], [0x78, 0x56]);
         // Neither aligned nor inside.

@@ -44,7 +44,12 @@ pub struct Flags {
     #[arg(long, value_name = "PPM", default_value_t = 0, help_heading = "Faults")]
     pub link_ppm: u32,
     /// For up to so many microseconds
-    #[arg(long, value_name = "US", default_value_t = 1000, help_heading = "Faults")]
+    #[arg(
+        long,
+        value_name = "US",
+        default_value_t = 1000,
+        help_heading = "Faults"
+    )]
     pub link_down_us: u64,
 }
 

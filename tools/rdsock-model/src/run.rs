@@ -49,9 +49,7 @@ pub fn run(plan: &Plan) -> Result<(), RunError> {
     let running = Running::start(fabric, plan.busy, || {});
     let _running = running.map_err(|error| RunError::System("the devices' thread", error))?;
     let pause = match plan.stats {
-        Some(every) if !every.is_zero() => {
-            PollTimeout::try_from(every).unwrap_or(PollTimeout::MAX)
-        }
+        Some(every) if !every.is_zero() => PollTimeout::try_from(every).unwrap_or(PollTimeout::MAX),
         _ => PollTimeout::NONE,
     };
     loop {

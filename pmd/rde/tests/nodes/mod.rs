@@ -1,9 +1,15 @@
-//! Nodes on models that are wired to each other, stepped by the test: no thread, no clock.
+//! Nodes on models that are wired to each other, stepped by the test: no thread, no clock. The models are in
+//! this process, or (for tests that are compiled into `over_vfio_user`) behind sockets.
 
-use rdsock_model::{Chaos, Counters, Fabric, Fault};
+mod looked_at;
+
+use looked_at::LookedAt;
+use rdsock_model::{Chaos, Counters, Fabric, Fault, Function};
 use rdsock_rde::*;
 use rdsock_vfio::model::ModelDevice;
-use rdsock_vfio::{Shared, Space};
+use rdsock_vfio::serve::{Server, Serving};
+use rdsock_vfio::user::UserDevice;
+use rdsock_vfio::{Device, Shared, Space};
 use std::sync::Arc;
 
 /// Nanoseconds between two steps.
@@ -12,22 +18,25 @@ pub const TICK: u64 = 1000;
 pub const MEMORY: usize = 64 << 10;
 
 pub struct Node {
-    pub device: Arc<ModelDevice>,
+    /// The model's side.
+    pub function: Function,
     pub rde: Rde,
     pub set: QueueSet,
     /// Memory that other nodes may read and write.
     pub region: Region,
     /// Memory that only this node's descriptors name.
     pub local: Shared,
+    /// Outlives all of that.
+    pub server: Option<Server>,
 }
 
 impl Node {
     pub fn inject(&self, fault: Fault) {
-        self.device.function().inject(fault);
+        self.function.inject(fault);
     }
 
     pub fn counters(&self) -> Counters {
-        self.device.function().counters()
+        self.function.counters()
     }
 
     /// `len` bytes of the region at `at`.
@@ -121,9 +130,29 @@ impl Nodes {
     }
 }
 
+/// Adds a device with two queue sets to a fabric.
+fn device(fabric: &Fabric) -> (Arc<dyn Device>, Function, Option<Server>) {
+    if env!("CARGO_CRATE_NAME") != "over_vfio_user" {
+        let device = ModelDevice::new(fabric, 2);
+        let function = device.function().clone();
+        return (Arc::new(device), function, None);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("device.sock");
+    let serving = Serving {
+        queue_sets: 2,
+        trapped: false,
+    };
+    let server = Server::start(fabric, &socket, serving).unwrap();
+    let function = server.function().clone();
+    let device = UserDevice::connect(&socket).unwrap();
+    let device = LookedAt::new(device, function.clone());
+    (Arc::new(device), function, Some(server))
+}
+
 fn node(fabric: &Fabric, id: u16, count: u16, sizes: Sizes) -> Node {
-    let device = Arc::new(ModelDevice::new(fabric, 2));
-    let rde = Rde::open(Space::new(device.clone())).unwrap();
+    let (device, function, server) = device(fabric);
+    let rde = Rde::open(Space::new(device)).unwrap();
     let peers: Vec<u16> = (1..=count).collect();
     rde.management().join(id, &peers);
     let set = rde.queue_set(0, sizes).unwrap();
@@ -131,11 +160,12 @@ fn node(fabric: &Fabric, id: u16, count: u16, sizes: Sizes) -> Node {
     let view = |at| Shared::new(&memory, at, MEMORY).unwrap();
     let region = rde.register(view(0), Rights::ReadWrite, None).unwrap();
     Node {
-        device,
+        function,
         set,
         region,
         local: view(MEMORY),
         rde,
+        server,
     }
 }
 

@@ -106,7 +106,7 @@ mod tests {
         let space = ConfigSpace::new(5, 4 * 4096);
         assert_eq!(u16::from_le_bytes(read(&space, 0)), 0x5244);
         assert_eq!(u16::from_le_bytes(read(&space, 2)), 0x4531);
-        assert_eq!(u32::from_le_bytes(read(&space, 8)), 0x02_8000_01);
+        assert_eq!(u32::from_le_bytes(read(&space, 8)), 0x0280_0001);
         let mut at = read::<1>(&space, 0x34)[0] as usize;
         let mut found = Vec::new();
         while at != 0 {
@@ -123,7 +123,11 @@ mod tests {
     #[test]
     fn a_bar_says_its_size_and_only_what_can_be_written_is() {
         let mut space = ConfigSpace::new(5, 4 * 4096);
-        for (at, size, kind) in [(0x10, 0x20000u64, 4), (0x18, 0x4000, 0xc), (0x20, 0x10000, 4)] {
+        for (at, size, kind) in [
+            (0x10, 0x20000u64, 4),
+            (0x18, 0x4000, 0xc),
+            (0x20, 0x10000, 4),
+        ] {
             assert!(!space.write(at, &[0xff; 8]));
             let bar = u64::from_le_bytes(read(&space, at));
             assert_eq!((!(bar & !0xf)).wrapping_add(1), size);

@@ -146,12 +146,7 @@ fn serve(listener: &UnixListener, stop: &EventFd, session: &mut Session, name: &
     }
 }
 
-fn talk(
-    client: &OwnedFd,
-    listener: &UnixListener,
-    stop: &EventFd,
-    session: &mut Session,
-) -> End {
+fn talk(client: &OwnedFd, listener: &UnixListener, stop: &EventFd, session: &mut Session) -> End {
     loop {
         let [stopped, another, speaks] = wait(stop, listener, Some(client));
         if stopped {

@@ -16,7 +16,8 @@ use std::sync::Arc;
 /// Most bytes of one access to a region.
 pub const MOST_DATA: usize = 64 << 10;
 /// Said with the version.
-const CAPABILITIES: &[u8] = b"{\"capabilities\":{\"max_msg_fds\":8,\"max_data_xfer_size\":65536}}\0";
+const CAPABILITIES: &[u8] =
+    b"{\"capabilities\":{\"max_msg_fds\":8,\"max_data_xfer_size\":65536}}\0";
 
 /// Numbers of `linux/vfio.h`.
 const REGIONS: u32 = 9;
@@ -260,7 +261,11 @@ impl Session {
         if set.index != MSIX {
             // There are none; to disable them all is nothing to do.
             let disables = set.index < IRQS && set.count == 0;
-            return if disables { Ok(Vec::new()) } else { Err(Errno::EINVAL) };
+            return if disables {
+                Ok(Vec::new())
+            } else {
+                Err(Errno::EINVAL)
+            };
         }
         if end as usize > self.eventfds.len() {
             return Err(Errno::EINVAL);
@@ -276,7 +281,10 @@ impl Session {
                 }
             }
             Some(DATA_NONE) if set.count == 0 => self.disable_interrupts(),
-            Some(DATA_NONE) => self.eventfds[range].iter().flatten().for_each(|to| fire(to)),
+            Some(DATA_NONE) => self.eventfds[range]
+                .iter()
+                .flatten()
+                .for_each(|to| fire(to)),
             Some(DATA_BOOL) if data.len() == range.len() => {
                 for (to, fires) in self.eventfds[range].iter().zip(data) {
                     if let Some(to) = to.as_ref().filter(|_| *fires != 0) {

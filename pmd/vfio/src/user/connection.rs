@@ -146,7 +146,8 @@ impl Connection {
     fn end(&self) {
         self.gone.store(true, Ordering::Relaxed);
         // It fails only for a socket that is not connected any more.
-        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        let _ =
+            nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
 
     /// Whether the server is gone, or misbehaves by talking unasked.

@@ -37,7 +37,7 @@ pub mod dma {
     pub const READ: u32 = 1;
     pub const WRITE: u32 = 2;
     /// Of DMA_UNMAP.
-    pub const UNMAP_ALL: u32 = 1 << 2;
+    pub const UNMAP_ALL: u32 = 1 << 1;
 }
 
 /// A structure of the protocol: its bytes, and back.

@@ -344,7 +344,9 @@ impl FarRegion {
                 to.copy_from_slice(bytes);
                 Ok(())
             }
-            _ => Err(self.connection.violated("sent other data than were asked for")),
+            _ => Err(self
+                .connection
+                .violated("sent other data than were asked for")),
         }
     }
 

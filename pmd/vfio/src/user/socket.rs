@@ -104,12 +104,8 @@ fn fill(
         let mut parts = [IoSliceMut::new(&mut buffer[at..])];
         let mut control = nix::cmsg_space!([RawFd; MAX_FILES]);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = recvmsg::<UnixAddr>(
-            socket.as_raw_fd(),
-            &mut parts,
-            Some(&mut control),
-            flags,
-        );
+        let received =
+            recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags);
         let received = match received {
             Ok(received) => received,
             Err(Errno::EAGAIN) => {
