@@ -177,7 +177,10 @@ impl Status {
     }
 
     fn name(self) -> Option<&'static str> {
-        let known = status::TABLE.1.iter().find(|row| row.1 == self.0.into())?;
+        let known = status::TABLE
+            .1
+            .iter()
+            .find(|row| row.1 == u64::from(self.0))?;
         Some(known.0)
     }
 }
