@@ -193,6 +193,17 @@ pub enum StartError {
     /// The system said no.
     #[error("can't start a thread of the node: {0}")]
     System(#[from] io::Error),
+    /// The device belongs to another node, or (0) to none.
+    #[error(
+        "the device has the node id {found}, `node` in the configuration says {configured}: change that, or the device's \
+         (whoever keeps its management page, the kernel module say, has set it)"
+    )]
+    OtherNode {
+        /// The device's id.
+        found: u32,
+        /// The configuration's.
+        configured: u16,
+    },
     /// The core cannot be used.
     #[error("there is no core {0} for a poll core (see taskset, and the unit's AllowedCPUs)")]
     NoCpu(usize),

@@ -4,7 +4,7 @@
 //! drives hardware lives in this crate, so that a driver on top of it can forbid it. No knowledge of
 //! any particular device.
 //!
-//! A driver takes a [`Device`] from a bus, makes a [`Space`] of it, allocates memory there that the device
+//! A driver takes a [`Device`] from a bus ([`vfio`], [`user`] or [`model`]), makes a [`Space`] of it, allocates memory there that the device
 //! can reach, and takes the [`Registers`] of a region. What it holds is
 //! - [`Words`]: queues and other structures of 64-bit words that device and driver share;
 //! - [`Shared`]: bytes that others may write at any time, only ever copied;

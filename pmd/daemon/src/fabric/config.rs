@@ -3,6 +3,7 @@
 use ipnet::IpNet;
 use rdsock_node::Idle;
 use rdsock_shm::layout::{MAX_RING, ROUTES};
+use rdsock_vfio::vfio::PciAddress;
 use serde::{Deserialize, Deserializer, de};
 use std::fmt;
 use std::net::IpAddr;
@@ -65,12 +66,18 @@ impl NodeConfig {
 pub enum Device {
     /// A model in this process, which meets the models of other nodes in a directory.
     Model(PathBuf),
+    /// Behind a vfio-user socket.
+    VfioUser(PathBuf),
+    /// A PCI device that the kernel's VFIO gives out.
+    Vfio(PciAddress),
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Model(directory) => write!(f, "model:{}", directory.display()),
+            Device::VfioUser(socket) => write!(f, "vfio-user:{}", socket.display()),
+            Device::Vfio(address) => write!(f, "vfio:{address}"),
         }
     }
 }
@@ -81,14 +88,17 @@ impl FromStr for Device {
     fn from_str(text: &str) -> Result<Self, String> {
         let place = match text.split_once(':') {
             Some(("model", directory)) => Device::Model(directory.into()),
+            Some(("vfio-user", socket)) => Device::VfioUser(socket.into()),
+            Some(("vfio", address)) => Device::Vfio(address.parse()?),
             _ => {
                 return Err(format!(
-                    "unknown device {text:?}: expected \"model:DIRECTORY\""
+                    "unknown device {text:?}: expected \"model:DIRECTORY\", \"vfio-user:SOCKET\" or \
+                     \"vfio:PCI ADDRESS\""
                 ));
             }
         };
         match &place {
-            Device::Model(path) if !path.is_absolute() => {
+            Device::Model(path) | Device::VfioUser(path) if !path.is_absolute() => {
                 Err(format!("the path in {text:?} is not absolute"))
             }
             _ => Ok(place),
@@ -323,12 +333,26 @@ addresses = ["10.1.2.0/24"]
     }
 
     #[test]
+    fn a_device_is_shown_as_it_is_written() {
+        for text in ["model:/run/x", "vfio-user:/run/a.sock", "vfio:0000:01:00.0"] {
+            assert_eq!(text.parse::<super::Device>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
     fn errors_say_where_and_what_was_expected() {
         for (good, bad, line, said) in [
             ("node = 1\n", "node = 0\n", 3, "1 to 1023"),
             ("node = 1\n", "node = 4\n", 2, "none has the id 4"),
             ("model:/run", "rocket:/run", 4, "model:DIRECTORY"),
             ("model:/run", "model:run", 4, "not absolute"),
+            ("model:/run", "vfio-user:run", 4, "not absolute"),
+            (
+                "model:/run/rdsock/fabric",
+                "vfio:01:00.0",
+                4,
+                "0000:01:00.0",
+            ),
             ("id = 3", "id = 2", 2, "two have the id 2"),
             (
                 "\"10.0.0.2\"",

@@ -152,11 +152,13 @@ fn talk(client: &OwnedFd, listener: &UnixListener, stop: &EventFd, session: &mut
         if stopped {
             return End::Stopped;
         }
-        if another && accept(listener).is_some() {
+        // First this client: perhaps it has gone, and the other one comes in its place.
+        if speaks {
+            if let Err(broken) = answer(client, session) {
+                return End::Client(broken);
+            }
+        } else if another && accept(listener).is_some() {
             tracing::warn!("refused a second client while there is one");
-        }
-        if speaks && let Err(broken) = answer(client, session) {
-            return End::Client(broken);
         }
     }
 }

@@ -83,9 +83,8 @@ impl UserDevice {
         if info.flags & IS_PCI == 0 || info.regions < PCI_REGIONS {
             return Err(connection.violated("serves no PCI device"));
         }
-        let regions: Result<_, _> = (0..PCI_REGIONS)
-            .map(|index| Region::ask(&connection, index))
-            .collect();
+        let regions = (0..PCI_REGIONS).map(|index| Region::ask(&connection, index));
+        let regions = regions.collect::<Result<_, _>>()?;
         let mut interrupts = (MESSAGES[1], 0);
         for index in MESSAGES.into_iter().filter(|index| *index < info.irqs) {
             let count = vectors(&connection, index)?;
@@ -96,7 +95,7 @@ impl UserDevice {
         let device = UserDevice {
             path: path.into(),
             connection,
-            regions: regions?,
+            regions,
             interrupts,
         };
         device.enable()?;

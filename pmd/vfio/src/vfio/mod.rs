@@ -78,7 +78,8 @@ impl PciDevice {
             Err(Errno::EINVAL | Errno::EPERM | Errno::EACCES) => Ok(Region::default()),
             region => region.map_err(io("asking for a region of a device")),
         };
-        let regions: Result<_, _> = (0..=VFIO_PCI_CONFIG_REGION_INDEX).map(region).collect();
+        let regions = (0..=VFIO_PCI_CONFIG_REGION_INDEX).map(region);
+        let regions = regions.collect::<Result<_, _>>()?;
         let mut interrupts = Interrupts {
             index: VFIO_PCI_MSIX_IRQ_INDEX,
             to: Vec::new(),
@@ -96,7 +97,7 @@ impl PciDevice {
             address: address.clone(),
             iova_ranges: opened.iova_ranges()?,
             flags: info.flags,
-            regions: regions?,
+            regions,
             interrupts: Mutex::new(interrupts),
             opened,
         };
