@@ -14,7 +14,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 COMPLETIONS := $(SHARE)/bash-completion/completions/rdsock $(SHARE)/zsh/site-functions/_rdsock \
 	$(SHARE)/fish/vendor_completions.d/rdsock.fish
 
-.PHONY: build test demo lint soak install uninstall clean help
+.PHONY: build test vm-test demo lint soak install uninstall clean help
 
 build: ## Build all programs and the shim (release) into target/release
 	$(CARGO) build --release --workspace
@@ -23,6 +23,9 @@ test: ## Install what the tests need (apt, as root) and run all tests
 	tests/setup.sh
 	$(CARGO) build --release --workspace
 	RDSOCK_BIN_DIR="$(abspath $(BUILT))" $(CARGO) test --workspace --no-fail-fast
+
+vm-test: ## Boot virtual machines that drive the device through VFIO, and try the kernel module in them
+	tests/vm/run.sh
 
 demo: ## Build, measure beside kernel TCP, and run real programs with and without the shim
 	./tools/demo.sh
@@ -76,4 +79,4 @@ clean: ## Remove what was built
 	$(CARGO) clean
 
 help: ## Say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20

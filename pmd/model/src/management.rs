@@ -35,6 +35,7 @@ impl Management {
             (management::LANE_DEPTH, _) => LANE_DEPTH,
             (management::MAX_PIECES, _) => MAX_PIECES,
             (management::MAX_INLINE, _) => MAX_INLINE,
+            (management::KEPT, _) => 0,
             (management::NODE_ID, _) => self.node_id,
             (management::CONTROL, _) => u32::from(self.fabric) << state::FABRIC,
             (management::STALL_TIMEOUT, _) => self.stall_timeout,

@@ -118,6 +118,9 @@ pub enum OpenError {
     /// The memory to be registered is not aligned to 8 bytes.
     #[error("a region must start at a multiple of 8")]
     Alignment,
+    /// The kernel module keeps the management page (3.4).
+    #[error("the kernel module keeps the management page: reset the device through the bus")]
+    Kept,
     /// The device did not do in a second what it was asked to.
     #[error("the device did not {0} within a second")]
     Timeout(&'static str),

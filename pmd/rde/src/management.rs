@@ -2,7 +2,7 @@
 //! keeps the page, it does this; the daemon does it for a model in its own process.
 
 use crate::error::OpenError;
-use crate::spec::{DeviceStatus, management, state};
+use crate::spec::{DeviceStatus, management, page, state};
 use crate::start::wait;
 use rdsock_vfio::Registers;
 use std::sync::Arc;
@@ -12,15 +12,25 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Management {
     registers: Arc<dyn Registers>,
+    pages: Arc<dyn Registers>,
 }
 
 impl Management {
-    pub(crate) fn new(registers: Arc<dyn Registers>) -> Self {
-        Management { registers }
+    pub(crate) fn new(registers: Arc<dyn Registers>, pages: Arc<dyn Registers>) -> Self {
+        Management { registers, pages }
+    }
+
+    /// Whether a kernel module keeps the page (3.4). Then the device is the node that the module was told:
+    /// [`Management::join`], [`Management::leave`] and [`Management::set_stall_timeout`] do nothing.
+    pub fn is_kept(&self) -> bool {
+        self.registers.read32(management::KEPT) == 1
     }
 
     /// Joins the fabric as a node that only `peers` (and itself) may reach.
     pub fn join(&self, node: u16, peers: &[u16]) {
+        if self.is_kept() {
+            return;
+        }
         self.leave();
         let mut words = [0u64; 16];
         for peer in peers {
@@ -39,18 +49,22 @@ impl Management {
 
     /// Leaves the fabric.
     pub fn leave(&self) {
-        self.registers.write32(management::CONTROL, 0);
+        if !self.is_kept() {
+            self.registers.write32(management::CONTROL, 0);
+        }
     }
 
     /// Time without progress after which a lane fails (7.3), rounded down to microseconds; zero: never.
     pub fn set_stall_timeout(&self, timeout: Duration) {
-        let micros = timeout.as_micros().try_into().unwrap_or(u32::MAX);
-        self.registers.write32(management::STALL_TIMEOUT, micros);
+        if !self.is_kept() {
+            let micros = timeout.as_micros().try_into().unwrap_or(u32::MAX);
+            self.registers.write32(management::STALL_TIMEOUT, micros);
+        }
     }
 
-    /// Register STATUS.
+    /// Register STATUS, by its copy on the first queue page.
     pub fn status(&self) -> DeviceStatus {
-        DeviceStatus(self.registers.read32(management::STATUS))
+        DeviceStatus(self.pages.read32(page::DEVICE_STATUS))
     }
 
     /// This node's id, 0 for none.
@@ -67,6 +81,9 @@ impl Management {
 
     /// Resets the device. All queue sets and regions are gone when it returns.
     pub fn reset(&self) -> Result<(), OpenError> {
+        if self.is_kept() {
+            return Err(OpenError::Kept);
+        }
         self.registers
             .write32(management::CONTROL, 1 << state::RESET);
         let read = || self.registers.read32(management::CONTROL);

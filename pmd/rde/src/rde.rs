@@ -114,7 +114,7 @@ impl Rde {
 
     /// The management page.
     pub fn management(&self) -> Management {
-        Management::new(self.bar0.clone())
+        Management::new(self.bar0.clone(), self.pages.clone())
     }
 
     /// Lets other nodes (or only `source`) reach memory.

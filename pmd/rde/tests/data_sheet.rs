@@ -65,3 +65,34 @@ fn the_driver_has_the_numbers_of_the_data_sheet() {
 fn the_model_has_the_numbers_of_the_data_sheet() {
     compare(rdsock_model::sheet::TABLES);
 }
+
+#[test]
+fn the_kernel_module_has_the_numbers_of_the_data_sheet() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../kmod-minimal/rde.h");
+    let header = std::fs::read_to_string(path).unwrap();
+    let defined: BTreeMap<&str, u64> = header
+        .lines()
+        .filter_map(|line| line.strip_prefix("#define RDE_"))
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let name = words.next()?;
+            Some((name, number(words.next()?.trim_end_matches("ULL"))?))
+        })
+        .collect();
+    let (_, registers) = rdsock_rde::spec::management::TABLE;
+    for (name, value) in registers {
+        // The module needs only some.
+        if let Some(defined) = defined.get(name) {
+            assert_eq!(defined, value, "{name}");
+        }
+    }
+    for name in ["PEERS", "NODE_ID", "CONTROL", "KEPT", "FEATURES"] {
+        assert!(defined.contains_key(name), "{name}");
+    }
+    use rdsock_rde::spec::{MAGIC, MAJOR, REGION_TABLE, state};
+    assert_eq!(defined["MAGIC_VALUE"], MAGIC);
+    assert_eq!(defined["MAJOR"], u64::from(MAJOR));
+    assert_eq!(defined["CONTROL_FABRIC"], 1 << state::FABRIC);
+    assert_eq!(defined["REGION_TABLE"], REGION_TABLE);
+    assert_eq!(defined["BAR0_SIZE"], rdsock_model::sheet::BAR0_SIZE);
+}

@@ -26,6 +26,11 @@ pub fn open(config: &FabricConfig) -> Result<(Rde, Option<Fabric>), StartError> 
         Device::Vfio(address) => (Arc::new(PciDevice::open(address)?), None),
     };
     let rde = Rde::open(Space::new(device))?;
+    if matches!(config.device, Device::Vfio(_)) && !rde.management().is_kept() {
+        let device = rde.space().device().name();
+        tracing::warn!(%device, "no kernel module keeps the management page: who takes this daemon over can be any node \
+            (bind the device to rdsock-vfio, kmod-minimal)");
+    }
     join(&rde.management(), config)?;
     Ok((rde, fabric))
 }
