@@ -262,3 +262,49 @@ fn a_connection_that_stays_on_the_kernel_names_the_node_and_the_reason() {
     let expected = "to servers (node 1, absent): the other node does not answer";
     expect(&nodes, port, expected);
 }
+
+/// As on one host, where they are in the other end's socket by then.
+#[test]
+fn last_words_before_a_reset_arrive() {
+    let nodes = Nodes::start(["", ""], ["", ""]);
+    let close = "s.close()";
+    let abort =
+        "s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(\"ii\", 1, 0)); s.close()";
+    for way in [close, abort, "os._exit(0)"] {
+        let port = place::free_port();
+        let server = format!(
+            "import os, select, socket, struct\n\
+             listener = socket.create_server((\"127.0.0.1\", {port}))\n\
+             print(\"listening\", flush=True)\n\
+             while True:\n\
+             \x20   s, peer = listener.accept()\n\
+             \x20   if peer[0] == \"127.0.0.2\": break\n\
+             for turn in range(50):\n\
+             \x20   s.sendall(s.recv(100, socket.MSG_WAITALL))\n\
+             select.select([s], [], [])\n\
+             s.sendall(b\"z\" * 20000)\n\
+             {way}\n"
+        );
+        let mut server = nodes.python(Some(0), &server).start();
+        server.wait_for_output("listening", LIMIT);
+        let client = format!(
+            "import socket\n\
+             while True:\n\
+             \x20   s = socket.create_connection((\"127.0.0.1\", {port}))\n\
+             \x20   if s.getsockname()[0] == \"127.0.0.2\": break\n\
+             \x20   s.close()\n\
+             for turn in range(50):\n\
+             \x20   s.sendall(b\"x\" * 100)\n\
+             \x20   assert s.recv(100, socket.MSG_WAITALL) == b\"x\" * 100\n\
+             s.sendall(b\"never read\")\n\
+             got = 0\n\
+             try:\n\
+             \x20   while block := s.recv(3000): got += len(block)\n\
+             \x20   print(got, \"end\")\n\
+             except ConnectionResetError: print(got, \"reset\")\n"
+        );
+        let output = nodes.python(Some(1), &client).run(LIMIT);
+        assert_eq!(output.trim(), "20000 reset", "{way}");
+        server.finish(LIMIT);
+    }
+}

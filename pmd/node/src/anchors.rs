@@ -56,7 +56,7 @@ impl Desk {
         })
     }
 
-    /// Asks for something, see [`todo`].
+    /// Asks for something, see [`mod@todo`].
     #[inline]
     pub fn ask(&self, stream: &Arc<NodeStream>, what: u32) {
         stream.todo.fetch_or(what, Ordering::AcqRel);
@@ -222,6 +222,7 @@ impl Anchors {
         let what = stream.todo.swap(0, Ordering::AcqRel);
         if what & (todo::BROKEN | todo::OVER) != 0 {
             if what & todo::BROKEN != 0 {
+                anchor.write();
                 anchor.reset();
             }
             let _ = self.epoll.delete(&anchor.socket);

@@ -42,7 +42,7 @@ pub(crate) struct Live {
     /// When something happened last.
     pub moved: u64,
     /// The program has written more than the protocol can be told of yet.
-    /// What the anchors' thread is to do: bits of [`todo`].
+    /// What the anchors' thread is to do: bits of [`mod@todo`].
     pub ask: u32,
     /// The core that the program was told, plus 1.
     core: u32,
@@ -116,7 +116,7 @@ impl Live {
         Ok(worked)
     }
 
-    /// The other node has said how far bytes have arrived. What the anchors' thread is to do: bits of [`todo`].
+    /// The other node has said how far bytes have arrived. What the anchors' thread is to do: bits of [`mod@todo`].
     #[inline]
     pub fn notified(&mut self, head: u64, node: &mut Node) -> u32 {
         let head = head.max(self.stream.arrived.load(Ordering::Relaxed));
@@ -153,6 +153,12 @@ impl Live {
         }
         self.ask |= self.arrived(head);
         Ok(true)
+    }
+
+    /// The other node has ended the stream: what came before that is the program's.
+    pub fn take_rest(&mut self) {
+        // Nonsense makes no difference any more.
+        let _ = self.look_at_head();
     }
 
     /// Bytes have arrived up to `head`.
@@ -231,7 +237,7 @@ impl Live {
             return Ok(worked);
         }
         if marks & mark::RESET != 0 {
-            return Err(LocalError::State);
+            return self.abort(node);
         }
         if marks & mark::END != 0 {
             self.from = From::Again(since, head);
@@ -252,12 +258,15 @@ impl Live {
     /// The anchors' thread has seen the program's end.
     fn look_at_anchor(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let bits = self.stream.seen.load(Ordering::Acquire);
-        if bits & seen::BROKEN != 0 {
-            return Err(LocalError::State);
-        }
         // What the program has read and sent before that.
         let mut worked = self.look_in(node)?;
         worked |= self.look_out(node)?;
+        if self.gone {
+            return Ok(true);
+        }
+        if bits & seen::BROKEN != 0 {
+            return self.abort(node);
+        }
         if self.behind {
             return Ok(worked);
         }
@@ -277,6 +286,13 @@ impl Live {
         Ok(worked)
     }
 
+    /// The program has reset the connection: the other end sees what it sent before, then ECONNRESET.
+    fn abort(&mut self, node: &mut Node) -> Result<bool, LocalError> {
+        self.gone = true;
+        node.abort(self.id)?;
+        Ok(true)
+    }
+
     /// Breaks the stream: the other end sees ECONNRESET.
     pub fn break_it(&mut self, node: &mut Node) {
         self.gone = true;
@@ -284,7 +300,7 @@ impl Live {
         let _ = node.reset(self.id);
     }
 
-    /// Bytes of the program are at the other end. What the anchors' thread is to do: bits of [`todo`].
+    /// Bytes of the program are at the other end. What the anchors' thread is to do: bits of [`mod@todo`].
     pub fn credit(&mut self, to: u64) -> u32 {
         let stream = &*self.stream;
         let mut what = 0;

@@ -87,7 +87,7 @@ pub struct NodeStream {
     pub arrived: AtomicU64,
     /// Poll core: in, position of the end; [`NONE`].
     pub ends_at: AtomicU64,
-    /// Bits of [`todo`], set by the poll core, taken by the anchors' thread.
+    /// Bits of [`mod@todo`], set by the poll core, taken by the anchors' thread.
     pub todo: AtomicU32,
 
     /// It is in the queue to the poll core, to the anchors' thread.

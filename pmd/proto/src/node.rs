@@ -272,8 +272,20 @@ impl Node {
         Ok(())
     }
 
-    /// Breaks the stream: our program asked for it, has died, or has closed with unread bytes.
-    /// Only `Resume` and `Released` follow.
+    /// Our program has closed the stream with unread bytes or so that the other end sees a reset, or has
+    /// died. Bytes that were advanced are still sent, as far as the other end has room. Only `Resume`
+    /// and `Released` follow.
+    ///
+    /// # Errors
+    /// [`LocalError::Unknown`].
+    pub fn abort(&mut self, id: StreamId) -> Result<(), LocalError> {
+        let at = self.held(id)?;
+        self.let_go(at, Some(Cause::Unread));
+        Ok(())
+    }
+
+    /// Breaks the stream at once: our program, or its memory, makes no sense. Only `Resume` and
+    /// `Released` follow.
     ///
     /// # Errors
     /// [`LocalError::Unknown`].

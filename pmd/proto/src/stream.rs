@@ -202,7 +202,10 @@ impl Stream {
     /// What the other node says about bytes still matters, and ours are still sent: also after
     /// our program has closed, until all of them are.
     pub(crate) fn listens(&self) -> bool {
-        let leaving = !matches!(self.leave, Leave::No | Leave::Wanted(None));
+        let leaving = !matches!(
+            self.leave,
+            Leave::No | Leave::Wanted(None | Some(Cause::Unread))
+        );
         self.phase == Phase::Open && !self.left && self.ended.is_none() && !leaving
     }
 
@@ -243,10 +246,14 @@ impl Stream {
         self.wire & wire::SHUT != 0 && self.listens() && self.all_posted()
     }
 
-    /// CLOSE or RESET can be sent.
+    /// CLOSE or RESET can be sent. Of a program that has closed with unread bytes, what has credit is
+    /// sent before, as the other end of a TCP connection has it by then.
     pub(crate) fn may_leave(&self) -> bool {
         match self.leave {
             Leave::Wanted(None) => self.left || self.all_posted(),
+            Leave::Wanted(Some(Cause::Unread)) => {
+                !self.listens() || self.local.is_none() || self.tx.posted >= self.sendable()
+            }
             Leave::Wanted(Some(_)) => true,
             _ => false,
         }

@@ -260,6 +260,7 @@ impl Core {
         let _ = self.node.close(id);
         if let Some(live) = self.live(id) {
             live.gone = true;
+            live.take_rest();
             let stream = live.stream.clone();
             self.desk.ask(&stream, todo::BROKEN);
         }

@@ -286,7 +286,7 @@ impl End {
                     self.leave(connection, Outcome::Left);
                     let unread = self.word(memory) > self.consumed;
                     if unread {
-                        self.reset(node)
+                        self.abort(node)
                     } else {
                         node.close(self.id).unwrap()
                     }
@@ -310,6 +310,11 @@ impl End {
             self.leave(connection, Outcome::Reset(reason));
             node.close(self.id).unwrap();
         }
+    }
+
+    fn abort(&mut self, node: &mut Node) {
+        self.broke = true;
+        node.abort(self.id).unwrap();
     }
 
     fn reset(&mut self, node: &mut Node) {
