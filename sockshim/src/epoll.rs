@@ -19,7 +19,7 @@ mod register;
 mod report;
 mod sleep;
 
-pub use moves::{declines, demoted, forget, kick_all, promoted, renumber};
+pub use moves::{declines, demoted, forget, kick_all, mapped, renumber};
 pub use register::ctl;
 pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
@@ -108,6 +108,8 @@ pub struct Epoll {
     streams: AtomicU32,
     /// Those with `moved` set, or about to be.
     moved: AtomicU32,
+    /// [`MAPPED`] when the kernel's events were last compared with it.
+    mapped: AtomicU32,
     score: AtomicU32,
     /// First of its own registrations in other instances.
     registrations: AtomicU32,
@@ -380,6 +382,16 @@ pub fn closed(fd: c_int, index: usize) {
     epoll.refs.store(0, Release);
 }
 
+/// Streams that are being mapped, whose registrations may not all have moved.
+static MAPPING: AtomicU32 = AtomicU32::new(0);
+/// Streams that were.
+static MAPPED: AtomicU32 = AtomicU32::new(0);
+
+/// A stream is about to be mapped. [`mapped`] follows.
+pub fn begin_mapping() {
+    MAPPING.fetch_add(1, SeqCst);
+}
+
 /// What stands in the program's instance for the inner one.
 fn inner_in_program() -> epoll_event {
     epoll_event {
@@ -422,6 +434,7 @@ pub fn moved_inner(old: c_int, new: c_int) {
 /// Frees every lock in a forked child, which has one thread only. The bells are its parent's.
 pub fn after_fork_in_child() {
     LINK.store(0, Relaxed);
+    MAPPING.store(0, Relaxed);
     for index in 0..INSTANCES {
         if let Some(epoll) = at(index)
             && epoll.refs.load(Relaxed) != 0

@@ -36,8 +36,15 @@ pub fn declines(conn: &Conn) -> bool {
     declines
 }
 
-/// A stream was mapped: its registrations move to the inner instances.
-pub fn promoted(held: &Use) {
+/// A stream was mapped, see [`begin_mapping`].
+pub fn mapped(held: &Use) {
+    promoted(held);
+    MAPPED.fetch_add(1, SeqCst);
+    MAPPING.fetch_sub(1, SeqCst);
+}
+
+/// The registrations of a connection that is on rings move to the inner instances.
+pub(super) fn promoted(held: &Use) {
     let mut failed = None;
     each(&held.conn.registrations, |epoll, index, bit| {
         let Some(guard) = take(epoll) else { return };

@@ -1,5 +1,6 @@
 //! What an instance has to report of its streams.
 
+use super::moves::is_on_rings;
 use super::register::{self, how};
 use super::*;
 use crate::conn::Use;
@@ -44,12 +45,14 @@ struct Look {
     others: bool,
 }
 
-/// Removes the inner instance from events that the kernel gave; true when it was among them. And
-/// what the kernel had given before a registration with EPOLLONESHOT moved to the inner instance,
-/// if that has reported it since; else it has fired now.
+/// Removes from events that the kernel gave what the instance reports by itself: how many are left,
+/// and whether it has to be asked. The inner instance is among them; what came before a registration moved there; and
+/// what the kernel had given before one with EPOLLONESHOT moved, if that was reported since (else it has fired now).
 pub(super) fn strip(epoll: &Epoll, events: &mut [epoll_event], count: usize) -> (usize, bool) {
     let secret = SECRET.load(Relaxed);
     let moved = epoll.moved.load(SeqCst) != 0;
+    let mapped = MAPPED.load(SeqCst);
+    let may_have_moved = MAPPING.load(SeqCst) != 0 || mapped != epoll.mapped.load(Relaxed);
     let (mut kept, mut twice) = (0, 0);
     for i in 0..count {
         let Some(event) = events.get(i).copied() else {
@@ -60,13 +63,47 @@ pub(super) fn strip(epoll: &Epoll, events: &mut [epoll_event], count: usize) -> 
                 twice += 1;
                 continue;
             }
+            if may_have_moved && is_of_streams(epoll, event.u64) {
+                continue;
+            }
             if let Some(place) = events.get_mut(kept) {
                 *place = event;
             }
             kept += 1;
         }
     }
+    epoll.mapped.store(mapped, Relaxed);
     (kept, kept + twice != count)
+}
+
+/// True for the data of a connection that has come to a stream since the kernel was asked. What the kernel
+/// has seen may be a wake byte, or be read by the time that the program comes to the event, which would then be a
+/// second one. It shows again, if it is true. (Edges do not, and are no promise that there is something to read.)
+fn is_of_streams(epoll: &Epoll, data: u64) -> bool {
+    let Some(guard) = take(epoll) else {
+        return false;
+    };
+    let state = guard.state();
+    let mut found = false;
+    for bit in 0..state.high {
+        let Some(slot) = state.slot(bit).copied() else {
+            continue;
+        };
+        if slot.data != data || !matches!(slot.place, Place::Kernel | Place::Inner) {
+            continue;
+        }
+        let Kind::Conn(index) = slot.target else {
+            return false;
+        };
+        if slot.events & (EPOLLET | EPOLLONESHOT) as u32 != 0
+            || !conn::by_index(index).is_some_and(|held| is_on_rings(&held))
+        {
+            return false;
+        }
+        state.mark(bit);
+        found = true;
+    }
+    found
 }
 
 /// True when the inner instance has reported what a thread brings from the program's one.

@@ -79,6 +79,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
     }
     match install(conn, &offer.promote, offer.fds) {
         Ok(stream) => {
+            crate::epoll::begin_mapping();
             // SAFETY: the phase is INSTALLING, set above.
             unsafe { conn.set_stream(stream) };
             conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
@@ -97,7 +98,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
                     ..blank(request::MAPPED, index, conn)
                 },
             );
-            crate::epoll::promoted(held);
+            crate::epoll::mapped(held);
         }
         Err(reason) => {
             conn.phase.store(phase::NEVER, SeqCst);
