@@ -70,7 +70,9 @@ uninstall: ## Remove what `make install` installed, but for the configuration
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(BINARIES)) $(COMPLETIONS) \
 		$(SHARE)/man/man1/rdsock.1 $(SHARE)/man/man1/rdsock-run.1 \
 		$(SHARE)/man/man1/rdsock-why.1 $(SHARE)/man/man1/rdsock-stat.1 \
-		$(SHARE)/man/man1/rdsock-doctor.1 $(SHARE)/man/man1/rdsock-completions.1 \
+		$(SHARE)/man/man1/rdsock-doctor.1 $(SHARE)/man/man1/rdsock-devices.1 \
+		$(SHARE)/man/man1/rdsock-bind.1 $(SHARE)/man/man1/rdsock-unbind.1 \
+		$(SHARE)/man/man1/rdsock-completions.1 \
 		$(SHARE)/man/man1/rdsock-man.1 $(SHARE)/man/man1/rdsockd.1 \
 		$(DESTDIR)$(UNITDIR)/rdsockd.service
 	rm -rf $(DESTDIR)$(PREFIX)/lib/rdsock $(SHARE)/doc/rdsock
