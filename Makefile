@@ -59,7 +59,7 @@ install: ## Install what `make` built below PREFIX (and DESTDIR)
 	$(BUILT)/rdsock completions bash > $(word 1,$(COMPLETIONS))
 	$(BUILT)/rdsock completions zsh > $(word 2,$(COMPLETIONS))
 	$(BUILT)/rdsock completions fish > $(word 3,$(COMPLETIONS))
-	$(INSTALL) -m 644 docs/rdsockd.example.toml docs/configuration.md $(SHARE)/doc/rdsock
+	$(INSTALL) -m 644 docs/rdsockd.example.toml docs/configuration.md docs/deployment.md $(SHARE)/doc/rdsock
 	$(INSTALL) -d $(DESTDIR)$(SYSCONFDIR)/rdsock
 	test -e $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml || \
 		$(INSTALL) -m 644 docs/rdsockd.example.toml $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml
