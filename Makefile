@@ -59,7 +59,7 @@ install: ## Install what `make` built below PREFIX (and DESTDIR)
 	$(BUILT)/rdsock completions bash > $(word 1,$(COMPLETIONS))
 	$(BUILT)/rdsock completions zsh > $(word 2,$(COMPLETIONS))
 	$(BUILT)/rdsock completions fish > $(word 3,$(COMPLETIONS))
-	$(INSTALL) -m 644 docs/rdsockd.example.toml docs/configuration.md $(SHARE)/doc/rdsock
+	$(INSTALL) -m 644 docs/rdsockd.example.toml docs/configuration.md docs/deployment.md $(SHARE)/doc/rdsock
 	$(INSTALL) -d $(DESTDIR)$(SYSCONFDIR)/rdsock
 	test -e $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml || \
 		$(INSTALL) -m 644 docs/rdsockd.example.toml $(DESTDIR)$(SYSCONFDIR)/rdsock/rdsockd.toml
@@ -70,7 +70,9 @@ uninstall: ## Remove what `make install` installed, but for the configuration
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(BINARIES)) $(COMPLETIONS) \
 		$(SHARE)/man/man1/rdsock.1 $(SHARE)/man/man1/rdsock-run.1 \
 		$(SHARE)/man/man1/rdsock-why.1 $(SHARE)/man/man1/rdsock-stat.1 \
-		$(SHARE)/man/man1/rdsock-doctor.1 $(SHARE)/man/man1/rdsock-completions.1 \
+		$(SHARE)/man/man1/rdsock-doctor.1 $(SHARE)/man/man1/rdsock-devices.1 \
+		$(SHARE)/man/man1/rdsock-bind.1 $(SHARE)/man/man1/rdsock-unbind.1 \
+		$(SHARE)/man/man1/rdsock-completions.1 \
 		$(SHARE)/man/man1/rdsock-man.1 $(SHARE)/man/man1/rdsockd.1 \
 		$(DESTDIR)$(UNITDIR)/rdsockd.service
 	rm -rf $(DESTDIR)$(PREFIX)/lib/rdsock $(SHARE)/doc/rdsock

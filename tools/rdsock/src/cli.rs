@@ -3,8 +3,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+
+use crate::pci::{Address, MODULE, VFIO_PCI};
 
 /// Carries the TCP connections of unmodified programs over shared memory.
 #[derive(Debug, Parser)]
@@ -31,6 +33,17 @@ pub enum Command {
     ///
     /// The exit status is 0 when rdsock can be used.
     Doctor(DoctorArgs),
+    /// Show devices for connections to other nodes, and what keeps each from being used
+    Devices(DevicesArgs),
+    /// Give a device to a VFIO driver, so that rdsockd can use it
+    ///
+    /// Refused for a device that is in use, that shares its IOMMU group with others, or that no
+    /// IOMMU stands before. It counts until the machine is started again. Needs root.
+    Bind(BindArgs),
+    /// Give a device back to the kernel
+    ///
+    /// The driver that the kernel has for it takes it, if there is one. Needs root.
+    Unbind(UnbindArgs),
     /// Print a completion script for a shell
     Completions {
         /// For which shell
@@ -89,6 +102,62 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Below this folder are `sys`, `dev` and `proc`: another one is a made-up machine.
+const ROOT: &str = "/";
+
+#[derive(Debug, Args)]
+pub struct DevicesArgs {
+    /// Other devices that a VFIO driver has, too
+    #[arg(long)]
+    pub all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[arg(long, hide = true, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct BindArgs {
+    /// The device, such as 0000:03:00.0
+    #[arg(value_name = "BDF")]
+    pub address: Address,
+    /// The driver: the kernel module of this project, or the kernel's own, with which nothing
+    /// protects the device's management page
+    #[arg(long, default_value = MODULE)]
+    pub driver: VfioDriver,
+    #[arg(long, hide = true, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
+}
+
+/// A driver that gives devices to user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VfioDriver {
+    #[value(name = MODULE)]
+    RdsockVfio,
+    #[value(name = VFIO_PCI)]
+    VfioPci,
+}
+
+impl VfioDriver {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            VfioDriver::RdsockVfio => MODULE,
+            VfioDriver::VfioPci => VFIO_PCI,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct UnbindArgs {
+    /// The device, such as 0000:03:00.0
+    #[arg(value_name = "BDF")]
+    pub address: Address,
+    #[arg(long, hide = true, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

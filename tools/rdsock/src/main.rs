@@ -1,9 +1,10 @@
-//! `rdsock`: runs programs with the shim, and tells what became of their connections.
+//! `rdsock`: runs programs with the shim, tells what became of their connections, and sets up devices.
 
 mod cli;
 mod daemon;
 mod doctor;
 mod generate;
+mod pci;
 mod run;
 mod show;
 mod signals;
@@ -24,6 +25,9 @@ fn main() -> ExitCode {
         Command::Why(args) => why::why(&args).map_err(Into::into),
         Command::Stat(args) => stat::stat(&args).map_err(Into::into),
         Command::Doctor(args) => Ok(doctor::doctor(&args)),
+        Command::Devices(args) => Ok(pci::devices(&args)),
+        Command::Bind(args) => pci::bind(&args).map_err(Into::into),
+        Command::Unbind(args) => pci::unbind(&args).map_err(Into::into),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { dir } => generate::man(&dir),
     };

@@ -355,6 +355,9 @@ fn manual_pages_and_completions_are_written() {
         "rdsock-why.1",
         "rdsock-stat.1",
         "rdsock-doctor.1",
+        "rdsock-devices.1",
+        "rdsock-bind.1",
+        "rdsock-unbind.1",
     ] {
         assert!(
             std::fs::read_to_string(dir.join(page))

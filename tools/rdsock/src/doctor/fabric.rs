@@ -1,18 +1,20 @@
 //! What the path to other nodes needs: the device, memory for it, cores that poll.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use nix::unistd::{AccessFlags, geteuid};
+use nix::unistd::geteuid;
 use rdsock_shm::control::question;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Finding, Health};
 use crate::daemon::Daemon;
+use crate::pci::{Function, IOMMU_ON, KernelFiles, MODULE, Obstacle};
 use crate::show::bytes;
 
 /// Where `make install` puts the machine's configuration.
@@ -54,12 +56,26 @@ pub fn look(config: Option<&Path>) -> Vec<Finding> {
     };
     match fabric {
         Ok(Some(fabric)) => fabric.look(),
-        Ok(None) => vec![Finding::good(what, "none configured (docs/nodes.md)")],
+        Ok(None) => vec![Finding::good(what, unused(&files()))],
         Err(error) => {
             let advice = "see rdsockd --check-config --config FILE";
             vec![Finding::new(what, Health::Weak, error, advice)]
         }
     }
+}
+
+fn files() -> KernelFiles {
+    KernelFiles::below(Path::new("/"))
+}
+
+/// That no nodes are configured; what there would be for them.
+fn unused(files: &KernelFiles) -> String {
+    let mut found = String::from("none configured (docs/nodes.md)");
+    let functions = Function::all(files).into_iter();
+    for function in functions.filter(|function| function.is_rde) {
+        let _ = write!(found, "; there is a device at {}", function.address);
+    }
+    found
 }
 
 fn read(path: &Path) -> Result<Option<Fabric>, String> {
@@ -91,7 +107,11 @@ fn running() -> Option<Fabric> {
 
 impl Fabric {
     fn look(&self) -> Vec<Finding> {
-        let mut findings = vec![self.nodes(), self.device(), self.cores()];
+        let mut findings = vec![self.nodes(), self.device()];
+        if let Some(("vfio", address)) = self.device.split_once(':') {
+            findings.extend(isolation(&files(), address));
+        }
+        findings.push(self.cores());
         findings.extend(self.locked_memory());
         findings.push(self.huge_pages());
         findings
@@ -135,7 +155,7 @@ impl Fabric {
             _ if !self.nodes.is_empty() => Finding::good(what, format!("{}, in use", self.device)),
             Some(("model", directory)) => model(Path::new(directory)),
             Some(("vfio-user", socket)) => served(Path::new(socket)),
-            Some(("vfio", address)) => pci(Path::new("/sys/bus/pci/devices"), address),
+            Some(("vfio", address)) => pci(&files(), address),
             _ => Finding::good(
                 what,
                 format!("{}: rdsockd tells of it in its log", self.device),
@@ -263,47 +283,71 @@ fn served(socket: &Path) -> Finding {
 
 const SERVE: &str = "start who serves it before rdsockd: rdsock-model --node ID=SOCKET";
 
-/// A PCI device, by its address, below the folder that has them all.
-fn pci(devices: &Path, address: &str) -> Finding {
+/// A PCI device, by its address.
+fn pci(files: &KernelFiles, address: &str) -> Finding {
     let what = "device";
     let found = format!("PCI device {address}");
     let weak = |wrong: &str, advice: &str| {
         Finding::new(what, Health::Weak, format!("{found}: {wrong}"), advice)
     };
-    let place = devices.join(address);
-    let name = |link: &str| {
-        let to = fs::read_link(place.join(link)).ok()?;
-        Some(to.file_name()?.to_string_lossy().into_owned())
+    let function = match address.parse() {
+        Ok(address) => Function::read(files, &address),
+        Err(error) => return weak("it is no PCI address", &error),
     };
-    if !place.exists() {
-        return weak("there is none", "lspci -D lists the addresses");
-    }
-    let driver = name("driver");
-    if !driver
-        .as_deref()
-        .is_some_and(|driver| driver.contains("vfio"))
-    {
-        let driver = driver.map_or("no driver has it".into(), |driver| {
-            format!("{driver} has it")
-        });
-        return weak(
-            &driver,
-            "bind it to vfio-pci (driver_override, then /sys/bus/pci/drivers_probe)",
-        );
-    }
-    let Some(group) = name("iommu_group") else {
-        let advice = "turn the IOMMU on (firmware; intel_iommu=on on the kernel's command line)";
-        return weak("it is behind no IOMMU", advice);
+    let Some(function) = function else {
+        return weak("there is none", "rdsock devices, or lspci -D, lists them");
     };
-    let node = Path::new("/dev/vfio").join(&group);
-    let may_open = nix::unistd::access(&node, AccessFlags::R_OK | AccessFlags::W_OK);
-    match may_open {
-        Ok(()) => Finding::good(what, format!("{found}, IOMMU group {group}")),
-        Err(error) => weak(
-            &format!("{}: {error}", node.display()),
-            "give it to the user of rdsockd (chown, or a udev rule)",
+    if function.obstacles.is_empty() {
+        let group = function.iommu_group.unwrap_or_default();
+        return Finding::good(what, format!("{found}, alone in IOMMU group {group}"));
+    }
+    let obstacles = function.obstacles.iter().map(ToString::to_string);
+    let advice = function.obstacles.iter().map(Obstacle::advice);
+    weak(
+        &obstacles.collect::<Vec<_>>().join("; "),
+        &advice.collect::<Vec<_>>().join("; "),
+    )
+}
+
+/// What must stand between a PCI device and the rest of the machine.
+fn isolation(files: &KernelFiles, address: &str) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let what = "IOMMU";
+    findings.push(match files.has_iommu() {
+        true => Finding::good(what, "on"),
+        false => Finding::new(what, Health::Weak, "off", IOMMU_ON),
+    });
+    let what = "interrupt remapping";
+    findings.push(match files.remaps_interrupts() {
+        Some(true) => Finding::good(what, "on"),
+        Some(false) => Finding::new(
+            what,
+            Health::Weak,
+            "off",
+            "without it a device can raise any interrupt, so VFIO refuses it: turn it on in the firmware (with \
+             x2APIC, on Intel), and take intremap=off from the kernel's command line",
         ),
-    }
+        None => Finding::good(what, "this kernel does not tell"),
+    });
+    let what = "management page";
+    let driver = address.parse().ok();
+    let driver = driver.and_then(|address| Function::read(files, &address)?.driver);
+    let load = if files.has_driver(MODULE) {
+        "the module is loaded"
+    } else {
+        "the module is not loaded"
+    };
+    findings.push(match driver.as_deref() {
+        Some(MODULE) => Finding::good(what, format!("kept by the kernel module {MODULE}")),
+        _ => Finding::new(
+            what,
+            Health::Weak,
+            format!("nothing protects it ({load})"),
+            "whoever opens the device can make itself any node: modprobe rdsock-vfio (kmod-minimal/README.md), then \
+             rdsock bind BDF",
+        ),
+    });
+    findings
 }
 
 /// The numbers of a list such as `0-3,7`.
@@ -319,6 +363,7 @@ fn cpu_list(text: &str) -> BTreeSet<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::tree::Tree;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -356,20 +401,59 @@ mod tests {
 
     #[test]
     fn a_pci_device_needs_its_driver_and_an_iommu() {
-        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::new();
         let address = "0000:01:00.0";
-        let wrong = || pci(dir.path(), address).found;
+        let wrong = || pci(&tree.files(), address).found;
+        assert!(pci(&tree.files(), "1:0").found.contains("no PCI address"));
         assert!(wrong().contains("there is none"));
-        let place = dir.path().join(address);
-        fs::create_dir(&place).unwrap();
-        assert!(wrong().contains("no driver"));
-        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, place.join(name)).unwrap();
-        link("/x/nvme", "driver");
+        tree.rde(address);
+        assert!(wrong().contains("no driver has it") && wrong().contains("no IOMMU"));
+        tree.bind(address, "nvme");
         assert!(wrong().contains("nvme has it"));
-        fs::remove_file(place.join("driver")).unwrap();
-        link("/x/vfio-pci", "driver");
-        assert!(wrong().contains("no IOMMU"));
-        link("/x/no-such-group", "iommu_group");
-        assert!(wrong().contains("/dev/vfio/no-such-group"));
+        let bind = pci(&tree.files(), address).advice.unwrap();
+        assert!(bind.contains("rdsock bind 0000:01:00.0"), "{bind}");
+        tree.bind(address, "rdsock-vfio");
+        tree.group(7, &[address]);
+        assert!(wrong().contains("/dev/vfio"));
+        tree.write("dev/vfio/7", "");
+        let good = pci(&tree.files(), address);
+        assert_eq!(good.health, Health::Good, "{good:?}");
+        assert!(good.found.contains("alone in IOMMU group 7"), "{good:?}");
+    }
+
+    #[test]
+    fn what_isolates_a_pci_device_is_told() {
+        let tree = Tree::new();
+        let address = "0000:01:00.0";
+        let health = || {
+            let findings = isolation(&tree.files(), address);
+            findings
+                .iter()
+                .map(|found| found.health)
+                .collect::<Vec<_>>()
+        };
+        tree.rde(address);
+        tree.write("proc/interrupts", " 9: 1 IO-APIC 9-fasteoi acpi\n");
+        assert_eq!(health(), [Health::Weak; 3]);
+        tree.write("proc/interrupts", " 9: 1 IR-IO-APIC 9-fasteoi acpi\n");
+        tree.group(7, &[address]);
+        tree.bind(address, "rdsock-vfio");
+        assert_eq!(health(), [Health::Good; 3]);
+        tree.bind(address, "vfio-pci");
+        let findings = isolation(&tree.files(), address);
+        assert!(
+            findings[2].found.contains("module is loaded"),
+            "{findings:?}"
+        );
+    }
+
+    #[test]
+    fn a_device_that_nobody_uses_is_mentioned() {
+        let tree = Tree::new();
+        assert_eq!(unused(&tree.files()), "none configured (docs/nodes.md)");
+        tree.rde("0000:01:00.0");
+        tree.function("0000:02:00.0", "0x8086", "0x10c9");
+        let found = unused(&tree.files());
+        assert!(found.ends_with("a device at 0000:01:00.0"), "{found}");
     }
 }

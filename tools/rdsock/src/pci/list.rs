@@ -1,0 +1,80 @@
+//! `rdsock devices`: what can carry connections to other nodes, and what keeps it from doing so.
+
+use std::process::ExitCode;
+
+use super::function::{Function, Node};
+use super::kernel::{KernelFiles, MODULE};
+use crate::cli::DevicesArgs;
+use crate::show::table;
+
+/// Prints the devices.
+pub fn devices(args: &DevicesArgs) -> ExitCode {
+    let files = KernelFiles::below(&args.root);
+    let functions: Vec<Function> = Function::all(&files)
+        .into_iter()
+        .filter(|function| function.is_rde || (args.all && function.has_vfio()))
+        .collect();
+    if args.json {
+        let loaded = files.has_driver(MODULE);
+        println!(
+            "{}",
+            serde_json::json!({ "module_loaded": loaded, "devices": functions })
+        );
+        return ExitCode::SUCCESS;
+    }
+    if functions.is_empty() {
+        println!("no RDMA device (docs/device.md) is in this machine");
+        if !args.all {
+            println!("--all also shows other devices that a VFIO driver has");
+        }
+        return ExitCode::SUCCESS;
+    }
+    print(&functions);
+    ExitCode::SUCCESS
+}
+
+fn print(functions: &[Function]) {
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    let mut table = table([
+        "ADDRESS", "ID", "DRIVER", "GROUP", "WITH", "NUMA", "FILE", "STATE",
+    ]);
+    for function in functions {
+        let others = function.shares_group_with.iter();
+        let others: Vec<&str> = others.map(|member| member.address.as_str()).collect();
+        let obstacles = function.obstacles.iter().map(ToString::to_string);
+        let obstacles: Vec<String> = obstacles.collect();
+        table.add_row([
+            function.address.to_string(),
+            function.id.clone(),
+            or_dash(function.driver.clone()),
+            or_dash(function.iommu_group.clone()),
+            or_dash((!others.is_empty()).then(|| others.join(" "))),
+            or_dash(function.numa_node.map(|node| node.to_string())),
+            or_dash(function.node.as_ref().map(file)),
+            state(function, &obstacles),
+        ]);
+    }
+    println!("{table}");
+    for function in functions {
+        for obstacle in &function.obstacles {
+            let advice = obstacle.advice();
+            println!("{}: {obstacle}\n    -> {advice}", function.address);
+        }
+    }
+}
+
+fn state(function: &Function, obstacles: &[String]) -> String {
+    if !obstacles.is_empty() {
+        return obstacles.join("; ");
+    }
+    match function.is_rde && function.driver.as_deref() != Some(MODULE) {
+        true => "ready, but nothing protects its management page".into(),
+        false => "ready".into(),
+    }
+}
+
+/// A file with who may open it.
+pub fn file(node: &Node) -> String {
+    let (path, mode) = (node.path.display(), &node.mode);
+    format!("{path} {}:{} {mode}", node.owner, node.group)
+}
