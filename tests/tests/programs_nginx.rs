@@ -18,6 +18,11 @@ struct Nginx {
 /// Two workers that serve a folder with one big and one small file; as root they become another
 /// user, as nginx does by default.
 fn server(site: &Site) -> Nginx {
+    server_that_closes_after(site, 1_000_000)
+}
+
+/// With so many requests for each connection.
+fn server_that_closes_after(site: &Site, requests: u32) -> Nginx {
     let port = place::free_port();
     let big = site.folder.write_noise("big", BIG);
     site.folder.write("small", "a small page, as most are\n");
@@ -38,7 +43,7 @@ http {{
     access_log off;
     sendfile on;
     tcp_nopush on;
-    keepalive_requests 1000000;
+    keepalive_requests {requests};
     client_body_temp_path {here}/body;
     proxy_temp_path {here}/proxy;
     fastcgi_temp_path {here}/fastcgi;
@@ -174,6 +179,21 @@ fn wrk_load(site: Site) {
     assert!(errors == 0 && requests > 1000, "wrk says:\n{output}");
 }
 
+/// Each connection is promoted and ends soon after. wrk counts each event as an error that brings nothing.
+fn wrk_load_on_ever_new_connections(site: Site) {
+    let nginx = server_that_closes_after(&site, 100);
+    let client = site
+        .client(place::command(&["wrk"]))
+        .args(&format!(
+            "-t 2 -c 40 -d 3s http://127.0.0.1:{}/small",
+            nginx.port
+        ))
+        .start();
+    let (output, _) = site.finish(client, nginx.port, 1, LIMIT);
+    let (errors, requests) = wrk_figures(&output);
+    assert!(errors == 0 && requests > 1000, "wrk says:\n{output}");
+}
+
 fn reload_under_load(site: Site) {
     const CONNECTIONS: u64 = 20;
     const RELOADS: u64 = 4;
@@ -237,6 +257,7 @@ in_each_mode!(
     big_file_by_checksum,
     parallel_downloads_and_ranges,
     wrk_load,
+    wrk_load_on_ever_new_connections,
     reload_under_load,
     graceful_end,
 );
@@ -245,6 +266,7 @@ between_nodes!(
     big_file_by_checksum,
     parallel_downloads_and_ranges,
     wrk_load,
+    wrk_load_on_ever_new_connections,
     reload_under_load,
     graceful_end,
 );

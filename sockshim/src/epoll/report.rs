@@ -52,7 +52,7 @@ pub(super) fn strip(epoll: &Epoll, events: &mut [epoll_event], count: usize) -> 
     let secret = SECRET.load(Relaxed);
     let moved = epoll.moved.load(SeqCst) != 0;
     let mapped = MAPPED.load(SeqCst);
-    let may_have_moved = MAPPING.load(SeqCst) != 0 || mapped != epoll.mapped.load(Relaxed);
+    let may_have_moved = may_have_moved(epoll);
     let (mut kept, mut twice) = (0, 0);
     for i in 0..count {
         let Some(event) = events.get(i).copied() else {
@@ -189,14 +189,18 @@ fn take_bell(state: &mut State) {
     }
 }
 
-/// Collects what is ready into `events`; how many. `mine` is 1 when the caller counts as a sleeper.
+/// Collects what is ready into `events`, behind the first `kept` of them, which the kernel gave; how
+/// many there are then. `mine` is 1 when the caller counts as a sleeper.
 pub(super) fn collect(
     epoll: &Epoll,
     guard: &Guard<'_>,
     events: &mut [epoll_event],
+    kept: usize,
     mine: u32,
 ) -> usize {
     let state = guard.state();
+    // Since the kernel's were looked through, see `is_of_streams`.
+    let may_have_moved = kept != 0 && may_have_moved(epoll);
     take_bell(state);
     let look = Look {
         few: epoll.is_few(),
@@ -204,7 +208,7 @@ pub(super) fn collect(
         others: epoll.sleepers.load(SeqCst) > mine,
     };
     let words = state.high.div_ceil(64);
-    let mut found = 0;
+    let mut found = kept;
     let start = state.cursor;
     for step in 0..=words {
         let word = (start / 64 + step) % words.max(1);
@@ -219,6 +223,9 @@ pub(super) fn collect(
         while bits != 0 {
             let bit = word * 64 + bits.trailing_zeros() as usize;
             bits &= bits - 1;
+            if may_have_moved && is_among(state, bit, events.get(..kept).unwrap_or(&[])) {
+                continue;
+            }
             let Some(place) = events.get_mut(found) else {
                 state.cursor = bit;
                 if look.others && has_some(epoll, state) {
@@ -234,6 +241,19 @@ pub(super) fn collect(
         }
     }
     found
+}
+
+/// True when the kernel has given this connection's event, which shows again if it is true.
+fn is_among(state: &mut State, bit: usize, given: &[epoll_event]) -> bool {
+    state.slot(bit).is_some_and(|slot| {
+        slot.events & (EPOLLET | EPOLLONESHOT) as u32 == 0
+            && given.iter().any(|event| event.u64 == slot.data)
+    })
+}
+
+/// True when a connection may have come to a stream since [`strip`].
+fn may_have_moved(epoll: &Epoll) -> bool {
+    MAPPING.load(SeqCst) != 0 || MAPPED.load(SeqCst) != epoll.mapped.load(Relaxed)
 }
 
 /// True when some stream has an event now, which is not taken.

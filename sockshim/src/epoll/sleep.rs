@@ -52,7 +52,7 @@ pub unsafe fn wait_on(
     if !ours && kept != 0 {
         return kept as c_int;
     }
-    let found = kept + now(epoll, events.get_mut(kept..).unwrap_or(&mut []));
+    let found = now(epoll, events, kept);
     if found != 0 {
         return found as c_int;
     }
@@ -65,11 +65,11 @@ fn count_out(epoll: &Epoll) {
     let _ = epoll.sleepers.fetch_update(SeqCst, SeqCst, less);
 }
 
-/// What the instance has after its inner one has spoken, without waiting.
-fn now(epoll: &Epoll, events: &mut [epoll_event]) -> usize {
+/// What the instance has after its inner one has spoken, without waiting, behind what the kernel gave.
+fn now(epoll: &Epoll, events: &mut [epoll_event], kept: usize) -> usize {
     harvest(epoll);
     follow_leavers(epoll);
-    take(epoll).map_or(0, |guard| collect(epoll, &guard, events, 0))
+    take(epoll).map_or(kept, |guard| collect(epoll, &guard, events, kept, 0))
 }
 
 /// The wait on an instance that holds streams.
@@ -118,7 +118,7 @@ fn last_look(
         found += strip(epoll, events, got as usize).0;
     }
     if found == 0 {
-        found = now(epoll, events);
+        found = now(epoll, events, 0);
     }
     found as c_int
 }
@@ -129,7 +129,7 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     let state = guard.state();
     let now = clock::ticks();
     if now.wrapping_sub(state.asked_at) <= clock::ticks_of(ASK_KERNEL_US) {
-        return collect(epoll, &guard, events, 0);
+        return collect(epoll, &guard, events, 0, 0);
     }
     state.asked_at = now;
     // With room for one only, they take turns.
@@ -144,11 +144,10 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
         }
     }
     follow_leavers(epoll);
-    if let Some(rest) = events.get_mut(found..)
-        && !rest.is_empty()
+    if found < events.len()
         && let Some(guard) = take(epoll)
     {
-        found += collect(epoll, &guard, rest, 0);
+        found = collect(epoll, &guard, events, found, 0);
     }
     if found == 0 && !kernel_first {
         found = ask_kernel(epoll, epfd, events);
@@ -191,7 +190,7 @@ fn sleep_counted(
             ask(state, bit, false);
             false
         });
-        let found = collect(epoll, &guard, events, 1);
+        let found = collect(epoll, &guard, events, 0, 1);
         if found != 0 {
             return Some(found as c_int);
         }
@@ -219,7 +218,7 @@ fn sleep_counted(
     }
     let mut found = kept;
     if let Some(guard) = take(epoll) {
-        found += collect(epoll, &guard, events.get_mut(kept..).unwrap_or(&mut []), 1);
+        found = collect(epoll, &guard, events, kept, 1);
     }
     (found != 0 || (got == 0 && deadline.left() == Some(0))).then_some(found as c_int)
 }
