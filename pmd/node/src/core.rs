@@ -210,9 +210,15 @@ impl Core {
         Ok(worked)
     }
 
-    /// The stages of a turn; their times are taken when it is `TIMED`.
+    /// The stages of a turn; their times are taken when it is `TIMED`. What programs have written goes
+    /// first: the other end waits for it, and for nothing of the rest.
     fn stages<const TIMED: bool>(&mut self) -> Result<bool, DeviceFailed> {
-        let mut worked = self.step();
+        let mut worked = self.poll_hot();
+        self.lap::<TIMED>(Stage::Streams);
+        if worked {
+            self.drive::<TIMED>()?;
+        }
+        worked |= self.step();
         self.lap::<TIMED>(Stage::Device);
         worked |= self.completions()?;
         self.lap::<TIMED>(Stage::Completions);
@@ -222,8 +228,6 @@ impl Core {
         self.lap::<TIMED>(Stage::Commands);
         worked |= self.looks();
         self.lap::<TIMED>(Stage::Looks);
-        worked |= self.poll_hot();
-        self.lap::<TIMED>(Stage::Streams);
         worked |= self.drive::<TIMED>()?;
         Ok(worked)
     }

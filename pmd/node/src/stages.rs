@@ -27,6 +27,8 @@ macro_rules! stages {
 }
 
 stages! {
+    /// Streams that are polled.
+    Streams "streams";
     /// The model of the device, where it is one in this process and this core steps it.
     Device "device";
     /// Completions.
@@ -37,8 +39,6 @@ stages! {
     Commands "commands";
     /// Streams that the anchors' thread wants to be looked at.
     Looks "looks";
-    /// Streams that are polled.
-    Streams "streams";
     /// The protocol: what is to be said and written.
     Protocol "protocol";
     /// Posting that, and telling what has happened.
