@@ -136,7 +136,41 @@ impl Translation {
         Ok(())
     }
 
-    /// As above, for words.
+    /// As above, where the bytes lie in several mappings, one behind the other, as where an IOMMU maps pages:
+    /// for each part its place among the bytes, host address and length. Nothing is accessed when one is missing.
+    #[cold]
+    fn across(
+        &self,
+        iova: u64,
+        len: usize,
+        write: bool,
+        mut access: impl FnMut(usize, NonNull<u8>, usize),
+    ) -> Result<(), DmaFault> {
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let end = iova.checked_add(len as u64).ok_or(DmaFault)?;
+        let (first, _) = mappings.range(..=iova).next_back().ok_or(DmaFault)?;
+        let parts = || mappings.range(*first..end);
+        let mut reached = iova;
+        for (start, mapping) in parts() {
+            if *start > reached || (write && !mapping.writable) {
+                return Err(DmaFault);
+            }
+            reached = start + mapping.len;
+        }
+        if reached < end {
+            return Err(DmaFault);
+        }
+        for (start, mapping) in parts() {
+            let from = iova.max(*start);
+            let until = end.min(start + mapping.len);
+            // SAFETY: inside a mapping.
+            let host = unsafe { mapping.host.add((from - start) as usize) };
+            access((from - iova) as usize, host, (until - from) as usize);
+        }
+        Ok(())
+    }
+
+    /// As [`Translation::with`], for words.
     fn with_words(
         &self,
         iova: u64,
@@ -167,6 +201,13 @@ impl Dma for Translation {
             // writes meanwhile are old or new, as with a real device.
             unsafe { host.copy_to_nonoverlapping(NonNull::from(&mut *to).cast(), to.len()) }
         })
+        .or_else(|_| {
+            self.across(iova, to.len(), false, |at, host, len| {
+                let part = NonNull::from(&mut to[at..at + len]).cast();
+                // SAFETY: as above, for a part.
+                unsafe { host.copy_to_nonoverlapping(part, len) }
+            })
+        })
     }
 
     fn write(&self, iova: u64, from: &[u8]) -> Result<(), DmaFault> {
@@ -174,17 +215,39 @@ impl Dma for Translation {
             // SAFETY: as above, and nobody holds a reference into mapped memory.
             unsafe { host.copy_from_nonoverlapping(NonNull::from(from).cast(), from.len()) }
         })
-    }
-
-    fn load(&self, iova: u64, to: &mut [u64]) -> Result<(), DmaFault> {
-        self.with_words(iova, to.len(), false, |words| {
-            for (word, to) in words.iter().zip(to) {
-                *to = word.load(Ordering::Acquire);
-            }
+        .or_else(|_| {
+            self.across(iova, from.len(), true, |at, host, len| {
+                let part = NonNull::from(&from[at..at + len]).cast();
+                // SAFETY: as above, for a part.
+                unsafe { host.copy_from_nonoverlapping(part, len) }
+            })
         })
     }
 
+    fn load(&self, iova: u64, to: &mut [u64]) -> Result<(), DmaFault> {
+        let load = |words: &[AtomicU64], to: &mut [u64]| {
+            for (word, to) in words.iter().zip(to) {
+                *to = word.load(Ordering::Acquire);
+            }
+        };
+        let whole = self.with_words(iova, to.len(), false, |words| load(words, to));
+        if whole.is_ok() || !iova.is_multiple_of(8) {
+            return whole;
+        }
+        let mut aligned = true;
+        self.across(iova, to.len() * 8, false, |at, host, len| {
+            aligned &= host.cast::<u64>().is_aligned() && at % 8 == 0 && len % 8 == 0;
+            if aligned {
+                // SAFETY: as in `with_words`.
+                let words = unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), len / 8) };
+                load(words, &mut to[at / 8..]);
+            }
+        })?;
+        if aligned { Ok(()) } else { Err(DmaFault) }
+    }
+
     fn store(&self, iova: u64, from: &[u64]) -> Result<(), DmaFault> {
+        // An entry does not cross a page.
         self.with_words(iova, from.len(), true, |words| {
             for (word, from) in words.iter().zip(from).skip(1).rev() {
                 word.store(*from, Ordering::Relaxed);
@@ -206,6 +269,13 @@ impl Dma for Translation {
             // accessed through atomics, or by copies that take bytes as they come.
             see(unsafe { std::slice::from_raw_parts(host.as_ptr().cast(), len) })
         })
+        .or_else(|_| {
+            let mut bytes = vec![0; len];
+            self.read(iova, &mut bytes)?;
+            let bytes: Vec<AtomicU8> = bytes.into_iter().map(AtomicU8::new).collect();
+            see(&bytes);
+            Ok(())
+        })
     }
 
     fn write_shown(&self, iova: u64, from: &[AtomicU8]) -> Result<(), DmaFault> {
@@ -215,5 +285,80 @@ impl Dma for Translation {
             // with a real device.
             unsafe { host.copy_from(shown, from.len()) }
         })
+        .or_else(|_| {
+            self.across(iova, from.len(), true, |at, host, len| {
+                let part = NonNull::from(&from[at..at + len]).cast::<u8>();
+                // SAFETY: as above, for a part.
+                unsafe { host.copy_from(part, len) }
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pages in any order in the host's memory, as an IOMMU has them, each of 16 bytes.
+    fn pages(memory: &mut [u8], places: &[(u64, usize, bool)]) -> Translation {
+        let translation = Translation::default();
+        let base = NonNull::from(memory).cast::<u8>();
+        for (iova, at, writable) in places {
+            let mapping = Mapping {
+                // SAFETY: the tests stay inside.
+                host: unsafe { base.add(*at) },
+                len: 16,
+                writable: *writable,
+                _memory: None,
+            };
+            translation.insert(*iova, mapping).unwrap();
+        }
+        translation
+    }
+
+    #[test]
+    fn bytes_lie_in_several_mappings() {
+        let mut memory: Vec<u8> = (0..64).collect();
+        let translation = pages(
+            &mut memory,
+            &[(0x100, 32, true), (0x110, 0, true), (0x120, 48, true)],
+        );
+        let expected: Vec<u8> = (40..48).chain(0..16).chain(48..50).collect();
+        let mut read = [0; 26];
+        translation.read(0x108, &mut read).unwrap();
+        assert_eq!(read, expected[..]);
+        let mut shown = Vec::new();
+        let see = &mut |bytes: &[AtomicU8]| {
+            shown = bytes.iter().map(|b| b.load(Ordering::Relaxed)).collect();
+        };
+        translation.show(0x108, 26, see).unwrap();
+        assert_eq!(shown, expected);
+        let mut words = [0; 3];
+        translation.load(0x108, &mut words).unwrap();
+        let expected: Vec<[u8; 8]> = words.map(u64::to_le_bytes).into();
+        assert_eq!(expected.concat(), read[..24]);
+        translation.write(0x10e, &[100, 101, 102]).unwrap();
+        let from = [103, 104, 105].map(AtomicU8::new);
+        translation.write_shown(0x11e, &from).unwrap();
+        let mut read = [0; 19];
+        translation.read(0x10e, &mut read).unwrap();
+        assert_eq!(read[..4], [100, 101, 102, 1]);
+        assert_eq!(read[15..], [14 - 1, 103, 104, 105]);
+    }
+
+    #[test]
+    fn a_gap_and_memory_that_is_not_to_be_written_are_faults() {
+        let mut memory: Vec<u8> = (0..64).collect();
+        let places = [(0x100, 0, true), (0x110, 16, false), (0x130, 32, true)];
+        let translation = pages(&mut memory, &places);
+        let mut read = [0; 32];
+        assert!(translation.read(0x118, &mut read[..9]).is_err());
+        assert!(translation.read(0x0f8, &mut read).is_err());
+        assert!(translation.read(0x138, &mut read[..9]).is_err());
+        assert!(translation.read(u64::MAX - 3, &mut read).is_err());
+        assert!(translation.read(0x100, &mut read).is_ok());
+        assert!(translation.write(0x10c, &[1; 8]).is_err());
+        translation.read(0x100, &mut read).unwrap();
+        assert_eq!(read[12], 12, "nothing was written");
     }
 }
