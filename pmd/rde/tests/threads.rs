@@ -4,10 +4,13 @@ use rdsock_model::{Chaos, Fabric, Running};
 use rdsock_rde::*;
 use rdsock_vfio::{Shared, Space, model::ModelDevice};
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 const RINGS: u64 = 256;
 const PIECE: u64 = 64;
 const MESSAGES: u64 = 50_000;
+/// Much more than it takes, even on a busy machine.
+const LIMIT: Duration = Duration::from_secs(120);
 
 fn open(fabric: &Fabric, id: u16) -> Rde {
     let rde = Rde::open(Space::new(Arc::new(ModelDevice::new(fabric, 1)))).unwrap();
@@ -22,6 +25,9 @@ fn exchange(rde: &Rde, me: u16, region: &Region, key: spec::Key, both: &Barrier)
     let local = Shared::new(&memory, 0, (RINGS * PIECE) as usize).unwrap();
     let (mut sent, mut credit, mut received, mut completed) = (0, RINGS, 0, 0);
     let mut told = 0;
+    // Nothing can be sent to a queue set that is not there yet.
+    both.wait();
+    let start = Instant::now();
     while received < MESSAGES || completed < MESSAGES + 1 || credit < MESSAGES {
         set.poll_completions(64, |done| {
             assert!(done.status.is_ok(), "{done:?}");
@@ -86,6 +92,7 @@ fn exchange(rde: &Rde, me: u16, region: &Region, key: spec::Key, both: &Barrier)
         }
         set.ring();
         std::thread::yield_now();
+        assert!(start.elapsed() < LIMIT, "the other end has given up");
     }
     set.check().unwrap();
     // The other end may still wait for the last credit, which dropping the set could forget.
