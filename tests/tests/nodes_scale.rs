@@ -38,7 +38,7 @@ fn a_thousand_connections_at_once() {
 fn gigabytes_both_ways_at_once() {
     let soak = std::env::var_os("RDSOCK_SOAK").is_some();
     let (megabytes, limit) = if soak {
-        (10_240, 10 * LIMIT)
+        (10_240_u64, 10 * LIMIT)
     } else {
         (1024, LIMIT)
     };
