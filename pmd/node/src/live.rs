@@ -41,7 +41,6 @@ pub(crate) struct Live {
     pub hot: bool,
     /// When something happened last.
     pub moved: u64,
-    /// The program has written more than the protocol can be told of yet.
     /// What the anchors' thread is to do: bits of [`mod@todo`].
     pub ask: u32,
     /// The core that the program was told, plus 1.
