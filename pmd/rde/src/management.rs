@@ -75,6 +75,10 @@ impl Management {
     /// One of the device's own counters (3.3), by its word; `None` when the page can't be read: the device is gone, or
     /// the kernel keeps the page for itself.
     pub fn counter(&self, word: usize) -> Option<u64> {
+        if self.is_kept() {
+            // It would refuse, and count the attempt.
+            return None;
+        }
         let value = (self.registers).read64(management::COUNTERS + 8 * word as u64);
         (value != u64::MAX).then_some(value)
     }

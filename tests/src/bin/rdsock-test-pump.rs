@@ -1,13 +1,15 @@
 //! A program for the fault tests: plain sockets, every byte checked, and one line for whatever
 //! happens to a connection. It knows nothing of rdsock.
 //!
-//! - `serve PORT` echoes on each connection.
-//! - `send PORT MEGABYTES MB_PER_S` sends a pattern at that rate and checks the echo of it.
-//! - `hold PORT COUNT SECONDS` opens connections, uses each a little, leaves them idle for so
+//! - `serve AT` echoes on each connection.
+//! - `send AT MEGABYTES MB_PER_S` sends a pattern at that rate and checks the echo of it.
+//! - `hold AT COUNT SECONDS` opens connections, uses each a little, leaves them idle for so
 //!   long, and uses each again.
+//!
+//! AT is an address with a port, or a port of 127.0.0.1.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,24 +21,31 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let number = |word: &str| word.parse::<u64>().expect("a number");
     match words.as_slice() {
-        ["serve", port] => serve(number(port) as u16),
-        ["send", port, megabytes, rate] => {
-            send(number(port) as u16, number(megabytes) << 20, number(rate))
+        ["serve", at] => serve(address(at)),
+        ["send", at, megabytes, rate] => {
+            send(address(at), number(megabytes) << 20, number(rate))
         }
-        ["hold", port, count, seconds] => hold(number(port) as u16, number(count), number(seconds)),
+        ["hold", at, count, seconds] => hold(address(at), number(count), number(seconds)),
         _ => {
-            eprintln!("usage: serve PORT | send PORT MEGABYTES MB_PER_S | hold PORT COUNT SECONDS");
+            eprintln!("usage: serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS");
             ExitCode::from(2)
         }
     }
 }
 
-fn connect(port: u16) -> TcpStream {
-    TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("the server listens")
+fn address(word: &str) -> SocketAddr {
+    match word.parse::<u16>() {
+        Ok(port) => (Ipv4Addr::LOCALHOST, port).into(),
+        Err(_) => word.parse().expect("an address with a port, or a port"),
+    }
 }
 
-fn serve(port: u16) -> ExitCode {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free");
+fn connect(at: SocketAddr) -> TcpStream {
+    TcpStream::connect(at).expect("the server listens")
+}
+
+fn serve(at: SocketAddr) -> ExitCode {
+    let listener = TcpListener::bind(at).expect("the port is free");
     println!("listening");
     for connection in listener.incoming() {
         let mut connection = match connection {
@@ -105,8 +114,8 @@ fn block_at(pattern: &[u8], position: u64) -> &[u8] {
     pattern.get(start..start + BLOCK).unwrap_or_default()
 }
 
-fn send(port: u16, bytes: u64, rate: u64) -> ExitCode {
-    let mut connection = connect(port);
+fn send(at: SocketAddr, bytes: u64, rate: u64) -> ExitCode {
+    let mut connection = connect(at);
     let mut writer = connection.try_clone().expect("a socket can be duplicated");
     let pattern = Arc::new(pattern());
     let right = Arc::clone(&pattern);
@@ -153,8 +162,8 @@ fn send(port: u16, bytes: u64, rate: u64) -> ExitCode {
     }
 }
 
-fn hold(port: u16, count: u64, seconds: u64) -> ExitCode {
-    let mut connections: Vec<TcpStream> = (0..count).map(|_| connect(port)).collect();
+fn hold(at: SocketAddr, count: u64, seconds: u64) -> ExitCode {
+    let mut connections: Vec<TcpStream> = (0..count).map(|_| connect(at)).collect();
     for round in 0..24 {
         talk(&mut connections, round);
         std::thread::sleep(Duration::from_millis(2));

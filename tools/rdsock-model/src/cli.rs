@@ -22,7 +22,8 @@ pub struct Flags {
     /// Spin without work, too, rather than look every 50 µs
     #[arg(long)]
     pub busy: bool,
-    /// Print what the devices did, as one line of JSON for each: at the end, and every SECONDS if that is not 0
+    /// Print what the devices did, as one line of JSON for each: at the end, and every SECONDS if that is not 0.
+    /// At SIGUSR1 that is printed in any case
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "0")]
     pub stats: Option<u64>,
     /// Seed of the faults below

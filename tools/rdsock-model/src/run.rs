@@ -54,11 +54,18 @@ pub fn run(plan: &Plan) -> Result<(), RunError> {
     };
     loop {
         let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, pause) {
-            Ok(0) => print(&servers)?,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(RunError::System("waiting for signals", errno.into())),
-            Ok(_) => break,
+        let ready = match poll(&mut fds, pause) {
+            Ok(0) => {
+                print(&servers)?;
+                continue;
+            }
+            Err(Errno::EINTR) => continue,
+            ready => ready,
+        };
+        let came = ready.and_then(|_| signals.read_signal());
+        match came.map_err(|errno| RunError::System("waiting for signals", errno.into()))? {
+            Some(signal) if signal.ssi_signo == Signal::SIGUSR1 as u32 => print(&servers)?,
+            _ => break,
         }
     }
     if plan.stats.is_some() {
@@ -71,6 +78,7 @@ fn signals() -> Result<SignalFd, Errno> {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGINT);
     mask.add(Signal::SIGTERM);
+    mask.add(Signal::SIGUSR1);
     mask.thread_block()?;
     SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC)
 }

@@ -4,11 +4,19 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 /// An empty table with a heading, as wide as the terminal.
 pub fn table<const N: usize>(heading: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_preset(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(heading);
+    let table = Table::new();
+    let width = table.width();
+    laid_out(table, width, heading)
+}
+
+/// Columns of a terminal that has not said how many it has: that of a serial console says 0.
+const NARROWEST: u16 = 20;
+
+fn laid_out<const N: usize>(mut table: Table, width: Option<u16>, heading: [&str; N]) -> Table {
+    if width.is_some_and(|columns| columns >= NARROWEST) {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
+    table.load_preset(presets::NOTHING).set_header(heading);
     table
 }
 
@@ -28,11 +36,28 @@ pub fn bytes(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_without_a_width_gets_whole_words() {
+        let show = |width: u16| {
+            let mut table = Table::new();
+            table.set_width(width).force_no_tty();
+            let mut table = laid_out(table, Some(width), ["ADDRESS", "DRIVER"]);
+            table.add_row(["0000:03:00.0", "rdsock-vfio"]);
+            table.to_string()
+        };
+        for width in [0, 100] {
+            assert!(show(width).contains("0000:03:00.0"), "{}", show(width));
+        }
+        assert!(!show(22).contains("0000:03:00.0"), "{}", show(22));
+    }
+
     #[test]
     fn sizes_have_a_unit() {
-        assert_eq!(super::bytes(0), "0 B");
-        assert_eq!(super::bytes(1023), "1023 B");
-        assert_eq!(super::bytes(8 << 20), "8.0 MiB");
-        assert_eq!(super::bytes(u64::MAX), "16777216.0 TiB");
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(8 << 20), "8.0 MiB");
+        assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
     }
 }
