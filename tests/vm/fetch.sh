@@ -3,8 +3,9 @@
 #
 #   CACHE/qemu       QEMU that can connect to a vfio-user device (10.1 or later), with its libraries
 #   CACHE/linux-V    for V in 6.12 and 6.1: headers to build modules with; of 6.12 the kernel and its modules too
+#   CACHE/source     of 6.12: VFIO, iommufd and what of the kernel they need, which iommufd.sh builds
 #   CACHE/busybox    a static busybox
-#   CACHE/versions   what of which version
+#   CACHE/versions   what of which version, fetched by which version of this
 #
 # Needs no root: apt works on lists of its own, nothing is installed. The mirror is the one that this machine uses.
 # Ends with status 77, and says why, where the mirror has no such packages.
@@ -17,7 +18,8 @@ skip() {
     exit 77
 }
 
-[ ! -e "$CACHE/versions" ] || exit 0
+ours="by $(cksum <"$0" | cut -d ' ' -f 1)"
+! grep -sqx "$ours" "$CACHE/versions" || exit 0
 [ "$(uname -m)" = x86_64 ] || skip "the virtual machine is an x86-64 one, and so must the host be"
 command -v apt-get >/dev/null || skip "there is no apt to fetch QEMU and a kernel with"
 KEYS=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -34,7 +36,7 @@ CACHE=$(cd "$CACHE" && pwd)
 apt=$CACHE/apt
 # It names the mirror, and is of no use later.
 trap 'rm -rf "$apt"' EXIT
-rm -rf "$apt" "$CACHE"/qemu "$CACHE"/linux-*
+rm -rf "$apt" "$CACHE"/qemu "$CACHE"/linux-* "$CACHE"/module-* "$CACHE"/source "$CACHE"/iommufd
 mkdir -p "$apt/state/lists/partial" "$apt/cache/archives/partial" "$apt/etc" "$apt/debs"
 # No package is installed, as far as this apt knows, so that it fetches all that QEMU needs, libc too.
 : >"$apt/status"
@@ -101,10 +103,22 @@ for kernel in $KERNELS; do
     echo "linux $release $(version "$headers")" >>"$CACHE/versions.new"
 done
 
+# Of the source of the first kernel, what iommufd.sh wants. The package has it as an archive.
+source=linux-source-${KERNELS%% *}
+[ "$(version "$source")" != "(none)" ] || skip "the mirror has no $source"
+(cd "$apt/debs" && apt apt-get download "$source" && mv ./*.deb source.package)
+mkdir "$CACHE/source"
+dpkg-deb --fsys-tarfile "$apt/debs/source.package" | tar -xO "./usr/src/$source.tar.xz" |
+    tar -xJC "$CACHE/source" --strip-components=1 --wildcards "$source/drivers/iommu/iommufd/*" \
+        "$source/drivers/iommu/iommu-priv.h" "$source/drivers/vfio/*" "$source/lib/interval_tree.c"
+rm "$apt/debs/source.package"
+echo "source $(version "$source")" >>"$CACHE/versions.new"
+
 unpack "$CACHE/tools" busybox-static
 find "$CACHE/tools" -name busybox -type f -perm -100 -exec cp {} "$CACHE/busybox" \;
 [ -x "$CACHE/busybox" ]
 rm -rf "$CACHE/tools"
 echo "busybox $(version busybox-static)" >>"$CACHE/versions.new"
+echo "$ours" >>"$CACHE/versions.new"
 mv "$CACHE/versions.new" "$CACHE/versions"
 cat "$CACHE/versions"

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Builds what the virtual machine boots into: tests/vm/image.sh CACHE TARGET IMAGE
 #
-# busybox; the modules of the kernel in CACHE, and ours; programs that are linked statically; and, since a shim needs such,
-# programs that are not, with their libraries. CACHE is fetch.sh's, TARGET cargo's.
+# busybox; the modules of the kernel in CACHE, and ours; programs, with the libraries that they need. CACHE is fetch.sh's,
+# TARGET cargo's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 CACHE=$1 TARGET=$2 IMAGE=$3
@@ -25,11 +25,7 @@ for module in irqbypass vfio vfio_iommu_type1 vfio-pci-core vfio-pci inet_diag t
     esac
 done
 strip -g -o "$root/modules/rdsock-vfio.ko" "$CACHE/module-$KERNEL/rdsock-vfio.ko"
-
-static=$TARGET/x86_64-unknown-linux-gnu/debug
-strip -o "$root/bin/driver" "$static/rdsock-vm-driver"
-strip -o "$root/bin/edu" "$static/examples/edu"
-"${CC:-gcc}" -static -O1 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-result -o "$root/bin/attacker" $GUEST/attacker.c
+cp -r "$CACHE/iommufd/modules" "$root/modules/iommufd"
 
 # Copies a file to its place in the guest, and the libraries that it needs to theirs.
 pack() {
@@ -43,8 +39,10 @@ PATH=$PATH:/usr/sbin:/sbin
 for program in redis-server redis-cli redis-benchmark iperf3 sockperf nginx curl setpriv; do
     pack "$(command -v $program)"
 done
-for file in rdsockd rdsock rdsock-test-pump librdsock.so; do
-    strip -g -o "$work/$file" "$TARGET/debug/$file"
-    pack "$work/$file"
+for file in rdsockd rdsock rdsock-test-pump rdsock-vm-driver examples/edu librdsock.so; do
+    strip -g -o "$work/${file##*/}" "$TARGET/debug/$file"
+    pack "$work/${file##*/}"
 done
+"${CC:-gcc}" -O1 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-result -o "$work/attacker" $GUEST/attacker.c
+pack "$work/attacker"
 (cd "$root" && find . | "$CACHE/busybox" cpio -o -H newc 2>/dev/null | gzip -1) >"$IMAGE"

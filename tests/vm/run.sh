@@ -14,7 +14,7 @@ export KERNEL=6.12
 VM=tests/vm
 MODEL=$TARGET/debug/rdsock-model
 SUITES=("$@")
-[ $# != 0 ] || SUITES=(programs module driver removal no_remapping no_iommu)
+[ $# != 0 ] || SUITES=(programs module driver iommufd removal no_remapping no_iommu)
 # A machine takes some ten seconds; a busy host needs more.
 LIMIT=${RDSOCK_VM_LIMIT:-240}
 # Suites that run at a time.
@@ -33,18 +33,14 @@ finish() {
 trap finish EXIT
 trap 'exit 130' INT TERM
 
-# Fetching waits for the network, and building for the processor: at the same time.
+# Fetching waits for the network, building for the processor.
 $VM/fetch.sh "$CACHE" >"$work/fetch.log" 2>&1 &
 fetching=$!
 for program in redis-server redis-cli iperf3 sockperf nginx curl setpriv gcc make; do
     PATH=$PATH:/usr/sbin:/sbin command -v $program >/dev/null || { tests/setup.sh; break; }
 done
-cargo build -q --locked -p rdsock-model-server -p rdsockd -p rdsock -p sockshim -p rdsock-tests --bins --lib
-# Linked statically, since the machine has no libraries. The target is named so that what runs here is not.
-RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" \
-    cargo build -q --locked --target x86_64-unknown-linux-gnu -p rdsock-vm-driver -p rdsock-vfio \
-    --bin rdsock-vm-driver --example edu
-[ -x "$MODEL" ]
+cargo build -q --locked -p rdsock-model-server -p rdsockd -p rdsock -p sockshim -p rdsock-vm-driver -p rdsock-vfio -p rdsock-tests \
+    --lib --bin rdsock-model --bin rdsockd --bin rdsock --bin rdsock-vm-driver --bin rdsock-test-pump --example edu
 say "built the programs"
 status=0
 wait "$fetching" || status=$?
@@ -65,6 +61,8 @@ for linux in "$CACHE"/linux-*; do
     ! grep -E 'main.c.*warning' "$work/make.log"
     say "the module builds for Linux $release, with -Wall -Werror W=1"
 done
+$VM/iommufd.sh "$CACHE" >"$work/make.log" 2>&1 || { cat "$work/make.log"; echo "iommufd does not build for Linux $KERNEL"; exit 1; }
+say "built VFIO with iommufd"
 $VM/image.sh "$CACHE" "$TARGET" "$work/guest.gz"
 say "built the guest"
 

@@ -1,5 +1,5 @@
-// The refusals of kmod-minimal, tried as an attacker would: attacker BDF. The device is bound to the module, which was
-// loaded with group=4242. Run as root; some tests give that up in a child.
+// The refusals of kmod-minimal, tried as an attacker would: attacker BDF [iommufd]. The device is bound to the module, which was
+// loaded with group=4242. Run as root; some tests give that up in a child. It is opened by its group, or by iommufd.
 //
 // attacker BDF plain: what there is instead when it is bound to the kernel's own vfio-pci.
 // attacker BDF open: says whether it can be opened. attacker BDF hold: opens it, and waits.
@@ -131,11 +131,10 @@ static void settings_have_permissions(void)
     REFUSED(store("peers", "1-1023"), EACCES);
 }
 
-static void group_is_taken(void)
+static void is_taken(void)
 {
-    char path[64];
-    snprintf(path, sizeof(path), "/dev/vfio/%d", group_of(bdf));
-    REFUSED(open(path, O_RDWR), EBUSY);
+    struct device d;
+    REFUSED(open_device(&d, bdf), by_iommufd ? EINVAL : EBUSY);
 }
 
 // STATUS says whether the device is a node of the fabric; read on a queue page.
@@ -192,10 +191,9 @@ static void openers(void)
 {
     test("module_checks_who_opens");
     int before = failed;
-    char path[64];
-    snprintf(path, sizeof(path), "/dev/vfio/%d", group_of(bdf));
+    const char *path = node_of(bdf);
     // Somebody was careless with the node.
-    check(!chmod(path, 0666) && !chmod("/dev/vfio/vfio", 0666), "chmod");
+    check(!chmod(path, 0666) && !chmod(container_node(), 0666), "chmod");
     as_stranger(STRANGER, is_refused);
     without_net_admin(is_refused);
     passed(before);
@@ -211,9 +209,8 @@ static void owners(void)
 {
     test("one_owner_at_a_time");
     int before = failed;
-    struct device d;
-    REFUSED(open_device(&d, bdf), EBUSY);
-    as_stranger(GROUP, group_is_taken);
+    is_taken();
+    as_stranger(GROUP, is_taken);
     REFUSED(store("node_id", "2"), EBUSY);
     REFUSED(store("peers", "1-1023"), EBUSY);
     passed(before);
@@ -401,6 +398,9 @@ int main(int argc, char **argv)
     if (argc < 2)
         return 2;
     bdf = argv[1];
+    by_iommufd = argc > 2 && !strcmp(argv[2], "iommufd");
+    argv += by_iommufd;
+    argc -= by_iommufd;
     if (argc > 2 && !strcmp(argv[2], "plain")) {
         plain();
         return failed != 0;

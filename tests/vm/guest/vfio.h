@@ -1,5 +1,6 @@
 // Devices through the kernel's VFIO, with nothing of rdsock's own code: what an attacker has.
 #pragma once
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -54,6 +55,25 @@ static inline void passed(int before)
     fflush(stdout);
 }
 
+// Whether devices are opened by a character device of their own and iommufd, or by group and container.
+static bool by_iommufd;
+
+// Of linux/vfio.h and linux/iommufd.h, where they are as new as that.
+struct bind_iommufd {
+    uint32_t argsz, flags;
+    int32_t iommufd;
+    uint32_t out_devid;
+};
+struct attach_iommufd {
+    uint32_t argsz, flags, pt_id;
+};
+struct ioas_alloc {
+    uint32_t size, flags, out_ioas_id;
+};
+#define BIND_IOMMUFD _IO(VFIO_TYPE, VFIO_BASE + 18)
+#define ATTACH_IOMMUFD _IO(VFIO_TYPE, VFIO_BASE + 19)
+#define IOAS_ALLOC _IO(';', 0x81)
+
 struct device {
     int container, group, fd;
 };
@@ -69,6 +89,30 @@ static inline int group_of(const char *bdf)
     return atoi(strrchr(target, '/') + 1);
 }
 
+// The file that a device is opened by, and the one that its address space comes from.
+static inline const char *node_of(const char *bdf)
+{
+    static char path[PATH_MAX];
+    if (!by_iommufd) {
+        snprintf(path, sizeof(path), "/dev/vfio/%d", group_of(bdf));
+        return path;
+    }
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/vfio-dev", bdf);
+    DIR *dir = opendir(path);
+    strcpy(path, "there is no vfio-dev");
+    for (struct dirent *entry; dir && (entry = readdir(dir));)
+        if (entry->d_name[0] == 'v')
+            snprintf(path, sizeof(path), "/dev/vfio/devices/%s", entry->d_name);
+    if (dir)
+        closedir(dir);
+    return path;
+}
+
+static inline const char *container_node(void)
+{
+    return by_iommufd ? "/dev/iommu" : "/dev/vfio/vfio";
+}
+
 static inline void close_device(struct device *d)
 {
     // The device first: a group goes with its devices.
@@ -81,17 +125,40 @@ static inline void close_device(struct device *d)
     }
 }
 
+static inline void open_by_group(struct device *d, const char *bdf)
+{
+    d->group = open(node_of(bdf), O_RDWR);
+    if (d->group >= 0 && !ioctl(d->group, VFIO_GROUP_SET_CONTAINER, &d->container) &&
+        !ioctl(d->container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
+        d->fd = ioctl(d->group, VFIO_GROUP_GET_DEVICE_FD, bdf);
+}
+
+static inline void open_by_iommufd(struct device *d, const char *bdf)
+{
+    struct bind_iommufd bind = {.argsz = sizeof(bind), .iommufd = d->container};
+    struct ioas_alloc ioas = {.size = sizeof(ioas)};
+    struct attach_iommufd attach = {.argsz = sizeof(attach)};
+    d->fd = open(node_of(bdf), O_RDWR);
+    if (d->fd < 0)
+        return;
+    if (!ioctl(d->fd, BIND_IOMMUFD, &bind) && !ioctl(d->container, IOAS_ALLOC, &ioas)) {
+        attach.pt_id = ioas.out_ioas_id;
+        if (!ioctl(d->fd, ATTACH_IOMMUFD, &attach))
+            return;
+    }
+    int error = errno;
+    close(d->fd);
+    d->fd = -1;
+    errno = error;
+}
+
 // -1 and errno as the step that failed left it.
 static inline int open_device(struct device *d, const char *bdf)
 {
-    char path[64];
-    snprintf(path, sizeof(path), "/dev/vfio/%d", group_of(bdf));
-    d->container = open("/dev/vfio/vfio", O_RDWR);
-    d->group = open(path, O_RDWR);
-    d->fd = -1;
-    if (d->container >= 0 && d->group >= 0 && !ioctl(d->group, VFIO_GROUP_SET_CONTAINER, &d->container) &&
-        !ioctl(d->container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
-        d->fd = ioctl(d->group, VFIO_GROUP_GET_DEVICE_FD, bdf);
+    d->container = open(container_node(), O_RDWR);
+    d->group = d->fd = -1;
+    if (d->container >= 0)
+        (by_iommufd ? open_by_iommufd : open_by_group)(d, bdf);
     if (d->fd < 0) {
         int error = errno;
         close_device(d);

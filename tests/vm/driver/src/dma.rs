@@ -3,14 +3,13 @@
 //! The entries of the region table are written past the driver, which would not name memory that it does not have: this
 //! plays a driver that was taken over.
 
-use crate::node::Node;
+use crate::node::{Node, Place};
 use crate::{Outcome, check, test};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rdsock_rde::Remote;
 use rdsock_rde::spec::{Key, REGION_SIZE, REGION_TABLE, Status, region, status};
-use rdsock_vfio::vfio::PciAddress;
 use rdsock_vfio::{Access, Device};
 use std::ffi::c_void;
 use std::io::{BufRead, BufReader};
@@ -188,9 +187,10 @@ pub fn tests(one: &mut Node, two: &mut Node) {
 }
 
 /// A driver that is killed: what it had mapped is not mapped any more.
-pub fn killed(one: &mut Node, b: &PciAddress) -> Outcome {
+pub fn killed(one: &mut Node, b: &Place) -> Outcome {
+    let [address, way] = b.words();
     let mut victim = Command::new(std::env::current_exe()?)
-        .args(["0000:00:00.0", &b.to_string(), "victim"])
+        .args(["0000:00:00.0", &address, &way, "victim"])
         .stdout(Stdio::piped())
         .spawn()?;
     let stdout = victim.stdout.take().ok_or("no pipe")?;
@@ -214,7 +214,7 @@ pub fn killed(one: &mut Node, b: &PciAddress) -> Outcome {
 }
 
 /// Has memory mapped, says by which key it is reached, and waits for its end.
-pub fn victim(b: &PciAddress) -> Outcome {
+pub fn victim(b: &Place) -> Outcome {
     let node = Node::open(b, 2, true)?;
     let memory = Memory::new()?;
     // SAFETY: the memory stays until the process is killed, and the device is closed with it.

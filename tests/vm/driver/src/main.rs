@@ -1,13 +1,13 @@
-//! Tests of the driver on a kernel's own VFIO: `rdsock-vm-driver A B SUITE`, in a virtual machine, with two rde devices at
-//! the PCI addresses A and B. Each test prints "TEST name ok" or "TEST name FAILED: why".
+//! Tests of the driver on a kernel's own VFIO: `rdsock-vm-driver A B WAY SUITE`, in a virtual machine, with two rde devices at
+//! the PCI addresses A and B, opened by their groups or by iommufd. Each test prints "TEST name ok" or "TEST name FAILED: why".
 
 mod dma;
 mod node;
 mod traffic;
 mod user;
 
-use node::Node;
-use rdsock_vfio::vfio::PciAddress;
+use node::{Node, Place};
+use rdsock_vfio::vfio::{PciDevice, Way};
 use std::error::Error;
 use std::process::ExitCode;
 
@@ -27,15 +27,19 @@ fn check(holds: bool, what: impl FnOnce() -> String) -> Outcome {
 }
 
 /// Opens both devices, kept by the module or not.
-fn both(a: &PciAddress, b: &PciAddress, kept: bool) -> Result<(Node, Node), Box<dyn Error>> {
+fn both(a: &Place, b: &Place, kept: bool) -> Result<(Node, Node), Box<dyn Error>> {
     Ok((Node::open(a, 1, kept)?, Node::open(b, 2, kept)?))
 }
 
-fn run(a: &PciAddress, b: &PciAddress, suite: &str) -> Outcome {
+fn run(a: &Place, b: &Place, suite: &str) -> Outcome {
     match suite {
         "kept" => {
             let mut nodes = None;
-            test("driver_opens_through_type1", || {
+            let name = match a.way {
+                Way::Group => "driver_opens_through_type1",
+                Way::Iommufd => "driver_opens_through_iommufd",
+            };
+            test(name, || {
                 nodes = Some(both(a, b, true)?);
                 Ok(())
             });
@@ -63,6 +67,10 @@ fn run(a: &PciAddress, b: &PciAddress, suite: &str) -> Outcome {
                 let (mut one, mut two) = both(a, b, true)?;
                 traffic::exchange(&mut one, &mut two)
             });
+            test("driver_finds_the_newest_way", || {
+                let found = PciDevice::open(&a.address)?.way();
+                check(found == a.way, || format!("it was opened by {found:?}"))
+            });
             test("driver_is_told_of_the_locked_memory_limit", || {
                 user::beyond_the_limit(&Node::open(a, 1, true)?)
             });
@@ -81,15 +89,12 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [a, b, suite] = &args[..] else {
-        eprintln!("usage: rdsock-vm-driver A B SUITE");
+    let [a, b, way, suite] = &args[..] else {
+        eprintln!("usage: rdsock-vm-driver A B group|iommufd SUITE");
         return ExitCode::FAILURE;
     };
-    let done = match (a.parse(), b.parse()) {
-        (Ok(a), Ok(b)) => run(&a, &b, suite),
-        (Err(error), _) | (_, Err(error)) => Err(error.into()),
-    };
-    match done {
+    let places = Place::parse(a, way).and_then(|a| Ok((a, Place::parse(b, way)?)));
+    match places.and_then(|(a, b)| run(&a, &b, suite)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("rdsock-vm-driver: {error}");

@@ -14,6 +14,34 @@ pub const MEMORY: usize = 4 << 20;
 /// How long the emulated machine gets for anything.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Where a device is, and how it is opened.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub address: PciAddress,
+    pub way: Way,
+}
+
+impl Place {
+    pub fn parse(address: &str, way: &str) -> Result<Self, Box<dyn Error>> {
+        let way = match way {
+            "group" => Way::Group,
+            "iommufd" => Way::Iommufd,
+            _ => return Err(format!("{way} is no way to open a device").into()),
+        };
+        let address = address.parse()?;
+        Ok(Place { address, way })
+    }
+
+    /// As on a command line.
+    pub fn words(&self) -> [String; 2] {
+        let way = match self.way {
+            Way::Group => "group",
+            Way::Iommufd => "iommufd",
+        };
+        [self.address.to_string(), way.into()]
+    }
+}
+
 /// In the order in which they must go.
 pub struct Node {
     pub id: u16,
@@ -29,8 +57,8 @@ pub struct Node {
 
 impl Node {
     /// Opens the device as node `id`. `kept` says whether the kernel module is expected to keep its management page.
-    pub fn open(address: &PciAddress, id: u16, kept: bool) -> Result<Self, Box<dyn Error>> {
-        let device = Arc::new(PciDevice::open_by(address, Way::Group)?);
+    pub fn open(place: &Place, id: u16, kept: bool) -> Result<Self, Box<dyn Error>> {
+        let device = Arc::new(PciDevice::open_by(&place.address, place.way)?);
         let rde = Rde::open(Space::new(device.clone()))?;
         let management = rde.management();
         if management.is_kept() != kept {
