@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Tries policy.h: make test. Says what is wrong, and fails. */
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -59,12 +60,19 @@ static void opener(void)
 
 static void device(void)
 {
-	IS(judge_device(RDE_MAGIC_VALUE, 0x00010000), ALLOWED);
-	IS(judge_device(RDE_MAGIC_VALUE, 0x00010007), ALLOWED);
-	IS(judge_device(RDE_MAGIC_VALUE, 0x00020000), NOT_RDE);
-	IS(judge_device(RDE_MAGIC_VALUE + 1, 0x00010000), NOT_RDE);
+	IS(judge_device(RDE_MAGIC_VALUE, 0x00010000, 1023, 1), ALLOWED);
+	IS(judge_device(RDE_MAGIC_VALUE, 0x00010007, 1023, 1), ALLOWED);
+	IS(judge_device(RDE_MAGIC_VALUE, 0x00020000, 1023, 1), NOT_RDE);
+	IS(judge_device(RDE_MAGIC_VALUE + 1, 0x00010000, 1023, 1), NOT_RDE);
+	/* Another device is told from one without a node first. */
+	IS(judge_device(RDE_MAGIC_VALUE, 0x00020000, 1023, 0), NOT_RDE);
 	/* A device that is gone. */
-	IS(judge_device(~0ULL, ~0U), NOT_RDE);
+	IS(judge_device(~0ULL, ~0U, ~0U, 1), NOT_RDE);
+}
+
+static enum refusal judge_node(__u32 node, __u32 max_node)
+{
+	return judge_device(RDE_MAGIC_VALUE, RDE_MAJOR << 16, max_node, node);
 }
 
 static void node(void)
@@ -83,25 +91,26 @@ static void access(void)
 {
 	static const enum refusal kinds[] = { MAPS_PAGE, READS_PAGE, WRITES_PAGE };
 	unsigned int i;
-	u64 at;
+	__u64 at;
 
 	for (i = 0; i < 3; i++) {
 		for (at = 0; at < RDE_REGION_TABLE; at++) {
 			bool shown = kinds[i] == READS_PAGE && at < RDE_SHOWN;
 
-			if (judge_access(kinds[i], 0, at) != (shown ? ALLOWED : kinds[i]))
+			if (judge_access(kinds[i], at) != (shown ? ALLOWED : kinds[i]))
 				IS((int)at, -1);
 		}
-		IS(judge_access(kinds[i], 0, RDE_REGION_TABLE), ALLOWED);
-		IS(judge_access(kinds[i], 0, RDE_BAR0_SIZE), ALLOWED);
-		IS(judge_access(kinds[i], 0, ~0ULL), ALLOWED);
-		IS(judge_access(kinds[i], 2, 0), ALLOWED);
-		IS(judge_access(kinds[i], 7, 0), ALLOWED);
+		IS(judge_access(kinds[i], RDE_REGION_TABLE), ALLOWED);
+		IS(judge_access(kinds[i], RDE_BAR0_SIZE), ALLOWED);
+		/* Other regions lie behind, each 1 << 40 bytes from the last. */
+		IS(judge_access(kinds[i], 2ULL << 40), ALLOWED);
+		IS(judge_access(kinds[i], 7ULL << 40), ALLOWED);
+		IS(judge_access(kinds[i], ~0ULL), ALLOWED);
 	}
 	/* What is shown ends before anything that changes, and before PEERS. */
-	IS(judge_access(READS_PAGE, 0, RDE_NODE_ID), ALLOWED);
-	IS(judge_access(READS_PAGE, 0, RDE_CONTROL), READS_PAGE);
-	IS(judge_access(READS_PAGE, 0, RDE_PEERS), READS_PAGE);
+	IS(judge_access(READS_PAGE, RDE_NODE_ID), ALLOWED);
+	IS(judge_access(READS_PAGE, RDE_CONTROL), READS_PAGE);
+	IS(judge_access(READS_PAGE, RDE_PEERS), READS_PAGE);
 }
 
 /* Each cause has its row. */

@@ -13,20 +13,18 @@
 #define RDE_MAGIC		0x000
 #define RDE_VERSION		0x008
 #define RDE_FEATURES		0x010
-#define RDE_QUEUE_SETS		0x018
+#define RDE_QUEUE_SETS		0x018	/* capabilities, up to KEPT */
 #define RDE_MAX_NODE		0x01c
-#define RDE_MAX_INLINE		0x034
 #define RDE_KEPT		0x038
 #define RDE_NODE_ID		0x040
+#define RDE_SHOWN		0x044	/* reads of the page that is kept give what lies before */
 #define RDE_CONTROL		0x048
+#define RDE_CONTROL_FABRIC	2
 #define RDE_STALL_TIMEOUT	0x04c
 #define RDE_PEERS		0x100
-#define RDE_CONTROL_FABRIC	2	/* bit of CONTROL */
 
-/* Of BAR0 the module keeps what lies below the region table; the driver has the rest. */
+/* Of BAR0 the module keeps what lies before the region table; the driver has the rest. */
 #define RDE_REGION_TABLE	0x10000
 #define RDE_BAR0_SIZE		0x20000
-/* What reads give of the page that is kept: capabilities, KEPT and NODE_ID. */
-#define RDE_SHOWN		(RDE_NODE_ID + 4)
 
 #endif

@@ -8,7 +8,7 @@ use rdsock_tests::place;
 /// Its sources, without the test.
 const SOURCES: [&str; 4] = ["main.c", "policy.h", "compat.h", "rde.h"];
 
-/// Lines of code that it may have: a person must be able to read it in one sitting.
+/// Lines that it may have, with comments and blank ones: a person must be able to read it in one sitting.
 const LIMIT: usize = 500;
 
 fn folder() -> std::path::PathBuf {
@@ -35,15 +35,10 @@ fn its_policy_refuses_what_it_should() {
 
 #[test]
 fn it_stays_small() {
-    let mut lines = 0;
-    for source in SOURCES {
-        let text = std::fs::read_to_string(folder().join(source)).unwrap();
-        let mut in_comment = false;
-        for line in text.lines().map(str::trim) {
-            let comment = in_comment || line.starts_with("//") || line.starts_with("/*");
-            in_comment = comment && !line.starts_with("//") && !line.contains("*/");
-            lines += usize::from(!comment && !line.is_empty());
-        }
-    }
+    let lines: usize = SOURCES
+        .map(|source| std::fs::read_to_string(folder().join(source)).unwrap())
+        .map(|text| text.lines().count())
+        .iter()
+        .sum();
     assert!((300..LIMIT).contains(&lines), "{lines} lines");
 }
