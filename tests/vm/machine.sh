@@ -9,6 +9,8 @@ QEMU=(timeout "$LIMIT" "$libraries/ld-linux-x86-64.so.2" --library-path "$librar
 # What is different in a suite: its guests (one that has no name, else by name), how the model serves, the IOMMU.
 guests_of() { case $1 in programs) echo servers clients ;; *) echo guest ;; esac; }
 serving_of() { case $1 in programs | removal) echo --trapped ;; esac; }
+# Each of two guests has one processor, as the host has few.
+cpus_of() { case $1 in guest) echo 2 ;; *) echo 1 ;; esac; }
 iommu_of() {
     case $1 in
         no_iommu) ;;
@@ -66,11 +68,11 @@ guest() {
     mkfifo "$folder/$name.in"
     exec 3<>"$folder/$name.in"
     "${QEMU[@]}" "${accel[@]}" -machine q35,memory-backend=mem "${split[@]}" \
-        -object memory-backend-memfd,id=mem,size=768M,share=on -m 768 -smp ${CPUS:-2} -nodefaults -no-user-config -display none \
+        -object memory-backend-memfd,id=mem,size=768M,share=on -m 768 -smp "$(cpus_of "$name")" -nodefaults -no-user-config -display none \
         -serial stdio -no-reboot "${iommu[@]}" "${devices[@]}" \
         -kernel "$CACHE"/linux-$KERNEL/boot/vmlinuz-* -initrd "$work/guest.gz" \
         -append "console=ttyS0 intel_iommu=on iommu=nopt no_timer_check panic=-1 quiet suite=$suite guest=$name" \
-        <&3 2>&1 | serve_guest >"$folder/$name.log" || true
+        <&3 2>"$folder/$name.qemu" | serve_guest >"$folder/$name.log" || true
 }
 
 # Boots the guests of a suite, with a model of their devices. What they print comes to $work/SUITE/GUEST.log.

@@ -72,7 +72,7 @@ say "built the guest"
 # Boots a suite, and prints what came of it; the last line is for below.
 run() {
     local suite=$1 passed=0 failed=0 name wanted
-    boot "$suite"
+    boot "$suite" 2>"$work/$suite.err"
     folder=$work/$suite
     [ "$suite" != programs ] || counted "$folder/model.out" "$folder/clients.log" >"$folder/host.log"
     grep -ahE '^(TEST|suite|devices)' "$folder"/*.log || true
@@ -94,9 +94,9 @@ run() {
         grep -aq "RESULT of suite $suite" "$folder/$name.log" || { echo "FAILED: $suite: $name did not come to its end"; failed=$((failed + 1)); }
     done
     if [ "$failed" != 0 ] || [ -n "${RDSOCK_VM_VERBOSE:-}" ]; then
-        for name in "$folder"/*.log "$folder"/model.out; do
+        for name in "$work/$suite.err" "$folder"/*.{log,qemu,out}; do
             echo "--- what ${name##*/} of suite $suite says:"
-            cat "$name"
+            head -n 1000 "$name"
         done
     fi
     echo "suite $suite: $passed $failed"

@@ -31,6 +31,7 @@ use crate::streams::{HugeSupply, Memory};
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 const FABRIC: u64 = 2;
+const WANTED_BACK: u64 = 3;
 /// And the following.
 const ANCHORS: u64 = 4;
 /// Numbers of connections are above the words of everything else.
@@ -45,6 +46,8 @@ pub(crate) enum Token {
     Process(u64),
     /// Notices of the fabric.
     Fabric,
+    /// The system wants the fabric's device back.
+    WantedBack,
     /// A listener for anchors.
     Anchors(u64),
 }
@@ -57,6 +60,7 @@ impl Token {
             Token::Connection(id) => id << 1,
             Token::Process(id) => id << 1 | 1,
             Token::Fabric => FABRIC,
+            Token::WantedBack => WANTED_BACK,
             Token::Anchors(listener) => ANCHORS + (listener & 1),
         }
     }
@@ -66,6 +70,7 @@ impl Token {
             LISTENER => Token::Listener,
             SIGNALS => Token::Signals,
             FABRIC => Token::Fabric,
+            WANTED_BACK => Token::WantedBack,
             _ if word >> 1 == ANCHORS >> 1 => Token::Anchors(word - ANCHORS),
             _ if word & 1 == 0 => Token::Connection(word >> 1),
             _ => Token::Process(word >> 1),
@@ -281,6 +286,7 @@ impl Daemon {
                 self.serve(id, |daemon| daemon.receive(id));
             }
             Token::Fabric => self.on_fabric(),
+            Token::WantedBack => self.on_wanted_back(),
             Token::Anchors(listener) => self.on_anchors(listener as usize),
             Token::Process(id) => {
                 if let Some(watched) = self.unwatch(id) {

@@ -164,6 +164,10 @@ impl Anchors {
                 self.look(&stream);
             }
         }
+        // What it was asked before its end: programs are to see how their streams ended.
+        while let Some(stream) = self.desk.look.take() {
+            self.look(&stream);
+        }
     }
 
     fn attach(&mut self, Attach { stream, socket }: Attach) {

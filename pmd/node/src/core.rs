@@ -326,7 +326,7 @@ impl Core {
     /// The device is not used any more: all streams end, and new ones find no place.
     fn fail(&mut self, failed: DeviceFailed) -> bool {
         tracing::error!(
-            "the device has failed for poll core {}: {failed}; its streams end, and when no poll core is \
+            "poll core {} does not use the device any more: {failed}; its streams end, and when no poll core is \
              left, new connections stay on kernel TCP; restart rdsockd when the device is well again",
             self.number
         );

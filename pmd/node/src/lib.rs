@@ -132,6 +132,8 @@ pub enum Command {
         /// The stream.
         stream: Arc<NodeStream>,
     },
+    /// The system wants the device back: do not use it any more, as if it had failed.
+    GiveBack,
 }
 
 /// What the control thread has to know.
@@ -337,9 +339,15 @@ impl Poller {
             .unwrap_or(0)
     }
 
-    /// Has a poll core do something.
+    /// Has a poll core do something, or all of them, if it is about the device.
     pub fn command(&mut self, command: Command) {
         let core = match &command {
+            Command::GiveBack => {
+                for station in &mut self.stations {
+                    station.command(Command::GiveBack);
+                }
+                return;
+            }
             Command::Accept { id, .. } | Command::Refuse { id, .. } => id.core,
             Command::Connect { stream, .. }
             | Command::Gone { stream }

@@ -187,10 +187,33 @@ fn protocol(settings: &Settings, number: u16) -> Node {
     Node::new(NodeId(settings.node), settings.epoch, seed, limits)
 }
 
+/// A core that a thread of this process may be put on. It is tried, since the process's own affinity does not tell: a service
+/// is not given isolated cores, and may use them all the same.
 fn find_cpu(cpu: usize) -> Result<core_affinity::CoreId, StartError> {
-    core_affinity::get_core_ids()
-        .into_iter()
-        .flatten()
-        .find(|core| core.id == cpu)
-        .ok_or(StartError::NoCpu(cpu))
+    let core = core_affinity::CoreId { id: cpu };
+    let tried = std::thread::spawn(move || core_affinity::set_for_current(core)).join();
+    match tried {
+        Ok(true) => Ok(core),
+        _ => Err(StartError::NoCpu(cpu)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+
+    #[test]
+    fn a_core_outside_of_the_own_affinity_is_found() {
+        let me = Pid::from_raw(0);
+        let all = sched_getaffinity(me).unwrap();
+        let cores = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap());
+        let (first, last) = (cores.clone().min().unwrap(), cores.max().unwrap());
+        let mut one = CpuSet::new();
+        one.set(first).unwrap();
+        sched_setaffinity(me, &one).unwrap();
+        assert_eq!(find_cpu(last).unwrap().id, last);
+        assert!(matches!(find_cpu(1023), Err(StartError::NoCpu(1023))));
+    }
 }

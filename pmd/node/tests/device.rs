@@ -31,6 +31,11 @@ fn move_on(traffic: &[[Traffic; 2]]) {
 
 /// Plays a fault at node 1 under load, after which its device is not used any more.
 fn fails(fault: Fault) {
+    ends(|site| site.device.function().inject(fault));
+}
+
+/// Does something to node 1 under load after which its device is not used any more. Both nodes, without streams.
+fn ends(cause: impl FnOnce(&mut Site)) -> [Site; 2] {
     let mut sites = pair_with(&Setup {
         resume_timeout: Duration::from_millis(700),
         ..Setup::default()
@@ -44,7 +49,7 @@ fn fails(fault: Fault) {
     program.switch();
     let (connections, traffic) = busy(&mut sites, 3);
 
-    sites[0].device.function().inject(fault);
+    cause(&mut sites[0]);
     sites[0].until(|notice| *notice == Notice::DeviceFailed);
 
     // Everything ends, here at once and there when it is clear that the node is not coming back.
@@ -77,6 +82,18 @@ fn fails(fault: Fault) {
         sites[at].until(|notice| *notice == Notice::Refused { ticket, why });
         sites[at].until(|notice| *notice == Notice::Released { ticket });
     }
+    for site in &mut sites {
+        site.streams.clear();
+    }
+    sites
+}
+
+#[test]
+fn a_device_that_is_wanted_back_is_let_go() {
+    let [one, _two] = ends(|site| site.poller.command(Command::GiveBack));
+    let device = one.device;
+    drop(one.poller);
+    assert_eq!(std::sync::Arc::strong_count(&device), 1, "somebody has it");
 }
 
 /// Makes a test of each fault.

@@ -41,6 +41,9 @@ pub enum DeviceFailed {
     /// The device was reset behind our back.
     #[error("the device was reset while in use")]
     Reset,
+    /// The system wants it back.
+    #[error("the system wants the device back")]
+    WantedBack,
     /// Nothing completes any more.
     #[error("the device completes nothing any more")]
     Stuck,

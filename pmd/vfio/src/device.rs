@@ -153,6 +153,12 @@ pub trait Device: Send + Sync + Debug {
     /// Has a vector add 1 to an eventfd, or nothing.
     fn set_interrupt(&self, vector: u32, to: Option<Arc<EventFd>>) -> Result<(), BusError>;
 
+    /// Has 1 added to an eventfd when the system wants the device back, since it is being unbound or taken out. The system
+    /// waits until it is closed. A bus on which that does not happen does nothing.
+    fn set_wanted_back(&self, _to: &Arc<EventFd>) -> Result<(), BusError> {
+        Ok(())
+    }
+
     /// Resets the function. Every register has its reset value afterwards, and no DMA is under way.
     fn reset(&self) -> Result<(), BusError>;
 }

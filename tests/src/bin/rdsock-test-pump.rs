@@ -22,9 +22,7 @@ fn main() -> ExitCode {
     let number = |word: &str| word.parse::<u64>().expect("a number");
     match words.as_slice() {
         ["serve", at] => serve(address(at)),
-        ["send", at, megabytes, rate] => {
-            send(address(at), number(megabytes) << 20, number(rate))
-        }
+        ["send", at, megabytes, rate] => send(address(at), number(megabytes) << 20, number(rate)),
         ["hold", at, count, seconds] => hold(address(at), number(count), number(seconds)),
         _ => {
             eprintln!("usage: serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS");

@@ -27,6 +27,7 @@ use rdsock_rde::Management;
 use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
+use rdsock_vfio::{EventFd, EventFlags};
 use serde_json::{Map, Value, json};
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -83,6 +84,10 @@ pub(crate) struct Control {
     /// Where the device says what it has refused.
     management: Management,
     waker: Arc<Waker>,
+    /// Signalled when the system wants the device back.
+    wanted_back: Arc<EventFd>,
+    /// It is being given back.
+    giving_back: bool,
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
     /// Handed out in place of a peer's bell board; nobody looks at it.
@@ -140,6 +145,13 @@ impl Control {
         epoll
             .add(waker.fd(), event(Token::Fabric))
             .map_err(io::Error::from)?;
+        let flags = EventFlags::EFD_CLOEXEC | EventFlags::EFD_NONBLOCK;
+        let wanted_back = EventFd::from_flags(flags).map_err(io::Error::from)?;
+        let wanted_back = Arc::new(wanted_back);
+        rde.space().device().set_wanted_back(&wanted_back)?;
+        epoll
+            .add(&*wanted_back, event(Token::WantedBack))
+            .map_err(io::Error::from)?;
         let management = rde.management();
         // Before there can be a notice: each is to be seen by epoll.
         waker.start_sleep();
@@ -154,6 +166,8 @@ impl Control {
             poller,
             management,
             waker,
+            wanted_back,
+            giving_back: false,
             listeners,
             board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
             carried: HashMap::new(),
@@ -239,9 +253,21 @@ impl Control {
 }
 
 impl Daemon {
-    /// The fabric, for `rdsock stat`.
+    /// The fabric, for `rdsock stat`. A device that was given back is one that does not work.
     pub(crate) fn fabric_answer(&self) -> Option<Value> {
-        Some(self.fabric.as_ref()?.answer(self.config.fabric.as_ref()?))
+        let config = self.config.fabric.as_ref()?;
+        Some(match &self.fabric {
+            Some(fabric) => fabric.answer(config),
+            None => json!({
+                "node": config.node,
+                "device": config.device.to_string(),
+                "failed": true,
+                "streams": 0,
+                "listeners": 0,
+                "cores": [],
+                "nodes": [],
+            }),
+        })
     }
 
     /// All nodes, for `rdsock why`.
@@ -280,8 +306,42 @@ impl Daemon {
         })
     }
 
+    /// The device is being unbound or taken out, and the system waits until it is closed: all streams to other nodes
+    /// end, and it is closed. What is on the kernel, or goes to this host, stays as it is.
+    pub(crate) fn on_wanted_back(&mut self) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        // It may be wanted several times.
+        let _ = fabric.wanted_back.read();
+        if !std::mem::replace(&mut fabric.giving_back, true) {
+            fabric.poller.command(Command::GiveBack);
+        }
+        self.close_device();
+    }
+
+    /// Closes a device that is to be given back, as soon as nobody uses it.
+    fn close_device(&mut self) {
+        let unused = |fabric: &Control| fabric.failed && fabric.carried.is_empty();
+        if self
+            .fabric
+            .as_ref()
+            .is_some_and(|fabric| fabric.giving_back && unused(fabric))
+        {
+            self.fabric = None;
+            warn!(
+                "the device is closed, since the system wants it back; restart rdsockd when there is one again"
+            );
+        }
+    }
+
     /// The poll core has something to say.
     pub(crate) fn on_fabric(&mut self) {
+        self.take_notices();
+        self.close_device();
+    }
+
+    fn take_notices(&mut self) {
         if let Some(fabric) = &self.fabric {
             fabric.waker.end_sleep();
         }
@@ -399,10 +459,16 @@ impl Daemon {
         let Some(fabric) = &mut self.fabric else {
             return Err(CarryError::Limit);
         };
-        let made = fabric
-            .poller
-            .stream(ticket, node, opening, &fds.stream)
-            .map_err(|error| CarryError::Memory(io::Error::other(error)))?;
+        let made = fabric.poller.stream(ticket, node, opening, &fds.stream);
+        let made = made.map_err(|error| {
+            let error = io::Error::other(error);
+            let what = "the device can't be given a stream's memory, so it stays on the kernel";
+            self.log_fault(what, uid, &error);
+            CarryError::Memory(error)
+        })?;
+        let Some(fabric) = &mut self.fabric else {
+            return Err(CarryError::Limit);
+        };
         let stream = made.ok_or(CarryError::Limit)?;
         self.next_stream += 1;
         let address = |ip: Ipv6Addr, port| SocketAddr::new(IpAddr::V6(ip).to_canonical(), port);

@@ -6,6 +6,7 @@ use crate::memory::StreamMemory;
 use crate::stream::{NodeStream, todo};
 use crate::{Asked, Command, Notice};
 use rdsock_proto::{NodeId, Place, Refusal, StreamId};
+use rdsock_rde::DeviceFailed;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -81,6 +82,10 @@ impl Core {
                 }
             }
             Command::Ready { stream } => self.desk.ask(&stream, todo::READY),
+            Command::GiveBack if self.failed.is_none() => {
+                self.fail(DeviceFailed::WantedBack);
+            }
+            Command::GiveBack => {}
         }
     }
 

@@ -24,7 +24,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX,
-    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
 
 /// Offset and bits of the command register: memory space, bus master.
@@ -70,7 +70,7 @@ impl PciDevice {
             return Err(BusError::Unusable {
                 device: address.to_string(),
                 cause: "the kernel says that it is no PCI device".into(),
-                remedy: "bind it to vfio-pci".into(),
+                remedy: format!("rdsock bind {address}"),
             });
         }
         let region = |index| match ioctl::region(opened.as_fd(), index) {
@@ -193,6 +193,13 @@ impl Device for PciDevice {
 
     fn set_interrupt(&self, vector: u32, to: Option<Arc<EventFd>>) -> Result<(), BusError> {
         self.lock().set(&self.opened, vector, to)
+    }
+
+    fn set_wanted_back(&self, to: &Arc<EventFd>) -> Result<(), BusError> {
+        let fd = to.as_fd().as_raw_fd();
+        let set = ioctl::set_eventfds(self.opened.as_fd(), VFIO_PCI_REQ_IRQ_INDEX, 0, &[fd]);
+        set.map(|_| ())
+            .map_err(io("asking to be told when a device is wanted back"))
     }
 
     fn reset(&self) -> Result<(), BusError> {

@@ -204,10 +204,7 @@ fn unusable(address: &PciAddress, cause: String, remedy: String) -> BusError {
 }
 
 fn bind(address: &PciAddress) -> String {
-    format!(
-        "bind it to vfio-pci: modprobe vfio-pci; \
-         echo vfio-pci > /sys/bus/pci/devices/{address}/driver_override; echo {address} > /sys/bus/pci/drivers_probe"
-    )
+    format!("bind it: rdsock bind {address}, or with --driver vfio-pci where it is no rde")
 }
 
 /// The newer way, if the kernel has it and this process may.
@@ -397,7 +394,7 @@ mod tests {
         };
         let attach = |errno| attach_failed(&address(), &folder, errno).to_string();
         for (error, said) in [
-            (open(Errno::ENOENT), "driver_override"),
+            (open(Errno::ENOENT), "rdsock bind"),
             (open(Errno::EACCES), "chown"),
             (open(Errno::EPERM), "chown"),
             (open(Errno::EBUSY), "fuser"),
