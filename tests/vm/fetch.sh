@@ -50,7 +50,7 @@ apt() {
     shift
     "$command" -qq -o Dir::State="$apt/state" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
         -o Dir::Etc::sourcelist="$apt/etc/sources.list" -o Dir::Etc::sourceparts=- \
-        -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1 "$@"
+        -o Dir::Cache::pkgcache=packages.bin -o Dir::Cache::srcpkgcache=sources.bin -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1 "$@"
 }
 
 apt apt-get update || skip "the mirror does not have the suites that are needed"
@@ -103,16 +103,17 @@ for kernel in $KERNELS; do
     echo "linux $release $(version "$headers")" >>"$CACHE/versions.new"
 done
 
-# Of the source of the first kernel, what iommufd.sh wants. The package has it as an archive.
+# Of the source of the very kernel that boots, what iommufd.sh wants. The package has it as an archive.
 source=linux-source-${KERNELS%% *}
-[ "$(version "$source")" != "(none)" ] || skip "the mirror has no $source"
-(cd "$apt/debs" && apt apt-get download "$source" && mv ./*.deb source.package)
+built=$(awk '$1 == "linux" { print $3; exit }' "$CACHE/versions.new")
+(cd "$apt/debs" && apt apt-get download "$source=$built" && mv ./*.deb source.package) ||
+    skip "the mirror has no $source of version $built"
 mkdir "$CACHE/source"
 dpkg-deb --fsys-tarfile "$apt/debs/source.package" | tar -xO "./usr/src/$source.tar.xz" |
     tar -xJC "$CACHE/source" --strip-components=1 --wildcards "$source/drivers/iommu/iommufd/*" \
         "$source/drivers/iommu/iommu-priv.h" "$source/drivers/vfio/*" "$source/lib/interval_tree.c"
 rm "$apt/debs/source.package"
-echo "source $(version "$source")" >>"$CACHE/versions.new"
+echo "source $built" >>"$CACHE/versions.new"
 
 unpack "$CACHE/tools" busybox-static
 find "$CACHE/tools" -name busybox -type f -perm -100 -exec cp {} "$CACHE/busybox" \;
