@@ -490,6 +490,21 @@ CASE(close_of_a_woken_peer_after_shutdown)
     WANT_EOF(d.fd);
 }
 
+CASE(kill_polled_peer, .process = true)
+{
+    for (int i = 0; i < 2; i++) { /* by calls that never wait */
+        struct duo d = i ? woken_puppet() : duo_open(0);
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), 0);
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), 0);
+        peer_kill(&d);
+        int64_t end = now_ms() + 5000;
+        while (!events_of(d.fd, POLLIN | POLLRDHUP, 0) && now_ms() < end)
+            ;
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), POLLIN | POLLRDHUP);
+        WANT_EOF(d.fd);
+    }
+}
+
 CASE(kill_peer_while_blocked, .process = true)
 {
     struct duo d = duo_open(0);

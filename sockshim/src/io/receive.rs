@@ -138,7 +138,7 @@ fn recv_all<'a>(
 }
 
 /// True when the anchor should be looked at by a call that found its ring empty.
-fn look_is_due(held: &Use) -> bool {
+pub fn look_is_due(held: &Use) -> bool {
     let now = clock::ticks();
     if held.conn.look.load(Relaxed) == 0
         && now.wrapping_sub(held.conn.looked_at.load(Relaxed)) < clock::ticks_of(LOOK_EVERY_US)
