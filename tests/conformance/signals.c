@@ -158,6 +158,125 @@ CASE(eintr_send)
     EQ(p_do(&d, do_recv_pattern, part), 0);
 }
 
+static void tick(int first_ms, int every_ms)
+{
+    struct itimerval times = {{0, every_ms * 1000}, {0, first_ms * 1000}};
+    MUST(setitimer(ITIMER_REAL, &times, NULL));
+}
+
+/*
+ * Receives beside another thread that is blocked in a send. (Under the shim: a stream was offered meanwhile, and cannot be
+ * mapped while somebody is inside the kernel, so a receive that would wait there gives way to the offer for a while.)
+ */
+struct stuck {
+    struct duo duo;
+    pthread_t thread;
+};
+
+enum { STUCK = 32 << 20 };
+
+static void *send_much(void *arg)
+{
+    char *bytes = malloc(STUCK);
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    pattern(0, 0, bytes, STUCK);
+    EQ(send(*(int *)arg, bytes, STUCK, 0), STUCK);
+    free(bytes);
+    return NULL;
+}
+
+static void get_stuck(struct stuck *s)
+{
+    s->duo = duo_open(COLD);
+    EQ(pthread_create(&s->thread, NULL, send_much, &s->duo.fd), 0);
+    while (events_of(s->duo.fd, POLLOUT, 0) & POLLOUT)
+        sleep_ms(1);
+    for (int i = 0; i < 40; i++) {
+        p_send(&s->duo, "x");
+        WANT(s->duo.fd, "x");
+        sleep_ms(2);
+    }
+}
+
+static void get_loose(struct stuck *s)
+{
+    EQ(p_do(&s->duo, do_recv_pattern, STUCK), 0);
+    EQ(pthread_join(s->thread, NULL), 0);
+    for (int i = 0; i < 40; i++) {
+        PUT(s->duo.fd, "out");
+        P_WANT(&s->duo, "out");
+        p_send(&s->duo, "in");
+        WANT(s->duo.fd, "in");
+    }
+}
+
+CASE(eintr_receive_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    get_stuck(&s);
+    handle(SIGALRM, count_hit, 0);
+    for (int ms = 5; ms < 200; ms += 15) {
+        hits = 0;
+        tick(ms, 300);
+        ERR(recv(s.duo.fd, got, sizeof got, 0), EINTR);
+        tick(0, 0);
+        TIMELY(hits == 1, "expected the first signal, after %d ms, to interrupt the call, saw number %d do it", ms,
+               (int)hits);
+    }
+    handle(SIGALRM, count_hit, SA_RESTART);
+    for (int ms = 5; ms < 200; ms += 50) {
+        hits = 0;
+        tick(ms, 300);
+        p_start(&s.duo, do_send_later, 220);
+        EQ(recv(s.duo.fd, got, sizeof got, 0), 4);
+        tick(0, 0);
+        EQ(p_finish(&s.duo), 0);
+        TIMELY(hits > 0, "expected a signal during the wait, saw none");
+    }
+    get_loose(&s);
+}
+
+/* The least time that the call took, in ms, of some: a busy machine makes a few of them late. Each gives EAGAIN. */
+#define LEAST_MS(expression)                                                                       ({                                                                                                 int64_t least_ = INT64_MAX;                                                                    for (int i_ = 0; i_ < 5; i_++) {                                                                   int64_t start_ = now_ms();                                                                     ERR(expression, EAGAIN);                                                                       int64_t took_ = now_ms() - start_;                                                             least_ = took_ < least_ ? took_ : least_;                                                  }                                                                                              (long long)least_;                                                                         })
+
+CASE(time_limit_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    get_stuck(&s);
+    struct timeval limit = {0, 40000};
+    MUST(setsockopt(s.duo.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit));
+    long long least = LEAST_MS(recv(s.duo.fd, got, sizeof got, 0));
+    CHECK(least >= 39, "expected to wait 40 ms, saw %lld", least);
+    TIMELY(least < 100, "expected to wait 40 ms, saw %lld", least);
+    least = LEAST_MS(read(s.duo.fd, got, sizeof got));
+    TIMELY(least >= 39 && least < 100, "expected to wait 40 ms, saw %lld", least);
+    get_loose(&s);
+}
+
+CASE(no_wait_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    struct iovec in = {got, sizeof got};
+    struct msghdr msg = {.msg_iov = &in, .msg_iovlen = 1};
+    get_stuck(&s);
+    long long least = LEAST_MS(recv(s.duo.fd, got, sizeof got, MSG_DONTWAIT));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    least = LEAST_MS(recvmsg(s.duo.fd, &msg, MSG_DONTWAIT));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    set_nonblock(s.duo.fd, true);
+    least = LEAST_MS(recv(s.duo.fd, got, sizeof got, 0));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    least = LEAST_MS(read(s.duo.fd, got, sizeof got));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    set_nonblock(s.duo.fd, false);
+    get_loose(&s);
+}
+
 CASE(eintr_waitall_is_partial)
 {
     struct duo d = duo_open(0);
