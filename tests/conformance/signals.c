@@ -158,10 +158,103 @@ CASE(eintr_send)
     EQ(p_do(&d, do_recv_pattern, part), 0);
 }
 
+static long do_drain_later(int *fd, void *bytes, size_t len, long count)
+{
+    sleep_ms(150);
+    return do_recv_pattern(fd, bytes, len, count);
+}
+
 static void tick(int first_ms, int every_ms)
 {
     struct itimerval times = {{0, every_ms * 1000}, {0, first_ms * 1000}};
     MUST(setitimer(ITIMER_REAL, &times, NULL));
+}
+
+/* A send that waits for room while a handler that restarts calls runs again and again. */
+static void restarted_send(const struct duo *d)
+{
+    size_t sent = fill(d->fd);
+    handle(SIGALRM, count_hit, SA_RESTART);
+    tick(10, 10);
+    p_start(d, do_drain_later, (long)sent);
+    EQ(send(d->fd, "x", 1, 0), 1);
+    tick(0, 0);
+    EQ(p_finish(d), 0);
+    TIMELY(hits > 1, "expected signals during the wait, saw %d", (int)hits);
+    P_WANT(d, "x");
+}
+
+CASE(restart_send)
+{
+    struct duo d = duo_open(0);
+    restarted_send(&d);
+    pid_t pid = (pid_t)MUST(fork()); /* with another process that has the connection */
+    if (pid == 0) {
+        pause();
+        _exit(1);
+    }
+    restarted_send(&d);
+    MUST(kill(pid, SIGKILL));
+    MUST(waitpid(pid, NULL, 0));
+    struct timeval limit = {8, 0}; /* the other direction's */
+    MUST(setsockopt(d.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit));
+    restarted_send(&d);
+    MUST(setsockopt(d.fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit));
+    fill(d.fd);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    INTERRUPTED(send(d.fd, "x", 1, 0)); /* with a time limit set: EINTR even so */
+}
+
+static volatile sig_atomic_t alarms;
+
+static void count_alarm(int signal_no)
+{
+    (void)signal_no;
+    alarms++;
+}
+
+CASE(restart_send_beside_threads)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    pest_start(&pest, 0, 1000000); /* a second thread, which disturbs nobody yet */
+    restarted_send(&d);
+    pest_stop(&pest);
+    /* Two handlers: the one that restarts calls does not end the wait, the other one does, and at once. */
+    size_t sent = fill(d.fd);
+    handle(SIGALRM, count_alarm, 0);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    alarms = 0;
+    pest_start(&pest, 10, 20000); /* not together with the alarm: then the first of them to run decides */
+    int64_t start = now_ms();
+    tick(100, 400);
+    ERR(send(d.fd, "x", 1, 0), EINTR);
+    int64_t took = now_ms() - start;
+    tick(0, 0);
+    pest_stop(&pest);
+    CHECK(alarms > 0, "expected the alarm to end the wait, saw another signal end it");
+    TIMELY(took >= 99 && took < 400 && hits > 1, "expected 100 ms with many signals, saw %lld ms with %d", (long long)took,
+           (int)hits);
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    PUT(d.fd, "x");
+    P_WANT(&d, "x");
+}
+
+CASE(eintr_send_before_unread_bytes)
+{
+    struct duo d = duo_open(COLD);
+    p_send(&d, "unread"); /* from before any promotion: it lies where a sender would sleep */
+    for (int i = 0; i < 40; i++) {
+        PUT(d.fd, "x");
+        P_WANT(&d, "x");
+        sleep_ms(1);
+    }
+    handle(SIGUSR1, count_hit, 0);
+    size_t sent = fill(d.fd);
+    INTERRUPTED(send(d.fd, "x", 1, 0));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    WANT(d.fd, "unread");
 }
 
 /*
