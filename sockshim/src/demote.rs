@@ -62,6 +62,11 @@ pub fn after_answer(held: &Use, stream: &Stream, guard: &TxGuard<'_>, fd: c_int,
     if taken & want::DEMOTED != 0 {
         send_again(stream, guard, fd);
     } else if taken & want::CLOSED != 0 {
+        // Before its kernel says so.
+        crate::ready::settle_reset(stream, fd);
+        if stream.is_reset() {
+            return;
+        }
         // Nobody will read the ring. What the kernel says of a send to a closed connection is
         // provoked with one byte, and is right from the next call on.
         sys::send_now(fd, &[WAKE_BYTE]);

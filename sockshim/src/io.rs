@@ -7,7 +7,7 @@ mod send;
 mod switch;
 
 pub use files::{send_file, splice_in, splice_out};
-pub use receive::{recv, unread};
+pub use receive::{look_is_due, recv, take_error, unread};
 pub use send::{after_kernel_send, answer_space, send, unsent};
 pub use switch::{TcpInfo, anchor_is_dead, settle_switch, try_switch};
 

@@ -1,10 +1,11 @@
 //! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
 //!
 //! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
-//! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes; `demote.rs` goes back to the
-//! kernel; `tenant` talks to the daemon; `process.rs` follows fork and exec. The shim never
-//! panics, never allocates from the heap, never takes a lock that it would hold while it sleeps,
-//! and leaves every call that it does not understand to libc.
+//! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
+//! sleep as they end the kernel's; `demote.rs` goes back to the kernel; `tenant` talks to the
+//! daemon; `process.rs` follows fork and exec. The shim never panics, never allocates from the
+//! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
+//! not understand to libc.
 
 mod address;
 mod between;
@@ -20,6 +21,7 @@ mod poll;
 mod process;
 mod ready;
 mod real;
+mod signals;
 mod stream;
 mod sys;
 mod syscalls;

@@ -207,15 +207,22 @@ pub unsafe extern "C" fn getsockopt(
         && let Some(held) = on_rings(fd)
         && let Some(stream) = held.conn.stream()
     {
-        // The shim has taken the anchor's error when it looked.
-        use rdsock_shm::layout::anchor;
-        let pending = stream.is_reset() && demote::take_error(stream)
-            || !stream.is_reset()
-                && stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0;
-        if pending {
-            // SAFETY: the kernel has stored an int there.
-            unsafe { value.cast::<c_int>().write_unaligned(libc::ECONNRESET) };
-        }
+        let mut bytes = [0; size_of::<c_int>()];
+        // SAFETY: the kernel has stored an int there, or the part of one that the length says.
+        let stored = unsafe {
+            let size = (*len as usize).min(bytes.len());
+            std::slice::from_raw_parts_mut(value.cast::<u8>(), size)
+        };
+        stored
+            .iter()
+            .zip(&mut bytes)
+            .for_each(|(from, to)| *to = *from);
+        let error = io::take_error(stream, fd, c_int::from_ne_bytes(bytes));
+        let bytes = error.to_ne_bytes();
+        stored
+            .iter_mut()
+            .zip(bytes)
+            .for_each(|(to, from)| *to = from);
     }
     if result == 0
         && let Some(bit) = own_option(level, name)

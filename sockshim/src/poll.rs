@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, Use};
 use crate::stream::Stream;
-use crate::{clock, demote, epoll, ready, real, sys, tenant, wait};
+use crate::{clock, demote, epoll, io, ready, real, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
@@ -264,11 +264,12 @@ impl Work<'_> {
         rings
     }
 
-    /// The kernel's own fds once more, since they may not have been asked just now, with the
-    /// program's signal mask.
+    /// The kernel's own fds and the anchors once more, since they may not have been asked just now, with
+    /// the program's signal mask.
     fn last_look(&mut self) -> c_int {
+        let rings = self.look_at_anchors();
         self.ask();
-        let got = if self.mask.is_null() {
+        let got = if self.mask.is_null() || rings != 0 {
             sys::poll_now(self.copy)
         } else {
             let (copy, now) = (&mut *self.copy, Deadline::after(Some(0)).left_timespec());
@@ -281,7 +282,20 @@ impl Work<'_> {
             }
             got as isize
         };
-        self.merge(got) as c_int
+        (rings + self.merge(got)) as c_int
+    }
+
+    /// What the rings have after a look at their anchors, where one is due: a peer that was killed says nothing else, and
+    /// a program that never waits has nobody who sleeps on them.
+    fn look_at_anchors(&mut self) -> usize {
+        let mut due = false;
+        for held in self.fds.iter().filter_map(|entry| on_rings(entry.fd)) {
+            if io::look_is_due(&held) {
+                held.conn.look.store(1, Relaxed);
+                due = true;
+            }
+        }
+        if due { look(self.fds, false).0 } else { 0 }
     }
 
     /// Prepares to ask the kernel about all that are not on rings.

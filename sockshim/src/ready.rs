@@ -27,7 +27,8 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
     if may_follow && stream.incoming().producer.mark.load(Acquire) & mark::END != 0 {
         demote::settle_incoming(held, stream, fd);
     }
-    if held.conn.look.load(Relaxed) != 0 && held.conn.look.swap(0, AcqRel) != 0 {
+    let look = held.conn.look.load(Relaxed) != 0 && held.conn.look.swap(0, AcqRel) != 0;
+    if look {
         let guard = stream.lock_rx();
         if !guard.is_nested() && stream.rx().phase.load(Relaxed) == phase::RING {
             guard.look(fd);
@@ -36,7 +37,9 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
     if !demote::is_on_rings(stream) {
         return None;
     }
-    let mut ready = 0;
+    // First: the anchor ends after the marks were set.
+    let kernel = kernel_share(stream, fd, events, look);
+    let mut ready = kernel & (libc::POLLPRI | POLLERR | POLLHUP);
     let seen = stream.rx().anchor.load(Acquire);
     let marks = stream.incoming().producer.mark.load(Acquire);
     if stream.is_reset() || marks & mark::RESET != 0 {
@@ -46,8 +49,6 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
         let ready = IN | OUT | POLLHUP | POLLRDHUP | if error { POLLERR } else { 0 };
         return Some(ready & (events | POLLERR | POLLHUP));
     }
-    let kernel = kernel_share(stream, fd, events);
-    ready |= kernel & (libc::POLLPRI | POLLERR | POLLHUP);
     if stream.rx().phase.load(Acquire) == phase::RING {
         if marks & mark::END != 0 && !stream.has_bytes() {
             // The next receive finds out what the anchor has.
@@ -76,18 +77,26 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
         ready |= OUT;
     }
     if seen & anchor::ERROR != 0 {
-        ready |= POLLERR | POLLHUP | OUT;
+        ready |= POLLERR;
+    }
+    if seen & anchor::BROKEN != 0 {
+        ready |= POLLHUP | OUT;
     } else if ready & POLLRDHUP != 0 && shut {
         ready |= POLLHUP;
     }
     Some(ready & (events | POLLERR | POLLHUP))
 }
 
-/// What the kernel says, where one direction is still (or again) on the anchor.
-fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
+/// What the kernel says, where one direction is still (or again) on the anchor. Asked for its end alone where the
+/// program asks for nothing else, or when it is to be looked at (`look`).
+fn kernel_share(stream: &Stream, fd: c_int, events: i16, look: bool) -> i16 {
     let mut ask = events & libc::POLLPRI;
     if stream.rx().phase.load(Acquire) != phase::RING {
         ask |= events & (IN | POLLRDHUP);
+        // With the end of the other direction, which the kernel does not know, it is a POLLHUP.
+        if ask != 0 || stream.tx().shut.load(Relaxed) != 0 {
+            ask |= POLLRDHUP;
+        }
     }
     if stream.tx().phase.load(Acquire) != phase::RING {
         ask |= events & OUT;
@@ -96,7 +105,8 @@ fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
     let left = [&stream.rx().phase, &stream.tx().phase]
         .into_iter()
         .any(|half| half.load(Acquire) == phase::DEMOTED);
-    if ask == 0 && !left {
+    let end = look && !stream.is_all_on_rings() || events & (IN | OUT | POLLRDHUP) == 0;
+    if ask == 0 && !left && !end {
         return 0;
     }
     let mut got = sys::poll_one(fd, ask, 0).max(0) as i16;
@@ -115,6 +125,12 @@ fn kernel_share(stream: &Stream, fd: c_int, events: i16) -> i16 {
         if at == stream.rx().tail.load(Relaxed) && stream.has_bytes_after(at) {
             got |= events & IN;
         }
+    }
+    if got & (POLLERR | POLLHUP) != 0 && stream.judges_end() {
+        if stream.rx().anchor.load(Acquire) == 0 {
+            stream.note_end(got & POLLERR != 0);
+        }
+        got &= !(POLLERR | POLLHUP);
     }
     got
 }

@@ -375,11 +375,21 @@ impl Stream {
         let on_ring = self.tx().phase.load(Acquire) == phase::RING;
         let unread = self.out().consumer.tail.load(Acquire) != self.tx().head.load(Relaxed);
         let bits = if on_ring && unread || error && !on_ring {
-            anchor::EOF | anchor::ERROR
+            anchor::EOF | anchor::ERROR | anchor::BROKEN
         } else {
             anchor::EOF
         };
         self.rx().anchor.fetch_or(bits, AcqRel);
+    }
+
+    /// True while an end of the anchor is [`note_end`](Self::note_end)'s to judge: what the kernel says of it may come from
+    /// wake bytes.
+    pub fn judges_end(&self) -> bool {
+        self.tx().phase.load(Acquire) == phase::RING
+            && matches!(
+                self.rx().phase.load(Acquire),
+                phase::RING | phase::SWITCHING
+            )
     }
 
     /// True once the stream was reset.

@@ -117,34 +117,29 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut libc::msghdr, flags: c_int) -> isize 
 }
 
 pub fn poll_now(fds: &mut [libc::pollfd]) -> isize {
-    let zero = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    syscall!(
-        SYS_ppoll,
-        fds.as_mut_ptr(),
-        fds.len(),
-        &raw const zero,
-        0,
-        0
-    )
+    poll_for(fds, Some(0))
+}
+
+/// Waits for any of the fds, at most so many milliseconds, or for ever.
+pub fn poll_for(fds: &mut [libc::pollfd], ms: Option<i64>) -> isize {
+    let limit = ms.map(|ms| libc::timespec {
+        tv_sec: ms / 1000,
+        tv_nsec: ms % 1000 * 1_000_000,
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    syscall!(SYS_ppoll, fds.as_mut_ptr(), fds.len(), limit, 0, 0)
 }
 
 /// Waits for a single fd, at most `ms` milliseconds.
 pub fn poll_one(fd: c_int, events: i16, ms: i64) -> isize {
-    let mut one = libc::pollfd {
+    let mut one = [libc::pollfd {
         fd,
         events,
         revents: 0,
-    };
-    let limit = libc::timespec {
-        tv_sec: ms / 1000,
-        tv_nsec: ms % 1000 * 1_000_000,
-    };
-    let count = syscall!(SYS_ppoll, &raw mut one, 1, &raw const limit, 0, 0);
+    }];
+    let count = poll_for(&mut one, Some(ms));
     if count > 0 {
-        one.revents as isize
+        one[0].revents as isize
     } else {
         count
     }
@@ -352,6 +347,17 @@ pub fn block_signals() -> u64 {
 
 pub fn restore_signals(mask: u64) {
     syscall!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
+}
+
+/// An fd that is readable while one of these signals waits for this thread, blocked. Negative on failure.
+pub fn signal_fd(signals: u64) -> c_int {
+    syscall!(
+        SYS_signalfd4,
+        -1_isize,
+        &raw const signals,
+        8,
+        libc::SFD_CLOEXEC
+    ) as c_int
 }
 
 /// True when a signal waits that `mask` lets through, and whose handler interrupts calls.

@@ -5,7 +5,7 @@
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::stream::Stream;
-use crate::{real, sys};
+use crate::{real, signals, sys};
 use libc::c_int;
 use rdsock_shm::layout::{Counter, phase, want};
 use rdsock_shm::wake;
@@ -21,7 +21,7 @@ const DEFAULT_SPIN_US: u64 = 50;
 const YIELD_AFTER_US: u64 = 4;
 
 /// Milliseconds that a sender of a process with threads sleeps at a time.
-const SLICE_MS: c_int = 50;
+const SLICE_MS: i64 = 50;
 
 /// A yield that took longer gave the core to somebody else.
 const LOST_US: u64 = 20;
@@ -384,12 +384,7 @@ pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
     if stream.rx().phase.load(Acquire) == phase::SWITCHING && sys::poll_one(fd, libc::POLLIN, 0) > 0
     {
         // Unread bytes are still on the anchor, so it cannot be slept on.
-        sys::poll_one(-1, 0, 1);
-        return if is_still(held, fd) {
-            Ok(())
-        } else {
-            Err(-(libc::EBADF as isize))
-        };
+        return finish(held, stream, fd, sleep_until(-1, Some(1)));
     }
     let Some(sleeper) = Sleeper::enter(stream, fd) else {
         give_way();
@@ -420,6 +415,21 @@ fn peek(fd: c_int) -> isize {
     }
 }
 
+/// Sleeps until the anchor has something (or -1: for the time alone), a signal is handled, or the time is up. As
+/// [`peek`], SA_RESTART is honoured, and it is a cancellation point.
+fn sleep_until(fd: c_int, ms: Option<i64>) -> isize {
+    crate::tenant::count(Counter::Sleeps);
+    // SAFETY: no pollfd. A cancellation point where nothing is held yet; one who is cancelled later comes here again.
+    unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
+    let signals = signals::Held::hold();
+    signals.wait(fd, libc::POLLIN, ms);
+    if signals.release() {
+        -(libc::EINTR as isize)
+    } else {
+        1
+    }
+}
+
 /// As [`peek`], with the send timeout where the program has set timeouts.
 fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     let limit = |name| {
@@ -429,20 +439,15 @@ fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
     if send == 0 && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0) {
         // Another thread's (or process's) shutdown leaves no trace on the anchor: look for it now and then.
-        let mut one = libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        crate::tenant::count(Counter::Sleeps);
-        // SAFETY: one valid pollfd.
-        let got = unsafe { real::poll(&mut one, 1, SLICE_MS) };
-        return if got < 0 { -(sys::errno() as isize) } else { 1 };
+        return sleep_until(fd, Some(SLICE_MS));
     }
     if send == 0 && receive == 0 {
         let got = peek(fd);
         // The end of the other direction is looked at by the caller: report it as awake.
         return if got == 0 { 1 } else { got };
+    }
+    if send == 0 {
+        return sleep_until(fd, None);
     }
     crate::tenant::count(Counter::Sleeps);
     let mut one = libc::pollfd {
@@ -450,11 +455,8 @@ fn sleep_for_send(held: &Use, fd: c_int) -> isize {
         events: libc::POLLIN,
         revents: 0,
     };
-    let ms = if send == 0 {
-        -1
-    } else {
-        send.min(c_int::MAX as i64) as c_int
-    };
+    let ms = send.min(c_int::MAX as i64) as c_int;
+    // With a limit, a handler interrupts the call whether it restarts others or not.
     // SAFETY: one valid pollfd.
     match unsafe { real::poll(&mut one, 1, ms) } {
         0 => -(libc::EAGAIN as isize),

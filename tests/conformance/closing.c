@@ -360,6 +360,151 @@ CASE(kill_idle_peer, .process = true)
     WANT_EOF(d.fd);
 }
 
+/*
+ * A puppet that has received bytes one by one, asleep between them, and has never sent any. (Under the shim, what
+ * woke it may lie unread where it slept, and its kernel answers its death with a reset.)
+ */
+static struct duo woken_puppet(void)
+{
+    struct duo d = duo_open(COLD);
+    p_start(&d, do_recv_pattern, 60);
+    for (uint64_t i = 0; i < 60; i++) {
+        char byte;
+        sleep_ms(2);
+        pattern(0, i, &byte, 1);
+        put(HERE, d.fd, &byte, 1);
+    }
+    EQ(p_finish(&d), 0);
+    return d;
+}
+
+enum { BY_POLL, BY_SELECT, BY_EPOLL, BY_OPTION, BY_RECEIVE, WAYS };
+
+/* Looks at a connection whose peer has died, in each way, another one first each time. */
+static void look_in_all_ways(bool unread)
+{
+    for (int first = 0; first < WAYS; first++) {
+        struct duo d = woken_puppet();
+        int level = (int)MUST(epoll_create1(0)), edge = (int)MUST(epoll_create1(0));
+        int none = POLLIN | POLLOUT | POLLRDHUP | (unread ? POLLHUP : 0); /* all but an error */
+        struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP}, events[8];
+        bool error = unread; /* not reported yet */
+        MUST(epoll_ctl(level, EPOLL_CTL_ADD, d.fd, &event));
+        event.events |= EPOLLET;
+        MUST(epoll_ctl(edge, EPOLL_CTL_ADD, d.fd, &event));
+        EQ(epoll_wait(edge, events, 8, 1000), 1);
+        EQ(events[0].events, EPOLLOUT);
+        if (unread)
+            PUT(d.fd, "never read");
+        peer_kill(&d);
+        sleep_ms(20);
+        for (int i = 0; i < WAYS; i++) {
+            int seen = none | (error ? POLLERR : 0);
+            fd_set in, out, urgent;
+            char got[4];
+            switch ((first + i) % WAYS) {
+            case BY_POLL:
+                EQ(events_of(d.fd, POLLIN | POLLOUT | POLLRDHUP, 1000), seen);
+                EQ(events_of(d.fd, POLLIN | POLLOUT | POLLRDHUP | POLLPRI, 0), seen);
+                EQ(events_of(d.fd, POLLOUT, 0), seen & ~(POLLIN | POLLRDHUP));
+                EQ(events_of(d.fd, 0, 0), seen & (POLLERR | POLLHUP));
+                break;
+            case BY_SELECT:
+                FD_ZERO(&in);
+                FD_SET(d.fd, &in);
+                out = urgent = in;
+                EQ(select(d.fd + 1, &in, &out, &urgent, &(struct timeval){1, 0}), 2);
+                EQ(FD_ISSET(d.fd, &urgent) != 0, 0);
+                break;
+            case BY_EPOLL:
+                EQ(epoll_wait(level, events, 8, 1000), 1);
+                EQ(events[0].events, seen); /* the bits are those of poll() */
+                EQ(epoll_wait(edge, events, 8, 1000), 1);
+                EQ(events[0].events, seen);
+                EQ(epoll_wait(edge, events, 8, 0), 0);
+                break;
+            case BY_OPTION:
+                EQ(get_int(d.fd, SOL_SOCKET, SO_ERROR), error ? ECONNRESET : 0);
+                error = false;
+                break;
+            default:
+                if (error)
+                    ERR(recv(d.fd, got, sizeof got, 0), ECONNRESET);
+                error = false;
+                WANT_EOF(d.fd);
+            }
+        }
+        EQ(events_of(d.fd, POLLIN | POLLOUT | POLLRDHUP, 0), none);
+        EQ(get_int(d.fd, SOL_SOCKET, SO_ERROR), 0);
+        EQ(epoll_wait(edge, events, 8, 0), 0);
+        MUST(close(level));
+        MUST(close(edge));
+        MUST(close(d.fd));
+    }
+}
+
+CASE(kill_woken_peer, .process = true) { look_in_all_ways(false); }
+CASE(kill_woken_peer_with_unread_data, .process = true) { look_in_all_ways(true); }
+
+CASE(kill_woken_peer_ends_waits_for_room, .process = true)
+{
+    for (int way = 0; way < 2; way++) {
+        struct duo d = woken_puppet();
+        int set = (int)MUST(epoll_create1(0));
+        struct epoll_event event = {.events = EPOLLOUT};
+        fill(d.fd);
+        MUST(epoll_ctl(set, EPOLL_CTL_ADD, d.fd, &event));
+        pid_t killer = (pid_t)MUST(fork());
+        if (killer == 0) {
+            sleep_ms(60);
+            kill(peer_pid(&d), SIGKILL);
+            _exit(0);
+        }
+        if (way == 0) {
+            EQ(events_of(d.fd, POLLOUT, 10000), POLLOUT | POLLERR | POLLHUP);
+        } else {
+            EQ(epoll_wait(set, &event, 1, 10000), 1);
+            EQ(event.events, EPOLLOUT | EPOLLERR | EPOLLHUP);
+        }
+        WAIT_CHILD(killer);
+        MUST(close(set));
+        MUST(close(d.fd));
+    }
+}
+
+CASE(close_of_a_woken_peer_after_shutdown)
+{
+    struct duo d = woken_puppet();
+    int set = (int)MUST(epoll_create1(0));
+    struct epoll_event event = {.events = EPOLLIN};
+    MUST(epoll_ctl(set, EPOLL_CTL_ADD, d.fd, &event));
+    MUST(shutdown(d.fd, SHUT_WR));
+    P_WANT_EOF(&d);
+    p_close(&d);
+    AWAIT(d.fd, POLLRDHUP);
+    EQ(events_of(d.fd, POLLIN | POLLOUT, 0), POLLIN | POLLOUT | POLLHUP);
+    EQ(events_of(d.fd, POLLOUT, 0), POLLOUT | POLLHUP);
+    EQ(events_of(d.fd, 0, 0), POLLHUP);
+    EQ(epoll_wait(set, &event, 1, 1000), 1);
+    EQ(event.events, EPOLLIN | EPOLLHUP);
+    WANT_EOF(d.fd);
+}
+
+CASE(kill_polled_peer, .process = true)
+{
+    for (int i = 0; i < 2; i++) { /* by calls that never wait */
+        struct duo d = i ? woken_puppet() : duo_open(0);
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), 0);
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), 0);
+        peer_kill(&d);
+        int64_t end = now_ms() + 5000;
+        while (!events_of(d.fd, POLLIN | POLLRDHUP, 0) && now_ms() < end)
+            ;
+        EQ(events_of(d.fd, POLLIN | POLLRDHUP, 0), POLLIN | POLLRDHUP);
+        WANT_EOF(d.fd);
+    }
+}
+
 CASE(kill_peer_while_blocked, .process = true)
 {
     struct duo d = duo_open(0);

@@ -158,6 +158,218 @@ CASE(eintr_send)
     EQ(p_do(&d, do_recv_pattern, part), 0);
 }
 
+static long do_drain_later(int *fd, void *bytes, size_t len, long count)
+{
+    sleep_ms(150);
+    return do_recv_pattern(fd, bytes, len, count);
+}
+
+static void tick(int first_ms, int every_ms)
+{
+    struct itimerval times = {{0, every_ms * 1000}, {0, first_ms * 1000}};
+    MUST(setitimer(ITIMER_REAL, &times, NULL));
+}
+
+/* A send that waits for room while a handler that restarts calls runs again and again. */
+static void restarted_send(const struct duo *d)
+{
+    size_t sent = fill(d->fd);
+    handle(SIGALRM, count_hit, SA_RESTART);
+    tick(10, 10);
+    p_start(d, do_drain_later, (long)sent);
+    EQ(send(d->fd, "x", 1, 0), 1);
+    tick(0, 0);
+    EQ(p_finish(d), 0);
+    TIMELY(hits > 1, "expected signals during the wait, saw %d", (int)hits);
+    P_WANT(d, "x");
+}
+
+CASE(restart_send)
+{
+    struct duo d = duo_open(0);
+    restarted_send(&d);
+    pid_t pid = (pid_t)MUST(fork()); /* with another process that has the connection */
+    if (pid == 0) {
+        pause();
+        _exit(1);
+    }
+    restarted_send(&d);
+    MUST(kill(pid, SIGKILL));
+    MUST(waitpid(pid, NULL, 0));
+    struct timeval limit = {8, 0}; /* the other direction's */
+    MUST(setsockopt(d.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit));
+    restarted_send(&d);
+    MUST(setsockopt(d.fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit));
+    fill(d.fd);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    INTERRUPTED(send(d.fd, "x", 1, 0)); /* with a time limit set: EINTR even so */
+}
+
+static volatile sig_atomic_t alarms;
+
+static void count_alarm(int signal_no)
+{
+    (void)signal_no;
+    alarms++;
+}
+
+CASE(restart_send_beside_threads)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    pest_start(&pest, 0, 1000000); /* a second thread, which disturbs nobody yet */
+    restarted_send(&d);
+    pest_stop(&pest);
+    /* Two handlers: the one that restarts calls does not end the wait, the other one does, and at once. */
+    size_t sent = fill(d.fd);
+    handle(SIGALRM, count_alarm, 0);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    alarms = 0;
+    pest_start(&pest, 10, 20000); /* not together with the alarm: then the first of them to run decides */
+    int64_t start = now_ms();
+    tick(100, 400);
+    ERR(send(d.fd, "x", 1, 0), EINTR);
+    int64_t took = now_ms() - start;
+    tick(0, 0);
+    pest_stop(&pest);
+    CHECK(alarms > 0, "expected the alarm to end the wait, saw another signal end it");
+    TIMELY(took >= 99 && took < 400 && hits > 1, "expected 100 ms with many signals, saw %lld ms with %d", (long long)took,
+           (int)hits);
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    PUT(d.fd, "x");
+    P_WANT(&d, "x");
+}
+
+CASE(eintr_send_before_unread_bytes)
+{
+    struct duo d = duo_open(COLD);
+    p_send(&d, "unread"); /* from before any promotion: it lies where a sender would sleep */
+    for (int i = 0; i < 40; i++) {
+        PUT(d.fd, "x");
+        P_WANT(&d, "x");
+        sleep_ms(1);
+    }
+    handle(SIGUSR1, count_hit, 0);
+    size_t sent = fill(d.fd);
+    INTERRUPTED(send(d.fd, "x", 1, 0));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    WANT(d.fd, "unread");
+}
+
+/*
+ * Receives beside another thread that is blocked in a send. (Under the shim: a stream was offered meanwhile, and cannot be
+ * mapped while somebody is inside the kernel, so a receive that would wait there gives way to the offer for a while.)
+ */
+struct stuck {
+    struct duo duo;
+    pthread_t thread;
+};
+
+enum { STUCK = 32 << 20 };
+
+static void *send_much(void *arg)
+{
+    char *bytes = malloc(STUCK);
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    pattern(0, 0, bytes, STUCK);
+    EQ(send(*(int *)arg, bytes, STUCK, 0), STUCK);
+    free(bytes);
+    return NULL;
+}
+
+static void get_stuck(struct stuck *s)
+{
+    s->duo = duo_open(COLD);
+    EQ(pthread_create(&s->thread, NULL, send_much, &s->duo.fd), 0);
+    while (events_of(s->duo.fd, POLLOUT, 0) & POLLOUT)
+        sleep_ms(1);
+    for (int i = 0; i < 40; i++) {
+        p_send(&s->duo, "x");
+        WANT(s->duo.fd, "x");
+        sleep_ms(2);
+    }
+}
+
+static void get_loose(struct stuck *s)
+{
+    EQ(p_do(&s->duo, do_recv_pattern, STUCK), 0);
+    EQ(pthread_join(s->thread, NULL), 0);
+    for (int i = 0; i < 40; i++) {
+        PUT(s->duo.fd, "out");
+        P_WANT(&s->duo, "out");
+        p_send(&s->duo, "in");
+        WANT(s->duo.fd, "in");
+    }
+}
+
+CASE(eintr_receive_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    get_stuck(&s);
+    handle(SIGALRM, count_hit, 0);
+    for (int ms = 5; ms < 200; ms += 15) {
+        hits = 0;
+        tick(ms, 300);
+        ERR(recv(s.duo.fd, got, sizeof got, 0), EINTR);
+        tick(0, 0);
+        TIMELY(hits == 1, "expected the first signal, after %d ms, to interrupt the call, saw number %d do it", ms,
+               (int)hits);
+    }
+    handle(SIGALRM, count_hit, SA_RESTART);
+    for (int ms = 5; ms < 200; ms += 50) {
+        hits = 0;
+        tick(ms, 300);
+        p_start(&s.duo, do_send_later, 220);
+        EQ(recv(s.duo.fd, got, sizeof got, 0), 4);
+        tick(0, 0);
+        EQ(p_finish(&s.duo), 0);
+        TIMELY(hits > 0, "expected a signal during the wait, saw none");
+    }
+    get_loose(&s);
+}
+
+/* The least time that the call took, in ms, of some: a busy machine makes a few of them late. Each gives EAGAIN. */
+#define LEAST_MS(expression)                                                                       ({                                                                                                 int64_t least_ = INT64_MAX;                                                                    for (int i_ = 0; i_ < 5; i_++) {                                                                   int64_t start_ = now_ms();                                                                     ERR(expression, EAGAIN);                                                                       int64_t took_ = now_ms() - start_;                                                             least_ = took_ < least_ ? took_ : least_;                                                  }                                                                                              (long long)least_;                                                                         })
+
+CASE(time_limit_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    get_stuck(&s);
+    struct timeval limit = {0, 40000};
+    MUST(setsockopt(s.duo.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit));
+    long long least = LEAST_MS(recv(s.duo.fd, got, sizeof got, 0));
+    CHECK(least >= 39, "expected to wait 40 ms, saw %lld", least);
+    TIMELY(least < 100, "expected to wait 40 ms, saw %lld", least);
+    least = LEAST_MS(read(s.duo.fd, got, sizeof got));
+    TIMELY(least >= 39 && least < 100, "expected to wait 40 ms, saw %lld", least);
+    get_loose(&s);
+}
+
+CASE(no_wait_beside_a_blocked_send)
+{
+    struct stuck s;
+    char got[8];
+    struct iovec in = {got, sizeof got};
+    struct msghdr msg = {.msg_iov = &in, .msg_iovlen = 1};
+    get_stuck(&s);
+    long long least = LEAST_MS(recv(s.duo.fd, got, sizeof got, MSG_DONTWAIT));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    least = LEAST_MS(recvmsg(s.duo.fd, &msg, MSG_DONTWAIT));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    set_nonblock(s.duo.fd, true);
+    least = LEAST_MS(recv(s.duo.fd, got, sizeof got, 0));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    least = LEAST_MS(read(s.duo.fd, got, sizeof got));
+    TIMELY(least < 20, "expected no wait, saw %lld ms", least);
+    set_nonblock(s.duo.fd, false);
+    get_loose(&s);
+}
+
 CASE(eintr_waitall_is_partial)
 {
     struct duo d = duo_open(0);

@@ -235,6 +235,8 @@ pub mod anchor {
     pub const ERROR: u32 = 2;
     /// On a stream that was reset: a send has reported it.
     pub const SEND_ERROR: u32 = 4;
+    /// The anchor has ended with an error, whether it was reported or not.
+    pub const BROKEN: u32 = 8;
 }
 
 /// State of one end, in memory of its own: the other end must not be able to write it.

@@ -159,7 +159,8 @@ unsafe fn accept_by(
                 // As if it had never come.
                 drop(held);
                 sys::warn(
-                    "a connection from another node was dropped: the daemon does not say whose",
+                    "a connection from another node was dropped: it had ended before it was accepted, \
+                     or the daemon does not say whose it is",
                 );
                 // SAFETY: the program does not know this descriptor.
                 unsafe { super::close(fd) };

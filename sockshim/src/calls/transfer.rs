@@ -4,7 +4,7 @@
 use crate::conn::{self, Use, phase};
 use crate::io::{self, Buffers, InKernel, Outcome};
 use crate::stream::Stream;
-use crate::{demote, sys, tenant};
+use crate::{demote, signals, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -85,31 +85,28 @@ pub(super) fn transfer(
 }
 
 /// Looks for bytes while not counted in, for a while: an offer is followed when nobody is inside the kernel, and
-/// where one thread waits for bytes and another one for space, somebody always would be. Fails where the
-/// kernel's own receive would have been interrupted.
+/// where one thread waits for bytes and another one for space, somebody always would be. A signal ends it: by
+/// failing where the kernel's own receive would have been interrupted.
 #[cold]
 fn give_way_to_offer(held: &Use, fd: c_int) -> Result<(), isize> {
     let error = sys::errno();
     let timeout: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO);
     let waits = |fd| sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
-    if timeout.is_none_or(|limit| limit.tv_sec != 0 || limit.tv_usec != 0) {
+    let is_limited = timeout.is_none_or(|limit| limit.tv_sec != 0 || limit.tv_usec != 0);
+    if is_limited || sys::poll_one(fd, libc::POLLIN, 0) != 0 {
         return Ok(());
     }
+    let signals = signals::Held::hold();
     for _ in 0..GIVE_WAY_TURNS {
-        if held.conn.offered.load(Relaxed) == 0 || !waits(fd) {
+        if held.conn.offered.load(Relaxed) == 0
+            || !waits(fd)
+            || signals.wait(fd, libc::POLLIN, Some(GIVE_WAY_MS))
+        {
             break;
         }
-        // A signal would end the poll whether it restarts calls or not.
-        let mask = sys::block_signals();
-        let found = sys::poll_one(fd, libc::POLLIN, GIVE_WAY_MS) != 0;
-        let interrupted = sys::pending_signal_interrupts(mask);
-        sys::restore_signals(mask);
-        if interrupted {
-            return Err(-(libc::EINTR as isize));
-        }
-        if found {
-            break;
-        }
+    }
+    if signals.release() {
+        return Err(-(libc::EINTR as isize));
     }
     sys::set_errno(error);
     Ok(())

@@ -8,21 +8,21 @@ use crate::stream::Stream;
 use crate::{demote, ready};
 use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT};
 use rdsock_shm::bell;
-use rdsock_shm::layout::{NOT_SWITCHED, mark, phase};
+use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
 /// What EPOLLET compares: when any of it changes there is an edge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Snapshot {
     /// The incoming position.
     head: u64,
-    /// The marks, the anchor's state and the phases.
+    /// The marks, the anchor's end and the phases.
     state: u64,
 }
 
 impl Snapshot {
     fn of(stream: &Stream) -> Self {
         let state = u64::from(stream.incoming().producer.mark.load(Acquire))
-            | u64::from(stream.rx().anchor.load(Acquire)) << 8
+            | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
             | u64::from(stream.rx().phase.load(Acquire)) << 16
             | u64::from(stream.tx().phase.load(Acquire)) << 24
             | u64::from(stream.tx().shut.load(Acquire)) << 32
@@ -344,6 +344,10 @@ fn of_stream(
     }
     let interest =
         (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
+    if held.conn.look.load(Relaxed) != 0 {
+        // What this finds out is a part of the snapshot, and no edge of its own.
+        ready::of(held, stream, fd, interest, false);
+    }
     let mut before = Snapshot::of(stream);
     let mut seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
     if seen == 0 && !look.few {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::conn::Use;
 use crate::stream::RxGuard;
-use crate::{clock, demote, epoll, wait};
+use crate::{clock, demote, epoll, ready, wait};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 use rdsock_shm::reason::Reason;
 use rdsock_shm::ring::Receiver;
@@ -138,7 +138,7 @@ fn recv_all<'a>(
 }
 
 /// True when the anchor should be looked at by a call that found its ring empty.
-fn look_is_due(held: &Use) -> bool {
+pub fn look_is_due(held: &Use) -> bool {
     let now = clock::ticks();
     if held.conn.look.load(Relaxed) == 0
         && now.wrapping_sub(held.conn.looked_at.load(Relaxed)) < clock::ticks_of(LOOK_EVERY_US)
@@ -288,10 +288,13 @@ fn anchor_end(stream: &Stream) -> Took {
 }
 
 /// The kernel reports an error of the anchor. It resets a connection for wake bytes that its end has
-/// not read, which the program must not see.
+/// not read, which the program must not see; unless the other end has broken it, and has said so before.
 fn anchor_error(stream: &Stream, before: u64, error: isize) -> Took {
     if error != BROKEN {
         return Took::Error(error);
+    }
+    if stream.incoming().producer.mark.load(Acquire) & mark::RESET != 0 {
+        return Took::Again;
     }
     stream.note_end(true);
     anchor_end_unless_switched(stream, before)
@@ -383,6 +386,27 @@ fn take_switching(
         Some(AGAIN) | None => Took::Nothing,
         Some(error) => anchor_error(stream, before, error),
     }
+}
+
+/// The error that the program asks for (`SO_ERROR`), once: where the kernel has just told `kernel`, and told the shim of
+/// others when that looked.
+pub fn take_error(stream: &Stream, fd: c_int, kernel: c_int) -> c_int {
+    ready::settle_reset(stream, fd);
+    let marks = stream.incoming().producer.mark.load(Acquire);
+    let is_pending = if stream.is_reset() {
+        demote::take_error(stream)
+    } else {
+        let judged = kernel == libc::ECONNRESET && stream.judges_end() && marks & mark::RESET == 0;
+        if judged && stream.rx().anchor.load(Acquire) == 0 {
+            stream.note_end(true);
+        }
+        let pending = stream.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0;
+        if !pending && !judged {
+            return kernel;
+        }
+        pending
+    };
+    if is_pending { libc::ECONNRESET } else { 0 }
 }
 
 /// Bytes that can be received now (`FIONREAD`). `None`: ask the kernel.

@@ -344,7 +344,39 @@ echo(s)
         let end = std::io::Read::read(&mut dropped, &mut [0]);
         assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
         echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
-        server.finish(LIMIT);
+        assert_says_both(&server.finish(LIMIT));
         assert_eq!(ground.stand_in.questions_who().len(), 1);
     }
+}
+
+/// The daemon has forgotten whose it was, and the warning does not blame it.
+#[test]
+fn a_connection_that_ended_before_it_was_accepted_is_dropped() {
+    let ground = Ground::new(Manners::default());
+    let mut server = ground.start(
+        r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+assert select.select([listener], [], [], 60)[0]
+time.sleep(0.2)
+s, peer = listener.accept()
+assert peer[0] == "127.0.0.1" and s.getpeername() == peer, peer
+echo(s)
+"#,
+    );
+    let port = port_of(&mut server);
+    drop(call(port));
+    echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+    assert_says_both(&server.finish(LIMIT));
+}
+
+fn assert_says_both(output: &str) {
+    let warning = output
+        .lines()
+        .find(|line| line.contains("connection from another node was dropped"));
+    let says = |cause| warning.is_some_and(|line| line.contains(cause));
+    assert!(
+        says("ended before it was accepted") && says("the daemon does not say whose"),
+        "{output}"
+    );
 }
