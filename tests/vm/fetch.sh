@@ -77,6 +77,12 @@ unpack() {
     done
 }
 
+unpack "$CACHE/tools" busybox-static
+find "$CACHE/tools" -name busybox -type f -perm -100 -exec cp {} "$CACHE/busybox" \;
+[ -x "$CACHE/busybox" ]
+rm -rf "$CACHE/tools"
+echo "busybox $(version busybox-static)" >>"$CACHE/versions.new"
+
 # The package that another one leads to: the current build of a kernel.
 leads_to() { apt apt-cache depends "$1" | awk -v start="$2" '$1 == "Depends:" && index($2, start) == 1 { print $2; exit }'; }
 
@@ -110,16 +116,11 @@ built=$(awk '$1 == "linux" { print $3; exit }' "$CACHE/versions.new")
     skip "the mirror has no $source of version $built"
 mkdir "$CACHE/source"
 dpkg-deb --fsys-tarfile "$apt/debs/source.package" | tar -xO "./usr/src/$source.tar.xz" |
-    tar -xJC "$CACHE/source" --strip-components=1 --wildcards "$source/drivers/iommu/iommufd/*" \
+    "$CACHE/busybox" unxz | tar -xC "$CACHE/source" --strip-components=1 --wildcards "$source/drivers/iommu/iommufd/*" \
         "$source/drivers/iommu/iommu-priv.h" "$source/drivers/vfio/*" "$source/lib/interval_tree.c"
 rm "$apt/debs/source.package"
 echo "source $built" >>"$CACHE/versions.new"
 
-unpack "$CACHE/tools" busybox-static
-find "$CACHE/tools" -name busybox -type f -perm -100 -exec cp {} "$CACHE/busybox" \;
-[ -x "$CACHE/busybox" ]
-rm -rf "$CACHE/tools"
-echo "busybox $(version busybox-static)" >>"$CACHE/versions.new"
 echo "$ours" >>"$CACHE/versions.new"
 mv "$CACHE/versions.new" "$CACHE/versions"
 cat "$CACHE/versions"
