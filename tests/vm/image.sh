@@ -25,7 +25,6 @@ for module in irqbypass vfio vfio_iommu_type1 vfio-pci-core vfio-pci inet_diag t
     esac
 done
 strip -g -o "$root/modules/rdsock-vfio.ko" "$CACHE/module-$KERNEL/rdsock-vfio.ko"
-cp -r "$CACHE/iommufd/modules" "$root/modules/iommufd"
 
 # Copies a file to its place in the guest, and the libraries that it needs to theirs.
 pack() {

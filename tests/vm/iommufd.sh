@@ -1,15 +1,15 @@
 #!/bin/bash
-# Builds VFIO with iommufd for the virtual machine's kernel: tests/vm/iommufd.sh CACHE
+# Builds VFIO with iommufd for the virtual machine's kernel: tests/vm/iommufd.sh CACHE ARCHIVE
 #
 # Debian's kernels have none of it (CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV are off), but export what it needs. So it is built from
-# the source of that very kernel (fetch.sh), and our module against it: into CACHE/iommufd/modules.
+# the source of that very kernel (fetch.sh), and our module against it: into an archive that the guest has beside its own.
 set -euo pipefail
-CACHE=$1
+CACHE=$1 ARCHIVE=$2
 cd "$(dirname "$0")/../.."
 linux=$CACHE/linux-$KERNEL
 build=$CACHE/iommufd
 headers=$linux/usr/src/linux-headers-$(cat "$linux/release")
-mkdir -p "$build/ours" "$build/modules"
+mkdir -p "$build/ours" "$build/root/modules/iommufd"
 
 # What the headers do not know to be there. Kbuild takes the first line, the compiler the second.
 CONFIG=(CONFIG_IOMMUFD=m CONFIG_VFIO_DEVICE_CDEV=y CONFIG_DEBUG_INFO_BTF_MODULES=)
@@ -31,5 +31,7 @@ cp -u kmod-minimal/*.[ch] kmod-minimal/Kbuild "$build/ours"
 module "$build/ours" KBUILD_EXTRA_SYMBOLS="$build/Module.symvers"
 for file in "$build"/iommu/iommufd/iommufd.ko "$build"/vfio/{vfio,vfio_iommu_type1}.ko \
     "$build"/vfio/pci/{vfio-pci-core,vfio-pci}.ko "$build"/ours/rdsock-vfio.ko; do
-    strip -g -o "$build/modules/${file##*/}" "$file"
+    strip -g -o "$build/root/modules/iommufd/${file##*/}" "$file"
 done
+(cd "$build/root" && find . | "$CACHE/busybox" cpio -o -H newc 2>/dev/null | gzip -1) >"$ARCHIVE.new"
+mv "$ARCHIVE.new" "$ARCHIVE"

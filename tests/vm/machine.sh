@@ -8,7 +8,7 @@ QEMU=(timeout "$LIMIT" "$libraries/ld-linux-x86-64.so.2" --library-path "$librar
 
 # What is different in a suite: its guests (one that has no name, else by name), how the model serves, the IOMMU.
 guests_of() { case $1 in programs) echo servers clients ;; *) echo guest ;; esac; }
-serving_of() { case $1 in programs | removal) echo --trapped ;; esac; }
+serving_of() { case $1 in trapped) echo --trapped ;; esac; }
 # Each of two guests has one processor, as the host has few.
 cpus_of() { case $1 in guest) echo 2 ;; *) echo 1 ;; esac; }
 iommu_of() {
@@ -45,7 +45,7 @@ devices_of() {
     esac
 }
 
-# What a guest asks of its host: to have the model print what it has counted, or to have it die, as if its devices
+# What a guest asks of its host: to have the model print what it has counted, or take the devices away, as if they
 # were pulled out. Each request is answered by a line.
 serve_guest() {
     while IFS= read -r line; do
@@ -53,7 +53,7 @@ serve_guest() {
         printf '%s\n' "$line"
         case $line in
             "HOST count") kill -USR1 "$model"; echo counted >&3 ;;
-            "HOST pull the devices out") kill -KILL "$model"; echo pulled >&3 ;;
+            "HOST pull the devices out") kill -USR2 "$model"; echo pulled >&3 ;;
         esac
     done
 }
@@ -65,12 +65,14 @@ guest() {
     read -ra iommu < <(iommu_of "$suite") || true
     [ ${#iommu[@]} = 0 ] || split=(-machine kernel-irqchip=split)
     mapfile -t devices < <(devices_of "$name")
+    cat "$work/guest.gz" >"$folder/$name.gz"
+    [ "$suite" != iommufd ] || cat "$work/iommufd.gz" >>"$folder/$name.gz"
     mkfifo "$folder/$name.in"
     exec 3<>"$folder/$name.in"
     "${QEMU[@]}" "${accel[@]}" -machine q35,memory-backend=mem "${split[@]}" \
         -object memory-backend-memfd,id=mem,size=768M,share=on -m 768 -smp "$(cpus_of "$name")" -nodefaults -no-user-config -display none \
         -serial stdio -no-reboot "${iommu[@]}" "${devices[@]}" \
-        -kernel "$CACHE"/linux-$KERNEL/boot/vmlinuz-* -initrd "$work/guest.gz" \
+        -kernel "$CACHE"/linux-$KERNEL/boot/vmlinuz-* -initrd "$folder/$name.gz" \
         -append "console=ttyS0 intel_iommu=on iommu=nopt no_timer_check panic=-1 quiet suite=$suite guest=$name" \
         <&3 2>"$folder/$name.qemu" | serve_guest >"$folder/$name.log" || true
 }

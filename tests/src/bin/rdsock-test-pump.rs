@@ -143,7 +143,7 @@ fn send(at: SocketAddr, bytes: u64, rate: u64) -> ExitCode {
             return ExitCode::from(4);
         }
         done += got.len() as u64;
-        if done == 64 * BLOCK as u64 {
+        if done == 16 * BLOCK as u64 {
             println!("begun");
         }
     }

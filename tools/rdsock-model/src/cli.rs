@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 /// Devices of several nodes, wired to each other, each served over a vfio-user socket.
 ///
-/// It runs until it is ended by SIGINT or SIGTERM, and then removes the sockets.
+/// It runs until it is ended by SIGINT or SIGTERM, and then removes the sockets. SIGUSR1 has it print what the devices
+/// did; SIGUSR2 takes the devices away, as if they were pulled out: their registers read all ones from then on.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Flags {
@@ -22,8 +23,7 @@ pub struct Flags {
     /// Spin without work, too, rather than look every 50 µs
     #[arg(long)]
     pub busy: bool,
-    /// Print what the devices did, as one line of JSON for each: at the end, and every SECONDS if that is not 0.
-    /// At SIGUSR1 that is printed in any case
+    /// Print what the devices did, as one line of JSON for each: at the end, and every SECONDS if that is not 0
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "0")]
     pub stats: Option<u64>,
     /// Seed of the faults below

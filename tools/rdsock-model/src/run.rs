@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rdsock_model::{Fabric, Running};
+use rdsock_model::{Fabric, Fault, Running};
 use rdsock_vfio::serve::Server;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -65,6 +65,11 @@ pub fn run(plan: &Plan) -> Result<(), RunError> {
         let came = ready.and_then(|_| signals.read_signal());
         match came.map_err(|errno| RunError::System("waiting for signals", errno.into()))? {
             Some(signal) if signal.ssi_signo == Signal::SIGUSR1 as u32 => print(&servers)?,
+            Some(signal) if signal.ssi_signo == Signal::SIGUSR2 as u32 => {
+                for (_, server) in &servers {
+                    server.function().inject(Fault::Remove);
+                }
+            }
             _ => break,
         }
     }
@@ -79,6 +84,7 @@ fn signals() -> Result<SignalFd, Errno> {
     mask.add(Signal::SIGINT);
     mask.add(Signal::SIGTERM);
     mask.add(Signal::SIGUSR1);
+    mask.add(Signal::SIGUSR2);
     mask.thread_block()?;
     SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC)
 }
