@@ -25,7 +25,7 @@ pub fn beyond_the_limit(node: &Node) -> Outcome {
         Ok(_) => return Err("it was mapped".into()),
         Err(error) => error.to_string(),
     };
-    check(error.contains("memory"), || error.clone())?;
+    check(error.contains("limit of locked memory"), || error.clone())?;
     // What is within it still can be.
     node.rde.space().allocate(4 << 20)?;
     Ok(())
