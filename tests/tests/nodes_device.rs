@@ -44,7 +44,7 @@ fn a_device_that_stops_its_queue_set() {
     assert_eq!(status.code(), Some(3), "{}", client.output());
     assert!(client.output().contains("ConnectionReset"));
     let log = nodes.daemon(2).log();
-    assert!(log.contains("the device has failed"), "{log}");
+    assert!(log.contains("does not use the device any more"), "{log}");
     assert!(log.contains("restart rdsockd"), "{log}");
 
     // The daemon lives, and what is new goes through the kernel, or over rings of the same node.
