@@ -81,6 +81,8 @@ fn ask(fd: c_int, family: c_int, peer: Address, end: u64) -> Result<(Address, Re
         peer: peer.ip,
         local_port: local.port.into(),
         peer_port: peer.port.into(),
+        fd,
+        reserved: 0,
     };
     let reached = tenant::reach(question, end).ok_or(Reason::NoDaemon)?;
     if reached.ticket == 0 {
@@ -212,6 +214,8 @@ fn learn_names(held: &Use, fd: c_int, certain: bool) -> Option<Address> {
         peer: peer.ip,
         local_port: local.port.into(),
         peer_port: peer.port.into(),
+        fd,
+        reserved: 0,
     };
     let within = if certain { CERTAIN } else { POSSIBLE };
     let caller = tenant::who_is(question, clock::nanoseconds() + within, certain)?;

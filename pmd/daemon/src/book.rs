@@ -1,4 +1,4 @@
-//! The book of who announced what and who holds which stream: matching, holders, accounts.
+//! The book of who announced what and who holds which stream: matching, holders.
 //!
 //! A state machine without I/O and clock: the daemon verifies what tenants say before it comes
 //! here, and carries out what follows from it.
@@ -118,7 +118,7 @@ pub struct End {
 pub struct Stream<M> {
     /// The two ends; end 0 called `connect`.
     pub ends: [End; 2],
-    /// The user whose account it is on: that of the end that called `connect`, since the other
+    /// The user on whose account it is: that of the end that called `connect`, since the other
     /// end has no say in who connects to it.
     pub payer: u32,
     /// Bytes of its memory.
@@ -134,15 +134,6 @@ impl<M> Stream<M> {
     }
 }
 
-/// What a user has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Account {
-    /// Streams.
-    pub streams: u64,
-    /// Bytes of their memory.
-    pub bytes: u64,
-}
-
 #[derive(Clone, Copy, Debug)]
 enum Seat {
     Waiting(Route),
@@ -156,7 +147,6 @@ pub struct Book<M> {
     seats: HashMap<TenantId, HashMap<u32, (u32, Seat)>>,
     streams: HashMap<u64, Stream<M>>,
     cookies: HashMap<u64, (u64, usize)>,
-    accounts: HashMap<u32, Account>,
 }
 
 impl<M> Default for Book<M> {
@@ -166,7 +156,6 @@ impl<M> Default for Book<M> {
             seats: HashMap::new(),
             streams: HashMap::new(),
             cookies: HashMap::new(),
-            accounts: HashMap::new(),
         }
     }
 }
@@ -262,9 +251,6 @@ impl<M> Book<M> {
                 mapped: false,
             }],
         });
-        let account = self.accounts.entry(payer).or_default();
-        account.streams += 1;
-        account.bytes += bytes;
         let stream = Stream {
             ends,
             payer,
@@ -362,7 +348,7 @@ impl<M> Book<M> {
         streams
     }
 
-    /// Removes a stream and takes it off its payer's account. Its holders keep nothing.
+    /// Removes a stream. Its holders keep nothing.
     pub fn close(&mut self, id: u64) -> Option<Stream<M>> {
         let stream = self.streams.remove(&id)?;
         for end in &stream.ends {
@@ -375,13 +361,6 @@ impl<M> Book<M> {
             }
             for holder in &end.holders {
                 self.stand(holder.conn);
-            }
-        }
-        if let Some(account) = self.accounts.get_mut(&stream.payer) {
-            account.streams -= 1;
-            account.bytes -= stream.bytes;
-            if account.streams == 0 {
-                self.accounts.remove(&stream.payer);
             }
         }
         Some(stream)
@@ -400,16 +379,6 @@ impl<M> Book<M> {
     /// All streams.
     pub fn streams(&self) -> impl Iterator<Item = (u64, &Stream<M>)> {
         self.streams.iter().map(|(id, stream)| (*id, stream))
-    }
-
-    /// What a user has.
-    pub fn account(&self, uid: u32) -> Account {
-        self.accounts.get(&uid).copied().unwrap_or_default()
-    }
-
-    /// All users that have streams.
-    pub fn accounts(&self) -> impl Iterator<Item = (u32, Account)> {
-        self.accounts.iter().map(|(uid, account)| (*uid, *account))
     }
 
     /// Announcements that wait for their other end.

@@ -1,22 +1,35 @@
-//! A control connection: datagrams with fds in, datagrams with fds out, nothing blocks.
+//! A control connection: datagrams with descriptors in, datagrams with descriptors out, nothing blocks.
+//!
+//! Descriptors that a stranger sends are taken in by a porter alone ([`unpack`]): to close one may have to be waited
+//! for, and so may be to drop a message that holds one. So the control thread looks first whether a datagram brings
+//! any ([`Channel::receive`]), and hands the channel to a porter if it does. A porter closes the socket, too.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg, setsockopt, sockopt,
-};
-use rdsock_shm::control::Message;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg, setsockopt, sockopt};
+use rdsock_shm::control::{Hello, Message, from_bytes, kind, parse};
+use rdsock_shm::layout::{BellBoard, TenantMemory};
 
-/// Messages that may wait for a tenant that does not read. Each answers a request of the tenant's
-/// own, so an honest one never comes near.
-const MAX_QUEUED: usize = 65536;
+use crate::accounts::{Charge, Over, Thing};
+use crate::diag::is_seqpacket;
+use crate::found::Found;
+use crate::memory::{BadMemory, TenantMap, check_bells};
+use crate::porters::{self, Porters};
+use crate::process::Peer;
+use crate::rights::Passport;
+
+/// A descriptor that a stranger has made.
+pub type Foreign = porters::Foreign<Found>;
+
 /// Longest datagram that is a message; a longer one is cut off by the kernel and is none.
 const LONGEST: usize = 256;
-/// Most fds that the kernel passes in one message, so that none is ever left behind.
+/// Most descriptors that the kernel passes in one message, so that none is ever left behind.
 const MAX_FDS: usize = 253;
 
 /// A datagram from the other side.
@@ -24,10 +37,34 @@ const MAX_FDS: usize = 253;
 pub struct Received {
     /// Its bytes.
     pub bytes: Vec<u8>,
-    /// The fds beside it.
-    pub fds: Vec<OwnedFd>,
     /// Process that sent it, by the kernel's word.
     pub sender: i32,
+    /// What came beside it.
+    pub luggage: Luggage,
+}
+
+/// What came beside a message, as a porter has found it.
+#[derive(Debug)]
+pub enum Luggage {
+    /// Nothing.
+    None,
+    /// Of a HELLO: what a tenant brings along.
+    Tenant(Result<Box<Belongings>, BadMemory>),
+    /// Of an ADOPT: a control connection, with the process that made it.
+    Channel(Foreign, Peer),
+    /// What makes no sense there. It is closed already.
+    Other,
+}
+
+/// What a tenant brings along.
+#[derive(Debug)]
+pub struct Belongings {
+    /// Its memory.
+    pub map: TenantMap,
+    /// Its bell board.
+    pub bells: OwnedFd,
+    /// Who it is.
+    pub passport: Passport,
 }
 
 /// A datagram to the other side.
@@ -35,7 +72,7 @@ pub struct Received {
 pub struct Outgoing {
     /// Its bytes.
     pub bytes: Vec<u8>,
-    /// The fds beside it.
+    /// The descriptors beside it.
     pub fds: Vec<Rc<OwnedFd>>,
 }
 
@@ -44,6 +81,8 @@ pub struct Outgoing {
 pub enum Receive {
     /// A datagram.
     Message(Received),
+    /// A datagram that brings descriptors: a porter has to take it in.
+    Descriptors,
     /// Nothing now.
     Nothing,
     /// The other side has hung up.
@@ -71,79 +110,61 @@ impl From<Message> for Outgoing {
     }
 }
 
+impl Outgoing {
+    /// What it counts on its user's account while it waits.
+    fn weight(&self) -> u64 {
+        (self.bytes.len() + size_of::<Self>()) as u64
+    }
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Channel {
-    socket: OwnedFd,
+    socket: Arc<Foreign>,
     queue: VecDeque<Outgoing>,
+    /// What waits in the queue, on its user's account.
+    unread: Charge,
 }
 
-/// The other side does not read what it asked for. Consequence: it is cut off.
-#[derive(Debug, thiserror::Error)]
-#[error("{MAX_QUEUED} unread messages")]
-pub struct Overflow;
-
 impl Channel {
-    /// Takes over a connected, non-blocking socket.
-    pub fn new(socket: OwnedFd) -> io::Result<Self> {
-        setsockopt(&socket, sockopt::PassCred, &true)?;
-        Ok(Channel {
-            socket,
+    /// Takes over a connected socket. `unread` is charged with what waits to be sent.
+    pub fn new(socket: Foreign, unread: Charge) -> Self {
+        Channel {
+            socket: Arc::new(socket),
             queue: VecDeque::new(),
-        })
+            unread,
+        }
     }
 
     /// The socket.
-    pub fn socket(&self) -> &OwnedFd {
+    pub fn socket(&self) -> &Arc<Foreign> {
         &self.socket
     }
 
-    /// The next datagram.
+    /// The next datagram, unless it brings descriptors.
     pub fn receive(&self) -> io::Result<Receive> {
-        let mut bytes = [0; LONGEST];
-        let mut control = nix::cmsg_space!([RawFd; MAX_FDS], libc::ucred);
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let fd = self.socket.as_raw_fd();
-        let message = match recvmsg::<UnixAddr>(fd, &mut parts, Some(&mut control), flags) {
-            Ok(message) => message,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Receive::Nothing),
-            Err(Errno::ECONNRESET) => return Ok(Receive::Closed),
-            Err(error) => return Err(error.into()),
-        };
-        let mut fds = Vec::new();
-        let mut sender = 0;
-        for part in message.cmsgs()? {
-            match part {
-                ControlMessageOwned::ScmRights(numbers) => {
-                    // SAFETY: the kernel has just made these fds for this message, and nothing
-                    // else owns them.
-                    fds.extend(
-                        numbers
-                            .iter()
-                            .map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }),
-                    );
-                }
-                ControlMessageOwned::ScmCredentials(credentials) => sender = credentials.pid(),
-                _ => {}
-            }
+        match take(&*self.socket, MsgFlags::MSG_PEEK, 0)? {
+            // Nobody else reads, so what is there is what was looked at.
+            Taken::Whole(..) => {}
+            Taken::CutOff => return Ok(Receive::Descriptors),
+            Taken::Nothing => return Ok(Receive::Nothing),
+            Taken::Closed => return Ok(Receive::Closed),
         }
-        let len = message.bytes;
-        if len == 0 && sender == 0 {
-            return Ok(Receive::Closed);
+        match take(&*self.socket, MsgFlags::empty(), 0)? {
+            Taken::Whole(bytes, sender, _) => Ok(Receive::Message(Received {
+                bytes,
+                sender,
+                luggage: Luggage::None,
+            })),
+            Taken::CutOff | Taken::Nothing => Ok(Receive::Nothing),
+            Taken::Closed => Ok(Receive::Closed),
         }
-        Ok(Receive::Message(Received {
-            bytes: bytes.get(..len).unwrap_or(&[]).to_vec(),
-            fds,
-            sender,
-        }))
     }
 
-    /// Queues a datagram. Call [`Channel::flush`] afterwards.
-    pub fn queue(&mut self, message: Outgoing) -> Result<(), Overflow> {
-        if self.queue.len() >= MAX_QUEUED {
-            return Err(Overflow);
-        }
+    /// Queues a datagram. Call [`Channel::flush`] afterwards. Fails when the other side does not read what it has
+    /// asked for. Consequence: it is cut off.
+    pub fn queue(&mut self, message: Outgoing) -> Result<(), Over> {
+        self.unread.more(Thing::Unread, message.weight())?;
         self.queue.push_back(message);
         Ok(())
     }
@@ -164,6 +185,7 @@ impl Channel {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             match sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, control, flags, None) {
                 Ok(_) => {
+                    self.unread.less(Thing::Unread, message.weight());
                     self.queue.pop_front();
                     count();
                 }
@@ -177,4 +199,156 @@ impl Channel {
         }
         Ok(Flush::Done)
     }
+}
+
+/// Closes a control connection when it has no user any more. What is unread is read first: else the other side would be
+/// told ECONNRESET, before it could read why it was refused.
+pub fn dismiss(porters: &Porters<Found>, uid: u32, socket: Arc<Foreign>) {
+    porters.give(uid, move || {
+        while matches!(
+            take(&socket, MsgFlags::empty(), MAX_FDS),
+            Ok(Taken::Whole(..) | Taken::CutOff)
+        ) {}
+        None
+    });
+}
+
+enum Taken {
+    /// A datagram, its sender, and its descriptors.
+    Whole(Vec<u8>, i32, Vec<OwnedFd>),
+    /// There are more descriptors than there was room for; these are closed.
+    CutOff,
+    Nothing,
+    Closed,
+}
+
+/// Room for the control messages of a datagram: its sender, and [`MAX_FDS`] descriptors.
+type Control = [u64; 144];
+const _: () = assert!(size_of::<Control>() >= 32 + 16 + 4 * MAX_FDS);
+
+/// Receives a datagram with room for `fds` descriptors.
+fn take(socket: &Foreign, flags: MsgFlags, fds: usize) -> io::Result<Taken> {
+    let (mut bytes, mut control) = ([0u8; LONGEST], [0u64; size_of::<Control>() / 8]);
+    let mut part = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: CMSG_SPACE only computes.
+    let space = unsafe {
+        let of_fds = match fds {
+            0 => 0,
+            _ => libc::CMSG_SPACE((size_of::<RawFd>() * fds) as u32),
+        };
+        libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) + of_fds
+    };
+    // SAFETY: integers and pointers; zeroes are a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = (space as usize).min(size_of::<Control>()) as _;
+    let flags = flags | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let len = loop {
+        // SAFETY: the message's parts are valid for writes of their lengths, and outlive the call.
+        let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags.bits()) };
+        match (len, Errno::last()) {
+            (0.., _) => break len as usize,
+            (_, Errno::EINTR) => {}
+            (_, Errno::EAGAIN) => return Ok(Taken::Nothing),
+            (_, Errno::ECONNRESET) => return Ok(Taken::Closed),
+            (_, error) => return Err(error.into()),
+        }
+    };
+    let (sender, fds) = unpack_control(&message);
+    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+        return Ok(Taken::CutOff);
+    }
+    Ok(match (len, sender) {
+        (0, 0) => Taken::Closed,
+        _ => Taken::Whole(bytes.get(..len).unwrap_or(&[]).to_vec(), sender, fds),
+    })
+}
+
+/// The sender (0 where the kernel does not say) and the descriptors of a message that was received, also of one whose
+/// control messages were cut off.
+fn unpack_control(message: &libc::msghdr) -> (i32, Vec<OwnedFd>) {
+    let (mut sender, mut fds) = (0, Vec::new());
+    // SAFETY: the kernel has filled the control messages up to `msg_controllen`, and the macros keep within that. It has
+    // just made the fds, and nothing else owns them.
+    unsafe {
+        let mut at = libc::CMSG_FIRSTHDR(message);
+        while !at.is_null() {
+            let data = libc::CMSG_DATA(at);
+            let bytes = ((*at).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+            match ((*at).cmsg_level, (*at).cmsg_type) {
+                (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                    for number in 0..bytes / size_of::<RawFd>() {
+                        let fd = data.cast::<RawFd>().add(number).read_unaligned();
+                        fds.push(OwnedFd::from_raw_fd(fd));
+                    }
+                }
+                (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if bytes >= size_of::<libc::ucred>() => {
+                    sender = data.cast::<libc::ucred>().read_unaligned().pid;
+                }
+                _ => {}
+            }
+            at = libc::CMSG_NXTHDR(message, at);
+        }
+    }
+    (sender, fds)
+}
+
+/// Takes in a datagram that brings descriptors, and looks at them; `None` when there is none any more. May wait: for a
+/// porter. `peer` is who made the connection.
+pub fn unpack(
+    porters: &Porters<Found>,
+    socket: &Foreign,
+    peer: &Arc<Peer>,
+) -> io::Result<Option<Received>> {
+    let (bytes, sender, fds) = match take(socket, MsgFlags::empty(), MAX_FDS)? {
+        Taken::Whole(bytes, sender, fds) => (bytes, sender, fds),
+        Taken::CutOff => (Vec::new(), 0, Vec::new()),
+        Taken::Nothing | Taken::Closed => return Ok(None),
+    };
+    let luggage = match parse(&bytes) {
+        _ if fds.is_empty() => Luggage::None,
+        Ok((kind::HELLO, body)) => Luggage::Tenant(tenant(body, fds, peer)),
+        Ok((kind::ADOPT, [])) => channel(porters, fds).unwrap_or(Luggage::Other),
+        _ => Luggage::Other,
+    };
+    Ok(Some(Received {
+        bytes,
+        sender,
+        luggage,
+    }))
+}
+
+fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belongings>, BadMemory> {
+    let hello: Hello = from_bytes(body).ok_or(BadMemory::Identity)?;
+    for (found, expected) in [
+        (hello.memory_size, size_of::<TenantMemory>() as u64),
+        (hello.bell_size, size_of::<BellBoard>() as u64),
+    ] {
+        if found != expected {
+            return Err(BadMemory::Size { found, expected });
+        }
+    }
+    let [memory, bells] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| BadMemory::Number)?;
+    Ok(Box::new(Belongings {
+        map: TenantMap::new(memory)?,
+        bells: check_bells(bells)?,
+        passport: Passport::new(peer.clone()),
+    }))
+}
+
+fn channel(porters: &Porters<Found>, fds: Vec<OwnedFd>) -> Option<Luggage> {
+    let [socket] = <[OwnedFd; 1]>::try_from(fds).ok()?;
+    if !is_seqpacket(socket.as_fd()) {
+        return None;
+    }
+    let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL).ok()?);
+    fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
+    setsockopt(&socket, sockopt::PassCred, &true).ok()?;
+    let peer = Peer::of(&socket).ok()?;
+    Some(Luggage::Channel(porters.foreign(peer.uid, socket), peer))
 }

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::unistd::geteuid;
 use rdsock_shm::layout::{MAX_RING, MIN_RING};
 use serde::Deserialize;
 
+use crate::accounts::{Limits, Thing};
 use crate::fabric::FabricConfig;
 use crate::memory::HugePages;
 use crate::policy::Policy;
@@ -49,6 +51,14 @@ pub struct Config {
     pub max_tenants: u64,
     /// Attached processes of one user.
     pub max_tenants_per_user: u64,
+    /// Descriptors of the daemon that are used for one user; 0 for as many as are left for the others.
+    pub max_descriptors_per_user: u64,
+    /// Connects to and from other nodes of one user that are under way.
+    pub max_connects_per_user: u64,
+    /// Questions of one user that are being answered.
+    pub max_queries_per_user: u64,
+    /// Bytes of messages that wait for one user's programs.
+    pub max_unread_bytes_per_user: u64,
     /// Ends the daemon when nothing has used it for so long; 0 for never.
     pub idle_exit_seconds: u64,
     /// How a log line looks.
@@ -71,6 +81,10 @@ impl Default for Config {
             max_bytes_per_user: 256 << 30,
             max_tenants: 8_192,
             max_tenants_per_user: 4_096,
+            max_descriptors_per_user: 0,
+            max_connects_per_user: 256,
+            max_queries_per_user: 8,
+            max_unread_bytes_per_user: 16 << 20,
             idle_exit_seconds: 0,
             log_format: LogFormat::Text,
             log_level: LogLevel::Info,
@@ -138,12 +152,47 @@ impl Config {
         for (key, value) in [
             ("max_tenants", config.max_tenants),
             ("max_tenants_per_user", config.max_tenants_per_user),
+            ("max_connects_per_user", config.max_connects_per_user),
+            ("max_queries_per_user", config.max_queries_per_user),
         ] {
             if value == 0 {
                 return wrong(key, "at least 1".into());
             }
         }
         Ok(config)
+    }
+}
+
+/// Control connections that have not said who they are.
+const CALLERS: u64 = 512;
+/// Descriptors kept back for the daemon itself.
+const RESERVE: u64 = 64;
+impl Config {
+    /// What may be had, where the daemon may have so many descriptors.
+    pub fn limits(&self, descriptors: u64) -> Limits {
+        let free = descriptors.saturating_sub(RESERVE);
+        let carried = self.fabric.as_ref().map_or(0, |f| f.max_streams as u64);
+        // A daemon that serves one user has nobody to share with.
+        let several = geteuid().is_root();
+        let limit = |thing| -> (u64, u64, bool) {
+            match (thing, self.max_descriptors_per_user) {
+                (Thing::Descriptors, 0) => (free, free, several),
+                (Thing::Descriptors, most) => (free, most, false),
+                (Thing::Callers, _) => (CALLERS, CALLERS, several),
+                (Thing::Tenants, _) => (self.max_tenants, self.max_tenants_per_user, several),
+                (Thing::Streams, _) => (u64::MAX, self.max_streams_per_user, false),
+                (Thing::Bytes, _) => (u64::MAX, self.max_bytes_per_user, false),
+                (Thing::Carried, _) => (carried, carried, several),
+                (Thing::Connects, _) => (u64::MAX, self.max_connects_per_user, false),
+                (Thing::Queries, _) => (u64::MAX, self.max_queries_per_user, false),
+                (Thing::Unread, _) => (u64::MAX, self.max_unread_bytes_per_user, false),
+            }
+        };
+        Limits {
+            all: Thing::ALL.map(|thing| limit(thing).0),
+            user: Thing::ALL.map(|thing| limit(thing).1),
+            shared: Thing::ALL.map(|thing| limit(thing).2),
+        }
     }
 }
 

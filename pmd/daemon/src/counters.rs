@@ -21,6 +21,12 @@ pub struct Counters {
     pub bad_requests: u64,
     /// Messages that a process sent on a connection of another one.
     pub stray: u64,
+    /// Processes that were found not to be who they were when they attached.
+    pub changed: u64,
+    /// Microseconds of the longest turn of the control thread.
+    pub longest_turn_us: u64,
+    /// Turns of the control thread that took more than 50 ms.
+    pub long_turns: u64,
     /// Connections announced.
     pub announced: u64,
     /// Announcements that the kernel did not confirm.

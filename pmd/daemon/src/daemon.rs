@@ -1,97 +1,48 @@
-//! The event loop: what happened, and what is due. Connections are in `connections.rs`, what
-//! their messages mean in `tenants.rs`, what announcements lead to in `matching.rs`.
+//! The daemon: joins its owners, and is their event loop.
+//!
+//! Each thing has one owner, whose state is its own: the [`Agenda`] what is waited for and due, [`Connections`] who is
+//! connected and attached, the [`Streams`] who holds which stream, the fabric's [`Control`] what leads to other nodes,
+//! the [`Accounts`] what each user has, the [`Journal`] what was counted and logged. The [`Rights`] decide, [`Porters`]
+//! do what may have to be waited for. The files of this folder say what an event means for them, each for one kind of
+//! event.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+mod announcements;
+mod between;
+mod callers;
+mod listeners;
+mod queries;
+mod streams;
+mod tenants;
+
+use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use tracing::{error, info, warn};
 
+use crate::accounts::Accounts;
+use crate::agenda::{Agenda, Due, Token};
 use crate::args::Args;
-use crate::book::Book;
 use crate::config::{Config, ConfigError};
-use crate::connections::{Connection, End, Watched, spare_descriptor};
-use crate::counters::Counters;
+use crate::connections::Connections;
 use crate::endpoint::{Endpoint, EndpointError};
 use crate::fabric::Control;
-use crate::log::Throttle;
-use crate::matching::SearchBudget;
+use crate::found::Found;
+use crate::journal::Journal;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
+use crate::porters::Porters;
 use crate::process;
-use crate::streams::{HugeSupply, Memory};
+use crate::rights::Rights;
+use crate::streams::Streams;
 
-const LISTENER: u64 = 0;
-const SIGNALS: u64 = 1;
-const FABRIC: u64 = 2;
-const WANTED_BACK: u64 = 3;
-/// And the following.
-const ANCHORS: u64 = 4;
-/// Numbers of connections are above the words of everything else.
-const FIRST_CONNECTION: u64 = 4;
-
-/// What an epoll event is about; in the event's 64 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Token {
-    Listener,
-    Signals,
-    Connection(u64),
-    Process(u64),
-    /// Notices of the fabric.
-    Fabric,
-    /// The system wants the fabric's device back.
-    WantedBack,
-    /// A listener for anchors.
-    Anchors(u64),
-}
-
-impl Token {
-    pub(crate) fn to_word(self) -> u64 {
-        match self {
-            Token::Listener => LISTENER,
-            Token::Signals => SIGNALS,
-            Token::Connection(id) => id << 1,
-            Token::Process(id) => id << 1 | 1,
-            Token::Fabric => FABRIC,
-            Token::WantedBack => WANTED_BACK,
-            Token::Anchors(listener) => ANCHORS + (listener & 1),
-        }
-    }
-
-    fn from_word(word: u64) -> Self {
-        match word {
-            LISTENER => Token::Listener,
-            SIGNALS => Token::Signals,
-            FABRIC => Token::Fabric,
-            WANTED_BACK => Token::WantedBack,
-            _ if word >> 1 == ANCHORS >> 1 => Token::Anchors(word - ANCHORS),
-            _ if word & 1 == 0 => Token::Connection(word >> 1),
-            _ => Token::Process(word >> 1),
-        }
-    }
-}
-
-/// Something to look at later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Due {
-    /// A connection must have said who it is.
-    Handshake(u64),
-    /// A connection's messages may be sent now.
-    Send(u64),
-    /// A process that has hung up had its time.
-    Watch(u64),
-    /// Does anybody still hold this stream? Asked for the so-manieth time.
-    Stream(u64, u32),
-    /// A program must have made the anchor of a stream to another node.
-    Anchor(u64),
-}
+use announcements::Announcements;
+use callers::{End, Watched};
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -114,38 +65,31 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> DaemonErr
     move |error| DaemonError::System(what, error.into())
 }
 
-/// The daemon.
+/// The daemon. See the module's text.
 #[derive(Debug)]
 pub struct Daemon {
     args: Args,
-    pub(crate) config: Config,
-    pub(crate) endpoint: Endpoint,
-    pub(crate) epoll: Epoll,
+    config: Config,
+    endpoint: Endpoint,
     signals: SignalFd,
-    /// Given up for a moment when there are no descriptors left, to turn a caller away.
-    pub(crate) spare: Option<OwnedFd>,
-    pub(crate) descriptors: u64,
-    pub(crate) connections: HashMap<u64, Connection>,
-    pub(crate) next_connection: u64,
+    /// Descriptors that this process may have.
+    descriptors: u64,
+    agenda: Agenda,
+    porters: Porters<Found>,
+    rights: Rights,
+    accounts: Accounts,
+    journal: Journal,
+    connections: Connections,
+    announcements: Announcements,
     /// Processes that have hung up and live on, by their connection.
-    pub(crate) watched: HashMap<u64, Watched>,
-    /// Tenants with requests left in their queues.
-    pub(crate) busy: VecDeque<u64>,
-    /// Streams for which a [`Due::Stream`] is set.
-    pub(crate) looked_after: HashSet<u64>,
-    /// What may be spent on searching `/proc`, by user.
-    pub(crate) searches: HashMap<u32, SearchBudget>,
-    pub(crate) due: BinaryHeap<Reverse<(Instant, Due)>>,
-    pub(crate) book: Book<Memory>,
-    pub(crate) next_stream: u64,
-    pub(crate) namespaces: Namespaces,
-    pub(crate) counters: Counters,
-    pub(crate) throttle: Throttle,
-    pub(crate) huge: HugeSupply,
+    watched: HashMap<u64, Watched>,
+    /// Tenants with requests left in their queues, and connections with an answer to go on with.
+    busy: VecDeque<u64>,
+    streams: Streams,
     /// The path to other nodes, where one is configured.
-    pub(crate) fabric: Option<Control>,
-    pub(crate) last_use: Instant,
-    pub(crate) started: Instant,
+    fabric: Option<Control>,
+    last_use: Instant,
+    started: Instant,
 }
 
 impl Daemon {
@@ -164,38 +108,37 @@ impl Daemon {
             .clone()
             .unwrap_or_else(crate::endpoint::default_socket);
         let endpoint = Endpoint::new(&socket)?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(system("epoll"))?;
-        let readable = |token: Token| EpollEvent::new(EpollFlags::EPOLLIN, token.to_word());
-        epoll
-            .add(endpoint.socket(), readable(Token::Listener))
-            .and_then(|()| epoll.add(signals.as_fd(), readable(Token::Signals)))
-            .map_err(system("epoll"))?;
+        let agenda = Agenda::new().map_err(system("epoll"))?;
+        let porters = Porters::new().map_err(system("porters"))?;
+        for (fd, token) in [
+            (endpoint.socket().as_fd(), Token::Listener),
+            (signals.as_fd(), Token::Signals),
+            (porters.found(), Token::Found),
+        ] {
+            agenda.watch(fd, token).map_err(system("epoll"))?;
+        }
         let fabric = match &config.fabric {
-            Some(fabric) => Some(Control::start(fabric, &epoll)?),
+            Some(fabric) => Some(Control::start(fabric, &agenda)?),
             None => None,
         };
+        let namespaces = Namespaces::new().map_err(system("network namespace"))?;
         let now = Instant::now();
         Ok(Daemon {
+            accounts: Accounts::new(config.limits(descriptors)),
             args,
             config,
             endpoint,
-            epoll,
             signals,
-            spare: spare_descriptor(),
             descriptors,
-            connections: HashMap::new(),
-            next_connection: FIRST_CONNECTION,
+            agenda,
+            porters,
+            rights: Rights::new(namespaces),
+            journal: Journal::default(),
+            connections: Connections::default(),
+            announcements: Announcements::default(),
             watched: HashMap::new(),
             busy: VecDeque::new(),
-            looked_after: HashSet::new(),
-            searches: HashMap::new(),
-            due: BinaryHeap::new(),
-            book: Book::default(),
-            next_stream: first_stream(),
-            namespaces: Namespaces::new().map_err(system("network namespace"))?,
-            counters: Counters::default(),
-            throttle: Throttle::default(),
-            huge: HugeSupply::default(),
+            streams: Streams::default(),
             fabric,
             last_use: now,
             started: now,
@@ -209,26 +152,29 @@ impl Daemon {
         if let Err(error) = notify("READY=1") {
             warn!("can't notify the service manager: {error}");
         }
-        let mut events = [EpollEvent::empty(); 64];
         loop {
-            let count = match self.epoll.wait(&mut events, self.timeout()) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => 0,
-                Err(error) => return Err(system("epoll")(error)),
-            };
-            for event in events.get(..count).unwrap_or(&[]) {
-                if self.on_event(Token::from_word(event.data()), event.events()) {
+            let events = self.agenda.wait(self.wait_until());
+            let events = events.map_err(system("epoll"))?;
+            let mut turn = Turn::start();
+            for (token, flags) in events {
+                if self.on_event(token, flags) {
                     self.stop("signal");
                     return Ok(());
                 }
+                turn.did(|| format!("{token:?}"));
             }
-            self.on_due(Instant::now());
+            while let Some(due) = self.agenda.next_due(Instant::now()) {
+                self.on_due(due);
+                turn.did(|| format!("{due:?}"));
+            }
             for _ in 0..self.busy.len() {
                 if let Some(id) = self.busy.pop_front() {
-                    self.serve(id, |daemon| daemon.drain(id));
+                    self.serve(id, |daemon| daemon.go_on(id));
+                    turn.did(|| format!("requests of connection {id}"));
                 }
             }
-            if self.idle_for(Instant::now()) == Some(Duration::ZERO) {
+            turn.end(&mut self.journal);
+            if self.idle_end().is_some_and(|end| end <= Instant::now()) {
                 self.stop("idle");
                 return Ok(());
             }
@@ -239,39 +185,25 @@ impl Daemon {
         let _ = notify("STOPPING=1");
         info!(
             why,
-            tenants = self.tenants(),
+            tenants = self.connections.tenants(),
             "ending; streams live on without the daemon"
         );
     }
 
-    /// Sleeps for ever when nothing is due.
-    fn timeout(&self) -> EpollTimeout {
-        if !self.busy.is_empty() {
-            return EpollTimeout::ZERO;
+    /// `None` when nothing but an event ends the wait.
+    fn wait_until(&self) -> Option<Instant> {
+        if self.busy.is_empty() {
+            self.idle_end()
+        } else {
+            Some(Instant::now())
         }
-        let now = Instant::now();
-        let due = self
-            .due
-            .peek()
-            .map(|Reverse((at, _))| at.saturating_duration_since(now));
-        let wait = match (due, self.idle_for(now)) {
-            (Some(a), Some(b)) => a.min(b),
-            (Some(wait), None) | (None, Some(wait)) => wait,
-            (None, None) => return EpollTimeout::NONE,
-        };
-        // Rounded up, so as not to wake just before.
-        let millis = wait.as_nanos().div_ceil(1_000_000).min(3_600_000) as u32;
-        EpollTimeout::try_from(millis).unwrap_or(EpollTimeout::NONE)
     }
 
-    /// Time until an idle daemon ends; `None` when it does not.
-    fn idle_for(&self, now: Instant) -> Option<Duration> {
+    /// When an idle daemon ends; `None` when it does not.
+    fn idle_end(&self) -> Option<Instant> {
         let allowed = self.config.idle_exit_seconds;
         let unused = self.connections.is_empty() && self.watched.is_empty();
-        (allowed != 0 && unused).then(|| {
-            let end = self.last_use + Duration::from_secs(allowed);
-            end.saturating_duration_since(now)
-        })
+        (allowed != 0 && unused).then(|| self.last_use + Duration::from_secs(allowed))
     }
 
     /// True when the daemon is to end.
@@ -279,6 +211,7 @@ impl Daemon {
         match token {
             Token::Listener => self.accept(),
             Token::Signals => return self.on_signal(),
+            Token::Found => self.on_found(),
             Token::Connection(id) => {
                 if flags.contains(EpollFlags::EPOLLOUT) {
                     self.serve(id, |daemon| daemon.flush(id));
@@ -288,6 +221,7 @@ impl Daemon {
             Token::Fabric => self.on_fabric(),
             Token::WantedBack => self.on_wanted_back(),
             Token::Anchors(listener) => self.on_anchors(listener as usize),
+            Token::Call(ticket) => self.on_call(ticket),
             Token::Process(id) => {
                 if let Some(watched) = self.unwatch(id) {
                     for stream in watched.streams {
@@ -298,6 +232,36 @@ impl Daemon {
             }
         }
         false
+    }
+
+    fn on_due(&mut self, due: Due) {
+        match due {
+            Due::Handshake(id) => self.serve(id, |daemon| daemon.on_handshake_due(id)),
+            Due::Send(id) => self.serve(id, |daemon| daemon.flush(id)),
+            Due::Watch(id) => self.on_watch_due(id),
+            Due::Stream(id, times) => self.look_again(id, times),
+            Due::Anchor(ticket) => self.on_anchor_due(ticket),
+            Due::Call(ticket) => self.on_call_due(ticket),
+            Due::Callers => self.let_callers_in(),
+        }
+    }
+
+    /// Porters have found something.
+    fn on_found(&mut self) {
+        self.porters.wake();
+        while let Some(found) = self.porters.take() {
+            match found {
+                Found::Message {
+                    connection,
+                    received,
+                } => self.on_unpacked(connection, received),
+                Found::Socket {
+                    tenant,
+                    errand,
+                    held,
+                } => self.on_look(tenant, errand, held),
+            }
+        }
     }
 
     fn on_signal(&mut self) -> bool {
@@ -319,6 +283,7 @@ impl Daemon {
                 }
                 config.socket = socket;
                 self.reload_fabric(&mut config);
+                self.accounts.set_limits(config.limits(self.descriptors));
                 self.config = config;
                 self.tell_all_routes();
                 info!("configuration read again; it counts for what comes from now on");
@@ -327,26 +292,42 @@ impl Daemon {
         }
     }
 
-    fn on_due(&mut self, now: Instant) {
-        while let Some(Reverse((at, due))) = self.due.peek().copied() {
-            if at > now {
-                return;
-            }
-            self.due.pop();
-            match due {
-                Due::Handshake(id) => self.serve(id, |daemon| daemon.on_handshake_due(id)),
-                Due::Send(id) => self.serve(id, |daemon| daemon.retry(id)),
-                Due::Watch(id) => self.on_watch_due(id),
-                Due::Stream(id, times) => self.look_again(id, times),
-                Due::Anchor(ticket) => self.on_anchor_due(ticket),
-            }
-        }
+    /// Says in the log which limit is in the way.
+    fn log_over(&mut self, over: crate::accounts::Over, uid: u32, pid: i32) {
+        self.journal.refusal(over.cause(), uid, pid);
     }
 }
 
-/// A first stream number that a daemon before this one has not used lately, so that a tenant's
-/// old streams are not taken for new ones.
-fn first_stream() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| since.as_secs() % 100_000) * 1_000_000 + 1
+/// A turn of the control thread.
+struct Turn {
+    start: Instant,
+    last: Instant,
+    longest: (Duration, String),
+}
+
+impl Turn {
+    /// A part of a turn that is worth a name.
+    const WORTH: Duration = Duration::from_millis(5);
+
+    fn start() -> Self {
+        let now = Instant::now();
+        Turn {
+            start: now,
+            last: now,
+            longest: (Self::WORTH, String::new()),
+        }
+    }
+
+    fn did(&mut self, what: impl FnOnce() -> String) {
+        let now = Instant::now();
+        let took = now.duration_since(self.last);
+        self.last = now;
+        if took > self.longest.0 {
+            self.longest = (took, what());
+        }
+    }
+
+    fn end(self, journal: &mut Journal) {
+        journal.turn(self.start.elapsed(), &self.longest.1);
+    }
 }

@@ -5,11 +5,11 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED};
+use netlink_packet_sock_diag::constants::{
+    AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_LISTEN,
+};
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
@@ -29,8 +29,6 @@ pub struct Found {
 /// A socket that listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
-    /// On which address.
-    pub address: IpAddr,
     /// `SO_COOKIE`.
     pub cookie: u64,
     /// Inode of the socket.
@@ -57,19 +55,7 @@ impl Diag {
 
     /// `SO_NETNS_COOKIE` of the namespace; 0 on kernels without it (before 5.14).
     pub fn netns_cookie(&self) -> u64 {
-        let mut cookie = 0u64;
-        let mut len = size_of::<u64>() as libc::socklen_t;
-        // SAFETY: the option writes at most `len` bytes to `cookie`; both outlive the call.
-        let result = unsafe {
-            libc::getsockopt(
-                self.socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_NETNS_COOKIE,
-                (&raw mut cookie).cast(),
-                &mut len,
-            )
-        };
-        if result == 0 { cookie } else { 0 }
+        option(self.socket.as_fd(), libc::SO_NETNS_COOKIE).unwrap_or(0)
     }
 
     /// The TCP socket with exactly this pair of addresses and this `SO_COOKIE`.
@@ -79,96 +65,35 @@ impl Diag {
         peer: SocketAddr,
         cookie: u64,
     ) -> io::Result<Option<Found>> {
-        // A v4-mapped IPv6 socket is found by its IPv4 addresses.
-        let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
-        let family = match (local_ip, peer_ip) {
-            (IpAddr::V4(_), IpAddr::V4(_)) => AF_INET,
-            (IpAddr::V6(_), IpAddr::V6(_)) => AF_INET6,
-            _ => return Ok(None),
+        let Some(question) = question(local, peer, cookie) else {
+            return Ok(None);
         };
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST;
-        let request = InetRequest {
-            family,
-            protocol: IPPROTO_TCP,
-            extensions: ExtensionFlags::empty(),
-            states: StateFlags::all(),
-            socket_id: SocketId {
-                source_port: local.port(),
-                destination_port: peer.port(),
-                source_address: local_ip,
-                destination_address: peer_ip,
-                interface_id: 0,
-                cookie: split_cookie(cookie),
-            },
+        Ok(self.ask(&question)?.map(|found| Found {
+            inode: found.header.inode.into(),
+            established: found.header.state == TCP_ESTABLISHED,
+        }))
+    }
+
+    /// The TCP socket that would get a connection to `destination` from `source`, if one listens there. Of several that
+    /// share the port (`SO_REUSEPORT`), the one that the kernel would choose for this very pair.
+    pub fn listener(
+        &self,
+        destination: SocketAddr,
+        source: SocketAddr,
+    ) -> io::Result<Option<Listener>> {
+        let Some(question) = question(destination, source, NO_COOKIE) else {
+            return Ok(None);
         };
-        let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-        packet.finalize();
-        let mut bytes = vec![0; packet.buffer_len()];
-        packet.serialize(&mut bytes);
-        self.ask(&bytes)
+        let found = self.ask(&question)?;
+        Ok(found
+            .filter(|found| found.header.state == TCP_LISTEN)
+            .map(|found| Listener {
+                cookie: join_cookie(found.header.socket_id.cookie),
+                inode: found.header.inode.into(),
+            }))
     }
 
-    /// The TCP sockets that listen on a port.
-    pub fn listeners(&self, port: u16) -> io::Result<Vec<Listener>> {
-        let mut found = Vec::new();
-        for family in [AF_INET, AF_INET6] {
-            let mut header = NetlinkHeader::default();
-            header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-            let request = InetRequest {
-                family,
-                protocol: IPPROTO_TCP,
-                extensions: ExtensionFlags::empty(),
-                states: StateFlags::LISTEN,
-                socket_id: match family {
-                    AF_INET => SocketId::new_v4(),
-                    _ => SocketId::new_v6(),
-                },
-            };
-            let mut packet =
-                NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-            packet.finalize();
-            let mut bytes = vec![0; packet.buffer_len()];
-            packet.serialize(&mut bytes);
-            self.dump(&bytes, |socket| {
-                if socket.header.socket_id.source_port == port {
-                    found.push(Listener {
-                        address: socket.header.socket_id.source_address,
-                        cookie: join_cookie(socket.header.socket_id.cookie),
-                        inode: socket.header.inode.into(),
-                    });
-                }
-            })?;
-        }
-        Ok(found)
-    }
-
-    fn dump(&self, question: &[u8], mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
-        let fd = self.socket.as_fd().as_raw_fd();
-        let broken = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
-        send(fd, question, MsgFlags::empty())?;
-        let mut bytes = vec![0; 32 << 10];
-        loop {
-            let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
-            let mut rest = bytes.get(..len).unwrap_or(&[]);
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
-                    .map_err(|error| broken(error.to_string()))?;
-                let used = (message.header.length as usize).next_multiple_of(4);
-                match message.payload {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
-                        each(&socket);
-                    }
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => return Err(broken("an answer of another kind".into())),
-                }
-                rest = rest.get(used.max(1)..).unwrap_or(&[]);
-            }
-        }
-    }
-
-    fn ask(&self, question: &[u8]) -> io::Result<Option<Found>> {
+    fn ask(&self, question: &[u8]) -> io::Result<Option<InetResponse>> {
         let fd = self.socket.as_fd().as_raw_fd();
         send(fd, question, MsgFlags::empty())?;
         // The kernel answers within the send.
@@ -178,10 +103,7 @@ impl Diag {
         let answer = NetlinkMessage::<SockDiagMessage>::deserialize(answer)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
         match answer.payload {
-            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => Ok(Some(Found {
-                inode: u64::from(found.header.inode),
-                established: found.header.state == TCP_ESTABLISHED,
-            })),
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => Ok(Some(*found)),
             NetlinkPayload::Error(error) => match -error.raw_code() {
                 // Gone, or the addresses belong to a socket with another cookie by now.
                 libc::ENOENT | libc::ESTALE => Ok(None),
@@ -190,6 +112,41 @@ impl Diag {
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
+}
+
+/// In place of a cookie: any socket's.
+const NO_COOKIE: u64 = u64::MAX;
+
+/// Asks for the socket with these addresses; `None` where there can be none.
+fn question(local: SocketAddr, peer: SocketAddr, cookie: u64) -> Option<Vec<u8>> {
+    // A v4-mapped IPv6 socket is found by its IPv4 addresses.
+    let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
+    let family = match (local_ip, peer_ip) {
+        (IpAddr::V4(_), IpAddr::V4(_)) => AF_INET,
+        (IpAddr::V6(_), IpAddr::V6(_)) => AF_INET6,
+        _ => return None,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST;
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id: SocketId {
+            source_port: local.port(),
+            destination_port: peer.port(),
+            source_address: local_ip,
+            destination_address: peer_ip,
+            interface_id: 0,
+            cookie: split_cookie(cookie),
+        },
+    };
+    let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+    Some(bytes)
 }
 
 /// The kernel keeps a cookie as two 32-bit words, low word first, each in host order.
@@ -207,21 +164,42 @@ fn join_cookie(bytes: [u8; 8]) -> u64 {
     u64::from(word(low)) | u64::from(word(high)) << 32
 }
 
-/// `SO_COOKIE` of a socket.
-pub fn cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
-    let mut cookie = 0u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the option writes at most `len` bytes to `cookie`; both outlive the call.
+/// An option of a socket, of the level `SOL_SOCKET`. Those that are asked for here take no lock of the socket, so nobody
+/// has to be waited for.
+fn option<T: Default>(socket: BorrowedFd<'_>, name: i32) -> Option<T> {
+    let mut value = T::default();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the option writes at most `len` bytes to `value`, an integer of that size; both outlive the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            (&raw mut cookie).cast(),
+            name,
+            (&raw mut value).cast(),
             &mut len,
         )
     };
-    (result == 0).then_some(cookie)
+    (result == 0).then_some(value)
+}
+
+/// `SO_COOKIE` of a socket.
+pub fn cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
+    option(socket, libc::SO_COOKIE)
+}
+
+/// True for a TCP socket; false for any other descriptor.
+pub fn is_tcp(socket: BorrowedFd<'_>) -> bool {
+    option::<i32>(socket, libc::SO_PROTOCOL) == Some(libc::IPPROTO_TCP)
+        && matches!(
+            option::<i32>(socket, libc::SO_DOMAIN),
+            Some(libc::AF_INET | libc::AF_INET6)
+        )
+}
+
+/// True for a `SOCK_SEQPACKET` socket of the family `AF_UNIX`.
+pub fn is_seqpacket(socket: BorrowedFd<'_>) -> bool {
+    option::<i32>(socket, libc::SO_DOMAIN) == Some(libc::AF_UNIX)
+        && option::<i32>(socket, libc::SO_TYPE) == Some(libc::SOCK_SEQPACKET)
 }
 
 #[cfg(test)]
@@ -249,6 +227,14 @@ mod tests {
             assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
             assert_eq!(diag.find(peer, peer, cookie).unwrap(), None);
         }
+        // Who would get the next connection is asked without a connection.
+        let here = stream.local_addr().unwrap();
+        let source = SocketAddr::new(here.ip(), 0);
+        let destination = stream.peer_addr().unwrap();
+        let would_get = diag.listener(destination, source).unwrap().unwrap();
+        assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
+        // The connection itself is no listener.
+        assert_eq!(diag.listener(destination, here).unwrap(), None);
     }
 
     #[test]

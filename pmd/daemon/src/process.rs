@@ -1,31 +1,70 @@
-//! What the kernel says of processes: who holds which socket, who lives, in which namespace.
+//! What the kernel says of processes: who they are, whether they live, which socket they hold.
+//!
+//! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. All
+//! else may wait for the process (one in the middle of `exec` holds a lock that `pidfd_getfd` wants) or do its work
+//! (the last to look at a process that ends takes its memory apart), and is asked by a porter.
 
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::stat::{Mode, fstatat};
 use nix::time::{ClockId, clock_gettime};
 
-/// A process on the other side of a control connection, as the kernel names it.
+/// A process on the other side of a control connection, as the kernel names it. Stays with this very process: when it
+/// has ended, nothing here names another one that got its id.
 #[derive(Debug)]
 pub struct Peer {
     /// Its id in the daemon's pid namespace; 0 when it can't be seen from there.
     pub pid: i32,
     /// Its effective user when it connected.
     pub uid: u32,
-    /// Stays with this very process, even when its id is used again.
+    /// Readable when it has ended.
     pub pidfd: OwnedFd,
+    /// Its folder in `/proc`; `None` when there is none to be seen.
+    folder: Option<OwnedFd>,
+}
+
+/// Who a process is, as far as can be seen quickly. What gives a process more than it had (a set-id program, file
+/// capabilities, another program) shows in one of these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Glance {
+    /// Owner and group of its files in `/proc`: its effective user and group while it is dumpable, else root. The kernel
+    /// takes "dumpable" from a process that gains ids or capabilities by `exec`, or asks for that.
+    pub owner: (u32, u32),
+    /// Path of its executable, with " (deleted)" behind one that is no more.
+    pub executable: OsString,
+    /// Inode of its user namespace.
+    pub user_namespace: u64,
+}
+
+/// Who a process is, in full.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// What can be seen quickly.
+    pub glance: Glance,
+    /// Real, effective, saved and file system user.
+    pub users: [u32; 4],
+    /// Likewise its groups.
+    pub groups: [u32; 4],
+    /// The further groups.
+    pub further_groups: Vec<u32>,
+    /// Inheritable, permitted, effective and ambient capabilities.
+    pub capabilities: [u64; 4],
 }
 
 impl Peer {
-    /// Who made the other end of `socket`. Fails when that process has ended.
-    pub fn of(socket: &OwnedFd) -> io::Result<Self> {
+    /// Who made the other end of `socket`. Fails when that process has ended. Quick.
+    pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
         let pid = credentials.pid();
         let pidfd = match getsockopt(socket, sockopt::PeerPidfd) {
@@ -33,25 +72,145 @@ impl Peer {
             // Before Linux 6.5. The id could have been used again before the pidfd was opened;
             // then the socket's maker is gone and the socket, unless inherited, hung up: the
             // event loop sees that before it believes any message.
-            Err(nix::errno::Errno::ENOPROTOOPT) => pidfd_open(pid)?,
+            Err(Errno::ENOPROTOOPT) => pidfd_open(pid)?,
             Err(error) => return Err(error.into()),
         };
-        if !is_alive(&pidfd) {
-            return Err(io::Error::from_raw_os_error(libc::ESRCH));
-        }
-        Ok(Peer {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let folder = match pid {
+            0 => None,
+            pid => open(format!("/proc/{pid}").as_str(), flags, Mode::empty()).ok(),
+        };
+        let peer = Peer {
             pid,
             uid: credentials.uid(),
             pidfd,
+            folder,
+        };
+        // While it lives, its id has named nobody else.
+        if !peer.is_alive() {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(peer)
+    }
+
+    /// The same process, for another thread.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let folder = self.folder.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Peer {
+            pid: self.pid,
+            uid: self.uid,
+            pidfd: self.pidfd.try_clone()?,
+            folder,
         })
     }
 
-    /// True while the process runs.
+    /// True while the process runs. Quick.
     pub fn is_alive(&self) -> bool {
         is_alive(&self.pidfd)
     }
+
+    fn folder(&self) -> io::Result<&OwnedFd> {
+        self.folder.as_ref().ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn read(&self, name: &str) -> io::Result<String> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let file = openat(self.folder()?, name, flags, Mode::empty())?;
+        io::read_to_string(File::from(file))
+    }
+
+    /// Who it is now. Quick.
+    pub fn glance(&self) -> io::Result<Glance> {
+        let folder = self.folder()?;
+        // Its folder itself always belongs to its effective user.
+        let shown = fstatat(folder, "environ", AtFlags::empty())?;
+        Ok(Glance {
+            owner: (shown.st_uid, shown.st_gid),
+            executable: readlinkat(folder, "exe")?,
+            user_namespace: fstatat(folder, "ns/user", AtFlags::empty())?.st_ino,
+        })
+    }
+
+    /// Who it is now, in full.
+    pub fn identity(&self) -> io::Result<Identity> {
+        let status = self.read("status")?;
+        let words = |name: &str| -> Vec<&str> {
+            let mut lines = status.lines();
+            let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.map(|line| line.split_whitespace().collect())
+                .unwrap_or_default()
+        };
+        let numbers = |name| -> Option<Vec<u32>> {
+            let words = words(name).into_iter();
+            words.map(|word| word.parse().ok()).collect()
+        };
+        let capabilities =
+            |name| -> Option<u64> { u64::from_str_radix(words(name).first()?, 16).ok() };
+        let parse = || -> Option<Identity> {
+            Some(Identity {
+                glance: self.glance().ok()?,
+                users: numbers("Uid")?.try_into().ok()?,
+                groups: numbers("Gid")?.try_into().ok()?,
+                further_groups: numbers("Groups")?,
+                capabilities: [
+                    capabilities("CapInh")?,
+                    capabilities("CapPrm")?,
+                    capabilities("CapEff")?,
+                    capabilities("CapAmb")?,
+                ],
+            })
+        };
+        parse().ok_or(io::ErrorKind::InvalidData.into())
+    }
+
+    /// The program that it runs, for [`Image::runs`]. `None` where the daemon may not look.
+    pub fn image(&self) -> Option<Image> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let file = openat(self.folder.as_ref()?, "pagemap", flags, Mode::empty()).ok()?;
+        Some(Image(File::from(file)))
+    }
+
+    /// A duplicate of its descriptor `fd`. Where this process may not have one (Yama, a daemon without privilege),
+    /// `EPERM`.
+    pub fn duplicate(&self, fd: i32) -> io::Result<OwnedFd> {
+        // SAFETY: takes three integers, returns a new fd or -1.
+        let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0) };
+        if got < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call above returned this fd, and nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
+    }
+
+    /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. Quick.
+    /// Inodes of sockets have 32 bits: another socket gets the same one after some hours of work.
+    pub fn socket_inode(&self, fd: i32) -> Option<u64> {
+        let link = readlinkat(self.folder.as_ref()?, format!("fd/{fd}").as_str()).ok()?;
+        parse_socket(link.to_str()?)
+    }
+
+    /// What it is called. Quick.
+    pub fn program(&self) -> Program {
+        Program::of(self.pid)
+    }
 }
 
+/// The program that a process runs, from one `exec` to the next.
+#[derive(Debug)]
+pub struct Image(File);
+
+impl Image {
+    /// False once the process has run another program, or has ended. (A process that shares its memory with another
+    /// one, by `clone`, leaves it there: then this stays true, and [`Glance`] has to tell.)
+    ///
+    /// The file keeps to the memory of the program that it was opened for. The kernel looks whether that is still in
+    /// use before it looks at the size of a read (`fs/proc/task_mmu.c`: `pagemap_read`), and a read of one byte is
+    /// refused with EINVAL before it would take the memory's lock.
+    pub fn runs(&self) -> bool {
+        let refused = self.0.read_at(&mut [0], 0).err();
+        refused.and_then(|error| error.raw_os_error()) == Some(libc::EINVAL)
+    }
+}
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers, returns a new fd or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -63,20 +222,9 @@ fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 }
 
 fn is_alive(pidfd: &OwnedFd) -> bool {
-    use std::os::fd::AsFd;
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     // A pidfd is readable once the process has ended.
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
-}
-
-/// Inode of the socket that a process holds as `fd`; `None` when it holds none there, or may
-/// not be looked at.
-pub fn socket_inode(pid: i32, fd: i32) -> Option<u64> {
-    parse_socket(
-        fs::read_link(format!("/proc/{pid}/fd/{fd}"))
-            .ok()?
-            .to_str()?,
-    )
 }
 
 fn parse_socket(link: &str) -> Option<u64> {
@@ -224,13 +372,75 @@ mod tests {
     use std::net::TcpListener;
     use std::os::fd::AsRawFd;
 
+    /// This process.
+    fn own() -> Peer {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let kind = SockType::SeqPacket;
+        let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+        Peer::of(&pair.unwrap().0).unwrap()
+    }
+
+    #[test]
+    fn a_process_is_who_it_was() {
+        let own = own();
+        let before = own.identity().unwrap();
+        assert_eq!(own.identity().unwrap(), before);
+        assert_eq!(before.users[1], nix::unistd::geteuid().as_raw());
+        assert_eq!(before.groups[1], nix::unistd::getegid().as_raw());
+        assert_eq!(own.glance().unwrap(), before.glance);
+        let executable = std::env::current_exe().unwrap();
+        assert_eq!(before.glance.executable, executable.as_os_str());
+        assert!(own.image().unwrap().runs());
+    }
+
+    #[test]
+    fn a_process_that_executes_has_another_image() {
+        // The child waits for a byte before it runs another program, and for another before it ends.
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read a; exec cat"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
+        let folder = open(format!("/proc/{pid}").as_str(), flags, Mode::empty());
+        let peer = Peer {
+            pid,
+            uid: 0,
+            pidfd: pidfd_open(pid).unwrap(),
+            folder: folder.ok(),
+        };
+        while peer.glance().unwrap().executable == own().glance().unwrap().executable {
+            std::thread::yield_now();
+        }
+        let (image, glance) = (peer.image().unwrap(), peer.glance().unwrap());
+        assert!(image.runs());
+        use std::io::Write;
+        child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        while image.runs() {
+            std::thread::yield_now();
+        }
+        assert_ne!(peer.glance().unwrap().executable, glance.executable);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!peer.is_alive() && peer.glance().is_err());
+    }
+
     #[test]
     fn sockets_are_found_by_their_inode() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let me = std::process::id() as i32;
-        let inode = socket_inode(me, listener.as_raw_fd()).unwrap();
+        let own = own();
+        let inode = own.socket_inode(listener.as_raw_fd()).unwrap();
         assert!(holds(me, inode).unwrap());
-        assert_eq!(socket_inode(me, 0x7fff_0000), None);
+        assert_eq!(own.socket_inode(0x7fff_0000), None);
+        let duplicate = own.duplicate(listener.as_raw_fd()).unwrap();
+        let duplicate = TcpListener::from(duplicate);
+        assert_eq!(
+            duplicate.local_addr().unwrap(),
+            listener.local_addr().unwrap()
+        );
+        assert!(own.duplicate(0x7fff_0000).is_err());
         let second = Duration::from_secs(1);
         assert_eq!(other_holder(me, inode, second), OtherHolder::Nobody);
         let child = std::process::Command::new("sleep").arg("5").spawn();

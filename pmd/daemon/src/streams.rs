@@ -1,39 +1,37 @@
-//! Streams: made, handed out, found again, given back.
+//! Streams: who announced what, who holds which stream, and the streams' memory.
+//!
+//! The [`Book`] says who; here are the memory, what it costs, and the numbers.
 
-use std::cmp::Reverse;
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdsock_node::stream::NodeStream;
-use rdsock_shm::control::{Lookup, Message, Promote, Request, kind};
+use rdsock_shm::control::{Message, Promote, kind};
 use rdsock_shm::layout::DATA_OFFSET;
-use rdsock_shm::reason::Reason;
-use tracing::{debug, warn};
+use tracing::warn;
 
-use crate::book::{self, Announced, Conn, Route, TenantId, order};
+use crate::accounts::Charge;
+use crate::book::{Book, Conn, Stream};
 use crate::channel::Outgoing;
-use crate::connections::End;
-use crate::daemon::{Daemon, Due};
 use crate::fabric::octets;
-use crate::memory::{DirectionView, HugePages, StreamFds, make_stream, rounded};
-use crate::process::socket_inode;
-
-/// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
-const FIRST_LOOK: Duration = Duration::from_millis(50);
-const LAST_LOOK: Duration = Duration::from_secs(30);
+use crate::memory::{DirectionView, HugePages, StreamFds, make_stream};
 
 /// A stream's memory and what is needed to hand it out again.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     stream: Rc<OwnedFd>,
     ends: [Rc<OwnedFd>; 2],
     /// The bell boards of the tenants that announced the two ends.
     bells: [Rc<OwnedFd>; 2],
     ring_size: u64,
+    /// What it costs its payer. `None` for one to another node, which costs from before it is promoted.
+    _charge: Option<Charge>,
     /// Made of huge pages.
     pub huge: bool,
     /// Where the other end is, when that is on another node.
@@ -42,13 +40,14 @@ pub(crate) struct Memory {
 
 /// The other end of a stream, on another node. On this host, the daemon stands for it.
 #[derive(Debug)]
-pub(crate) struct Elsewhere {
+pub struct Elsewhere {
     /// The node.
     pub node: u16,
     /// Which end the program is.
     pub end: usize,
     /// From where to where the program that connected went.
     pub source: SocketAddr,
+    /// As `source`.
     pub destination: SocketAddr,
     /// The data path's.
     pub stream: Arc<NodeStream>,
@@ -80,13 +79,16 @@ impl Memory {
         }
     }
 
+    /// From the descriptors of a new stream.
     pub fn new(
         fds: StreamFds,
         bells: [Rc<OwnedFd>; 2],
         ring_size: u64,
+        charge: Option<Charge>,
         elsewhere: Option<Elsewhere>,
     ) -> Self {
         Memory {
+            _charge: charge,
             stream: Rc::new(fds.stream),
             ends: fds.ends.map(Rc::new),
             bells,
@@ -104,7 +106,7 @@ impl Memory {
 
 /// Whether huge pages can be had, looked up now and then and warned of once.
 #[derive(Debug, Default)]
-pub(crate) struct HugeSupply {
+pub struct HugeSupply {
     dry_until: Option<Instant>,
     warned: bool,
 }
@@ -127,70 +129,89 @@ impl HugeSupply {
     }
 }
 
-impl Daemon {
-    /// Makes the stream of two ends that were found to hold the same connection.
-    pub(crate) fn make(&mut self, a: Announced, b: Announced) -> Result<(), Reason> {
-        let ends = order(a, b).ok_or(Reason::Foreign)?;
-        let ring_size = self.config.ring_size;
-        let account = self.book.account(ends[0].uid);
-        let bytes = rounded(ring_size, 4096);
-        if account.streams >= self.config.max_streams_per_user
-            || account.bytes.saturating_add(bytes) > self.config.max_bytes_per_user
-            || !self.has_stream_descriptors()
-        {
-            let cause = "a limit of its user is reached: streams stay on the kernel";
-            self.log_refusal(cause, ends[0].uid, 0);
-            return Err(Reason::Limit);
+/// All streams. What the [`Book`] can do, they can.
+#[derive(Debug)]
+pub struct Streams {
+    book: Book<Memory>,
+    /// Those for which a look at their holders is due.
+    looked_after: HashSet<u64>,
+    next: u64,
+    huge: HugeSupply,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Streams {
+            book: Book::default(),
+            looked_after: HashSet::new(),
+            next: first_stream(),
+            huge: HugeSupply::default(),
         }
-        let mut bells = Vec::new();
-        for end in &ends {
-            bells.push(
-                self.tenant(end.conn.tenant)
-                    .ok_or(Reason::Unverified)?
-                    .bells
-                    .clone(),
-            );
-        }
-        let Ok(bells) = <[Rc<OwnedFd>; 2]>::try_from(bells) else {
-            return Err(Reason::Unverified);
-        };
-        let id = self.next_stream;
-        let (policy, now) = (self.config.huge_pages, Instant::now());
+    }
+}
+
+/// A first stream number that a daemon before this one has not used lately, so that a tenant's
+/// old streams are not taken for new ones.
+fn first_stream() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs() % 100_000) * 1_000_000 + 1
+}
+
+impl Deref for Streams {
+    type Target = Book<Memory>;
+
+    fn deref(&self) -> &Book<Memory> {
+        &self.book
+    }
+}
+
+impl DerefMut for Streams {
+    fn deref_mut(&mut self) -> &mut Book<Memory> {
+        &mut self.book
+    }
+}
+
+impl Streams {
+    /// A stream.
+    pub fn get(&self, id: u64) -> Option<&Stream<Memory>> {
+        self.book.stream(id)
+    }
+
+    /// A number for a new stream.
+    pub fn number(&mut self) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        id
+    }
+
+    /// Makes the memory of a stream, of huge pages where the policy wants them and they can be had.
+    pub fn make_memory(
+        &mut self,
+        id: u64,
+        ring_size: u64,
+        policy: HugePages,
+    ) -> io::Result<StreamFds> {
+        let now = Instant::now();
         let try_huge = self.huge.wanted(policy, now);
-        let fds = make_stream(id, ring_size, try_huge).map_err(|error| {
-            self.log_fault("can't make a stream's memory", ends[0].uid, &error);
-            Reason::NoMemory
-        })?;
+        let fds = make_stream(id, ring_size, try_huge)?;
         if try_huge && !fds.huge {
             self.huge.none_left(policy, now);
         }
-        self.next_stream += 1;
-        self.counters.streams_opened += 1;
-        self.counters.streams_huge += u64::from(fds.huge);
-        debug!(stream = id, route = ?ends[0].route, "opened");
-        let bytes = fds.bytes;
-        self.book
-            .open(id, ends, bytes, Memory::new(fds, bells, ring_size, None));
-        Ok(())
+        Ok(fds)
     }
 
-    /// Sends both tenants their end of the stream that was just made.
-    pub(crate) fn hand_out(&mut self, served: Announced, other: Announced) -> Result<(), End> {
-        if let Some(message) = self.promotion(other.conn) {
-            if other.conn.tenant == served.conn.tenant {
-                self.send(other.conn.tenant, message)?;
-            } else {
-                self.send_to_other(other.conn.tenant, message);
-            }
-        }
-        match self.promotion(served.conn) {
-            Some(message) => self.send(served.conn.tenant, message),
-            None => Ok(()),
-        }
+    /// A look at a stream's holders is due. False when it was already.
+    pub fn look_after(&mut self, id: u64) -> bool {
+        self.looked_after.insert(id)
+    }
+
+    /// The look that was due is being taken.
+    pub fn looked(&mut self, id: u64) {
+        self.looked_after.remove(&id);
     }
 
     /// The PROMOTE message for a connection that holds an end.
-    pub(crate) fn promotion(&self, conn: Conn) -> Option<Outgoing> {
+    pub fn promotion(&self, conn: Conn) -> Option<Outgoing> {
         let (stream_id, end) = self.book.seat_of(conn)?;
         let memory = &self.book.stream(stream_id)?.memory;
         let elsewhere = memory.elsewhere.as_ref();
@@ -227,160 +248,5 @@ impl Daemon {
             bytes: Message::new(kind::PROMOTE, &promote).as_bytes().to_vec(),
             fds: fds.map(Rc::clone).to_vec(),
         })
-    }
-
-    /// A process asks whether a socket that it inherited is a stream.
-    pub(crate) fn on_lookup(&mut self, id: TenantId, lookup: Lookup) -> Result<(), End> {
-        let conn = Conn {
-            tenant: id,
-            number: lookup.conn,
-            generation: lookup.generation,
-        };
-        let found = self.book.by_cookie(lookup.cookie);
-        if let Some((stream, end)) = found
-            && self.may_hold(id, lookup.fd, stream, end)
-        {
-            self.take_seat(conn, stream, end);
-            self.note_mapped(stream);
-            self.counters.inherited += 1;
-            if let Some(message) = self.promotion(conn) {
-                return self.send(id, message);
-            }
-        }
-        self.send(id, Message::empty(kind::NOT_FOUND).into())
-    }
-
-    /// A process holds an end by inheritance.
-    pub(crate) fn on_holds(&mut self, conn: Conn, request: &Request) {
-        let (stream, end) = (request.stream_id, request.active as usize);
-        if end > 1 || !self.may_hold(conn.tenant, request.fd, stream, end) {
-            self.counters.unverified += 1;
-            return;
-        }
-        self.take_seat(conn, stream, end);
-    }
-
-    fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) {
-        if self.book.seat_of(conn) == Some((stream, end)) {
-            return;
-        }
-        // The new seat first, so that a stream that only moves is not found abandoned.
-        let before = self.book.replace(conn);
-        self.book.hold(stream, end, conn);
-        if let Some(before) = before {
-            self.check_stream(before);
-        }
-    }
-
-    /// Does this tenant hold the socket of that end, and is it the user that announced it?
-    fn may_hold(&self, id: TenantId, fd: i32, stream: u64, end: usize) -> bool {
-        let (Some(connection), Some(stream)) =
-            (self.connections.get(&id), self.book.stream(stream))
-        else {
-            return false;
-        };
-        let Some(end) = stream.ends.get(end) else {
-            return false;
-        };
-        let same_process = end.pid == connection.peer.pid;
-        (connection.peer.uid == end.uid || same_process)
-            && socket_inode(connection.peer.pid, fd) == Some(end.inode)
-            && self
-                .socket_is(end.route, end.cookie)
-                .is_none_or(|inode| inode == end.inode)
-            && connection.peer.is_alive()
-    }
-
-    /// Inode of the socket with these addresses and this cookie; 0 when no process holds it.
-    fn socket_is(&self, route: Route, cookie: u64) -> Option<u64> {
-        let diag = self.namespaces.diag(route.netns)?;
-        let found = diag.find(route.local, route.peer, cookie).ok()??;
-        Some(found.inode)
-    }
-
-    /// A tenant gave up a connection.
-    pub(crate) fn give_up(&mut self, conn: Conn) {
-        if let Some(stream) = self.book.release(conn) {
-            self.check_stream(stream);
-        }
-    }
-
-    /// A tenant could not map its stream: the other end shall not wait for it.
-    pub(crate) fn on_declined(&mut self, conn: Conn) {
-        let Some((id, end)) = self.book.seat_of(conn) else {
-            return self.give_up(conn);
-        };
-        let stream = self.book.stream(id);
-        if stream.is_some_and(|stream| stream.memory.elsewhere.is_some()) {
-            // The daemon carries what goes over its anchor.
-            return self.give_up(conn);
-        }
-        let others: Vec<Conn> = self
-            .book
-            .stream(id)
-            .and_then(|stream| stream.ends.get(1 - end))
-            .map(|end| end.holders.iter().map(|holder| holder.conn).collect())
-            .unwrap_or_default();
-        self.close_stream(id);
-        for other in others.into_iter().filter(|other| *other != conn) {
-            self.send_to_other(other.tenant, Self::verdict(other, Reason::PeerDemoted));
-        }
-    }
-
-    /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
-    /// that has not attached, a program between exec and attach) still holds one of its sockets.
-    pub(crate) fn check_stream(&mut self, id: u64) {
-        let (true, kept) = self.is_kept(id) else {
-            return;
-        };
-        if !kept {
-            self.close_stream(id);
-        } else if self.looked_after.insert(id) {
-            self.due
-                .push(Reverse((Instant::now() + FIRST_LOOK, Due::Stream(id, 1))));
-        }
-    }
-
-    /// An abandoned stream was kept: looks again, less and less often.
-    pub(crate) fn look_again(&mut self, id: u64, times: u32) {
-        self.looked_after.remove(&id);
-        let (true, kept) = self.is_kept(id) else {
-            return;
-        };
-        if !kept {
-            return self.close_stream(id);
-        }
-        let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
-        self.looked_after.insert(id);
-        self.due
-            .push(Reverse((Instant::now() + wait, Due::Stream(id, times + 1))));
-    }
-
-    /// Is this stream abandoned, and if so, does somebody hold one of its sockets?
-    fn is_kept(&self, id: u64) -> (bool, bool) {
-        match self.book.stream(id) {
-            Some(stream) if stream.is_abandoned() => {
-                let held =
-                    |end: &book::End| self.socket_is(end.route, end.cookie) == Some(end.inode);
-                let kept = match &stream.memory.elsewhere {
-                    // The other one is the daemon's.
-                    Some(elsewhere) => stream.ends.get(elsewhere.end).is_some_and(held),
-                    None => stream.ends.iter().any(held),
-                };
-                (true, kept)
-            }
-            _ => (false, false),
-        }
-    }
-
-    fn close_stream(&mut self, id: u64) {
-        if self.is_carried(id) {
-            // Its anchor tells the poll core how it ended, and it is closed when the other node knows.
-            return;
-        }
-        if self.book.close(id).is_some() {
-            self.counters.streams_closed += 1;
-            debug!(stream = id, "closed");
-        }
     }
 }

@@ -82,10 +82,11 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
         memory_size,
         bell_size,
     };
-    let shrink = SealFlag::F_SEAL_SHRINK;
+    let shrink = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
     let null = std::fs::File::open("/dev/null").unwrap();
     let right = tenant::Memory::new();
     let unsealed = memfd(memory, SealFlag::empty());
+    let growing = memfd(memory, SealFlag::F_SEAL_SHRINK);
     let short = memfd(4096, shrink);
     let blank = memfd(memory, shrink);
     let read_only = memfd(memory, shrink | SealFlag::F_SEAL_WRITE);
@@ -95,6 +96,7 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
         (hello(memory, bells), vec![ok.0]),
         (hello(memory, bells), vec![ok.0, ok.1, ok.1]),
         (hello(memory, bells), vec![unsealed.as_raw_fd(), ok.1]),
+        (hello(memory, bells), vec![growing.as_raw_fd(), ok.1]),
         (hello(memory, bells), vec![short.as_raw_fd(), ok.1]),
         (hello(memory, bells), vec![blank.as_raw_fd(), ok.1]),
         (hello(memory, bells), vec![read_only.as_raw_fd(), ok.1]),
@@ -305,6 +307,9 @@ fn a_tenant_that_does_not_read_harms_only_itself() {
         }
     }
     still_serves(&daemon);
+    daemon.wait_until("its answers wait", |stat| {
+        stat["tenants"][0]["unread_messages"] != 0
+    });
     let stat = daemon.stat();
     let unread = stat["tenants"][0]["unread_messages"].as_u64().unwrap();
     assert!(unread < 5_000, "{unread}");

@@ -111,7 +111,8 @@ fn two_tenants_get_a_stream() {
     drop(accepted);
     server.ask_for(&request(what::CLOSED, 9, 4));
     daemon.wait_until("the stream is reaped", |stat| stat["streams_now"] == 0);
-    assert_eq!(daemon.stat()["users"].as_array().unwrap().len(), 0);
+    let user = &daemon.stat()["users"][0];
+    assert_eq!((&user["streams"], &user["bytes"]), (&0.into(), &0.into()));
 }
 
 #[test]

@@ -148,7 +148,7 @@ pod! {
 pod! {
     /// A connection, as a tenant sees it: the question of REACH and of WHOIS. The tenant waits for
     /// the answer, which comes within milliseconds.
-    Between, 56 {
+    Between, 64 {
         /// A number that the answer repeats; a tenant ignores answers to older questions.
         question: u64,
         /// `SO_NETNS_COOKIE` of the socket.
@@ -162,6 +162,10 @@ pod! {
         local_port: u32,
         /// Peer port, host order.
         peer_port: u32,
+        /// The tenant's fd: in a REACH, the daemon attaches nothing but the socket that it finds there.
+        fd: i32,
+        /// 0.
+        reserved: u32,
     }
 }
 pod! {
@@ -248,8 +252,10 @@ pub mod refusal {
     pub const MEMORY: u32 = 3;
     /// The policy excludes this user.
     pub const POLICY: u32 = 4;
-    /// Too many tenants.
+    /// A limit is reached: `max_tenants`, or the share of the user.
     pub const LIMIT: u32 = 5;
+    /// The process is not who it was when it attached: it runs another program, or has other rights. It may attach anew.
+    pub const IDENTITY: u32 = 6;
 }
 
 /// Questions of [`Query`].

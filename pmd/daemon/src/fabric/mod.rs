@@ -1,85 +1,130 @@
-//! Connections to programs of other nodes: what the control thread does for them. The data path is
-//! `rdsock-node`; here is who may use it, and the sockets of both sides.
-//!
-//! A program that connects to an address of another node asks first (REACH): `connect.rs`. When a
-//! node asks for a stream, the daemon connects to the program that listens: `listen.rs`. On either
-//! side the daemon is then the other end of the program's connection, and the program's end is
-//! promoted as any other: `promote.rs`.
+//! The fabric, as the control thread has it: the device, the streams to other nodes on their way from a question to a
+//! promoted end, and who listens. The data path is `rdsock-node`; what an event means is the daemon's
+//! (`daemon/between.rs`, `daemon/listeners.rs`).
 
 mod config;
-mod connect;
 mod device;
-mod listen;
-mod promote;
 mod routes;
 
 pub use config::{FabricConfig, NodeConfig};
+pub use routes::follow;
 
+use crate::accounts::Charge;
+use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
-use crate::daemon::{Daemon, Due, Token};
 use crate::memory::StreamFds;
-use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use crate::rights::Held;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
-use rdsock_proto::{Addresses, Count};
+use rdsock_node::{Asked, Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
+use rdsock_proto::Count;
 use rdsock_rde::Management;
 use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
 use rdsock_shm::layout::BellBoard;
-use rdsock_vfio::{EventFd, EventFlags};
+use rdsock_vfio::{BusError, EventFd, EventFlags};
 use serde_json::{Map, Value, json};
-use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tracing::{info, warn};
-
-/// Time for a program to make its anchor, once it was told where.
-const ANCHOR: Duration = Duration::from_secs(10);
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tracing::info;
+use tracing::warn;
 
 /// How long the streams of a node that does not answer any more wait for it.
 const RESUME: Duration = Duration::from_secs(30);
 
-/// A stream to another node.
+/// A stream to another node, until nothing touches its memory any more.
 #[derive(Debug)]
-pub(crate) struct Carried {
+pub struct Carried {
+    /// The data path's.
     pub stream: Arc<NodeStream>,
     /// Its memory and end pages, until the program's end was promoted.
-    fds: Option<StreamFds>,
+    pub fds: Option<StreamFds>,
     /// A program has it mapped, or had.
-    mapped: bool,
+    pub mapped: bool,
     /// From where to where, as the programs see it.
-    source: SocketAddr,
-    destination: SocketAddr,
-    /// The addresses of the anchor, as the program's socket has them.
-    anchor: Option<(SocketAddr, SocketAddr)>,
-    /// The socket's cookie and inode, of the daemon's end.
-    socket: Option<(u64, u64)>,
+    pub source: SocketAddr,
+    /// As `source`.
+    pub destination: SocketAddr,
+    /// Where bytes flow as long as it is not promoted.
+    pub anchor: Anchor,
+    /// What it costs its user.
+    pub charge: Charge,
+}
+
+/// The daemon's end of a program's connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Anchor {
+    /// The other node was asked.
+    Asked,
+    /// The program was told to make it, and comes from this address. It is made with this descriptor, says its tenant.
+    Promised {
+        /// From where.
+        from: SocketAddr,
+        /// Whom it is promised to.
+        tenant: TenantId,
+        /// The user of that tenant.
+        uid: u32,
+        /// The tenant's descriptor.
+        fd: i32,
+    },
+    /// The daemon connects to a program that listens.
+    Called,
+    /// Bytes flow.
+    Attached {
+        /// The addresses, as the program's socket has them.
+        names: (SocketAddr, SocketAddr),
+        /// Cookie of the daemon's socket.
+        cookie: u64,
+        /// Inode of the daemon's socket.
+        inode: u64,
+    },
 }
 
 /// A program that waits for the answer to a REACH.
 #[derive(Debug)]
-struct Asking {
-    tenant: TenantId,
-    question: Between,
+pub struct Asking {
+    /// Whose.
+    pub tenant: TenantId,
+    /// What it asked.
+    pub question: Between,
 }
 
-/// A socket that a program listens on.
+/// A socket that a tenant was found to listen on.
 #[derive(Clone, Copy, Debug)]
-struct Listening {
-    tenant: TenantId,
-    fd: i32,
-    address: SocketAddr,
+pub struct Listening {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Its descriptor.
+    pub fd: i32,
+    /// What was found.
+    pub held: Held,
+}
+
+/// A connection to a program that listens, which the kernel has not made yet.
+#[derive(Debug)]
+pub struct Call {
+    /// What the other node asked for.
+    pub id: Asked,
+    /// The daemon's socket.
+    pub socket: OwnedFd,
+    /// Its address.
+    pub local: SocketAddr,
+    /// The program's address.
+    pub destination: SocketAddr,
+    /// The user of the program that would get it.
+    pub uid: u32,
+    /// Cookie of the socket that would get it.
+    pub listener: u64,
 }
 
 /// The fabric, as the control thread has it.
 #[derive(Debug)]
-pub(crate) struct Control {
+pub struct Control {
     poller: Poller,
     /// Where the device says what it has refused.
     management: Management,
@@ -92,20 +137,29 @@ pub(crate) struct Control {
     listeners: Vec<TcpListener>,
     /// Handed out in place of a peer's bell board; nobody looks at it.
     board: Rc<OwnedFd>,
-    carried: HashMap<u64, Carried>,
-    asking: HashMap<u64, Asking>,
-    /// Streams by the address that their program's anchor comes from.
-    expected: HashMap<SocketAddr, u64>,
+    /// Streams by ticket.
+    pub carried: HashMap<u64, Carried>,
+    /// Who waits for which of them to be established.
+    pub asking: HashMap<u64, Asking>,
+    /// Streams by the address that their program's anchor is to come from. Several may be promised for one address: who
+    /// holds the socket that comes from there is looked up.
+    promised: HashMap<SocketAddr, Vec<u64>>,
+    /// Anchors that have come in, by the address that they come from, until it is known whose they are.
+    arrived: HashMap<SocketAddr, (OwnedFd, SocketAddr)>,
+    /// Connections to programs that listen, on their way, by ticket.
+    pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
-    callers: HashMap<SocketAddr, u64>,
+    pub callers: HashMap<SocketAddr, u64>,
     /// By the sockets' cookies: several processes may hold one.
     listening: HashMap<u64, Vec<Listening>>,
+    /// Sockets that each tenant listens on.
+    listeners_of: HashMap<TenantId, usize>,
     failed: bool,
 }
 
 impl Control {
     /// Opens the device and starts the poll core.
-    pub fn start(config: &FabricConfig, epoll: &Epoll) -> Result<Self, StartError> {
+    pub fn start(config: &FabricConfig, agenda: &Agenda) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
         let waker = Arc::new(Waker::new()?);
         let cores = match config.poll_cores.as_slice() {
@@ -137,21 +191,18 @@ impl Control {
                 Err(error) => return Err(error.into()),
             }
         }
-        let event = |token: Token| EpollEvent::new(EpollFlags::EPOLLIN, token.to_word());
         for (at, listener) in listeners.iter().enumerate() {
             let token = Token::Anchors(at as u64);
-            epoll.add(listener, event(token)).map_err(io::Error::from)?;
+            agenda.watch(listener, token).map_err(io::Error::from)?;
         }
-        epoll
-            .add(waker.fd(), event(Token::Fabric))
-            .map_err(io::Error::from)?;
+        let watched = agenda.watch(waker.fd(), Token::Fabric);
+        watched.map_err(io::Error::from)?;
         let flags = EventFlags::EFD_CLOEXEC | EventFlags::EFD_NONBLOCK;
         let wanted_back = EventFd::from_flags(flags).map_err(io::Error::from)?;
         let wanted_back = Arc::new(wanted_back);
         rde.space().device().set_wanted_back(&wanted_back)?;
-        epoll
-            .add(&*wanted_back, event(Token::WantedBack))
-            .map_err(io::Error::from)?;
+        let watched = agenda.watch(&*wanted_back, Token::WantedBack);
+        watched.map_err(io::Error::from)?;
         let management = rde.management();
         // Before there can be a notice: each is to be seen by epoll.
         waker.start_sleep();
@@ -172,9 +223,12 @@ impl Control {
             board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
             carried: HashMap::new(),
             asking: HashMap::new(),
-            expected: HashMap::new(),
+            promised: HashMap::new(),
+            arrived: HashMap::new(),
+            calls: HashMap::new(),
             callers: HashMap::new(),
             listening: HashMap::new(),
+            listeners_of: HashMap::new(),
             failed: false,
         })
     }
@@ -194,7 +248,7 @@ fn epoch() -> u64 {
 
 impl Control {
     /// For `rdsock stat`.
-    fn answer(&self, config: &FabricConfig) -> Value {
+    pub fn answer(&self, config: &FabricConfig) -> Value {
         let nodes: Vec<Value> = config
             .others()
             .map(|node| {
@@ -252,292 +306,236 @@ impl Control {
     }
 }
 
-impl Daemon {
-    /// The fabric, for `rdsock stat`. A device that was given back is one that does not work.
-    pub(crate) fn fabric_answer(&self) -> Option<Value> {
-        let config = self.config.fabric.as_ref()?;
-        Some(match &self.fabric {
-            Some(fabric) => fabric.answer(config),
-            None => json!({
-                "node": config.node,
-                "device": config.device.to_string(),
-                "failed": true,
-                "streams": 0,
-                "listeners": 0,
-                "cores": [],
-                "nodes": [],
-            }),
-        })
+/// Sockets that one tenant may say it listens on.
+const LISTENERS: usize = 1024;
+
+impl Control {
+    /// True while connects to a node are possible.
+    pub fn is_up(&self, node: u16) -> bool {
+        !self.failed && self.poller.is_up(node)
     }
 
-    /// All nodes, for `rdsock why`.
-    pub(crate) fn nodes_answer(&self) -> Vec<Value> {
-        let Some(config) = &self.config.fabric else {
-            return Vec::new();
+    /// True when the device is not used any more.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// The device is not used any more.
+    pub fn fail(&mut self) {
+        self.failed = true;
+    }
+
+    /// The device is to be given back. True when it can be closed now.
+    pub fn give_back(&mut self) -> bool {
+        // It may be wanted several times.
+        let _ = self.wanted_back.read();
+        if !std::mem::replace(&mut self.giving_back, true) {
+            self.poller.command(Command::GiveBack);
+        }
+        self.is_given_back()
+    }
+
+    /// True when the device is to be given back, and nobody uses it any more.
+    pub fn is_given_back(&self) -> bool {
+        self.giving_back && self.failed && self.carried.is_empty()
+    }
+
+    /// Tells a poll core something.
+    pub fn command(&mut self, command: Command) {
+        self.poller.command(command);
+    }
+
+    /// The board that is handed out in place of a peer's.
+    pub fn board(&self) -> Rc<OwnedFd> {
+        self.board.clone()
+    }
+
+    /// The next notice; `None` when the poll cores will wake the control thread for the next one.
+    pub fn notice(&mut self) -> Option<Notice> {
+        self.waker.end_sleep();
+        let mut notice = self.poller.notice();
+        if notice.is_none() {
+            self.waker.start_sleep();
+            // Once more, since the sleep was announced only now.
+            notice = self.poller.notice();
+            if notice.is_some() {
+                self.waker.end_sleep();
+            }
+        }
+        notice
+    }
+
+    /// Gives a stream's memory to the data path. `None` when there are too many streams.
+    pub fn stream(
+        &mut self,
+        ticket: u64,
+        node: u16,
+        opening: Opening,
+        fds: &StreamFds,
+    ) -> Result<Option<Arc<NodeStream>>, BusError> {
+        self.poller.stream(ticket, node, opening, &fds.stream)
+    }
+
+    /// Where a program makes its anchor, from an address of this family.
+    pub fn anchors_for(&self, source: SocketAddr) -> Option<SocketAddr> {
+        let addresses = self.listeners.iter();
+        let mut addresses = addresses.filter_map(|listener| listener.local_addr().ok());
+        addresses.find(|address| address.is_ipv4() == source.is_ipv4())
+    }
+
+    /// The listeners for anchors.
+    pub fn listeners(&self) -> usize {
+        self.listeners.len()
+    }
+
+    /// A program is told to make its anchor.
+    pub fn promise(&mut self, ticket: u64, anchor: Anchor) {
+        if let Some(carried) = self.carried.get_mut(&ticket) {
+            carried.anchor = anchor;
+        }
+        if let Anchor::Promised { from, .. } = anchor {
+            self.promised.entry(from).or_default().push(ticket);
+        }
+    }
+
+    /// The promise was kept, or is not kept any more.
+    fn forget_promise(&mut self, ticket: u64) {
+        let anchor = self.carried.get(&ticket).map(|carried| carried.anchor);
+        if let Some(Anchor::Promised { from, .. }) = anchor
+            && let Some(tickets) = self.promised.get_mut(&from)
+        {
+            tickets.retain(|other| *other != ticket);
+            if tickets.is_empty() {
+                self.promised.remove(&from);
+                self.arrived.remove(&from);
+            }
+        }
+    }
+
+    /// The next connection that has come in at a listener for anchors: the address that it comes from. `Err` for one
+    /// that nobody was told to make.
+    pub fn arrival(&mut self, listener: usize) -> Option<Result<SocketAddr, SocketAddr>> {
+        let (socket, from) = self.listeners.get(listener)?.accept().ok()?;
+        let to = socket.local_addr().ok();
+        let Some(to) = to.filter(|_| self.promised.contains_key(&from)) else {
+            return Some(Err(from));
         };
-        let up = |node| {
-            let fabric = self.fabric.as_ref();
-            fabric.is_some_and(|fabric| fabric.poller.is_up(node))
+        self.arrived.insert(from, (socket.into(), to));
+        Some(Ok(from))
+    }
+
+    /// The streams that are promised to whoever comes from an address.
+    pub fn promised_to(&self, from: SocketAddr) -> Vec<u64> {
+        self.promised.get(&from).cloned().unwrap_or_default()
+    }
+
+    /// Where the anchor that has come from an address leads to.
+    pub fn arrived_at(&self, from: SocketAddr) -> Option<SocketAddr> {
+        self.arrived.get(&from).map(|(_, to)| *to)
+    }
+
+    /// The anchor that has come from this address is this stream's: bytes flow.
+    pub fn attach_arrived(&mut self, ticket: u64, from: SocketAddr) {
+        if let Some((socket, to)) = self.arrived.remove(&from) {
+            self.forget_promise(ticket);
+            self.attach(ticket, socket, (from, to));
+        }
+    }
+
+    /// Gives the daemon's end of a program's connection to the data path: bytes flow.
+    pub fn attach(&mut self, ticket: u64, socket: OwnedFd, names: (SocketAddr, SocketAddr)) {
+        let Some(carried) = self.carried.get_mut(&ticket) else {
+            return;
         };
-        let answer = |node: &NodeConfig| {
-            json!({
-                "id": node.id,
-                "name": node.name,
-                "addresses": node.addresses,
-                "own": node.id == config.node,
-                "up": up(node.id),
-            })
+        let inode = nix::sys::stat::fstat(&socket).map(|stat| stat.st_ino);
+        let cookie = crate::diag::cookie_of(socket.as_fd());
+        let (Ok(inode), Some(cookie)) = (inode, cookie) else {
+            return;
         };
-        config.nodes.iter().map(answer).collect()
+        carried.anchor = Anchor::Attached {
+            names,
+            cookie,
+            inode,
+        };
+        // Latency is what this is for. It can't fail on a TCP socket.
+        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
+        let stream = carried.stream.clone();
+        self.poller.attach(stream, socket);
+    }
+
+    /// No program has come for a stream.
+    pub fn abandon(&mut self, ticket: u64) {
+        self.forget_promise(ticket);
+        if let Some(carried) = self.carried.get(&ticket) {
+            let stream = carried.stream.clone();
+            self.poller.command(Command::Gone { stream });
+        }
+    }
+
+    /// Nothing touches a stream's memory any more.
+    pub fn release(&mut self, ticket: u64) {
+        self.forget_promise(ticket);
+        self.callers.retain(|_, other| *other != ticket);
+        self.asking.remove(&ticket);
+        self.calls.remove(&ticket);
+        self.carried.remove(&ticket);
     }
 
     /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant
     /// that names the stream of another one has not its anchor.
-    pub(crate) fn way_of_anchor(
+    pub fn way_of_anchor(
         &self,
         ticket: u64,
         anchor: Route,
     ) -> Option<(u16, SocketAddr, SocketAddr)> {
-        let carried = self.fabric.as_ref()?.carried.get(&ticket)?;
+        let carried = self.carried.get(&ticket)?;
         let (node, end) = (carried.stream.node, carried.stream.end);
-        (carried.anchor == Some((anchor.local, anchor.peer))).then_some(match end {
+        let names = match carried.anchor {
+            Anchor::Attached { names, .. } => names,
+            _ => return None,
+        };
+        (names == (anchor.local, anchor.peer)).then_some(match end {
             0 => (node, carried.source, carried.destination),
             _ => (node, carried.destination, carried.source),
         })
     }
 
-    /// The device is being unbound or taken out, and the system waits until it is closed: all streams to other nodes
-    /// end, and it is closed. What is on the kernel, or goes to this host, stays as it is.
-    pub(crate) fn on_wanted_back(&mut self) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        // It may be wanted several times.
-        let _ = fabric.wanted_back.read();
-        if !std::mem::replace(&mut fabric.giving_back, true) {
-            fabric.poller.command(Command::GiveBack);
+    /// May a tenant say of one more socket that it listens on that?
+    pub fn has_room_for_listener(&self, tenant: TenantId) -> bool {
+        self.listeners_of
+            .get(&tenant)
+            .is_none_or(|count| *count < LISTENERS)
+    }
+
+    /// A tenant was found to listen on a socket.
+    pub fn add_listener(&mut self, listening: Listening) {
+        let holders = self.listening.entry(listening.held.cookie).or_default();
+        let before = holders.len();
+        holders.retain(|holder| holder.tenant != listening.tenant);
+        if holders.len() == before {
+            *self.listeners_of.entry(listening.tenant).or_default() += 1;
         }
-        self.close_device();
+        holders.push(listening);
     }
 
-    /// Closes a device that is to be given back, as soon as nobody uses it.
-    fn close_device(&mut self) {
-        let unused = |fabric: &Control| fabric.failed && fabric.carried.is_empty();
-        if self
-            .fabric
-            .as_ref()
-            .is_some_and(|fabric| fabric.giving_back && unused(fabric))
-        {
-            self.fabric = None;
-            warn!(
-                "the device is closed, since the system wants it back; restart rdsockd when there is one again"
-            );
-        }
-    }
-
-    /// The poll core has something to say.
-    pub(crate) fn on_fabric(&mut self) {
-        self.take_notices();
-        self.close_device();
-    }
-
-    fn take_notices(&mut self) {
-        if let Some(fabric) = &self.fabric {
-            fabric.waker.end_sleep();
-        }
-        loop {
-            while let Some(notice) = self.fabric.as_mut().and_then(|f| f.poller.notice()) {
-                self.on_notice(notice);
-            }
-            let Some(fabric) = &mut self.fabric else {
-                return;
-            };
-            fabric.waker.start_sleep();
-            // Once more, since the sleep was announced only now.
-            match fabric.poller.notice() {
-                Some(notice) => {
-                    fabric.waker.end_sleep();
-                    self.on_notice(notice);
-                }
-                None => return,
-            }
-        }
-    }
-
-    fn on_notice(&mut self, notice: Notice) {
-        match notice {
-            Notice::Incoming {
-                id,
-                node,
-                addresses,
-            } => self.on_incoming(id, node, addresses),
-            Notice::Established { ticket } => self.on_established(ticket),
-            Notice::Refused { ticket, why } => self.on_refused(ticket, why),
-            Notice::Released { ticket } => self.on_released(ticket),
-            Notice::NodeUp { node } => info!(node, "a node is up"),
-            Notice::NodeGone { node } => info!(node, "a node has gone"),
-            Notice::DeviceFailed => {
-                if let Some(fabric) = &mut self.fabric {
-                    fabric.failed = true;
-                }
-            }
-        }
-    }
-
-    /// Nothing touches a stream's memory any more.
-    fn on_released(&mut self, ticket: u64) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        fabric.expected.retain(|_, other| *other != ticket);
-        fabric.callers.retain(|_, other| *other != ticket);
-        fabric.asking.remove(&ticket);
-        fabric.carried.remove(&ticket);
-        if self.book.close(ticket).is_some() {
-            self.counters.streams_closed += 1;
-        }
-    }
-
-    /// True for a stream to another node that is not released.
-    pub(crate) fn is_carried(&self, ticket: u64) -> bool {
-        let fabric = self.fabric.as_ref();
-        fabric.is_some_and(|fabric| fabric.carried.contains_key(&ticket))
-    }
-
-    /// No program has come for a stream.
-    fn abandon_carried(&mut self, ticket: u64) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        if let Some(carried) = fabric.carried.get(&ticket) {
-            let stream = carried.stream.clone();
-            fabric.poller.command(Command::Gone { stream });
-        }
-    }
-
-    /// A stream whose program was told where to make its anchor has had its time.
-    pub(crate) fn on_anchor_due(&mut self, ticket: u64) {
-        let waits = self
-            .fabric
-            .as_ref()
-            .and_then(|fabric| fabric.carried.get(&ticket))
-            .is_some_and(|carried| carried.socket.is_none());
-        if waits {
-            self.abandon_carried(ticket);
-        }
-    }
-
-    fn give_time_for_anchor(&mut self, ticket: u64) {
-        self.due
-            .push(Reverse((Instant::now() + ANCHOR, Due::Anchor(ticket))));
-    }
-
-    /// Makes the memory of a stream to a node.
-    fn carry(
-        &mut self,
-        node: u16,
-        opening: Opening,
-        addresses: &Addresses,
-        uid: u32,
-    ) -> Result<u64, CarryError> {
-        let Some(config) = &self.config.fabric else {
-            return Err(CarryError::Limit);
-        };
-        let ring_size = config.ring_size;
-        let account = self.book.account(uid);
-        let bytes = rdsock_node::memory::stream_bytes(ring_size);
-        if account.streams >= self.config.max_streams_per_user
-            || account.bytes.saturating_add(bytes) > self.config.max_bytes_per_user
-            || !self.has_stream_descriptors()
-        {
-            let cause = "a limit of its user is reached: streams stay on the kernel";
-            self.log_refusal(cause, uid, 0);
-            return Err(CarryError::Limit);
-        }
-        let ticket = self.next_stream;
-        let fds = crate::memory::make_stream_with(ticket, ring_size, bytes)?;
-        let Some(fabric) = &mut self.fabric else {
-            return Err(CarryError::Limit);
-        };
-        let made = fabric.poller.stream(ticket, node, opening, &fds.stream);
-        let made = made.map_err(|error| {
-            let error = io::Error::other(error);
-            let what = "the device can't be given a stream's memory, so it stays on the kernel";
-            self.log_fault(what, uid, &error);
-            CarryError::Memory(error)
-        })?;
-        let Some(fabric) = &mut self.fabric else {
-            return Err(CarryError::Limit);
-        };
-        let stream = made.ok_or(CarryError::Limit)?;
-        self.next_stream += 1;
-        let address = |ip: Ipv6Addr, port| SocketAddr::new(IpAddr::V6(ip).to_canonical(), port);
-        fabric.carried.insert(
-            ticket,
-            Carried {
-                stream,
-                fds: Some(fds),
-                mapped: false,
-                source: address(addresses.source, addresses.source_port),
-                destination: address(addresses.destination, addresses.destination_port),
-                anchor: None,
-                socket: None,
-            },
-        );
-        Ok(ticket)
-    }
-
-    /// Gives the daemon's end of a program's connection to the data path.
-    fn attach_anchor(&mut self, ticket: u64, socket: OwnedFd, anchor: (SocketAddr, SocketAddr)) {
-        let Some(fabric) = &mut self.fabric else {
-            return;
-        };
-        let Some(carried) = fabric.carried.get_mut(&ticket) else {
-            return;
-        };
-        carried.anchor = Some(anchor);
-        carried.socket = identity(socket.as_fd());
-        // Latency is what this is for. It can't fail on a TCP socket.
-        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
-        let stream = carried.stream.clone();
-        fabric.poller.attach(stream, socket);
+    /// Who was found to listen on the socket with this cookie.
+    pub fn holders_of(&self, cookie: u64) -> &[Listening] {
+        self.listening.get(&cookie).map_or(&[], Vec::as_slice)
     }
 
     /// A tenant has gone: it listens no more.
-    pub(crate) fn forget_listener(&mut self, id: TenantId) {
-        if let Some(fabric) = &mut self.fabric {
-            fabric.listening.retain(|_, holders| {
-                holders.retain(|holder| holder.tenant != id);
+    pub fn forget_listener(&mut self, tenant: TenantId) {
+        if self.listeners_of.remove(&tenant).is_some() {
+            self.listening.retain(|_, holders| {
+                holders.retain(|holder| holder.tenant != tenant);
                 !holders.is_empty()
             });
         }
     }
-
-    /// Answers a tenant's question, whoever is being served.
-    fn reply(&mut self, id: TenantId, message: rdsock_shm::control::Message) {
-        self.send_to_other(id, message.into());
-    }
-}
-
-/// Why a stream to another node was not made.
-#[derive(Debug, thiserror::Error)]
-enum CarryError {
-    /// A limit is reached.
-    #[error("a limit is reached")]
-    Limit,
-    /// Its memory could not be made or mapped.
-    #[error("its memory: {0}")]
-    Memory(#[from] io::Error),
-}
-
-/// Cookie and inode of a socket.
-fn identity(socket: std::os::fd::BorrowedFd<'_>) -> Option<(u64, u64)> {
-    let inode = nix::sys::stat::fstat(socket).ok()?.st_ino;
-    Some((crate::diag::cookie_of(socket)?, inode))
 }
 
 /// The four addresses of a question.
-fn addresses(between: &Between) -> Option<(SocketAddr, SocketAddr)> {
+pub fn addresses(between: &Between) -> Option<(SocketAddr, SocketAddr)> {
     let address = |ip: [u8; 16], port: u32| {
         let ip = IpAddr::V6(Ipv6Addr::from(ip)).to_canonical();
         Some(SocketAddr::new(ip, port.try_into().ok()?))
@@ -549,7 +547,7 @@ fn addresses(between: &Between) -> Option<(SocketAddr, SocketAddr)> {
 }
 
 /// An address as it stands in messages: IPv4 as a v4-mapped IPv6 address.
-pub(crate) fn octets(ip: IpAddr) -> [u8; 16] {
+pub fn octets(ip: IpAddr) -> [u8; 16] {
     match ip {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
         IpAddr::V6(ip) => ip.octets(),

@@ -28,8 +28,8 @@ pub enum BadMemory {
     /// Not a memfd of ordinary pages.
     #[error("not a memfd of ordinary pages")]
     Kind,
-    /// It could shrink, which would kill the daemon, or can't be written.
-    #[error("not sealed with F_SEAL_SHRINK, or sealed against writing")]
+    /// It could shrink, which would kill the daemon, or grow, or can't be written.
+    #[error("not sealed with F_SEAL_SHRINK and F_SEAL_GROW, or sealed against writing")]
     Seals,
     /// Another size than this version's.
     #[error("{found} bytes, expected {expected}")]
@@ -39,6 +39,9 @@ pub enum BadMemory {
         /// Bytes that it must have.
         expected: u64,
     },
+    /// Not two descriptors.
+    #[error("HELLO takes two descriptors")]
+    Number,
     /// Magic or version is wrong.
     #[error("wrong magic or version")]
     Identity,
@@ -47,14 +50,16 @@ pub enum BadMemory {
     Io(#[from] io::Error),
 }
 
-/// Checks that an fd is a memfd of ordinary pages that can't shrink, with `expected` bytes.
+/// Checks that an fd is a memfd of ordinary pages that keeps its size, with `expected` bytes. The seals are asked for
+/// first: nothing but shared memory has any, and nothing else is looked at, since a look could wait for its owner.
 fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
     let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|_| BadMemory::Kind)?;
     if fstatfs(fd).map_err(io::Error::from)?.filesystem_type() != TMPFS_MAGIC {
         return Err(BadMemory::Kind);
     }
     let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
-    if seals & libc::F_SEAL_SHRINK == 0 || seals & unwritable != 0 {
+    let fixed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    if seals & fixed != fixed || seals & unwritable != 0 {
         return Err(BadMemory::Seals);
     }
     let found = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as u64;
@@ -179,37 +184,32 @@ impl TenantMap {
             .map(|counter| counter.load(Ordering::Relaxed))
     }
 
-    /// The connection records in use, as (record number, record). Holes of the file are skipped.
-    pub fn conns(&self) -> io::Result<Vec<(u32, ConnView)>> {
+    /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
+    /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than [`BLOCK`] bytes
+    /// are read.
+    pub fn conns(&self, from: u64) -> io::Result<(Vec<(u32, ConnView)>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
-        let mut found = Vec::new();
-        let mut at = START;
+        let Some(data) = next_data(&self.file, from.max(START))? else {
+            return Ok((Vec::new(), None));
+        };
+        // Blocks start at record boundaries, so that no record is torn between two.
+        let at = data - (data - START) % RECORD;
         let mut block = [0; BLOCK];
-        while let Some(data) = next_data(&self.file, at)? {
-            // Blocks start at record boundaries, so that no record is torn between two.
-            at = data.max(START);
-            at -= (at - START) % RECORD;
-            let len = self.file.read_at(&mut block, at)?;
-            let (records, _) = block
-                .get(..len)
-                .unwrap_or(&[])
-                .as_chunks::<{ RECORD as usize }>();
-            if records.is_empty() {
-                break;
-            }
-            let first = ((at - START) / RECORD) as u32;
-            found.extend(
-                (first..)
-                    .zip(records)
-                    .map(|(number, record)| (number, ConnView::parse(record)))
-                    .filter(|(number, record)| {
-                        (*number as usize) < CONN_RECORDS && record.in_use()
-                    }),
-            );
-            at += records.len() as u64 * RECORD;
-        }
-        Ok(found)
+        let len = self.file.read_at(&mut block, at)?;
+        let (records, _) = block
+            .get(..len)
+            .unwrap_or(&[])
+            .as_chunks::<{ RECORD as usize }>();
+        let first = ((at - START) / RECORD) as u32;
+        let found = (first..)
+            .zip(records)
+            .map(|(number, record)| (number, ConnView::parse(record)))
+            .filter(|(number, record)| (*number as usize) < CONN_RECORDS && record.in_use())
+            .collect();
+        let end = START + RECORD * CONN_RECORDS as u64;
+        let next = at + records.len() as u64 * RECORD;
+        Ok((found, (!records.is_empty() && next < end).then_some(next)))
     }
 }
 
@@ -292,15 +292,16 @@ mod tests {
         record(130, 0, 2);
         record(65_535, 9, 1);
         assert!(TenantMap::new(file.try_clone().unwrap().into()).is_err());
-        let seal = SealFlag::F_SEAL_SHRINK;
+        let seal = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seal)).unwrap();
         let map = TenantMap::new(file.into()).unwrap();
-        let found: Vec<(u32, i32)> = map
-            .conns()
-            .unwrap()
-            .iter()
-            .map(|(number, record)| (*number, record.fd))
-            .collect();
+        let (mut found, mut place) = (Vec::new(), Some(0));
+        while let Some(from) = place {
+            let (records, next) = map.conns(from).unwrap();
+            assert!(next.is_none_or(|next| next > from));
+            found.extend(records.iter().map(|(number, record)| (*number, record.fd)));
+            place = next;
+        }
         assert_eq!(found, [(0, 5), (130, 0), (65_535, 9)]);
     }
 }

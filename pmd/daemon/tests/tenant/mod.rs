@@ -191,8 +191,9 @@ fn identify(file: &File, magic: u64, size: usize) {
 
 impl Memory {
     pub fn new() -> Self {
-        let tenant = memfd(size_of::<TenantMemory>() as u64, SealFlag::F_SEAL_SHRINK);
-        let bells = memfd(size_of::<BellBoard>() as u64, SealFlag::F_SEAL_SHRINK);
+        let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        let tenant = memfd(size_of::<TenantMemory>() as u64, fixed);
+        let bells = memfd(size_of::<BellBoard>() as u64, fixed);
         identify(&tenant, TENANT_MAGIC, size_of::<TenantMemory>());
         identify(&bells, BELL_MAGIC, size_of::<BellBoard>());
         let map = MmapOptions::new().map_raw(&tenant).unwrap();

@@ -1,0 +1,404 @@
+//! Accounts: what each user has of everything that is finite, and how much a user may have.
+//!
+//! Whoever makes something for a tenant takes a [`Charge`] first and keeps it beside the thing: what is dropped is
+//! given back, so an account can't drift from what is there.
+//!
+//! There are limits for each user and for all users together. Some things are *shared*: a user may have no more of them
+//! than are left for the others. Alone, a user gets half of all; the next one half of the rest, and so on: three greedy
+//! users leave a sixteenth to a fourth one. (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
+//! packet switches", 1998, with factor 1.)
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thing {
+    /// Descriptors of the daemon.
+    Descriptors,
+    /// Control connections that have not said HELLO.
+    Callers,
+    /// Attached processes.
+    Tenants,
+    /// Streams, in each state: asked for, carried, promoted.
+    Streams,
+    /// Bytes of the streams' memory.
+    Bytes,
+    /// Streams to other nodes, which are among the streams.
+    Carried,
+    /// Connects to or from other nodes that are under way.
+    Connects,
+    /// Questions that are being answered.
+    Queries,
+    /// Bytes of messages that wait for programs which do not read.
+    Unread,
+}
+
+impl Thing {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Thing; 9] = [
+        Thing::Descriptors,
+        Thing::Callers,
+        Thing::Tenants,
+        Thing::Streams,
+        Thing::Bytes,
+        Thing::Carried,
+        Thing::Connects,
+        Thing::Queries,
+        Thing::Unread,
+    ];
+
+    /// As `rdsock stat` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Thing::Descriptors => "descriptors",
+            Thing::Callers => "callers",
+            Thing::Tenants => "tenants",
+            Thing::Streams => "streams",
+            Thing::Bytes => "bytes",
+            Thing::Carried => "carried",
+            Thing::Connects => "connects",
+            Thing::Queries => "queries",
+            Thing::Unread => "unread",
+        }
+    }
+}
+
+/// An amount of each [`Thing`].
+pub type Amounts = [u64; Thing::ALL.len()];
+
+/// How much may be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// By one user.
+    pub user: Amounts,
+    /// By all together.
+    pub all: Amounts,
+    /// Of which things a user may have no more than are left.
+    pub shared: [bool; Thing::ALL.len()],
+}
+
+/// A limit that is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} of {} {} are in use", if self.of_all { "all" } else { "one user's" }, self.limit, self.thing.name())]
+pub struct Over {
+    /// Of what.
+    pub thing: Thing,
+    /// How much may be had.
+    pub limit: u64,
+    /// By all users together.
+    pub of_all: bool,
+}
+
+impl Over {
+    /// What the log says of whoever is refused.
+    pub fn cause(&self) -> &'static str {
+        match (self.thing, self.of_all) {
+            (Thing::Descriptors, false) => {
+                "its user has its share of descriptors (max_descriptors_per_user)"
+            }
+            (Thing::Descriptors, true) => "the daemon's descriptors are in use (LimitNOFILE=)",
+            (Thing::Callers, _) => "too many connections that have not said who they are",
+            (Thing::Tenants, false) => "max_tenants_per_user is reached",
+            (Thing::Tenants, true) => "max_tenants is reached",
+            (Thing::Streams, false) => {
+                "max_streams_per_user is reached: streams stay on the kernel"
+            }
+            (Thing::Bytes, _) => "max_bytes_per_user is reached: streams stay on the kernel",
+            (Thing::Carried, false) => {
+                "its user has its share of the streams to other nodes: connects stay on the kernel"
+            }
+            (Thing::Carried, true) => {
+                "max_streams of [fabric] is reached: connects stay on the kernel"
+            }
+            (Thing::Connects, _) => "max_connects_per_user is reached: connects stay on the kernel",
+            (Thing::Queries, _) => "max_queries_per_user is reached",
+            (Thing::Unread, _) => "max_unread_bytes_per_user is reached",
+            (Thing::Streams, true) => "too many streams: they stay on the kernel",
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Sums([AtomicU64; Thing::ALL.len()]);
+
+impl Sums {
+    /// Adds, unless that leads beyond `most`.
+    fn take(&self, thing: Thing, amount: u64, most: u64) -> bool {
+        let Some(sum) = self.0.get(thing as usize) else {
+            return false;
+        };
+        let more = |has: u64| has.checked_add(amount).filter(|sum| *sum <= most);
+        let taken = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.is_ok()
+    }
+
+    fn give(&self, thing: Thing, amount: u64) {
+        if let Some(sum) = self.0.get(thing as usize) {
+            sum.fetch_sub(amount, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self, thing: Thing) -> u64 {
+        let sum = self.0.get(thing as usize);
+        sum.map_or(0, |sum| sum.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug)]
+struct Account {
+    has: Sums,
+    /// How often a limit was in the way.
+    refused: Sums,
+}
+
+/// A part of a user's account, until it is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    account: Arc<Account>,
+    all: Arc<Sums>,
+    limits: Limits,
+    amounts: Amounts,
+}
+
+impl Charge {
+    /// Takes more. Nothing is taken when a limit is in the way.
+    pub fn more(&mut self, thing: Thing, amount: u64) -> Result<(), Over> {
+        let at = thing as usize;
+        let most = |limits: &Amounts| limits.get(at).copied().unwrap_or(0);
+        let (of_user, of_all) = (most(&self.limits.user), most(&self.limits.all));
+        let over = |limit, of_all| {
+            self.account.refused.take(thing, 1, u64::MAX);
+            Err(Over {
+                thing,
+                limit,
+                of_all,
+            })
+        };
+        if !self.account.has.take(thing, amount, of_user) {
+            return over(of_user, false);
+        }
+        if !self.all.take(thing, amount, of_all) {
+            self.account.has.give(thing, amount);
+            return over(of_all, true);
+        }
+        let left = of_all.saturating_sub(self.all.get(thing));
+        let shared = self.limits.shared.get(at).is_some_and(|shared| *shared);
+        if shared && self.account.has.get(thing) > left {
+            self.account.has.give(thing, amount);
+            self.all.give(thing, amount);
+            return over(of_all / 2, false);
+        }
+        if let Some(sum) = self.amounts.get_mut(at) {
+            *sum += amount;
+        }
+        Ok(())
+    }
+
+    /// Gives some back; no more than was taken.
+    pub fn less(&mut self, thing: Thing, amount: u64) {
+        if let Some(sum) = self.amounts.get_mut(thing as usize) {
+            let amount = amount.min(*sum);
+            *sum -= amount;
+            self.account.has.give(thing, amount);
+            self.all.give(thing, amount);
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        for (thing, amount) in Thing::ALL.into_iter().zip(self.amounts) {
+            self.account.has.give(thing, amount);
+            self.all.give(thing, amount);
+        }
+    }
+}
+
+/// What a user has, and how often a limit was in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statement {
+    /// The user.
+    pub uid: u32,
+    /// What the user has.
+    pub has: Amounts,
+    /// Refusals.
+    pub refused: Amounts,
+}
+
+/// The accounts of all users. See the module's text.
+#[derive(Debug)]
+pub struct Accounts {
+    limits: Limits,
+    users: HashMap<u32, Arc<Account>>,
+    all: Arc<Sums>,
+}
+
+/// Accounts without anything in them are forgotten when there are more than these.
+const REMEMBERED: usize = 4096;
+
+impl Accounts {
+    /// Nobody has anything.
+    pub fn new(limits: Limits) -> Self {
+        Accounts {
+            limits,
+            users: HashMap::new(),
+            all: Arc::default(),
+        }
+    }
+
+    /// From now on these limits count. What is had already stays.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Takes all of `wanted` for a user, or nothing.
+    pub fn charge(&mut self, uid: u32, wanted: &[(Thing, u64)]) -> Result<Charge, Over> {
+        if self.users.len() >= REMEMBERED {
+            self.users
+                .retain(|_, account| Arc::strong_count(account) > 1);
+        }
+        let account = self.users.entry(uid).or_insert_with(|| {
+            Arc::new(Account {
+                has: Sums::default(),
+                refused: Sums::default(),
+            })
+        });
+        let mut charge = Charge {
+            account: account.clone(),
+            all: self.all.clone(),
+            limits: self.limits,
+            amounts: [0; Thing::ALL.len()],
+        };
+        for (thing, amount) in wanted {
+            charge.more(*thing, *amount)?;
+        }
+        Ok(charge)
+    }
+
+    /// What a user has of something.
+    pub fn of(&self, uid: u32, thing: Thing) -> u64 {
+        let account = self.users.get(&uid);
+        account.map_or(0, |account| account.has.get(thing))
+    }
+
+    /// What all users have of something.
+    pub fn of_all(&self, thing: Thing) -> u64 {
+        self.all.get(thing)
+    }
+
+    /// All users that have something, or were refused something.
+    pub fn statements(&self) -> impl Iterator<Item = Statement> {
+        let statement = |(uid, account): (&u32, &Arc<Account>)| Statement {
+            uid: *uid,
+            has: Thing::ALL.map(|thing| account.has.get(thing)),
+            refused: Thing::ALL.map(|thing| account.refused.get(thing)),
+        };
+        let something = |statement: &Statement| {
+            let mut sums = statement.has.iter().chain(&statement.refused);
+            sums.any(|sum| *sum != 0)
+        };
+        self.users.iter().map(statement).filter(something)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn limits(user: u64, all: u64) -> Limits {
+        Limits {
+            user: [user; Thing::ALL.len()],
+            all: [all; Thing::ALL.len()],
+            shared: [false; Thing::ALL.len()],
+        }
+    }
+
+    #[test]
+    fn what_is_dropped_is_given_back() {
+        let mut accounts = Accounts::new(limits(3, 5));
+        let first = accounts.charge(7, &[(Thing::Streams, 2)]).unwrap();
+        let over = accounts.charge(7, &[(Thing::Streams, 2)]).unwrap_err();
+        let expected = Over {
+            thing: Thing::Streams,
+            limit: 3,
+            of_all: false,
+        };
+        assert_eq!(over, expected);
+        let other = accounts.charge(8, &[(Thing::Streams, 3)]).unwrap();
+        assert!(
+            accounts
+                .charge(9, &[(Thing::Streams, 1)])
+                .unwrap_err()
+                .of_all
+        );
+        drop((first, other));
+        assert_eq!(accounts.of_all(Thing::Streams), 0);
+        let refused: Vec<u32> = accounts.statements().map(|one| one.uid).collect();
+        assert_eq!(refused.len(), 2, "{refused:?}");
+    }
+
+    #[test]
+    fn a_charge_is_whole_or_nothing() {
+        let mut accounts = Accounts::new(limits(3, 100));
+        let wanted = [(Thing::Descriptors, 3), (Thing::Streams, 4)];
+        assert_eq!(
+            accounts.charge(7, &wanted).unwrap_err().thing,
+            Thing::Streams
+        );
+        assert_eq!(accounts.of(7, Thing::Descriptors), 0);
+    }
+
+    #[test]
+    fn three_greedy_users_leave_a_fourth_one_its_share() {
+        let mut accounts = Accounts::new(Limits {
+            shared: [true; Thing::ALL.len()],
+            ..limits(u64::MAX, 160)
+        });
+        let mut taken = Vec::new();
+        for (user, share) in [(0, 80), (1, 40), (2, 20)] {
+            while let Ok(charge) = accounts.charge(user, &[(Thing::Descriptors, 1)]) {
+                taken.push(charge);
+            }
+            assert_eq!(accounts.of(user, Thing::Descriptors), share);
+        }
+        assert!(accounts.charge(3, &[(Thing::Descriptors, 10)]).is_ok());
+        // What the others give back is there for who is left.
+        taken.clear();
+        assert!(accounts.charge(3, &[(Thing::Descriptors, 80)]).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn sums_are_those_of_the_charges(steps in prop::collection::vec((0u32..4, 0usize..9, 1u64..5, any::<bool>()), 1..200)) {
+            let mut accounts = Accounts::new(limits(20, 50));
+            let mut charges: Vec<(u32, Charge)> = Vec::new();
+            for (uid, thing, amount, drops) in steps {
+                if drops && !charges.is_empty() {
+                    charges.swap_remove(thing % charges.len());
+                } else if let Ok(charge) = accounts.charge(uid, &[(Thing::ALL[thing], amount)]) {
+                    charges.push((uid, charge));
+                }
+                for thing in Thing::ALL {
+                    let sum = |of: Option<u32>| -> u64 {
+                        let own = charges.iter().filter(|(uid, _)| of.is_none_or(|of| of == *uid));
+                        own.map(|(_, charge)| charge.amounts[thing as usize]).sum()
+                    };
+                    prop_assert_eq!(accounts.of_all(thing), sum(None));
+                    prop_assert!(sum(None) <= 50);
+                    for uid in 0..4 {
+                        prop_assert_eq!(accounts.of(uid, thing), sum(Some(uid)));
+                        prop_assert!(sum(Some(uid)) <= 20);
+                    }
+                }
+            }
+        }
+    }
+}

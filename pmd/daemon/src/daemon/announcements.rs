@@ -1,0 +1,352 @@
+//! From announcements to pairs. A porter looks whether the tenant holds the socket; then the other end is looked for.
+
+use std::collections::HashMap;
+
+use rdsock_shm::control::{Lookup, Message, Request, kind};
+use rdsock_shm::reason::Reason;
+use tracing::debug;
+
+use super::{Daemon, End};
+use crate::book::{Announced, Announcement, Conn, TenantId};
+use crate::found::{Errand, Found};
+use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
+
+/// What a connection record is looked at for.
+#[derive(Debug)]
+enum Wanted {
+    /// It was announced, maybe with the ticket of a stream to another node.
+    Match { claim: Box<Claim>, ticket: u64 },
+    /// Its process asks whether it is a stream that it has inherited.
+    Lookup,
+    /// Its process says that it has inherited this end.
+    Hold { stream: u64, end: usize },
+}
+
+/// What tenants want of which connection record, while porters look at its socket.
+#[derive(Debug, Default)]
+pub(super) struct Announcements {
+    looked_at: HashMap<TenantId, HashMap<u32, (u32, Wanted)>>,
+}
+
+impl Announcements {
+    fn expect(&mut self, conn: Conn, wanted: Wanted) {
+        let records = self.looked_at.entry(conn.tenant).or_default();
+        records.insert(conn.number, (conn.generation, wanted));
+    }
+
+    /// What was wanted of this use of the record, if it is still wanted.
+    fn take(&mut self, conn: Conn) -> Option<Wanted> {
+        let records = self.looked_at.get_mut(&conn.tenant)?;
+        let (generation, _) = records.get(&conn.number)?;
+        let wanted = (*generation == conn.generation).then(|| records.remove(&conn.number))?;
+        if records.is_empty() {
+            self.looked_at.remove(&conn.tenant);
+        }
+        Some(wanted?.1)
+    }
+
+    /// The record is given up, unless it is used for something later than that by now.
+    pub(super) fn forget(&mut self, conn: Conn) {
+        // Generations wrap.
+        let is_later = |generation: u32| (conn.generation.wrapping_sub(generation) as i32) < 0;
+        if let Some(records) = self.looked_at.get_mut(&conn.tenant) {
+            records
+                .retain(|number, (generation, _)| *number != conn.number || is_later(*generation));
+        }
+    }
+
+    /// The record is used for something new.
+    fn replace(&mut self, conn: Conn) {
+        if let Some(records) = self.looked_at.get_mut(&conn.tenant) {
+            records.remove(&conn.number);
+        }
+    }
+
+    /// The tenant has gone.
+    pub(super) fn forget_all(&mut self, tenant: TenantId) {
+        self.looked_at.remove(&tenant);
+    }
+}
+
+impl Daemon {
+    /// A tenant holds a connection, or says so.
+    pub(super) fn on_announce(&mut self, conn: Conn, request: &Request) -> Result<(), End> {
+        self.journal.counters.announced += 1;
+        self.announcements.replace(conn);
+        if let Some(stream) = self.streams.replace(conn) {
+            self.check_stream(stream);
+        }
+        let ticket = request.stream_id;
+        let Some(claim) = Claim::parse(conn, request) else {
+            self.journal.counters.bad_requests += 1;
+            return self.turn_down(conn, Reason::Unverified);
+        };
+        let (local, peer) = (claim.local.port(), claim.peer.port());
+        if !self.config.policy.allows_ports(local, peer) {
+            return self.turn_down(conn, Reason::Policy);
+        }
+        let (fd, cookie, searched) = (claim.fd, claim.cookie, claim.maybe_shared);
+        let claim = Box::new(claim);
+        self.announcements
+            .expect(conn, Wanted::Match { claim, ticket });
+        self.have_looked_at(conn.tenant, Errand::Conn(conn), (fd, cookie), searched);
+        Ok(())
+    }
+
+    /// A process asks whether a socket that it inherited is a stream.
+    pub(super) fn on_lookup(&mut self, id: TenantId, lookup: Lookup) -> Result<(), End> {
+        let conn = Conn {
+            tenant: id,
+            number: lookup.conn,
+            generation: lookup.generation,
+        };
+        if self.streams.by_cookie(lookup.cookie).is_none() {
+            return self.send(id, Message::empty(kind::NOT_FOUND).into());
+        }
+        self.announcements.expect(conn, Wanted::Lookup);
+        let socket = (lookup.fd, lookup.cookie);
+        self.have_looked_at(id, Errand::Conn(conn), socket, false);
+        Ok(())
+    }
+
+    /// A process holds an end by inheritance.
+    pub(super) fn on_holds(&mut self, conn: Conn, request: &Request) {
+        let (stream, end) = (request.stream_id, request.active as usize);
+        let place = self.streams.get(stream).and_then(|s| s.ends.get(end));
+        let Some(cookie) = place.map(|end| end.cookie) else {
+            self.journal.counters.unverified += 1;
+            return;
+        };
+        self.announcements
+            .expect(conn, Wanted::Hold { stream, end });
+        let socket = (request.fd, cookie);
+        self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, false);
+    }
+
+    /// Has a porter look whether a tenant holds a socket, as the descriptor and with the cookie given; `searched` for
+    /// other holders, too.
+    pub(super) fn have_looked_at(
+        &mut self,
+        tenant: TenantId,
+        errand: Errand,
+        (fd, cookie): (i32, u64),
+        searched: bool,
+    ) {
+        let Some(entry) = self.connections.tenant_mut(tenant) else {
+            return;
+        };
+        entry.looks += 1;
+        let passport = entry.passport.clone();
+        let uid = passport.peer.uid;
+        let question = Look {
+            passport,
+            fd,
+            cookie,
+            search: searched.then(|| self.rights.searches_of(uid)),
+        };
+        self.porters.give(uid, move || {
+            Some(Found::Socket {
+                tenant,
+                errand,
+                held: look(&question),
+            })
+        });
+    }
+
+    /// A porter has looked at a socket.
+    pub(super) fn on_look(&mut self, id: TenantId, errand: Errand, held: Result<Held, NotHeld>) {
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.looks = tenant.looks.saturating_sub(1);
+        }
+        self.serve(id, |daemon| {
+            let held = match held {
+                // Who is not who it was gets nothing, and is no tenant any more.
+                Err(NotHeld::Changed(changed)) if changed != Changed::Hidden => {
+                    daemon.journal.counters.changed += 1;
+                    return Err(changed.into());
+                }
+                held => held,
+            };
+            match errand {
+                Errand::Conn(conn) => daemon.on_conn_looked_at(conn, held)?,
+                Errand::Listener(fd, cookie) => daemon.on_listener(id, fd, cookie, held),
+                Errand::Anchor(ticket) => daemon.on_anchor_looked_at(id, ticket, held),
+            }
+            daemon.unthrottle(id);
+            Ok(())
+        });
+    }
+
+    fn on_conn_looked_at(&mut self, conn: Conn, held: Result<Held, NotHeld>) -> Result<(), End> {
+        match (self.announcements.take(conn), held) {
+            (None, _) => Ok(()),
+            (Some(Wanted::Match { claim, ticket }), Ok(held)) => self.find(&claim, ticket, held),
+            (Some(Wanted::Match { claim, .. }), Err(error)) => {
+                debug!(?conn, fd = claim.fd, "not verified: {error}");
+                self.not_verified(conn, Reason::Unverified)
+            }
+            (Some(Wanted::Lookup), held) => self.inherit_looked_up(conn, held.ok()),
+            (Some(Wanted::Hold { stream, end }), held) => {
+                if !held.is_ok_and(|held| self.inherit(conn, held, stream, end)) {
+                    self.journal.counters.unverified += 1;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn turn_down(&mut self, conn: Conn, reason: Reason) -> Result<(), End> {
+        self.journal.counters.turned_down += 1;
+        debug!(?conn, "turned down: {}", reason.text());
+        self.send(conn.tenant, Self::verdict(conn, reason))
+    }
+
+    fn not_verified(&mut self, conn: Conn, reason: Reason) -> Result<(), End> {
+        self.journal.counters.unverified += 1;
+        self.send(conn.tenant, Self::verdict(conn, reason))
+    }
+
+    /// A tenant holds the socket that it has announced. Is it the connection that it says it is, and where is the
+    /// other end?
+    fn find(&mut self, claim: &Claim, ticket: u64, held: Held) -> Result<(), End> {
+        let conn = claim.conn;
+        self.follow_netns(conn.tenant, claim.netns_cookie);
+        let Some(tenant) = self.connections.tenant(conn.tenant) else {
+            return Ok(());
+        };
+        let passport = tenant.passport.clone();
+        let announced = match self.rights.announced(claim, held, &passport, tenant.netns) {
+            Ok(announced) => announced,
+            Err(refused) => {
+                debug!(?conn, fd = claim.fd, "not verified: {refused}");
+                let reason = self.reason_of(refused, passport.peer.uid);
+                return self.not_verified(conn, reason);
+            }
+        };
+        if ticket != 0 {
+            return self.on_carried_announced(announced, ticket, held, &passport);
+        }
+        if held.shared {
+            return self.turn_down(conn, Reason::Shared);
+        }
+        self.find_other_end(announced)
+    }
+
+    fn reason_of(&mut self, refused: Refused, uid: u32) -> Reason {
+        match refused {
+            Refused::Because(reason) => reason,
+            Refused::Silent(error) => {
+                let what = "the kernel does not tell of sockets (sock_diag)";
+                self.journal.fault(what, uid, &error);
+                Reason::Unverified
+            }
+        }
+    }
+
+    /// When a socket is in no namespace that is known, its process may have moved since it
+    /// attached.
+    fn follow_netns(&mut self, id: TenantId, cookie: u64) {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return;
+        };
+        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
+            return;
+        };
+        let namespaces = &mut self.rights.namespaces;
+        let known = tenant
+            .netns
+            .is_some_and(|own| namespaces.locate(cookie, own).is_some());
+        if known {
+            return;
+        }
+        let now = namespaces.enter(pid).ok();
+        if let Some(before) = std::mem::replace(&mut tenant.netns, now) {
+            namespaces.leave(before);
+        }
+    }
+
+    fn find_other_end(&mut self, announced: Announced) -> Result<(), End> {
+        let conn = announced.conn;
+        loop {
+            let other = match self.streams.announce(announced) {
+                Announcement::Waits => return Ok(()),
+                Announcement::Refused(reason) => return self.turn_down(conn, reason),
+                Announcement::Matches(other) => other,
+            };
+            // It may have been closed, and its addresses used again by somebody else, since it
+            // was announced.
+            if !self.still_there(conn, &other)? {
+                self.journal.counters.unverified += 1;
+                self.tell(other.conn, conn, Reason::Unverified)?;
+                continue;
+            }
+            return match self.make(announced, other) {
+                Ok(()) => self.hand_out(announced, other),
+                Err(reason) => {
+                    self.journal.counters.turned_down += 2;
+                    debug!(?conn, other = ?other.conn, "turned down: {}", reason.text());
+                    self.tell(other.conn, conn, reason)?;
+                    self.send(conn.tenant, Self::verdict(conn, reason))
+                }
+            };
+        }
+    }
+
+    /// May the tenant that announced the other end be given it now? One that is not who it was is detached.
+    fn still_there(&mut self, served: Conn, other: &Announced) -> Result<bool, End> {
+        let id = other.conn.tenant;
+        let Some(tenant) = self.connections.tenant(id) else {
+            return Ok(false);
+        };
+        match self.rights.still_holds(other, &tenant.passport.clone()) {
+            Ok(holds) => Ok(holds),
+            Err(Changed::Hidden) => Ok(false),
+            Err(changed) => {
+                self.journal.counters.changed += 1;
+                if id == served.tenant {
+                    return Err(changed.into());
+                }
+                self.serve(id, |_| Err(changed.into()));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Sends a verdict to another connection than the one being served, maybe of the same tenant.
+    fn tell(&mut self, whom: Conn, served: Conn, reason: Reason) -> Result<(), End> {
+        let verdict = Self::verdict(whom, reason);
+        if whom.tenant == served.tenant {
+            return self.send(whom.tenant, verdict);
+        }
+        self.send_to_other(whom.tenant, verdict);
+        Ok(())
+    }
+
+    fn inherit_looked_up(&mut self, conn: Conn, held: Option<Held>) -> Result<(), End> {
+        let found = held.and_then(|held| Some((held, self.streams.by_cookie(held.cookie)?)));
+        if let Some((held, (stream, end))) = found
+            && self.inherit(conn, held, stream, end)
+        {
+            self.note_mapped(stream);
+            self.journal.counters.inherited += 1;
+            if let Some(message) = self.promotion(conn) {
+                return self.send(conn.tenant, message);
+            }
+        }
+        self.send(conn.tenant, Message::empty(kind::NOT_FOUND).into())
+    }
+
+    /// A tenant holds the socket of an end, by inheritance: it holds the end, too, if it may.
+    fn inherit(&mut self, conn: Conn, held: Held, stream: u64, end: usize) -> bool {
+        let place = self.streams.get(stream).and_then(|s| s.ends.get(end));
+        let tenant = self.connections.tenant(conn.tenant);
+        let (Some(place), Some(tenant)) = (place, tenant) else {
+            return false;
+        };
+        let may = self.rights.may_inherit(held, &tenant.passport, place);
+        if may {
+            self.take_seat(conn, stream, end);
+        }
+        may
+    }
+}

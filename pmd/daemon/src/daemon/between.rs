@@ -1,0 +1,573 @@
+//! Programs that connect to other nodes: who may, where they make their anchors, and how their ends are promoted.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use rdsock_node::memory::Board;
+use rdsock_node::{Command, Notice, Opening};
+use rdsock_proto::{Addresses, Refusal};
+use rdsock_shm::control::{Between, Message, Reached, kind};
+use rdsock_shm::reason::Reason;
+use tracing::{debug, info, warn};
+
+use super::streams::STREAM_DESCRIPTORS;
+use super::{Daemon, End};
+use crate::accounts::{Over, Thing};
+use crate::agenda::Due;
+use crate::book::{Announced, Conn, Role, Route, TenantId};
+use crate::config::Config;
+use crate::fabric::{Anchor, Asking, Carried, NodeConfig, addresses, follow, octets};
+use crate::found::Errand;
+use crate::memory::{TenantMap, make_stream_with};
+use crate::rights::{Held, NotHeld, Passport, Rights};
+use crate::streams::{Elsewhere, Memory};
+use serde_json::{Value, json};
+
+/// Time for a program to make its anchor, once it was told where.
+const ANCHOR: Duration = Duration::from_secs(10);
+/// In place of a tenant: the daemon itself.
+const DAEMON: u64 = 0;
+
+/// Why a stream to another node was not made.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CarryError {
+    /// A limit is reached.
+    #[error(transparent)]
+    Over(#[from] Over),
+    /// The data path has no room, or there is none.
+    #[error("the data path has no room")]
+    Full,
+    /// Its memory could not be made or mapped.
+    #[error("its memory: {0}")]
+    Memory(#[from] io::Error),
+}
+
+impl Daemon {
+    /// The poll core has something to say.
+    pub(super) fn on_fabric(&mut self) {
+        while let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice()) {
+            self.on_notice(notice);
+        }
+        if self
+            .fabric
+            .as_ref()
+            .is_some_and(|fabric| fabric.is_given_back())
+        {
+            self.close_device();
+        }
+    }
+
+    fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Incoming {
+                id,
+                node,
+                addresses,
+            } => self.on_incoming(id, node, addresses),
+            Notice::Established { ticket } => self.on_established(ticket),
+            Notice::Refused { ticket, why } => self.on_refused(ticket, why),
+            Notice::Released { ticket } => self.on_released(ticket),
+            Notice::NodeUp { node } => info!(node, "a node is up"),
+            Notice::NodeGone { node } => info!(node, "a node has gone"),
+            Notice::DeviceFailed => {
+                if let Some(fabric) = &mut self.fabric {
+                    fabric.fail();
+                }
+            }
+        }
+    }
+
+    /// The device is being unbound or taken out, and the system waits until it is closed: all streams to other nodes
+    /// end, and it is closed. What is on the kernel, or goes to this host, stays as it is.
+    pub(super) fn on_wanted_back(&mut self) {
+        if self
+            .fabric
+            .as_mut()
+            .is_some_and(|fabric| fabric.give_back())
+        {
+            self.close_device();
+        }
+    }
+
+    fn close_device(&mut self) {
+        self.fabric = None;
+        warn!(
+            "the device is closed, since the system wants it back; restart rdsockd when there is one again"
+        );
+    }
+
+    /// Writes the networks of other nodes into a tenant's memory.
+    pub(super) fn tell_routes(&self, map: &TenantMap) {
+        if self.fabric.is_some()
+            && let Some(config) = &self.config.fabric
+        {
+            map.routes().set(&config.networks());
+        }
+    }
+
+    pub(super) fn tell_all_routes(&self) {
+        for (_, _, tenant) in self.connections.attached() {
+            self.tell_routes(&tenant.map);
+        }
+    }
+
+    pub(super) fn reload_fabric(&self, config: &mut Config) {
+        config.fabric = follow(self.config.fabric.as_ref(), config.fabric.take());
+    }
+
+    /// The fabric, for `rdsock stat`. A device that was given back is one that does not work.
+    pub(super) fn fabric_answer(&self) -> Option<Value> {
+        let config = self.config.fabric.as_ref()?;
+        Some(match &self.fabric {
+            Some(fabric) => fabric.answer(config),
+            None => json!({
+                "node": config.node,
+                "device": config.device.to_string(),
+                "failed": true,
+                "streams": 0,
+                "listeners": 0,
+                "cores": [],
+                "nodes": [],
+            }),
+        })
+    }
+
+    /// All nodes, for `rdsock why`.
+    pub(super) fn nodes_answer(&self) -> Vec<Value> {
+        let Some(config) = &self.config.fabric else {
+            return Vec::new();
+        };
+        let up = |node| {
+            let fabric = self.fabric.as_ref();
+            fabric.is_some_and(|fabric| fabric.is_up(node))
+        };
+        let answer = |node: &NodeConfig| {
+            json!({
+                "id": node.id,
+                "name": node.name,
+                "addresses": node.addresses,
+                "own": node.id == config.node,
+                "up": up(node.id),
+            })
+        };
+        config.nodes.iter().map(answer).collect()
+    }
+
+    /// Nothing touches a stream's memory any more.
+    fn on_released(&mut self, ticket: u64) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        fabric.release(ticket);
+        if self.streams.close(ticket).is_some() {
+            self.journal.counters.streams_closed += 1;
+        }
+    }
+
+    /// True for a stream to another node that is not released.
+    pub(super) fn is_carried(&self, ticket: u64) -> bool {
+        let fabric = self.fabric.as_ref();
+        fabric.is_some_and(|fabric| fabric.carried.contains_key(&ticket))
+    }
+
+    /// A stream whose program was told where to make its anchor has had its time.
+    pub(super) fn on_anchor_due(&mut self, ticket: u64) {
+        if let Some(fabric) = &mut self.fabric
+            && let Some(carried) = fabric.carried.get(&ticket)
+            && matches!(carried.anchor, Anchor::Promised { .. })
+        {
+            fabric.abandon(ticket);
+        }
+    }
+
+    /// Makes a stream to a node, on the account of a user.
+    pub(super) fn carry(
+        &mut self,
+        node: u16,
+        opening: Opening,
+        addresses: &Addresses,
+        uid: u32,
+    ) -> Result<u64, CarryError> {
+        let config = self.config.fabric.as_ref().ok_or(CarryError::Full)?;
+        let ring_size = config.ring_size;
+        let bytes = rdsock_node::memory::stream_bytes(ring_size);
+        let wanted = [
+            (Thing::Streams, 1),
+            (Thing::Carried, 1),
+            (Thing::Connects, 1),
+            (Thing::Bytes, bytes),
+            // Its anchor as well.
+            (Thing::Descriptors, STREAM_DESCRIPTORS + 1),
+        ];
+        let charge = self.accounts.charge(uid, &wanted).inspect_err(|over| {
+            self.journal.refusal(over.cause(), uid, 0);
+        })?;
+        let ticket = self.streams.number();
+        let fds = make_stream_with(ticket, ring_size, bytes)?;
+        let fabric = self.fabric.as_mut().ok_or(CarryError::Full)?;
+        let made = fabric
+            .stream(ticket, node, opening, &fds)
+            .map_err(|error| {
+                let error = io::Error::other(error);
+                let what = "the device can't be given a stream's memory, so it stays on the kernel";
+                self.journal.fault(what, uid, &error);
+                error
+            })?;
+        let stream = made.ok_or(CarryError::Full)?;
+        let address = |ip: Ipv6Addr, port| SocketAddr::new(IpAddr::V6(ip).to_canonical(), port);
+        fabric.carried.insert(
+            ticket,
+            Carried {
+                stream,
+                fds: Some(fds),
+                mapped: false,
+                source: address(addresses.source, addresses.source_port),
+                destination: address(addresses.destination, addresses.destination_port),
+                anchor: match opening {
+                    Opening::Connect => Anchor::Asked,
+                    Opening::Accept(_) => Anchor::Called,
+                },
+                charge,
+            },
+        );
+        Ok(ticket)
+    }
+
+    /// A tenant asks whether a connect may go over the fabric.
+    pub(super) fn on_reach(&mut self, id: TenantId, question: Between) -> Result<(), End> {
+        self.journal.counters.reaches += 1;
+        match self.try_reach(id, &question) {
+            Ok(ticket) => {
+                if let Some(fabric) = &mut self.fabric {
+                    let tenant = id;
+                    fabric.asking.insert(ticket, Asking { tenant, question });
+                }
+            }
+            Err(reason) => {
+                debug!(tenant = id, "not over the fabric: {}", reason.text());
+                self.decline(id, &question, reason);
+            }
+        }
+        Ok(())
+    }
+
+    fn try_reach(&mut self, id: TenantId, question: &Between) -> Result<u64, Reason> {
+        let (Some(fabric), Some(config)) = (&self.fabric, &self.config.fabric) else {
+            return Err(Reason::NoDevice);
+        };
+        let (local, peer) = addresses(question).ok_or(Reason::Unverified)?;
+        let tenant = self.connections.tenant(id).ok_or(Reason::Unverified)?;
+        let uid = tenant.passport.peer.uid;
+        // It costs its user something, so its user has to ask.
+        let unchanged = tenant.passport.check_quickly();
+        unchanged.map_err(|_| Reason::Unverified)?;
+        if fabric.has_failed() {
+            return Err(Reason::NoDevice);
+        }
+        if !self.rights.namespaces.is_home(question.netns) {
+            return Err(Reason::OtherNamespace);
+        }
+        if !self.config.policy.allows_ports(local.port(), peer.port()) {
+            return Err(Reason::Policy);
+        }
+        let node = config.node_of(peer.ip()).map(|node| node.id);
+        let node = node.filter(|node| *node != config.node && fabric.is_up(*node));
+        let node = node.ok_or(Reason::NodeAbsent)?;
+        let source = if local.ip().is_unspecified() {
+            config.own_address(peer.ip()).ok_or(Reason::NodeAbsent)?
+        } else {
+            local.ip()
+        };
+        let mapped = |ip: IpAddr| Ipv6Addr::from(octets(ip));
+        let addresses = Addresses {
+            source: mapped(source),
+            source_port: local.port(),
+            destination: mapped(peer.ip()),
+            destination_port: peer.port(),
+        };
+        let carried = self.carry(node, Opening::Connect, &addresses, uid);
+        let ticket = carried.map_err(|error| {
+            debug!(tenant = id, "no stream: {error}");
+            Reason::Limit
+        })?;
+        let Some(fabric) = &mut self.fabric else {
+            return Err(Reason::NoDevice);
+        };
+        if let Some(carried) = fabric.carried.get(&ticket) {
+            let stream = carried.stream.clone();
+            fabric.command(Command::Connect { stream, addresses });
+        }
+        Ok(ticket)
+    }
+
+    fn decline(&mut self, id: TenantId, question: &Between, reason: Reason) {
+        self.journal.counters.not_reached += 1;
+        let answer = Reached {
+            question: question.question,
+            ticket: 0,
+            anchor: [0; 16],
+            local: [0; 16],
+            anchor_port: 0,
+            reason: reason as u32,
+        };
+        self.send_to_other(id, Message::new(kind::REACHED, &answer).into());
+    }
+
+    /// The other node has accepted: the program may make its anchor.
+    fn on_established(&mut self, ticket: u64) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let (Some(asking), Some(carried)) =
+            (fabric.asking.remove(&ticket), fabric.carried.get(&ticket))
+        else {
+            return;
+        };
+        let source = carried.source;
+        let (id, question) = (asking.tenant, asking.question);
+        let uid = self.connections.get(id).map(|asker| asker.peer.uid);
+        let (Some(listener), Some((local, _)), Some(uid)) =
+            (fabric.anchors_for(source), addresses(&question), uid)
+        else {
+            fabric.abandon(ticket);
+            return self.decline(id, &question, Reason::NoDevice);
+        };
+        // From where the kernel will connect the program's socket.
+        let from = match local.ip() {
+            ip if !ip.is_unspecified() => ip,
+            _ if listener.is_ipv4() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            _ => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        let anchor = Anchor::Promised {
+            from: SocketAddr::new(from, local.port()),
+            tenant: id,
+            uid,
+            fd: question.fd,
+        };
+        fabric.promise(ticket, anchor);
+        let answer = Reached {
+            question: question.question,
+            ticket,
+            anchor: octets(listener.ip()),
+            local: octets(source.ip()),
+            anchor_port: listener.port().into(),
+            reason: 0,
+        };
+        self.journal.counters.reached += 1;
+        self.agenda.after(ANCHOR, Due::Anchor(ticket));
+        self.send_to_other(id, Message::new(kind::REACHED, &answer).into());
+    }
+
+    /// The other node has not accepted.
+    fn on_refused(&mut self, ticket: u64, why: Refusal) {
+        let asking = self
+            .fabric
+            .as_mut()
+            .and_then(|fabric| fabric.asking.remove(&ticket));
+        if let Some(asking) = asking {
+            let reason = match why {
+                Refusal::NoListener => Reason::NoListener,
+                Refusal::Limit | Refusal::Policy => Reason::NodeRefused,
+                Refusal::Timeout | Refusal::Lost => Reason::NodeAbsent,
+            };
+            debug!(tenant = asking.tenant, ?why, "not over the fabric");
+            self.decline(asking.tenant, &asking.question, reason);
+        }
+    }
+
+    /// Anchors have come in. Not a byte flows before it is known whose each is: porters look at the sockets with which
+    /// the programs that were told to come said they would come.
+    pub(super) fn on_anchors(&mut self, listener: usize) {
+        while let Some(arrival) = self
+            .fabric
+            .as_mut()
+            .and_then(|fabric| fabric.arrival(listener))
+        {
+            let from = match arrival {
+                Ok(from) => from,
+                Err(from) => {
+                    self.journal.counters.stray += 1;
+                    debug!(%from, "a connection to the anchors' port that nobody asked for");
+                    continue;
+                }
+            };
+            let tickets = self.fabric.as_ref().map(|fabric| fabric.promised_to(from));
+            for ticket in tickets.unwrap_or_default() {
+                if let Some(Anchor::Promised { tenant, fd, .. }) = self.anchor_of(ticket) {
+                    self.have_looked_at(tenant, Errand::Anchor(ticket), (fd, 0), false);
+                }
+            }
+        }
+    }
+
+    fn anchor_of(&self, ticket: u64) -> Option<Anchor> {
+        Some(self.fabric.as_ref()?.carried.get(&ticket)?.anchor)
+    }
+
+    /// A porter has looked at the socket with which a tenant said that it would make an anchor.
+    pub(super) fn on_anchor_looked_at(
+        &mut self,
+        id: TenantId,
+        ticket: u64,
+        held: Result<Held, NotHeld>,
+    ) {
+        let passport = self.connections.tenant(id).map(|t| t.passport.clone());
+        if let (Ok(held), Some(passport)) = (held, passport) {
+            self.attach_anchor(ticket, held, &passport);
+        }
+    }
+
+    /// A tenant holds a socket: if that is the other end of the anchor which a stream waits for, bytes flow.
+    fn attach_anchor(&mut self, ticket: u64, held: Held, passport: &Passport) {
+        let Some(Anchor::Promised { from, uid, .. }) = self.anchor_of(ticket) else {
+            return;
+        };
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let Some(to) = fabric.arrived_at(from) else {
+            return;
+        };
+        let diag = self.rights.namespaces.home_diag();
+        if Rights::may_anchor(diag, held, passport, uid, (from, to)) {
+            fabric.attach_arrived(ticket, from);
+            if let Some(carried) = fabric.carried.get_mut(&ticket) {
+                carried.charge.less(Thing::Connects, 1);
+            }
+        } else {
+            self.journal.counters.unverified += 1;
+        }
+    }
+
+    /// A tenant was found to hold a connection that it says is a stream to another node.
+    pub(super) fn on_carried_announced(
+        &mut self,
+        announced: Announced,
+        ticket: u64,
+        held: Held,
+        passport: &Passport,
+    ) -> Result<(), End> {
+        let conn = announced.conn;
+        let listeners = self.fabric.as_ref().map_or(0, |fabric| fabric.listeners());
+        for listener in 0..listeners {
+            // It may have been announced before its other end was accepted.
+            self.on_anchors(listener);
+        }
+        // The kernel has made the daemon's connection to the program, since the program has accepted it.
+        self.on_call(ticket);
+        self.attach_anchor(ticket, held, passport);
+        if held.shared {
+            return self.turn_down(conn, Reason::Shared);
+        }
+        match self.try_promote(announced, ticket) {
+            Ok(()) => match self.promotion(conn) {
+                Some(message) => self.send(conn.tenant, message),
+                None => Ok(()),
+            },
+            Err(reason) => self.turn_down(conn, reason),
+        }
+    }
+
+    fn try_promote(&mut self, announced: Announced, ticket: u64) -> Result<(), Reason> {
+        let tenant = self.connections.tenant(announced.conn.tenant);
+        let bells = tenant.map(|tenant| tenant.bells.clone());
+        let bells = bells.ok_or(Reason::Unverified)?;
+        let fabric = self.fabric.as_mut().ok_or(Reason::NoDevice)?;
+        let board = fabric.board();
+        let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;
+        let Route { local, peer, netns } = announced.route;
+        let (cookie, inode) = match carried.anchor {
+            Anchor::Attached {
+                names,
+                cookie,
+                inode,
+            } if names == (local, peer) => (cookie, inode),
+            _ => return Err(Reason::Unverified),
+        };
+        let fds = carried.fds.take();
+        if fds.is_none() && carried.mapped {
+            // Somebody has the stream of this very socket.
+            return Err(Reason::Shared);
+        }
+        let stream = carried.stream.clone();
+        stream.set_board(Board::new(&bells).map_err(|_| Reason::NoMemory)?);
+        let elsewhere = Elsewhere {
+            node: stream.node,
+            end: stream.end,
+            source: carried.source,
+            destination: carried.destination,
+            stream: stream.clone(),
+        };
+        let ours = Announced {
+            conn: Conn {
+                tenant: DAEMON,
+                number: ticket as u32,
+                generation: 0,
+            },
+            fd: -1,
+            pid: std::process::id() as i32,
+            uid: announced.uid,
+            cookie,
+            inode,
+            route: Route {
+                netns,
+                local: peer,
+                peer: local,
+            },
+            role: Role::Unknown,
+        };
+        let ends = match stream.end {
+            0 => [announced, ours],
+            _ => [ours, announced],
+        };
+        match fds {
+            Some(fds) => {
+                let boards = match stream.end {
+                    0 => [bells, board],
+                    _ => [board, bells],
+                };
+                let bytes = fds.bytes;
+                let ring_size = stream.memory.ring_size();
+                let memory = Memory::new(fds, boards, ring_size, None, Some(elsewhere));
+                self.journal.counters.streams_opened += 1;
+                self.streams.open(ticket, ends, bytes, memory);
+            }
+            // Who was handed it has forked before it came to that: this is the child.
+            None => {
+                let before = self.streams.close(ticket).ok_or(Reason::Shared)?;
+                let mut memory = before.memory;
+                memory.hand_anew(stream.end, bells);
+                self.streams.open(ticket, ends, before.bytes, memory);
+            }
+        }
+        // The daemon is no tenant that holds it.
+        self.streams.release(ours.conn);
+        Ok(())
+    }
+
+    /// A stream is not handed to anybody else from now on.
+    pub(super) fn note_mapped(&mut self, ticket: u64) {
+        let fabric = self.fabric.as_mut();
+        if let Some(carried) = fabric.and_then(|fabric| fabric.carried.get_mut(&ticket)) {
+            carried.mapped = true;
+        }
+    }
+
+    /// A tenant has mapped the stream of a connection.
+    pub(super) fn on_mapped(&mut self, conn: Conn) {
+        self.streams.mapped(conn);
+        let stream = self
+            .streams
+            .seat_of(conn)
+            .and_then(|(id, _)| self.streams.get(id))
+            .and_then(|stream| stream.memory.elsewhere.as_ref())
+            .map(|elsewhere| elsewhere.stream.clone());
+        if let Some(stream) = &stream {
+            self.note_mapped(stream.ticket);
+        }
+        if let (Some(stream), Some(fabric)) = (stream, &mut self.fabric) {
+            fabric.command(Command::Ready { stream });
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! Control connections: who calls, what is received and sent, how it ends.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{SockFlag, accept4};
+use rdsock_shm::control::{Message, Refused, kind, refusal};
+use tracing::debug;
+
+use super::Daemon;
+use crate::accounts::{Over, Thing};
+use crate::agenda::{Due, Token};
+use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, Received, dismiss, unpack};
+use crate::connections::{Connection, Inbox};
+use crate::found::Found;
+use crate::process::Peer;
+
+/// Time for a new connection to say who it is.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Processes that an idle daemon waits for at most.
+const WATCHED: usize = 256;
+/// How long streams are kept for a process that hung up and lives: it may run another program
+/// now (exec) and ask for them again, even when the kernel has dropped the connection.
+const EXEC_GRACE: Duration = Duration::from_secs(2);
+/// Datagrams read from one connection before others have their turn.
+const DATAGRAMS: usize = 16;
+/// Descriptors of a control connection besides its socket: those of its process.
+const PEER_DESCRIPTORS: u64 = 2;
+/// Time until a send is tried again when no event will say that it may work.
+const RETRY: Duration = Duration::from_millis(20);
+/// Time until callers are let in again when there were no descriptors, or too many wait to be closed.
+const PAUSE: Duration = Duration::from_millis(20);
+/// With so many loads waiting for porters, callers wait, too.
+const LOADS: usize = 4096;
+
+/// Why a control connection ends.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The other side hung up, while its process lives: it closed the socket, or runs another
+    /// program now.
+    HungUp,
+    /// The process has ended.
+    Exited,
+    /// Refused: told so before. `code` is one of [`refusal`].
+    Refused {
+        /// What the tenant is told.
+        code: u32,
+        /// What was expected, where a number says it.
+        expected: u32,
+        /// What the log says.
+        cause: &'static str,
+    },
+    /// It does not read.
+    CutOff,
+    /// The system said no.
+    Failed(io::Error),
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        End::Failed(error)
+    }
+}
+
+impl From<Over> for End {
+    fn from(over: Over) -> Self {
+        End::Refused {
+            code: refusal::LIMIT,
+            expected: over.limit.min(u32::MAX.into()) as u32,
+            cause: over.cause(),
+        }
+    }
+}
+
+/// A process that has hung up and lives on: it is on its way out (its descriptors are closed
+/// before it counts as ended), or runs another program now, or closed the socket.
+#[derive(Debug)]
+pub(super) struct Watched {
+    peer: Arc<Peer>,
+    /// Streams that nobody else holds: given back at once when it ends.
+    pub streams: Vec<u64>,
+}
+
+/// To watch a socket of a stranger's.
+fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor stays open while `socket` lives, which the borrow does not outlive.
+    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
+impl Daemon {
+    pub(super) fn on_handshake_due(&mut self, id: u64) -> Result<(), End> {
+        // What it said while the daemon had no time for it counts.
+        self.receive(id)?;
+        match self.connections.get(id) {
+            Some(Connection {
+                tenant: None,
+                inbox: Inbox::Open,
+                ..
+            }) => Err(End::Refused {
+                code: refusal::MALFORMED,
+                expected: kind::HELLO.into(),
+                cause: "it did not say who it is",
+            }),
+            Some(Connection { tenant: None, .. }) => {
+                self.agenda.after(HANDSHAKE, Due::Handshake(id));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Does something for a connection, and ends it if that says so.
+    pub(super) fn serve(&mut self, id: u64, what: impl FnOnce(&mut Self) -> Result<(), End>) {
+        if self.connections.get(id).is_none() {
+            return;
+        }
+        if let Err(end) = what(self) {
+            self.end(id, end);
+        }
+    }
+
+    pub(super) fn accept(&mut self) {
+        for _ in 0..DATAGRAMS {
+            if self.porters.load().0 > LOADS {
+                return self.let_callers_wait();
+            }
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            match accept4(self.endpoint.socket().as_raw_fd(), flags) {
+                Ok(fd) => {
+                    // SAFETY: accept4 has just made this fd, and nothing else owns it.
+                    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+                    let peer = Peer::of(&socket);
+                    let uid = peer.as_ref().map_or(u32::MAX, |peer| peer.uid);
+                    let socket = self.porters.foreign(uid, socket);
+                    match peer {
+                        Ok(peer) => self.welcome(socket, peer, false),
+                        Err(error) => debug!("a caller is gone already: {error}"),
+                    }
+                }
+                Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
+                    let what = "callers have to wait: more descriptors are needed (LimitNOFILE=)";
+                    self.journal.fault(what, 0, &error.into());
+                    return self.let_callers_wait();
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Those that call now wait in the backlog of the socket.
+    fn let_callers_wait(&mut self) {
+        self.agenda.unwatch(self.endpoint.socket());
+        self.agenda.after(PAUSE, Due::Callers);
+    }
+
+    pub(super) fn let_callers_in(&mut self) {
+        if let Err(error) = self.agenda.watch(self.endpoint.socket(), Token::Listener) {
+            self.journal
+                .fault("can't watch the control socket", 0, &error.into());
+            self.agenda.after(PAUSE, Due::Callers);
+        }
+    }
+
+    /// Takes a new control connection, made by `peer`, accepted or handed over by an ADOPT.
+    pub(super) fn welcome(&mut self, mut socket: Foreign, peer: Peer, adopted: bool) {
+        self.last_use = Instant::now();
+        let (uid, pid) = (peer.uid, peer.pid);
+        let charge = |accounts: &mut crate::accounts::Accounts| -> Result<_, Over> {
+            Ok([
+                accounts.charge(uid, &[(Thing::Descriptors, 1)])?,
+                accounts.charge(
+                    uid,
+                    &[(Thing::Descriptors, PEER_DESCRIPTORS), (Thing::Callers, 1)],
+                )?,
+                accounts.charge(uid, &[])?,
+            ])
+        };
+        let [of_socket, of_caller, unread] = match charge(&mut self.accounts) {
+            Ok(charges) => charges,
+            Err(over) => {
+                self.journal.counters.refused += 1;
+                self.log_over(over, uid, pid);
+                refuse(&socket, over);
+                return dismiss(&self.porters, uid, Arc::new(socket));
+            }
+        };
+        socket.charge_to(uid, of_socket);
+        let id = self.connections.insert(Connection {
+            channel: Channel::new(socket, unread),
+            peer: Arc::new(peer),
+            adopted,
+            inbox: Inbox::Open,
+            wants_write: false,
+            tenant: None,
+            charge: of_caller,
+        });
+        debug!(id, uid, pid, "connected");
+        self.agenda.after(HANDSHAKE, Due::Handshake(id));
+        self.serve(id, |daemon| daemon.register(id));
+    }
+
+    fn register(&mut self, id: u64) -> Result<(), End> {
+        let Some(connection) = self.connections.get(id) else {
+            return Ok(());
+        };
+        let socket = borrowed(connection.channel.socket());
+        self.agenda
+            .watch(socket, Token::Connection(id))
+            .and_then(|()| {
+                let pidfd = &connection.peer.pidfd;
+                self.agenda.watch(pidfd, Token::Process(id))
+            })
+            .map_err(|error| End::Failed(error.into()))
+    }
+
+    /// Reads what there is, unless that has to wait.
+    pub(super) fn receive(&mut self, id: u64) -> Result<(), End> {
+        for _ in 0..DATAGRAMS {
+            let Some(connection) = self.connections.get_mut(id) else {
+                return Ok(());
+            };
+            if !matches!(connection.inbox, Inbox::Open) {
+                return Ok(());
+            }
+            match connection.channel.receive()? {
+                Receive::Message(message) => self.on_message(id, message)?,
+                Receive::Descriptors => {
+                    self.have_unpacked(id);
+                    return Ok(());
+                }
+                Receive::Nothing => return Ok(()),
+                Receive::Closed => return Err(self.closed(id)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The other side has hung up.
+    fn closed(&self, id: u64) -> End {
+        let connection = self.connections.get(id);
+        match connection.is_some_and(|connection| connection.peer.is_alive()) {
+            true => End::HungUp,
+            false => End::Exited,
+        }
+    }
+
+    /// A porter takes in the next message of a connection, which is not watched meanwhile.
+    fn have_unpacked(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return;
+        };
+        connection.inbox = Inbox::Unpacked;
+        let (socket, peer) = (connection.channel.socket().clone(), connection.peer.clone());
+        self.agenda.unwatch(borrowed(&socket));
+        let porters = self.porters.clone();
+        self.porters.give(peer.uid, move || {
+            Some(Found::Message {
+                connection: id,
+                received: unpack(&porters, &socket, &peer),
+            })
+        });
+    }
+
+    /// A porter has taken in a message.
+    pub(super) fn on_unpacked(&mut self, id: u64, received: io::Result<Option<Received>>) {
+        self.serve(id, |daemon| {
+            if let Some(connection) = daemon.connections.get_mut(id) {
+                connection.inbox = Inbox::Open;
+            }
+            daemon.watch_again(id)?;
+            match received? {
+                Some(message) => daemon.on_message(id, message)?,
+                None => return Err(daemon.closed(id)),
+            }
+            daemon.receive(id)
+        });
+    }
+
+    /// The flags that a connection is watched for.
+    fn flags(connection: &Connection) -> EpollFlags {
+        let mut flags = EpollFlags::empty();
+        flags.set(EpollFlags::EPOLLIN, matches!(connection.inbox, Inbox::Open));
+        flags.set(EpollFlags::EPOLLOUT, connection.wants_write);
+        flags
+    }
+
+    fn watch_again(&mut self, id: u64) -> Result<(), End> {
+        if let Some(connection) = self.connections.get(id) {
+            let flags = Self::flags(connection);
+            let socket = borrowed(connection.channel.socket());
+            let watched = self.agenda.watch_for(socket, flags, Token::Connection(id));
+            watched.map_err(io::Error::from)?;
+        }
+        Ok(())
+    }
+
+    /// Watches a connection for what it is to be watched for by now.
+    pub(super) fn rewatch(&mut self, id: u64) -> Result<(), End> {
+        if let Some(connection) = self.connections.get(id)
+            && !matches!(connection.inbox, Inbox::Unpacked)
+        {
+            let flags = Self::flags(connection);
+            let socket = borrowed(connection.channel.socket());
+            let watched = self.agenda.rewatch(socket, flags, Token::Connection(id));
+            watched.map_err(io::Error::from)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a message to a connection, now or when it can be taken.
+    pub(super) fn send(&mut self, id: u64, message: Outgoing) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        connection.channel.queue(message).map_err(|_| End::CutOff)?;
+        self.flush(id)
+    }
+
+    /// Sends a message to a tenant other than the one being served: a failure is the other's, and ends it.
+    pub(super) fn send_to_other(&mut self, id: u64, message: Outgoing) {
+        self.serve(id, |daemon| daemon.send(id, message));
+    }
+
+    pub(super) fn flush(&mut self, id: u64) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        let tenant = connection.tenant.as_ref();
+        let flushed = connection.channel.flush(|| {
+            if let Some(tenant) = tenant {
+                tenant.map.count_message();
+            }
+        });
+        let wants_write = match flushed {
+            Ok(Flush::Done) => false,
+            Ok(Flush::Full) => true,
+            Ok(Flush::Later) => {
+                self.agenda.after(RETRY, Due::Send(id));
+                false
+            }
+            Err(error) if is_hangup(&error) => return Err(End::HungUp),
+            Err(error) => return Err(error.into()),
+        };
+        if wants_write != std::mem::replace(&mut connection.wants_write, wants_write) {
+            self.rewatch(id)?;
+        }
+        if flushed.is_ok_and(|flushed| flushed == Flush::Done) {
+            self.go_on_answering(id);
+        }
+        self.unthrottle(id);
+        Ok(())
+    }
+
+    /// Ends a connection, and whatever its tenant had.
+    pub(super) fn end(&mut self, id: u64, end: End) {
+        let (uid, pid) = match self.connections.get(id) {
+            Some(connection) => (connection.peer.uid, connection.peer.pid),
+            None => return,
+        };
+        match &end {
+            End::Refused {
+                code,
+                expected,
+                cause,
+            } => {
+                self.journal.counters.refused += 1;
+                self.journal.refusal(cause, uid, pid);
+                self.say_refused(id, *code, *expected);
+            }
+            End::CutOff => {
+                self.journal.counters.cut_off += 1;
+                self.journal
+                    .refusal("it does not read its messages", uid, pid);
+            }
+            End::Failed(error) => self.journal.fault("control connection", uid, error),
+            End::HungUp | End::Exited => {}
+        }
+        let Some(connection) = self.connections.remove(id) else {
+            return;
+        };
+        self.last_use = Instant::now();
+        let socket = connection.channel.socket().clone();
+        self.agenda.unwatch(borrowed(&socket));
+        dismiss(&self.porters, uid, socket);
+        let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
+        let mut streams = Vec::new();
+        if let Some(tenant) = connection.tenant {
+            streams = self.tenant_gone(id, tenant, alive);
+            debug!(id, uid, pid, alive, "detached");
+        }
+        let peer = connection.peer;
+        if alive && (!streams.is_empty() || self.waits_for(pid)) {
+            self.watched.insert(id, Watched { peer, streams });
+            self.agenda.after(EXEC_GRACE, Due::Watch(id));
+        } else {
+            self.agenda.unwatch(&peer.pidfd);
+        }
+    }
+
+    /// Does a daemon that ends when unused wait for this process, which may attach (again)?
+    fn waits_for(&self, pid: i32) -> bool {
+        let waits = self.config.idle_exit_seconds != 0 && self.watched.len() < WATCHED;
+        waits && !self.watched.values().any(|watched| watched.peer.pid == pid)
+    }
+
+    pub(super) fn unwatch(&mut self, id: u64) -> Option<Watched> {
+        let watched = self.watched.remove(&id)?;
+        self.agenda.unwatch(&watched.peer.pidfd);
+        self.last_use = Instant::now();
+        Some(watched)
+    }
+
+    pub(super) fn on_watch_due(&mut self, id: u64) {
+        let Some(watched) = self.unwatch(id) else {
+            return;
+        };
+        for stream in &watched.streams {
+            self.check_stream(*stream);
+        }
+        let pidfd = watched.peer.pidfd.as_fd();
+        if self.waits_for(watched.peer.pid) && self.agenda.watch(pidfd, Token::Process(id)).is_ok()
+        {
+            let (streams, peer) = (Vec::new(), watched.peer);
+            self.watched.insert(id, Watched { peer, streams });
+        }
+    }
+
+    fn say_refused(&mut self, id: u64, code: u32, expected: u32) {
+        let message = Message::new(kind::REFUSED, &Refused { code, expected });
+        if let Some(connection) = self.connections.get_mut(id) {
+            let _ = connection.channel.queue(message.into());
+            let tenant = connection.tenant.as_ref();
+            let _ = connection.channel.flush(|| {
+                if let Some(tenant) = tenant {
+                    tenant.map.count_message();
+                }
+            });
+        }
+    }
+}
+
+/// Tells a caller that a limit is in the way. Its socket is fresh, so it takes a message.
+fn refuse(socket: &Foreign, over: Over) {
+    use nix::sys::socket::{MsgFlags, send};
+    let refused = Refused {
+        code: refusal::LIMIT,
+        expected: over.limit.min(u32::MAX.into()) as u32,
+    };
+    let message = Message::new(kind::REFUSED, &refused);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let _ = send(socket.as_raw_fd(), message.as_bytes(), flags);
+}
+
+fn is_hangup(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}

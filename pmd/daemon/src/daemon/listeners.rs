@@ -1,0 +1,302 @@
+//! Programs that listen: a node asks for a stream, and the daemon connects to the program on its behalf.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockname, getsockopt,
+    socket, sockopt,
+};
+use rdsock_node::{Asked, Command, Opening};
+use rdsock_proto::{Addresses, Refusal};
+use rdsock_shm::control::{Between, Caller, FABRIC_SOURCE_V4, Message, Request, kind};
+use tracing::debug;
+
+use super::{Daemon, End};
+use crate::accounts::Thing;
+use crate::agenda::{Due, Token};
+use crate::book::TenantId;
+use crate::diag::Listener;
+use crate::fabric::{Anchor, Call, Listening, addresses, octets};
+use crate::found::Errand;
+use crate::rights::{Held, NotHeld, Rights};
+
+/// Time for a connection over loopback to be made: a full backlog takes longer.
+const CALL: Duration = Duration::from_millis(20);
+
+/// A program that would get a connection.
+#[derive(Clone, Copy, Debug)]
+struct WouldGet {
+    uid: u32,
+    /// Cookie of its socket.
+    listener: u64,
+}
+
+impl Daemon {
+    /// A tenant listens on a socket, or says so.
+    pub(super) fn on_listens(&mut self, tenant: TenantId, request: &Request) {
+        let home = self.rights.namespaces.is_home(request.netns);
+        let fabric = self.fabric.as_ref().filter(|_| home);
+        if fabric.is_some_and(|fabric| fabric.has_room_for_listener(tenant)) {
+            let (fd, cookie) = (request.fd, request.cookie);
+            let errand = Errand::Listener(fd, cookie);
+            self.have_looked_at(tenant, errand, (fd, cookie), false);
+        }
+    }
+
+    /// A porter has looked at a socket that a tenant says it listens on. That it listens there is asked when it counts.
+    pub(super) fn on_listener(
+        &mut self,
+        tenant: TenantId,
+        fd: i32,
+        cookie: u64,
+        held: Result<Held, NotHeld>,
+    ) {
+        match (held, &mut self.fabric) {
+            (Ok(held), Some(fabric)) if fabric.has_room_for_listener(tenant) => {
+                fabric.add_listener(Listening { tenant, fd, held });
+            }
+            (Ok(_), _) => {}
+            (Err(error), _) => {
+                debug!(tenant, fd, cookie, "does not listen: {error}");
+                self.journal.counters.unverified += 1;
+            }
+        }
+    }
+
+    /// A tenant has gone: it listens no more.
+    pub(super) fn forget_listener(&mut self, id: TenantId) {
+        if let Some(fabric) = &mut self.fabric {
+            fabric.forget_listener(id);
+        }
+    }
+
+    /// A node asks for a stream.
+    pub(super) fn on_incoming(&mut self, id: Asked, node: u16, addresses: Addresses) {
+        self.journal.counters.incoming += 1;
+        if let Err(why) = self.try_incoming(id, node, addresses) {
+            debug!(node, ?addresses, ?why, "refused");
+            self.refuse(id, why);
+        }
+    }
+
+    fn refuse(&mut self, id: Asked, why: Refusal) {
+        self.journal.counters.incoming_refused += 1;
+        if let Some(fabric) = &mut self.fabric {
+            fabric.command(Command::Refuse { id, why });
+        }
+    }
+
+    fn try_incoming(&mut self, id: Asked, node: u16, between: Addresses) -> Result<(), Refusal> {
+        let ip = |ip: Ipv6Addr| IpAddr::V6(ip).to_canonical();
+        let source = SocketAddr::new(ip(between.source), between.source_port);
+        let destination = SocketAddr::new(ip(between.destination), between.destination_port);
+        let config = self.config.fabric.as_ref().ok_or(Refusal::Policy)?;
+        // A node speaks for its own addresses, and to ours.
+        let owner = |ip| config.node_of(ip).map(|node| node.id);
+        if owner(source.ip()) != Some(node) || owner(destination.ip()) != Some(config.node) {
+            return Err(Refusal::Policy);
+        }
+        let (port, from) = (destination.port(), source.port());
+        if !self.config.policy.allows_ports(port, from) {
+            return Err(Refusal::Policy);
+        }
+        let (socket, local) = caller(destination).map_err(|error| {
+            debug!(%destination, "can't call the program that listens: {error}");
+            Refusal::Limit
+        })?;
+        let would_get = self.would_get(destination, local);
+        let WouldGet { uid, listener } = would_get.ok_or(Refusal::NoListener)?;
+        let carried = self.carry(node, Opening::Accept(id), &between, uid);
+        let ticket = carried.map_err(|error| {
+            debug!(node, "no stream: {error}");
+            Refusal::Limit
+        })?;
+        let Some(fabric) = &mut self.fabric else {
+            return Err(Refusal::Policy);
+        };
+        fabric.callers.insert(local, ticket);
+        let called = connect(socket.as_raw_fd(), &SockaddrStorage::from(destination));
+        if let Err(error) = called
+            && error != Errno::EINPROGRESS
+        {
+            return Err(self.give_up_call(ticket, error));
+        }
+        let token = Token::Call(ticket);
+        if let Err(error) = self.agenda.watch_for(&socket, EpollFlags::EPOLLOUT, token) {
+            return Err(self.give_up_call(ticket, error));
+        }
+        let call = Call {
+            id,
+            socket,
+            local,
+            destination,
+            uid,
+            listener,
+        };
+        fabric.calls.insert(ticket, call);
+        self.agenda.after(CALL, Due::Call(ticket));
+        Ok(())
+    }
+
+    /// A program that listens can't be reached.
+    fn give_up_call(&mut self, ticket: u64, error: Errno) -> Refusal {
+        debug!(ticket, "the program that listens can't be reached: {error}");
+        if let Some(fabric) = &mut self.fabric {
+            fabric.release(ticket);
+        }
+        match error {
+            Errno::ECONNREFUSED => Refusal::NoListener,
+            _ => Refusal::Limit,
+        }
+    }
+
+    /// The kernel has made a connection to a program that listens, or has not.
+    pub(super) fn on_call(&mut self, ticket: u64) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let Some(call) = fabric.calls.remove(&ticket) else {
+            return;
+        };
+        self.agenda.unwatch(&call.socket);
+        let error = getsockopt(&call.socket, sockopt::SocketError);
+        let made = match error {
+            Ok(0) => self.is_made(&call),
+            Ok(error) => Err(Errno::from_raw(error)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = made {
+            let why = self.give_up_call(ticket, error);
+            return self.refuse(call.id, why);
+        }
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        if let Some(carried) = fabric.carried.get_mut(&ticket) {
+            carried.charge.less(Thing::Connects, 1);
+            let (id, stream) = (call.id, carried.stream.clone());
+            fabric.command(Command::Accept { id, stream });
+        }
+        // As the program's socket has them.
+        fabric.attach(ticket, call.socket, (call.destination, call.local));
+    }
+
+    /// Was a connection made to the program that it was meant for? The socket that would have got it listens still, so
+    /// nobody else has taken its place meanwhile.
+    fn is_made(&mut self, call: &Call) -> Result<(), Errno> {
+        // From port 0, which no connection has: for its own port the connection itself is found.
+        let nowhere = SocketAddr::new(call.local.ip(), 0);
+        match self.would_get(call.destination, nowhere) {
+            // Of several sockets that share the port, another one may get the next connection; the kernel lets sockets of
+            // one user alone share it.
+            Some(now) if now.listener == call.listener || now.uid == call.uid => Ok(()),
+            _ => Err(Errno::ECONNREFUSED),
+        }
+    }
+
+    /// A program that listens has had its time: its backlog is full.
+    pub(super) fn on_call_due(&mut self, ticket: u64) {
+        let call = self
+            .fabric
+            .as_mut()
+            .and_then(|fabric| fabric.calls.remove(&ticket));
+        if let Some(call) = call {
+            self.agenda.unwatch(&call.socket);
+            let why = self.give_up_call(ticket, Errno::ETIMEDOUT);
+            self.refuse(call.id, why);
+        }
+    }
+
+    /// The tenant that would get a connection to `destination` from `source`; `None` when that is no tenant.
+    fn would_get(&mut self, destination: SocketAddr, source: SocketAddr) -> Option<WouldGet> {
+        let diag = self.rights.namespaces.home_diag()?;
+        let socket: Listener = match diag.listener(destination, source) {
+            Ok(socket) => socket?,
+            Err(error) => {
+                let what = "the kernel does not tell who listens (sock_diag)";
+                self.journal.fault(what, 0, &error);
+                return None;
+            }
+        };
+        let holders = self.fabric.as_ref()?.holders_of(socket.cookie);
+        holders.iter().find_map(|holder| {
+            let passport = &self.connections.tenant(holder.tenant)?.passport;
+            Rights::still_listens(holder.held, holder.fd, passport, &socket).then(|| WouldGet {
+                uid: passport.peer.uid,
+                listener: socket.cookie,
+            })
+        })
+    }
+
+    /// A tenant asks whose connection it has: one that it has accepted, or got from another program.
+    pub(super) fn on_whois(&mut self, id: TenantId, question: Between) -> Result<(), End> {
+        let found = self.fabric.as_ref().zip(addresses(&question));
+        let found = found.and_then(|(fabric, anchor)| {
+            let (local, peer) = anchor;
+            let accepted = fabric.callers.get(&peer);
+            let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
+            let accepted = accepted.filter(|(_, carried)| carried.destination == local);
+            accepted.or_else(|| {
+                let mut all = fabric
+                    .carried
+                    .iter()
+                    .map(|(ticket, carried)| (*ticket, carried));
+                all.find(|(_, carried)| {
+                    matches!(carried.anchor, Anchor::Attached { names, .. } if names == anchor)
+                })
+            })
+        });
+        let mut answer = Caller {
+            question: question.question,
+            ticket: 0,
+            local: [0; 16],
+            peer: [0; 16],
+            local_port: 0,
+            peer_port: 0,
+        };
+        if let Some((ticket, carried)) = found {
+            let (local, peer) = match carried.stream.end {
+                0 => (carried.source, carried.destination),
+                _ => (carried.destination, carried.source),
+            };
+            answer.ticket = ticket;
+            (answer.local, answer.local_port) = (octets(local.ip()), local.port().into());
+            (answer.peer, answer.peer_port) = (octets(peer.ip()), peer.port().into());
+        }
+        self.send(id, Message::new(kind::CALLER, &answer).into())
+    }
+}
+
+/// A socket to call a program with, and its address. Who asks about the connection is told the true peer.
+fn caller(destination: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
+    let (family, from) = match destination.ip() {
+        IpAddr::V4(_) => (
+            AddressFamily::Inet,
+            SocketAddr::new(Ipv4Addr::from(FABRIC_SOURCE_V4).into(), 0),
+        ),
+        IpAddr::V6(_) => (
+            AddressFamily::Inet6,
+            SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 0),
+        ),
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+    let local = socket_address(&getsockname(socket.as_raw_fd())?).ok_or(Errno::EINVAL)?;
+    Ok((socket, local))
+}
+
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address
+        .as_sockaddr_in()
+        .map(|a| SocketAddrV4::from(*a).into());
+    v4.or_else(|| {
+        address
+            .as_sockaddr_in6()
+            .map(|a| SocketAddrV6::from(*a).into())
+    })
+}

@@ -1,0 +1,364 @@
+//! Answers to the command-line tool: who is attached, what is on rings, and what was counted.
+//!
+//! JSON text, in pieces of one datagram each; an empty piece ends it. A user sees the processes
+//! of that user; root and the daemon's own user see all.
+
+use rdsock_shm::control::{Query, question, refusal};
+use rdsock_shm::layout::Counter;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::{Daemon, End};
+use crate::accounts::{Statement, Thing};
+use crate::book::{Conn, Route, TenantId};
+use crate::connections::{Connection, Inbox, Tenant};
+use crate::memory::{ConnView, DirectionView};
+use crate::queries::{Answering, Part, datagrams, member};
+use crate::rights::Rights;
+
+/// Elements of a list in one piece.
+const ELEMENTS: usize = 64;
+
+/// What a tenant says of a connection, and what the daemon knows of it.
+#[derive(Debug, Serialize)]
+struct ConnAnswer {
+    fd: i32,
+    state: u32,
+    reason: u32,
+    /// 0 when there is none, or one of an earlier daemon's.
+    stream: u64,
+    /// The stream that the tenant names, known to this daemon or not.
+    named_stream: u64,
+    local: Option<String>,
+    peer: Option<String>,
+    end: Option<usize>,
+    /// The node of the other end; `None` when it is on this host.
+    node: Option<u16>,
+    /// Processes that hold the other end.
+    peer_pids: Vec<i32>,
+    /// Sent by this end, then received by it.
+    directions: Option<[DirectionView; 2]>,
+}
+
+impl Daemon {
+    /// A question of the command-line tool. The connection is not read before it is answered.
+    pub(super) fn on_query(&mut self, id: TenantId, query: Query) -> Result<(), End> {
+        if !matches!(query.what, question::WHY | question::STAT) {
+            return Err(End::Refused {
+                code: refusal::MALFORMED,
+                expected: question::STAT,
+                cause: "it asked an unknown question",
+            });
+        }
+        let Some(uid) = self.connections.get(id).map(|asker| asker.peer.uid) else {
+            return Ok(());
+        };
+        let charge = self.accounts.charge(uid, &[(Thing::Queries, 1)])?;
+        let answering = Answering {
+            query,
+            uid,
+            part: Part::Start,
+            tenants: self
+                .connections
+                .attached()
+                .filter(|(_, connection, _)| sees(uid, query.pid, connection))
+                .map(|(id, ..)| id)
+                .collect(),
+            streams: match query.what {
+                question::STAT => self.streams.streams().map(|(id, _)| id).collect(),
+                _ => Default::default(),
+            },
+            follows: false,
+            _charge: charge,
+        };
+        if let Some(asker) = self.connections.get_mut(id) {
+            asker.inbox = Inbox::Answering(Box::new(answering));
+        }
+        self.rewatch(id)?;
+        self.busy.push_back(id);
+        Ok(())
+    }
+
+    /// What was sent of an answer has left: the next part is due in the next turn.
+    pub(super) fn go_on_answering(&mut self, id: TenantId) {
+        let asker = self.connections.get(id);
+        if asker.is_some_and(|asker| matches!(asker.inbox, Inbox::Answering(_))) {
+            self.busy.push_back(id);
+        }
+    }
+
+    /// Sends the next part of an answer, if it is due.
+    pub(super) fn answer(&mut self, id: TenantId) -> Result<(), End> {
+        let Some(asker) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        if asker.channel.queued() != 0 || !matches!(asker.inbox, Inbox::Answering(_)) {
+            return Ok(());
+        }
+        let Inbox::Answering(mut answering) = std::mem::replace(&mut asker.inbox, Inbox::Open)
+        else {
+            return Ok(());
+        };
+        let last = answering.part == Part::End;
+        let mut text = String::new();
+        match answering.query.what {
+            question::WHY => self.why(&mut answering, &mut text),
+            _ => self.stat(&mut answering, &mut text),
+        }
+        let Some(asker) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        for datagram in datagrams(&text, last) {
+            asker.channel.queue(datagram).map_err(|_| End::CutOff)?;
+        }
+        if !last {
+            asker.inbox = Inbox::Answering(answering);
+            return self.flush(id);
+        }
+        drop(answering);
+        self.rewatch(id)?;
+        self.flush(id)?;
+        self.receive(id)
+    }
+
+    fn daemon_answer(&self) -> Value {
+        json!({
+            "socket": self.endpoint.path(),
+            "pid": std::process::id(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_seconds": self.started.elapsed().as_secs(),
+        })
+    }
+
+    /// A tenant that the asker may see, if it is there still.
+    fn seen(&self, answering: &Answering, id: TenantId) -> Option<(&Connection, &Tenant)> {
+        let connection = self.connections.get(id)?;
+        let seen = sees(answering.uid, answering.query.pid, connection);
+        Some((connection, connection.tenant.as_ref().filter(|_| seen)?))
+    }
+
+    /// The next part of the answer to WHY.
+    fn why(&self, answering: &mut Answering, text: &mut String) {
+        match answering.part {
+            Part::Start => {
+                text.push('{');
+                member(text, "daemon", &self.daemon_answer());
+                member(text, "nodes", &self.nodes_answer());
+                answering.open(text, "tenants");
+                answering.part = Part::Tenants;
+            }
+            Part::Tenants => {
+                let Some(id) = answering.tenants.pop_front() else {
+                    answering.part = Part::End;
+                    return;
+                };
+                let Some((connection, tenant)) = self.seen(answering, id) else {
+                    return;
+                };
+                answering.separate(text);
+                text.push('{');
+                member(text, "pid", &connection.peer.pid);
+                member(text, "uid", &connection.peer.uid);
+                member(text, "program", &tenant.program);
+                answering.open(text, "connections");
+                answering.part = Part::Connections(id, 0);
+                self.why(answering, text);
+            }
+            Part::Connections(id, from) => {
+                let records = self
+                    .seen(answering, id)
+                    .and_then(|(_, tenant)| tenant.map.conns(from).ok());
+                let (records, next) = records.unwrap_or_default();
+                for (number, record) in records {
+                    answering.element(text, &self.conn_answer(id, number, record));
+                }
+                answering.part = match next {
+                    Some(from) => Part::Connections(id, from),
+                    None => {
+                        text.push_str("]}");
+                        answering.follows = true;
+                        Part::Tenants
+                    }
+                };
+            }
+            Part::Streams | Part::End => text.push_str("]}"),
+        }
+    }
+
+    fn conn_answer(&self, tenant: TenantId, number: u32, record: ConnView) -> ConnAnswer {
+        let conn = Conn {
+            tenant,
+            number,
+            generation: record.generation,
+        };
+        let (route, seat) = self.streams.look(conn).unzip();
+        let seat = seat.flatten();
+        let stream = seat.and_then(|(id, _)| self.streams.get(id));
+        let end = seat.map(|(_, end)| end);
+        let peer_pids = match (stream, end) {
+            (Some(stream), Some(end)) => stream
+                .ends
+                .get(1 - end)
+                .into_iter()
+                .flat_map(|other| &other.holders)
+                .filter_map(|holder| Some(self.connections.get(holder.conn.tenant)?.peer.pid))
+                .collect(),
+            _ => Vec::new(),
+        };
+        let mut directions = stream.and_then(|stream| stream.memory.directions().ok());
+        if end == Some(1)
+            && let Some(directions) = &mut directions
+        {
+            directions.swap(0, 1);
+        }
+        let elsewhere = match stream {
+            Some(stream) => (stream.memory.elsewhere.as_ref())
+                .map(|elsewhere| (elsewhere.node, elsewhere.local(), elsewhere.peer())),
+            None => self
+                .fabric
+                .as_ref()
+                .zip(route)
+                .and_then(|(fabric, route)| fabric.way_of_anchor(record.stream_id, route)),
+        };
+        let (local, peer) = match elsewhere {
+            Some((_, local, peer)) => (Some(local), Some(peer)),
+            None => route.map(|route| (route.local, route.peer)).unzip(),
+        };
+        ConnAnswer {
+            fd: record.fd,
+            state: record.state,
+            reason: record.reason,
+            stream: seat.map_or(0, |(id, _)| id),
+            named_stream: record.stream_id,
+            local: local.map(|address| address.to_string()),
+            peer: peer.map(|address| address.to_string()),
+            end,
+            node: elsewhere.map(|(node, ..)| node),
+            peer_pids,
+            directions,
+        }
+    }
+
+    /// The next part of the answer to STAT.
+    fn stat(&self, answering: &mut Answering, text: &mut String) {
+        match answering.part {
+            Part::Start => {
+                text.push('{');
+                member(text, "daemon", &self.daemon_answer());
+                member(text, "counters", &self.journal.counters);
+                member(text, "tenants_now", &self.connections.tenants());
+                member(text, "streams_now", &self.streams.streams().count());
+                member(text, "waiting_now", &self.streams.waiting());
+                member(text, "loads_now", &self.porters.load().0);
+                member(text, "limits", &amounts(&self.accounts.limits().user));
+                member(text, "limits_of_all", &amounts(&self.accounts.limits().all));
+                member(text, "users", &self.users_answer(answering.uid));
+                member(text, "fabric", &self.fabric_answer());
+                answering.open(text, "tenants");
+                answering.part = Part::Tenants;
+            }
+            Part::Tenants => {
+                let count = answering.tenants.len().min(ELEMENTS);
+                let ids: Vec<TenantId> = answering.tenants.drain(..count).collect();
+                for id in ids {
+                    if let Some((connection, tenant)) = self.seen(answering, id) {
+                        let answer = tenant_answer(id, connection, tenant);
+                        answering.element(text, &answer);
+                    }
+                }
+                if answering.tenants.is_empty() {
+                    text.push_str("],");
+                    answering.open(text, "streams");
+                    answering.part = Part::Streams;
+                }
+            }
+            Part::Streams => {
+                let count = answering.streams.len().min(ELEMENTS);
+                let ids: Vec<u64> = answering.streams.drain(..count).collect();
+                for id in ids {
+                    if let Some(answer) = self.stream_answer(answering, id) {
+                        answering.element(text, &answer);
+                    }
+                }
+                if answering.streams.is_empty() {
+                    answering.part = Part::End;
+                }
+            }
+            Part::Connections(..) | Part::End => text.push_str("]}"),
+        }
+    }
+
+    fn stream_answer(&self, answering: &Answering, id: u64) -> Option<Value> {
+        let stream = self.streams.get(id)?;
+        let pids = stream.ends.each_ref().map(|end| {
+            let pid = |tenant| Some(self.seen(answering, tenant)?.0.peer.pid);
+            let tenants = end.holders.iter().map(|holder| holder.conn.tenant);
+            tenants.filter_map(pid).collect::<Vec<i32>>()
+        });
+        let seen = Rights::sees_all(answering.uid) || pids.iter().any(|pids| !pids.is_empty());
+        if !seen {
+            return None;
+        }
+        let [connector, _] = &stream.ends;
+        let elsewhere = stream.memory.elsewhere.as_ref();
+        let Route { local, peer, .. } = connector.route;
+        let (local, peer) = elsewhere.map_or((local, peer), |elsewhere| {
+            (elsewhere.source, elsewhere.destination)
+        });
+        Some(json!({
+            "stream": id,
+            "local": local.to_string(),
+            "peer": peer.to_string(),
+            "node": elsewhere.map(|elsewhere| elsewhere.node),
+            "pids": pids,
+            "uid": stream.payer,
+            "bytes": stream.bytes,
+            "huge": stream.memory.huge,
+            "directions": stream.memory.directions().ok(),
+        }))
+    }
+
+    /// What users have, and how often a limit was in their way.
+    fn users_answer(&self, asker: u32) -> Vec<Value> {
+        let statements = self.accounts.statements();
+        let seen = statements.filter(|user| Rights::may_see(asker, user.uid));
+        let answer = |user: Statement| {
+            let mut answer = amounts(&user.has);
+            answer.insert("uid".into(), user.uid.into());
+            answer.insert("refused".into(), amounts(&user.refused).into());
+            answer.into()
+        };
+        seen.map(answer).collect()
+    }
+}
+
+/// May the asker see this connection's process, and did it ask for that?
+fn sees(asker: u32, pid: u32, other: &Connection) -> bool {
+    Rights::may_see(asker, other.peer.uid) && (pid == 0 || other.peer.pid == pid as i32)
+}
+
+fn amounts(amounts: &crate::accounts::Amounts) -> Map<String, Value> {
+    let named = Thing::ALL.iter().zip(amounts);
+    named
+        .map(|(thing, amount)| (thing.name().to_owned(), Value::from(*amount)))
+        .collect()
+}
+
+fn tenant_answer(id: TenantId, connection: &Connection, tenant: &Tenant) -> Value {
+    let counters = tenant.map.counters();
+    let counter = |which: Counter| counters.get(which as usize).copied().unwrap_or(0);
+    json!({
+        "tenant": id,
+        "pid": connection.peer.pid,
+        "uid": connection.peer.uid,
+        "program": tenant.program,
+        "promoted": counter(Counter::Promoted),
+        "demoted": counter(Counter::Demoted),
+        "reset": counter(Counter::Reset),
+        "wakes": counter(Counter::Wakes),
+        "sleeps": counter(Counter::Sleeps),
+        "bells": counter(Counter::Bells),
+        "queue_full": counter(Counter::QueueFull),
+        "unread_messages": connection.channel.queued(),
+    })
+}

@@ -1,0 +1,181 @@
+//! Streams: made, handed out, found again, given back.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rdsock_shm::reason::Reason;
+use tracing::debug;
+
+use super::{Daemon, End};
+use crate::accounts::Thing;
+use crate::agenda::Due;
+use crate::book::{self, Announced, Conn, order};
+use crate::channel::Outgoing;
+use crate::memory::rounded;
+use crate::streams::Memory;
+
+/// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
+const FIRST_LOOK: Duration = Duration::from_millis(50);
+const LAST_LOOK: Duration = Duration::from_secs(30);
+/// Descriptors of a stream: its memory and two end pages.
+pub(super) const STREAM_DESCRIPTORS: u64 = 3;
+
+impl Daemon {
+    /// Makes the stream of two ends that were found to hold the same connection.
+    pub(super) fn make(&mut self, a: Announced, b: Announced) -> Result<(), Reason> {
+        let ends = order(a, b).ok_or(Reason::Foreign)?;
+        let (ring_size, uid) = (self.config.ring_size, ends[0].uid);
+        let wanted = [
+            (Thing::Streams, 1),
+            (Thing::Bytes, rounded(ring_size, 4096)),
+            (Thing::Descriptors, STREAM_DESCRIPTORS),
+        ];
+        let mut charge = self.accounts.charge(uid, &wanted).map_err(|over| {
+            self.log_over(over, uid, 0);
+            Reason::Limit
+        })?;
+        let bells = |end: &Announced| -> Result<Rc<OwnedFd>, Reason> {
+            let tenant = self.connections.tenant(end.conn.tenant);
+            Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
+        };
+        let bells = [bells(&ends[0])?, bells(&ends[1])?];
+        let id = self.streams.number();
+        let made = self
+            .streams
+            .make_memory(id, ring_size, self.config.huge_pages);
+        let fds = made.map_err(|error| {
+            let what = "can't make a stream's memory";
+            self.journal.fault(what, uid, &error);
+            Reason::NoMemory
+        })?;
+        // Huge pages are whole ones.
+        let more = fds.bytes.saturating_sub(rounded(ring_size, 4096));
+        charge.more(Thing::Bytes, more).map_err(|_| Reason::Limit)?;
+        self.journal.counters.streams_opened += 1;
+        self.journal.counters.streams_huge += u64::from(fds.huge);
+        debug!(stream = id, route = ?ends[0].route, "opened");
+        let bytes = fds.bytes;
+        let memory = Memory::new(fds, bells, ring_size, Some(charge), None);
+        self.streams.open(id, ends, bytes, memory);
+        Ok(())
+    }
+
+    /// Sends both tenants their end of the stream that was just made.
+    pub(super) fn hand_out(&mut self, served: Announced, other: Announced) -> Result<(), End> {
+        if let Some(message) = self.promotion(other.conn) {
+            if other.conn.tenant == served.conn.tenant {
+                self.send(other.conn.tenant, message)?;
+            } else {
+                self.send_to_other(other.conn.tenant, message);
+            }
+        }
+        match self.promotion(served.conn) {
+            Some(message) => self.send(served.conn.tenant, message),
+            None => Ok(()),
+        }
+    }
+
+    /// The PROMOTE message for a connection that holds an end.
+    pub(super) fn promotion(&self, conn: Conn) -> Option<Outgoing> {
+        self.streams.promotion(conn)
+    }
+
+    pub(super) fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) {
+        if self.streams.seat_of(conn) == Some((stream, end)) {
+            return;
+        }
+        // The new seat first, so that a stream that only moves is not found abandoned.
+        let before = self.streams.replace(conn);
+        self.streams.hold(stream, end, conn);
+        if let Some(before) = before {
+            self.check_stream(before);
+        }
+    }
+
+    /// A tenant gave up a connection.
+    pub(super) fn give_up(&mut self, conn: Conn) {
+        self.announcements.forget(conn);
+        if let Some(stream) = self.streams.release(conn) {
+            self.check_stream(stream);
+        }
+    }
+
+    /// A tenant could not map its stream: the other end shall not wait for it.
+    pub(super) fn on_declined(&mut self, conn: Conn) {
+        let Some((id, end)) = self.streams.seat_of(conn) else {
+            return self.give_up(conn);
+        };
+        let stream = self.streams.get(id);
+        if stream.is_some_and(|stream| stream.memory.elsewhere.is_some()) {
+            // The daemon carries what goes over its anchor.
+            return self.give_up(conn);
+        }
+        let others: Vec<Conn> = self
+            .streams
+            .get(id)
+            .and_then(|stream| stream.ends.get(1 - end))
+            .map(|end| end.holders.iter().map(|holder| holder.conn).collect())
+            .unwrap_or_default();
+        self.close_stream(id);
+        for other in others.into_iter().filter(|other| *other != conn) {
+            self.send_to_other(other.tenant, Self::verdict(other, Reason::PeerDemoted));
+        }
+    }
+
+    /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
+    /// that has not attached, a program between exec and attach) still holds one of its sockets.
+    pub(super) fn check_stream(&mut self, id: u64) {
+        let (true, kept) = self.is_kept(id) else {
+            return;
+        };
+        if !kept {
+            self.close_stream(id);
+        } else if self.streams.look_after(id) {
+            self.agenda.after(FIRST_LOOK, Due::Stream(id, 1));
+        }
+    }
+
+    /// An abandoned stream was kept: looks again, less and less often.
+    pub(super) fn look_again(&mut self, id: u64, times: u32) {
+        self.streams.looked(id);
+        let (true, kept) = self.is_kept(id) else {
+            return;
+        };
+        if !kept {
+            return self.close_stream(id);
+        }
+        let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
+        self.streams.look_after(id);
+        self.agenda.after(wait, Due::Stream(id, times + 1));
+    }
+
+    /// Is this stream abandoned, and if so, does somebody hold one of its sockets?
+    fn is_kept(&self, id: u64) -> (bool, bool) {
+        match self.streams.get(id) {
+            Some(stream) if stream.is_abandoned() => {
+                let held = |end: &book::End| {
+                    self.rights.socket_of(end.route, end.cookie) == Some(end.inode)
+                };
+                let kept = match &stream.memory.elsewhere {
+                    // The other one is the daemon's.
+                    Some(elsewhere) => stream.ends.get(elsewhere.end).is_some_and(held),
+                    None => stream.ends.iter().any(held),
+                };
+                (true, kept)
+            }
+            _ => (false, false),
+        }
+    }
+
+    fn close_stream(&mut self, id: u64) {
+        if self.is_carried(id) {
+            // Its anchor tells the poll core how it ended, and it is closed when the other node knows.
+            return;
+        }
+        if self.streams.close(id).is_some() {
+            self.journal.counters.streams_closed += 1;
+            debug!(stream = id, "closed");
+        }
+    }
+}

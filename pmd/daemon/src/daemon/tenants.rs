@@ -1,0 +1,373 @@
+//! What the messages on a control connection mean: who attaches, and what it asks.
+
+use std::sync::Arc;
+
+use rdsock_shm::control::{
+    Between, Hello, Lookup, Message, ParseError, Pod, Query, Request, Verdict, Welcome, from_bytes,
+    kind, parse, refusal, request,
+};
+use rdsock_shm::layout::{CONN_RECORDS, TenantMemory, VERSION};
+use rdsock_shm::reason::Reason;
+use tracing::debug;
+
+use super::{Daemon, End};
+use crate::accounts::Thing;
+use crate::book::{Conn, TenantId};
+use crate::channel::{Belongings, Luggage, Outgoing, Received};
+use crate::connections::{Connection, Tenant};
+use crate::memory::BadMemory;
+use crate::rights::{Changed, Rights};
+
+/// Requests taken from one tenant before others have their turn.
+const REQUESTS: usize = 64;
+/// With so many unread messages, a tenant's further requests wait.
+const UNREAD: usize = 1024;
+/// With so many looks at its sockets under way, a tenant's further requests wait.
+const LOOKS: usize = 16;
+/// Descriptors of a tenant besides those of its connection: memory, bells, and the file that tells whether its process
+/// runs the same program.
+const TENANT_DESCRIPTORS: u64 = 3;
+
+fn malformed(cause: &'static str) -> End {
+    End::Refused {
+        code: refusal::MALFORMED,
+        expected: 0,
+        cause,
+    }
+}
+
+fn body<T: Pod>(bytes: &[u8]) -> Result<T, End> {
+    from_bytes(bytes).ok_or(malformed("a message has a wrong length"))
+}
+
+/// The process is not who it was when it attached: its connection ends. It may attach anew, as who it is now.
+impl From<Changed> for End {
+    fn from(changed: Changed) -> Self {
+        let cause = match changed {
+            Changed::Ended => return End::Exited,
+            Changed::Program => "its process runs another program than the one that attached",
+            Changed::Rights => "its process has other rights than when it attached",
+            Changed::Hidden => "the daemon may not look at its process",
+        };
+        End::Refused {
+            code: refusal::IDENTITY,
+            expected: 0,
+            cause,
+        }
+    }
+}
+
+impl Daemon {
+    /// A datagram arrived.
+    pub(super) fn on_message(&mut self, id: TenantId, message: Received) -> Result<(), End> {
+        let (kind, bytes) = match parse(&message.bytes) {
+            Ok(parsed) => parsed,
+            Err(ParseError::Version(_)) => {
+                self.journal.counters.wrong_version += 1;
+                return Err(End::Refused {
+                    code: refusal::VERSION,
+                    expected: VERSION,
+                    cause: "another version of shim and daemon: restart the program",
+                });
+            }
+            Err(ParseError::NotAMessage) => {
+                self.journal.counters.malformed += 1;
+                return Err(malformed("it sent something that is no message"));
+            }
+        };
+        let result = self.on_kind(id, kind, bytes, message.sender, message.luggage);
+        if let Err(End::Refused {
+            code: refusal::MALFORMED,
+            ..
+        }) = result
+        {
+            self.journal.counters.malformed += 1;
+        }
+        result
+    }
+
+    fn on_kind(
+        &mut self,
+        id: TenantId,
+        kind: u16,
+        bytes: &[u8],
+        sender: i32,
+        luggage: Luggage,
+    ) -> Result<(), End> {
+        let Some(connection) = self.connections.get(id) else {
+            return Ok(());
+        };
+        let attached = connection.tenant.is_some();
+        // A forked child may ask for a connection of its own, and wake the daemon.
+        let own = Rights::may_speak(&connection.peer, connection.adopted, sender);
+        if !own && !matches!(kind, kind::ADOPT | kind::KICK) {
+            self.journal.counters.stray += 1;
+            return Ok(());
+        }
+        match (kind, attached, luggage) {
+            (kind::HELLO, false, Luggage::Tenant(belongings)) => {
+                let _: Hello = body(bytes)?;
+                self.on_hello(id, belongings)
+            }
+            (kind::HELLO, false, Luggage::None) => {
+                let _: Hello = body(bytes)?;
+                self.on_hello(id, Err(BadMemory::Number))
+            }
+            (kind::KICK, true, Luggage::None) if bytes.is_empty() => self.drain(id),
+            (kind::LOOKUP, true, Luggage::None) => {
+                let lookup: Lookup = body(bytes)?;
+                self.on_lookup(id, lookup)
+            }
+            (kind::REACH, true, Luggage::None) => {
+                let question: Between = body(bytes)?;
+                self.on_reach(id, question)
+            }
+            (kind::WHOIS, true, Luggage::None) => {
+                let question: Between = body(bytes)?;
+                self.on_whois(id, question)
+            }
+            (kind::ADOPT, true, Luggage::Channel(socket, maker)) => {
+                // A socket that another process made would give its rights away.
+                if maker.pid == sender {
+                    self.welcome(socket, maker, true);
+                } else {
+                    self.journal.counters.stray += 1;
+                    let cause = "it passed on a socket that another process made";
+                    self.journal.refusal(cause, maker.uid, sender);
+                }
+                Ok(())
+            }
+            (kind::ADOPT, true, _) if bytes.is_empty() => {
+                Err(malformed("ADOPT takes one fd, a SOCK_SEQPACKET socket"))
+            }
+            (kind::QUERY, _, Luggage::None) => {
+                let query: Query = body(bytes)?;
+                self.journal.counters.questions += 1;
+                self.on_query(id, query)
+            }
+            _ => Err(malformed("it sent a message that makes no sense now")),
+        }
+    }
+
+    fn on_hello(
+        &mut self,
+        id: TenantId,
+        belongings: Result<Box<Belongings>, BadMemory>,
+    ) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        let (pid, uid) = (connection.peer.pid, connection.peer.uid);
+        let program = connection.peer.program();
+        if !Rights::may_attach(&self.config.policy, uid, &program) {
+            return Err(End::Refused {
+                code: refusal::POLICY,
+                expected: 0,
+                cause: "the policy keeps this user or program on the kernel",
+            });
+        }
+        connection.charge.more(Thing::Tenants, 1)?;
+        connection
+            .charge
+            .more(Thing::Descriptors, TENANT_DESCRIPTORS)?;
+        connection.charge.less(Thing::Callers, 1);
+        let Belongings {
+            map,
+            bells,
+            passport,
+        } = match belongings {
+            Ok(belongings) => *belongings,
+            Err(error) => {
+                self.journal.counters.bad_memory += 1;
+                debug!(pid, uid, "memory of a tenant: {error}");
+                return Err(bad_memory(error));
+            }
+        };
+        self.detach_earlier_programs(id, pid);
+        let netns = self.rights.namespaces.enter(pid).ok();
+        debug!(tenant = id, pid, uid, program = program.name, "attached");
+        let tenant = Tenant {
+            map,
+            bells: bells.into(),
+            passport: Arc::new(passport),
+            netns,
+            program: program.name,
+            looks: 0,
+            throttled: false,
+        };
+        tenant.map.start_sleep();
+        self.tell_routes(&tenant.map);
+        self.connections.attach(id, tenant);
+        self.journal.counters.attached += 1;
+        let answer = self.config.fabric.as_ref().map(|f| f.connect_timeout);
+        let welcome = Welcome {
+            tenant: id,
+            answer_us: answer.unwrap_or_default().as_micros() as u32,
+            reserved: 0,
+        };
+        self.send(id, Message::new(kind::WELCOME, &welcome).into())?;
+        // Whatever it put in before the daemon slept on its queue.
+        self.drain(id)
+    }
+
+    /// A process says HELLO: whatever it was attached as before it ran another program is over.
+    fn detach_earlier_programs(&mut self, id: TenantId, pid: i32) {
+        let earlier: Vec<(TenantId, Changed)> = self
+            .connections
+            .attached()
+            .filter(|(other, connection, _)| *other != id && connection.peer.pid == pid)
+            .filter_map(|(other, _, tenant)| Some((other, tenant.passport.check_quickly().err()?)))
+            .collect();
+        for (other, changed) in earlier {
+            self.serve(other, |_| Err(changed.into()));
+        }
+    }
+
+    /// A connection has work left from its last turn.
+    pub(super) fn go_on(&mut self, id: TenantId) -> Result<(), End> {
+        self.answer(id)?;
+        self.drain(id)
+    }
+
+    /// Takes what is in a tenant's queue, up to a bound; then sleeps on it.
+    pub(super) fn drain(&mut self, id: TenantId) -> Result<(), End> {
+        if let Some(tenant) = self.connections.tenant(id) {
+            tenant.map.end_sleep();
+        }
+        for _ in 0..REQUESTS {
+            let Some(request) = self.next_request(id) else {
+                return Ok(());
+            };
+            self.on_request(id, &request)?;
+        }
+        self.busy.push_back(id);
+        Ok(())
+    }
+
+    fn next_request(&mut self, id: TenantId) -> Option<Request> {
+        let connection = self.connections.get_mut(id)?;
+        let tenant = connection.tenant.as_mut()?;
+        if connection.channel.queued() >= UNREAD || tenant.looks >= LOOKS {
+            tenant.throttled = true;
+            return None;
+        }
+        let map = &mut tenant.map;
+        map.take().or_else(|| {
+            map.start_sleep();
+            let request = map.take()?;
+            map.end_sleep();
+            Some(request)
+        })
+    }
+
+    fn on_request(&mut self, id: TenantId, request: &Request) -> Result<(), End> {
+        let conn = Conn {
+            tenant: id,
+            number: request.conn,
+            generation: request.generation,
+        };
+        if request.conn as usize >= CONN_RECORDS {
+            self.journal.counters.bad_requests += 1;
+            return Ok(());
+        }
+        match request.what {
+            request::ANNOUNCE => self.on_announce(conn, request),
+            request::CLOSED => {
+                self.give_up(conn);
+                Ok(())
+            }
+            request::LEFT => {
+                self.journal.counters.left += 1;
+                self.give_up(conn);
+                Ok(())
+            }
+            request::DECLINED => {
+                self.journal.counters.declined += 1;
+                self.on_declined(conn);
+                Ok(())
+            }
+            request::HOLDS => {
+                self.on_holds(conn, request);
+                Ok(())
+            }
+            request::MAPPED => {
+                self.on_mapped(conn);
+                Ok(())
+            }
+            request::LISTENS => {
+                self.on_listens(id, request);
+                Ok(())
+            }
+            _ => {
+                self.journal.counters.bad_requests += 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// Messages of a tenant were sent, or a look at one of its sockets is done: its requests are taken again when it has
+    /// room for more.
+    pub(super) fn unthrottle(&mut self, id: TenantId) {
+        if let Some(Connection {
+            channel,
+            tenant: Some(tenant),
+            ..
+        }) = self.connections.get_mut(id)
+            && tenant.throttled
+            && channel.queued() < UNREAD / 2
+            && tenant.looks < LOOKS
+        {
+            tenant.throttled = false;
+            self.busy.push_back(id);
+        }
+    }
+
+    /// Tells a tenant why a connection stays on the kernel for now.
+    pub(super) fn verdict(conn: Conn, reason: Reason) -> Outgoing {
+        let verdict = Verdict {
+            conn: conn.number,
+            generation: conn.generation,
+            reason: reason as u32,
+            reserved: 0,
+        };
+        Message::new(kind::VERDICT, &verdict).into()
+    }
+
+    /// A tenant has gone. When its process lives (`alive`), the streams that nobody else holds
+    /// are returned, to be looked at later.
+    pub(super) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
+        self.journal.counters.detached += 1;
+        if let Some(netns) = tenant.netns {
+            self.rights.namespaces.leave(netns);
+        }
+        self.forget_listener(id);
+        self.announcements.forget_all(id);
+        let mut streams = self.streams.tenant_gone(id);
+        if !alive {
+            for stream in streams.drain(..) {
+                self.check_stream(stream);
+            }
+        }
+        streams.retain(|id| {
+            self.streams
+                .get(*id)
+                .is_some_and(|stream| stream.is_abandoned())
+        });
+        streams
+    }
+}
+
+fn bad_memory(error: BadMemory) -> End {
+    End::Refused {
+        code: refusal::MEMORY,
+        expected: size_of::<TenantMemory>() as u32,
+        cause: match error {
+            BadMemory::Kind => "its memory is not a memfd of ordinary pages",
+            BadMemory::Seals => "its memory is not sealed against shrinking and growing",
+            BadMemory::Size { .. } => "its memory has a wrong size",
+            BadMemory::Number => "HELLO takes two fds",
+            BadMemory::Identity => "its memory has a wrong magic or version",
+            BadMemory::Io(_) => "its memory can't be mapped",
+        },
+    }
+}

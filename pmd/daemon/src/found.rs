@@ -1,0 +1,39 @@
+//! What porters bring to the control thread.
+
+use std::io;
+
+use crate::book::{Conn, TenantId};
+use crate::channel::Received;
+use crate::rights::{Held, NotHeld};
+
+/// What a load has found.
+#[derive(Debug)]
+pub enum Found {
+    /// A message that brought descriptors.
+    Message {
+        /// By which connection.
+        connection: u64,
+        /// `None` when it is gone.
+        received: io::Result<Option<Received>>,
+    },
+    /// A look at a socket that a tenant says it holds.
+    Socket {
+        /// Whose.
+        tenant: TenantId,
+        /// What it was looked at for.
+        errand: Errand,
+        /// What was found.
+        held: Result<Held, NotHeld>,
+    },
+}
+
+/// What a socket is looked at for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// A connection record: what it is wanted for was noted with its generation.
+    Conn(Conn),
+    /// A socket that the tenant says it listens on, with this descriptor and cookie.
+    Listener(i32, u64),
+    /// The socket that the tenant wants to reach another node with: the stream's ticket.
+    Anchor(u64),
+}

@@ -1,0 +1,53 @@
+//! The journal: what the daemon has counted, and what it says in its log.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::counters::Counters;
+use crate::log::Throttle;
+
+/// A turn of the control thread that takes longer is logged.
+const LONG: Duration = Duration::from_millis(50);
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct Journal {
+    /// What is counted.
+    pub counters: Counters,
+    throttle: Throttle,
+}
+
+impl Journal {
+    /// Logs a refusal, each cause once in a while for each user.
+    pub fn refusal(&mut self, cause: &'static str, uid: u32, pid: i32) {
+        if let Some(unsaid) = self.throttle.pass(cause, uid, Instant::now()) {
+            warn!(uid, pid, unsaid, "refused: {cause}");
+        }
+    }
+
+    /// Logs that something did not work, each kind once in a while for each user.
+    pub fn fault(&mut self, what: &'static str, uid: u32, error: &io::Error) {
+        if let Some(unsaid) = self.throttle.pass(what, uid, Instant::now()) {
+            warn!(uid, unsaid, "{what}: {error}");
+        }
+    }
+
+    /// Notes how long a turn of the control thread took, and what took longest in it.
+    pub fn turn(&mut self, took: Duration, longest: &str) {
+        let micros = took.as_micros() as u64;
+        self.counters.longest_turn_us = self.counters.longest_turn_us.max(micros);
+        if took < LONG {
+            return;
+        }
+        self.counters.long_turns += 1;
+        if let Some(unsaid) = self.throttle.pass("long turn", 0, Instant::now()) {
+            let ms = took.as_millis() as u64;
+            warn!(
+                ms,
+                longest, unsaid, "a turn of the control thread took long"
+            );
+        }
+    }
+}

@@ -1,0 +1,432 @@
+//! Rights: the one place that decides what a tenant may have. `docs/threat-model.md` has the rules as a table.
+//!
+//! Who a tenant is was noted when it said HELLO: its [`Passport`]. At each step that hands something out the process is
+//! looked at again, and has to be who it was: somebody else may have the control connection by then (a forked child),
+//! while the process itself runs a program with more rights. That a tenant holds a socket is looked up on the socket
+//! itself. What takes part in a decision comes from the kernel; a tenant's own words only say where to look.
+//!
+//! Porters gather the facts that may have to be waited for ([`look`]); the decisions wait for nobody.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::unistd::geteuid;
+use rdsock_shm::control::Request;
+use rdsock_shm::reason::Reason;
+
+use crate::book::{Announced, Conn, End, Role, Route};
+use crate::diag::{Diag, Listener, cookie_of, is_tcp};
+use crate::namespaces::Namespaces;
+use crate::policy::Policy;
+use crate::process::{
+    Glance, Identity, Image, OtherHolder, Peer, Program, other_holder, processor_time,
+};
+
+/// Who a tenant was when it said HELLO.
+#[derive(Debug)]
+pub struct Passport {
+    /// The process.
+    pub peer: Arc<Peer>,
+    identity: Option<Identity>,
+    /// `None` where the daemon may not look: then the rest has to do.
+    image: Option<Image>,
+}
+
+/// A process is not who it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Changed {
+    /// It has ended.
+    #[error("its process has ended")]
+    Ended,
+    /// It runs another program.
+    #[error("its process runs another program now")]
+    Program,
+    /// Its user, groups, capabilities or namespace are others, or its files in /proc are kept from its user.
+    #[error("its process has other rights now")]
+    Rights,
+    /// The daemon may not look.
+    #[error("the daemon may not look at its process")]
+    Hidden,
+}
+
+impl Passport {
+    /// Looks at the process. May wait.
+    pub fn new(peer: Arc<Peer>) -> Self {
+        Passport {
+            identity: peer.identity().ok(),
+            image: peer.image(),
+            peer,
+        }
+    }
+
+    /// Is the process who it was, in all that can be seen? May wait.
+    pub fn check(&self) -> Result<(), Changed> {
+        let identity = self.identity.as_ref().ok_or(Changed::Hidden)?;
+        if self.image.as_ref().is_some_and(|image| !image.runs()) {
+            return Err(self.gone_or(Changed::Program));
+        }
+        let now = self.peer.identity();
+        let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
+        same_glance(&identity.glance, &now.glance)?;
+        let rights = |identity: &Identity| (identity.users, identity.groups, identity.capabilities);
+        if rights(identity) != rights(&now) || identity.further_groups != now.further_groups {
+            return Err(Changed::Rights);
+        }
+        self.is_alive()
+    }
+
+    /// Is the process who it was, in all that can be seen without waiting?
+    pub fn check_quickly(&self) -> Result<(), Changed> {
+        let identity = self.identity.as_ref().ok_or(Changed::Hidden)?;
+        let now = self.peer.glance();
+        let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
+        same_glance(&identity.glance, &now)?;
+        self.is_alive()
+    }
+
+    fn is_alive(&self) -> Result<(), Changed> {
+        if self.peer.is_alive() {
+            Ok(())
+        } else {
+            Err(Changed::Ended)
+        }
+    }
+
+    fn gone_or(&self, otherwise: Changed) -> Changed {
+        self.is_alive().err().unwrap_or(otherwise)
+    }
+}
+
+fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
+    // A program that is replaced on disk while it runs is the same one.
+    let path = |glance: &Glance| -> String {
+        let path = glance.executable.to_string_lossy();
+        path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned()
+    };
+    if path(before) != path(now) {
+        return Err(Changed::Program);
+    }
+    if (before.owner, before.user_namespace) != (now.owner, now.user_namespace) {
+        return Err(Changed::Rights);
+    }
+    Ok(())
+}
+
+/// What a porter is asked about a socket.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// Who says that it holds the socket.
+    pub passport: Arc<Passport>,
+    /// As which descriptor.
+    pub fd: i32,
+    /// `SO_COOKIE` that it says; 0 for whichever the socket has.
+    pub cookie: u64,
+    /// Other processes may hold it, too: search them, within this budget.
+    pub search: Option<Arc<Mutex<SearchBudget>>>,
+}
+
+/// A socket that a process was found to hold, while it was who it was at HELLO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// Inode of the socket.
+    pub inode: u64,
+    /// Another process may hold it, too.
+    pub shared: bool,
+}
+
+/// Why a process was not found to hold a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotHeld {
+    /// It does not.
+    #[error("its process does not hold this socket")]
+    Socket,
+    /// It is not who it was.
+    #[error(transparent)]
+    Changed(#[from] Changed),
+}
+
+/// Looks whether a process holds a socket, and is who it was. May wait: for a porter.
+pub fn look(look: &Look) -> Result<Held, NotHeld> {
+    let peer = &look.passport.peer;
+    let (cookie, inode) = match peer.duplicate(look.fd) {
+        Ok(duplicate) => {
+            // Nothing else is asked of what turns out to be no socket.
+            let cookie = is_tcp(duplicate.as_fd())
+                .then(|| cookie_of(duplicate.as_fd()))
+                .flatten();
+            let cookie = cookie.ok_or(NotHeld::Socket)?;
+            let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
+            (cookie, inode.map_err(|_| NotHeld::Socket)?)
+        }
+        // The daemon may not have duplicates of this user's descriptors: it serves itself alone, and its inode names
+        // the socket as well as can be.
+        Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
+            let inode = peer.socket_inode(look.fd);
+            (look.cookie, inode.ok_or(NotHeld::Socket)?)
+        }
+        Err(_) => return Err(NotHeld::Socket),
+    };
+    if look.cookie != 0 && look.cookie != cookie {
+        return Err(NotHeld::Socket);
+    }
+    // Behind the look at the socket: so it was this process, as it was, that held it.
+    look.passport.check()?;
+    let searched = look.search.as_ref().map(|budget| {
+        let mut budget = budget.lock().unwrap_or_else(PoisonError::into_inner);
+        budget.run(|| other_holder(peer.pid, inode, SEARCH))
+    });
+    // When in doubt, it is shared: the shim asks again.
+    let shared = searched.is_some_and(|found| found != Some(OtherHolder::Nobody));
+    Ok(Held {
+        cookie,
+        inode,
+        shared,
+    })
+}
+
+/// Longest search for other holders of one socket, in processor time.
+const SEARCH: Duration = Duration::from_millis(20);
+
+/// Processor time that a user may have spent on searching `/proc`: a tenth of all time.
+#[derive(Debug)]
+pub struct SearchBudget {
+    next: Instant,
+}
+
+impl Default for SearchBudget {
+    fn default() -> Self {
+        let now = Instant::now();
+        SearchBudget {
+            next: now.checked_sub(Self::SAVED).unwrap_or(now),
+        }
+    }
+}
+
+impl SearchBudget {
+    const SHARE: u32 = 10;
+    /// Saved up at most.
+    const SAVED: Duration = Duration::from_secs(1);
+
+    fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
+        let now = Instant::now();
+        if self.next > now {
+            return None;
+        }
+        let before = processor_time();
+        let result = search();
+        let spent = processor_time().saturating_sub(before);
+        let earliest = now.checked_sub(Self::SAVED).unwrap_or(now);
+        self.next = self.next.max(earliest) + spent * Self::SHARE;
+        Some(result)
+    }
+}
+
+/// What an announcement says, with its numbers in range.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Whose, and which of its connections.
+    pub conn: Conn,
+    /// Its descriptor.
+    pub fd: i32,
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// `SO_NETNS_COOKIE`.
+    pub netns_cookie: u64,
+    /// This end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
+    /// Who connected.
+    pub role: Role,
+    /// Other processes may hold it, too.
+    pub maybe_shared: bool,
+}
+
+impl Claim {
+    /// `None` when a number is out of range.
+    pub fn parse(conn: Conn, request: &Request) -> Option<Self> {
+        let address = |ip: [u8; 16], port: u32| {
+            let ip = IpAddr::V6(ip.into()).to_canonical();
+            Some(SocketAddr::new(ip, port.try_into().ok()?))
+        };
+        let role = match request.active {
+            0 => Role::Passive,
+            1 => Role::Active,
+            2 => Role::Unknown,
+            _ => return None,
+        };
+        Some(Claim {
+            conn,
+            fd: request.fd,
+            cookie: request.cookie,
+            netns_cookie: request.netns,
+            local: address(request.local, request.local_port)?,
+            peer: address(request.peer, request.peer_port)?,
+            role,
+            maybe_shared: request.extra != 0,
+        })
+    }
+}
+
+/// The decisions. See the module's text.
+#[derive(Debug)]
+pub struct Rights {
+    /// The kernel's word on sockets.
+    pub namespaces: Namespaces,
+    searches: HashMap<u32, Arc<Mutex<SearchBudget>>>,
+}
+
+impl Rights {
+    /// Decides by what the kernel says in these namespaces.
+    pub fn new(namespaces: Namespaces) -> Self {
+        Rights {
+            namespaces,
+            searches: HashMap::new(),
+        }
+    }
+
+    /// May this program attach?
+    pub fn may_attach(policy: &Policy, uid: u32, program: &Program) -> bool {
+        policy.allows_user(uid) && policy.allows_program(program)
+    }
+
+    /// May a process speak on this control connection, which `owner` has made? A forked child has its parent's, too.
+    /// `sender` is 0 for what was sent before the daemon had the socket of a connection that was handed over (ADOPT).
+    pub fn may_speak(owner: &Peer, adopted: bool, sender: i32) -> bool {
+        sender == owner.pid || (adopted && sender == 0)
+    }
+
+    /// May a user be told of another one's programs and streams?
+    pub fn may_see(asker: u32, other: u32) -> bool {
+        Self::sees_all(asker) || asker == other
+    }
+
+    /// May a user be told of all programs and streams?
+    pub fn sees_all(asker: u32) -> bool {
+        asker == 0 || asker == geteuid().as_raw()
+    }
+
+    /// What a user may have spent on searches.
+    pub fn searches_of(&mut self, uid: u32) -> Arc<Mutex<SearchBudget>> {
+        if self.searches.len() >= 4096 {
+            self.searches
+                .retain(|_, budget| Arc::strong_count(budget) > 1);
+        }
+        self.searches.entry(uid).or_default().clone()
+    }
+
+    /// May this connection be matched for this tenant? Its process was found to hold the socket ([`look`]); the kernel
+    /// has to know that socket by the addresses, established. `own` is the network namespace of the tenant.
+    pub fn announced(
+        &self,
+        claim: &Claim,
+        held: Held,
+        passport: &Passport,
+        own: Option<u64>,
+    ) -> Result<Announced, Refused> {
+        let own = own.ok_or(Reason::OtherNamespace)?;
+        let located = self.namespaces.locate(claim.netns_cookie, own);
+        let (netns, diag) = located.ok_or(Reason::OtherNamespace)?;
+        let found = diag.find(claim.local, claim.peer, claim.cookie)?;
+        let found = found.ok_or(Reason::Unverified)?;
+        if found.inode != held.inode || !found.established || !passport.peer.is_alive() {
+            return Err(Reason::Unverified.into());
+        }
+        Ok(Announced {
+            conn: claim.conn,
+            fd: claim.fd,
+            pid: passport.peer.pid,
+            uid: passport.peer.uid,
+            cookie: claim.cookie,
+            inode: held.inode,
+            route: Route {
+                netns,
+                local: claim.local,
+                peer: claim.peer,
+            },
+            role: claim.role,
+        })
+    }
+
+    /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the
+    /// same one by its cookie, and the process is who it was.
+    pub fn still_holds(&self, announced: &Announced, passport: &Passport) -> Result<bool, Changed> {
+        passport.check_quickly()?;
+        let route = announced.route;
+        let found = self.namespaces.diag(route.netns).and_then(|diag| {
+            let found = diag.find(route.local, route.peer, announced.cookie);
+            found.ok().flatten()
+        });
+        Ok(
+            found.is_some_and(|found| found.established && found.inode == announced.inode)
+                && passport.peer.socket_inode(announced.fd) == Some(announced.inode),
+        )
+    }
+
+    /// May a tenant have this end, since its process holds the end's socket? That process is the one that the end was
+    /// given to, or one of the same user that has inherited the socket.
+    pub fn may_inherit(&self, held: Held, passport: &Passport, end: &End) -> bool {
+        let peer = &passport.peer;
+        (peer.uid == end.uid || peer.pid == end.pid)
+            && held.cookie == end.cookie
+            && held.inode == end.inode
+            && self
+                .socket_of(end.route, end.cookie)
+                .is_none_or(|inode| inode == end.inode)
+            && peer.is_alive()
+    }
+
+    /// Inode of the socket with these addresses and this cookie; 0 when no process holds it.
+    pub fn socket_of(&self, route: Route, cookie: u64) -> Option<u64> {
+        let diag = self.namespaces.diag(route.netns)?;
+        let found = diag.find(route.local, route.peer, cookie).ok()??;
+        Some(found.inode)
+    }
+
+    /// Does a tenant, which was found to hold this listening socket, still listen there, so that connections from
+    /// other nodes may be given to it?
+    pub fn still_listens(held: Held, fd: i32, passport: &Passport, socket: &Listener) -> bool {
+        held.cookie == socket.cookie
+            && held.inode == socket.inode
+            && passport.peer.socket_inode(fd) == Some(socket.inode)
+            && passport.check_quickly().is_ok()
+    }
+
+    /// May bytes flow between an anchor that has come in and the stream that `promised` was told to make it for? Only
+    /// where a process of that very user was found to hold the socket at the other end: the one that the kernel
+    /// connects with these addresses.
+    pub fn may_anchor(
+        diag: Option<&Diag>,
+        held: Held,
+        passport: &Passport,
+        promised: u32,
+        anchor: (SocketAddr, SocketAddr),
+    ) -> bool {
+        let (local, peer) = anchor;
+        let found = diag.and_then(|diag| diag.find(local, peer, held.cookie).ok().flatten());
+        passport.peer.uid == promised && found.is_some_and(|found| found.inode == held.inode)
+    }
+}
+
+/// Why something is not handed out.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// As the tenant is told.
+    #[error("{}", .0.text())]
+    Because(Reason),
+    /// The kernel did not say.
+    #[error("the kernel does not tell of sockets (sock_diag): {0}")]
+    Silent(#[from] std::io::Error),
+}
+
+impl From<Reason> for Refused {
+    fn from(reason: Reason) -> Self {
+        Refused::Because(reason)
+    }
+}
