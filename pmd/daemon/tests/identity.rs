@@ -1,0 +1,492 @@
+//! Nobody gets the connection of a program that runs with other rights than its own: not by having been
+//! its process before, nor by holding what that process had.
+
+mod tenant;
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::unistd::{ForkResult, Gid, Uid, fork, setgroups, setresgid, setresuid};
+use rdsock_shm::control::{Lookup, Message, Request, kind, request as what};
+use serde_json::Value;
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, VICTIM, is_root, listen, say};
+use tenant::measure::Honest;
+use tenant::victim::{Program, Rights, claim, say_connected};
+use tenant::{Answer, Daemon, Tenant, request};
+
+const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
+
+/// A user who has nothing of root but the capability to change the user.
+const CAPABLE: u32 = OTHER;
+
+/// What the test does is a scene of three: a process that attaches and forks (`owner`), which then
+/// becomes somebody else and connects; its child, which still has the control socket and the queue; and an
+/// honest server.
+struct Scene {
+    daemon: Daemon,
+    server: Tenant,
+    listener: TcpListener,
+    before: Value,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let daemon = Daemon::start(SMALL);
+        Scene {
+            server: Tenant::attach(&daemon),
+            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
+            before: daemon.stat(),
+            daemon,
+        }
+    }
+
+    fn port(&self) -> u16 {
+        self.listener.local_addr().unwrap().port()
+    }
+
+    /// An owner that follows this plan, as far as its connection. What it says of that.
+    fn owner(&self, test: &str, user: u32, plan: &str) -> (Actor, Vec<u64>, TcpStream) {
+        let socket = self.daemon.socket();
+        let mut owner = match user {
+            CAPABLE => Actor::start_with(test, "owner", &socket, |command| {
+                // SAFETY: system calls alone between fork and exec.
+                unsafe { command.pre_exec(keep_only_change_of_user) };
+            }),
+            user => Actor::start(test, "owner", &socket, user),
+        };
+        owner.say(plan);
+        let connection = owner.hear_numbers("connected");
+        let (accepted, _) = self.listener.accept().unwrap();
+        (owner, connection, accepted)
+    }
+
+    /// The child announces the connection, before or behind the server. What it was answered.
+    fn announce_by_child(
+        &mut self,
+        owner: &mut Actor,
+        connection: &[u64],
+        accepted: &TcpStream,
+        server_first: bool,
+    ) -> String {
+        let words: Vec<String> = connection.iter().map(u64::to_string).collect();
+        if server_first {
+            self.server.announce(1, 1, accepted, 0);
+            self.daemon
+                .wait_until("announced", |stat| stat["waiting_now"] == 1);
+        }
+        owner.say(&format!("announce {}", words.join(" ")));
+        owner.hear("announced");
+        if !server_first {
+            std::thread::sleep(Duration::from_millis(300));
+            self.server.announce(1, 1, accepted, 0);
+        }
+        owner.hear("answer")
+    }
+
+    /// It was counted by some name that is none of everyday life.
+    fn was_counted(&self) -> bool {
+        const EVERYDAY: [&str; 6] = [
+            "announced",
+            "attached",
+            "questions",
+            "streams_opened",
+            "streams_closed",
+            "streams_huge",
+        ];
+        let now = self.daemon.stat();
+        let counters = now["counters"].as_object().unwrap();
+        let mut others = counters
+            .iter()
+            .filter(|(name, _)| !EVERYDAY.contains(&name.as_str()));
+        others.any(|(name, count)| count.as_u64() > self.before["counters"][name].as_u64())
+    }
+}
+
+/// The child of an owner that follows this plan is given nothing.
+fn child_gets_nothing(test: &str, user: u32, plan: impl Fn(u16) -> String) {
+    for server_first in [true, false] {
+        let mut scene = Scene::new();
+        let (mut owner, connection, accepted) = scene.owner(test, user, &plan(scene.port()));
+        let answer = scene.announce_by_child(&mut owner, &connection, &accepted, server_first);
+        println!("server first: {server_first}; the child was answered {answer}");
+        assert!(
+            !answer.contains("PROMOTE"),
+            "the child of {} has the connection of a program that runs as user {} and group {}; \
+             it was answered {answer}",
+            user,
+            connection[5],
+            connection[6]
+        );
+        assert!(scene.was_counted(), "{answer}: {:#}", scene.daemon.stat());
+        drop(owner);
+        Honest::new(&scene.daemon).promotion();
+    }
+}
+
+/// An owner that runs this program.
+fn program_keeps_its_connection(test: &str, rights: Rights, more: &str) {
+    let program = Program::with(rights);
+    let path = program.path().display().to_string();
+    child_gets_nothing(test, ATTACKER, |port| format!("exec {path} {port} {more}"));
+}
+
+macro_rules! scene {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            if let Some(part) = Part::of_this() {
+                return play(&part);
+            }
+            if is_root() {
+                $body(stringify!($name));
+            }
+        }
+    };
+}
+
+scene!(a_set_user_id_program_keeps_its_connection, |test| {
+    program_keeps_its_connection(test, Rights::SetUserId, "");
+});
+
+scene!(a_set_group_id_program_keeps_its_connection, |test| {
+    program_keeps_its_connection(test, Rights::SetGroupId, "");
+});
+
+scene!(a_program_with_capabilities_keeps_its_connection, |test| {
+    program_keeps_its_connection(test, Rights::Capability, "");
+});
+
+scene!(
+    a_program_that_hides_its_memory_keeps_its_connection,
+    |test| {
+        program_keeps_its_connection(test, Rights::Nothing, "undumpable");
+    }
+);
+
+// Its user may look into it anyway: what counts is that nothing of a process stays behind an exec.
+scene!(
+    another_program_of_the_same_user_keeps_its_connection,
+    |test| {
+        program_keeps_its_connection(test, Rights::Nothing, "");
+    }
+);
+
+scene!(the_same_program_again_keeps_its_connection, |test| {
+    child_gets_nothing(test, ATTACKER, |port| format!("again {port}"));
+});
+
+scene!(
+    who_hides_its_memory_without_exec_keeps_its_connection,
+    |test| {
+        child_gets_nothing(test, ATTACKER, |port| format!("hide {port}"));
+    }
+);
+
+scene!(who_was_root_when_it_attached_keeps_its_connection, |test| {
+    child_gets_nothing(test, 0, |port| format!("setuid {port}"));
+});
+
+scene!(who_may_change_its_user_keeps_its_connection, |test| {
+    child_gets_nothing(test, CAPABLE, |port| format!("setuid {port}"));
+});
+
+scene!(exec_into_a_set_user_id_program_detaches, |test| {
+    let program = Program::with(Rights::SetUserId);
+    let scene = Scene::new();
+    let plan = format!("exec {} {}", program.path().display(), scene.port());
+    let (mut owner, _connection, _accepted) = scene.owner(test, ATTACKER, &plan);
+    // The daemon may need a message to notice.
+    owner.say("kick");
+    owner.hear("kicked");
+    let pid = owner.pid();
+    scene
+        .daemon
+        .wait_until("the program's process is no tenant", |stat| {
+            let tenants = stat["tenants"].as_array().unwrap();
+            tenants.iter().all(|tenant| tenant["pid"] != pid)
+        });
+});
+
+scene!(
+    nothing_else_is_done_for_the_child_of_another_program,
+    |test| {
+        let program = Program::with(Rights::SetUserId);
+        let scene = Scene::new();
+        let plan = format!("exec {} {}", program.path().display(), scene.port());
+        let (mut owner, connection, _accepted) = scene.owner(test, ATTACKER, &plan);
+        let words: Vec<String> = connection.iter().map(u64::to_string).collect();
+        let before = scene.daemon.stat();
+        for what in ["lookup", "holds", "mapped", "listens", "declined", "adopt"] {
+            owner.say(&format!("{what} {}", words.join(" ")));
+            let answer = owner.hear("answer");
+            println!("{what}: {answer}");
+            assert!(!answer.contains("PROMOTE"), "{what}: {answer}");
+            if what == "adopt" {
+                // The child may attach as itself, and as nobody else.
+                let stat = scene.daemon.stat();
+                let tenants = stat["tenants"].as_array().unwrap();
+                let users = tenants.iter().map(|tenant| tenant["uid"].as_u64());
+                assert!(
+                    users.flatten().all(|uid| uid != u64::from(VICTIM)),
+                    "{stat:#}"
+                );
+            }
+        }
+        assert!(scene.was_counted(), "{before:#} {:#}", scene.daemon.stat());
+        Honest::new(&scene.daemon).promotion();
+    }
+);
+
+// The number of a process comes round; the process does not. (The inode of a socket may come round as well, but
+// that takes hours: no test forces it.)
+scene!(
+    a_process_that_got_the_number_of_a_tenant_keeps_its_connection,
+    |test: &str| {
+        let binary = std::env::current_exe().unwrap();
+        let mut command = Command::new("unshare");
+        command
+            .args(["--pid", "--fork", "--mount", "--mount-proc", "--kill-child"])
+            .arg(binary)
+            .args(["--exact", test, "--nocapture", "--test-threads=1"])
+            .env("TENANT_PART", "numbers come round")
+            .env("TENANT_SOCKET", "");
+        let actor = Actor::run(command);
+        assert_eq!(actor.hear("answers"), "fine");
+    }
+);
+
+fn numbers_come_round(test: &str) {
+    let program = Program::with(Rights::Nothing);
+    let mut scene = Scene::new();
+    let mut owner = Actor::start(test, "owner", &scene.daemon.socket(), ATTACKER);
+    owner.say("wait");
+    owner.hear("attached");
+    let pid = owner.pid();
+    scene.daemon.signal(Signal::SIGSTOP);
+    owner.kill_alone();
+    std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
+    let mut command = Command::new(program.path());
+    command
+        .arg(scene.port().to_string())
+        .uid(VICTIM)
+        .gid(VICTIM);
+    let victim = Actor::run(command);
+    assert_eq!(victim.pid(), pid, "the number has not come round");
+    let connection = victim.hear_numbers("connected");
+    let (accepted, _) = scene.listener.accept().unwrap();
+    let words: Vec<String> = connection.iter().map(u64::to_string).collect();
+    owner.say(&format!("announce {}", words.join(" ")));
+    owner.hear("announced");
+    scene.daemon.signal(Signal::SIGCONT);
+    scene.server.announce(1, 1, &accepted, 0);
+    let answer = owner.hear("answer");
+    assert!(!answer.contains("PROMOTE"), "{answer}");
+    assert!(scene.was_counted());
+    Honest::new(&scene.daemon).promotion();
+    say("answers fine");
+}
+
+fn play(part: &Part) {
+    match part.name.as_str() {
+        "owner" => be_owner(part),
+        "connect" => {
+            let port = part.socket.to_str().unwrap().parse().unwrap();
+            let stream = connect_to(port);
+            say_connected(&stream);
+            sleep();
+        }
+        "numbers come round" => {
+            numbers_come_round("a_process_that_got_the_number_of_a_tenant_keeps_its_connection");
+        }
+        other => panic!("no such part: {other}"),
+    }
+}
+
+/// Attaches and forks; the child obeys the test, and the process itself becomes another.
+fn be_owner(part: &Part) {
+    let plan = listen().unwrap();
+    let words: Vec<&str> = plan.split_whitespace().collect();
+    let tenant = Tenant::attach_at(&part.socket);
+    // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            obey(tenant);
+            std::process::abort();
+        }
+        ForkResult::Parent { .. } => become_another(&words),
+    }
+}
+
+fn become_another(plan: &[&str]) {
+    match plan {
+        ["exec", program, more @ ..] => {
+            let error = Command::new(program).args(more).exec();
+            panic!("{program}: {error}");
+        }
+        ["again", port] => {
+            let error = Command::new("/proc/self/exe")
+                .args(std::env::args_os().skip(1))
+                .env("TENANT_PART", "connect")
+                .env("TENANT_SOCKET", port)
+                .exec();
+            panic!("{error}");
+        }
+        ["hide", port] => {
+            nix::sys::prctl::set_dumpable(false).unwrap();
+            connect_and_sleep(port);
+        }
+        ["setuid", port] => {
+            let user = Uid::from_raw(VICTIM);
+            setresuid(user, user, user).unwrap();
+            connect_and_sleep(port);
+        }
+        ["wait"] => {
+            say("attached");
+            sleep();
+        }
+        other => panic!("no such plan: {other:?}"),
+    }
+}
+
+/// Gives up root, but for the capability to change the user, which it keeps over exec.
+fn keep_only_change_of_user() -> std::io::Result<()> {
+    const SETUID: u32 = 7;
+    nix::sys::prctl::set_keepcaps(true)?;
+    setgroups(&[])?;
+    let (group, user) = (Gid::from_raw(CAPABLE), Uid::from_raw(CAPABLE));
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)?;
+    let header = [0x2008_0522_u32, 0];
+    let sets = [1_u32 << SETUID, 1 << SETUID, 1 << SETUID, 0, 0, 0];
+    // SAFETY: `struct __user_cap_header_struct` of the third version, and two of
+    // `struct __user_cap_data_struct`: made of integers. Then a call with integers alone.
+    let result = unsafe {
+        libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr());
+        let raise = libc::PR_CAP_AMBIENT_RAISE;
+        libc::prctl(libc::PR_CAP_AMBIENT, raise, SETUID, 0, 0)
+    };
+    nix::errno::Errno::result(result)?;
+    Ok(())
+}
+
+fn connect_to(port: u16) -> TcpStream {
+    TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))).unwrap()
+}
+
+fn connect_and_sleep(port: &str) {
+    let stream = connect_to(port.parse().unwrap());
+    say_connected(&stream);
+    sleep();
+}
+
+fn sleep() {
+    std::thread::sleep(Duration::from_secs(60));
+    std::process::exit(1);
+}
+
+/// The child does with its parent's socket and queue what the test says.
+fn obey(mut tenant: Tenant) {
+    while let Some(line) = listen() {
+        let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
+        let numbers = rest
+            .split_whitespace()
+            .map(|number| number.parse().unwrap());
+        let numbers: Vec<u64> = numbers.collect();
+        match word {
+            "kick" => {
+                tenant.kick();
+                say("kicked");
+                continue;
+            }
+            "lookup" => look_up(&tenant, &numbers),
+            "adopt" => {
+                let adopted = adopt(&tenant);
+                say(&format!("answer {}", answers(&mut tenant, adopted)));
+                continue;
+            }
+            _ => {
+                let made = queued(word, &numbers);
+                assert!(tenant.memory.put(&made), "the queue is full");
+                tenant.kick();
+            }
+        }
+        if word == "announce" {
+            say("announced");
+        }
+        say(&format!("answer {}", answers(&mut tenant, None)));
+    }
+}
+
+fn queued(word: &str, numbers: &[u64]) -> Request {
+    let of_connection = |what| Request {
+        what,
+        ..claim(numbers)
+    };
+    match word {
+        "announce" => claim(numbers),
+        "holds" => Request {
+            stream_id: 1,
+            ..of_connection(what::HOLDS)
+        },
+        "mapped" => request(what::MAPPED, 7, 1),
+        "declined" => request(what::DECLINED, 7, 1),
+        "listens" => Request {
+            conn: 0,
+            generation: 0,
+            ..of_connection(what::LISTENS)
+        },
+        other => panic!("no such request: {other}"),
+    }
+}
+
+fn look_up(tenant: &Tenant, numbers: &[u64]) {
+    let lookup = Lookup {
+        conn: 8,
+        generation: 1,
+        cookie: numbers[1],
+        fd: numbers[0] as i32,
+        reserved: 0,
+    };
+    tenant.send(Message::new(kind::LOOKUP, &lookup).as_bytes(), &[]);
+}
+
+/// Asks over its parent's socket for a control connection, and says HELLO there.
+fn adopt(tenant: &Tenant) -> Option<Tenant> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    let kind = SockType::SeqPacket;
+    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+    let (ours, theirs) = pair.unwrap();
+    let message = Message::empty(kind::ADOPT);
+    tenant.send(message.as_bytes(), &[theirs.as_raw_fd()]);
+    let mut adopted = Tenant::over(ours);
+    adopted.hello();
+    Some(adopted)
+}
+
+/// What comes, in one line.
+fn answers(tenant: &mut Tenant, adopted: Option<Tenant>) -> String {
+    let mut all = Vec::new();
+    listen_to(tenant, &mut all);
+    if let Some(mut adopted) = adopted {
+        listen_to(&mut adopted, &mut all);
+    }
+    all.join(",")
+}
+
+fn listen_to(tenant: &mut Tenant, all: &mut Vec<String>) {
+    let patience = Duration::from_millis(1500);
+    loop {
+        let word = match tenant.receive_within(patience) {
+            Some(Answer::Message(kind::PROMOTE, ..)) => "PROMOTE".to_owned(),
+            Some(Answer::Message(kind::VERDICT, ..)) => "VERDICT".to_owned(),
+            Some(Answer::Message(kind, ..)) => format!("message {kind}"),
+            Some(Answer::Closed) => return all.push("CLOSED".to_owned()),
+            None => return all.push("nothing more".to_owned()),
+        };
+        all.push(word);
+    }
+}
