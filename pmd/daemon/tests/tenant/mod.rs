@@ -5,6 +5,7 @@
 pub mod actor;
 pub mod linger;
 pub mod measure;
+pub mod nodes;
 pub mod silent;
 pub mod victim;
 
@@ -427,7 +428,7 @@ impl Tenant {
     }
 }
 
-fn option(stream: &TcpStream, option: i32) -> u64 {
+fn option(stream: &impl AsRawFd, option: i32) -> u64 {
     let (mut value, mut len) = (0u64, 8);
     let fd = stream.as_raw_fd();
     // SAFETY: the option writes 8 bytes to `value`.
@@ -445,7 +446,17 @@ fn option(stream: &TcpStream, option: i32) -> u64 {
 }
 
 pub fn cookie(stream: &TcpStream) -> u64 {
-    option(stream, libc::SO_COOKIE)
+    cookie_of(stream)
+}
+
+/// Of any socket.
+pub fn cookie_of(socket: &impl AsRawFd) -> u64 {
+    option(socket, libc::SO_COOKIE)
+}
+
+/// The cookie of a socket's network namespace.
+pub fn netns_of(socket: &impl AsRawFd) -> u64 {
+    option(socket, libc::SO_NETNS_COOKIE)
 }
 
 pub fn announcement(number: u32, generation: u32, stream: &TcpStream, active: u32) -> Request {
