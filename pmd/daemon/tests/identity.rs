@@ -58,9 +58,18 @@ impl Scene {
             }),
             user => Actor::start(test, "owner", &socket, user),
         };
+        let late = plan.starts_with("late");
+        if late {
+            self.daemon.signal(Signal::SIGSTOP);
+        }
         owner.say(plan);
         let connection = owner.hear_numbers("connected");
         let (accepted, _) = self.listener.accept().unwrap();
+        if late {
+            self.daemon.signal(Signal::SIGCONT);
+            // Now it reads who called.
+            std::thread::sleep(Duration::from_millis(300));
+        }
         (owner, connection, accepted)
     }
 
@@ -194,6 +203,31 @@ scene!(who_may_change_its_user_keeps_its_connection, |test| {
     child_gets_nothing(test, CAPABLE, |port| format!("setuid {port}"));
 });
 
+/// It has said HELLO as somebody else than it is when the daemon reads that.
+fn late_look(test: &str, rights: Rights, more: &str) {
+    let program = Program::with(rights);
+    let path = program.path().display().to_string();
+    child_gets_nothing(test, ATTACKER, |port| {
+        format!("late exec {path} {port} {more}")
+    });
+}
+
+scene!(a_late_look_sees_a_set_user_id_program, |test| {
+    late_look(test, Rights::SetUserId, "");
+});
+
+scene!(a_late_look_sees_a_set_group_id_program, |test| {
+    late_look(test, Rights::SetGroupId, "");
+});
+
+scene!(a_late_look_sees_a_program_with_capabilities, |test| {
+    late_look(test, Rights::Capability, "");
+});
+
+scene!(a_late_look_sees_a_program_that_hides_its_memory, |test| {
+    late_look(test, Rights::Nothing, "undumpable");
+});
+
 scene!(exec_into_a_set_user_id_program_detaches, |test| {
     let program = Program::with(Rights::SetUserId);
     let scene = Scene::new();
@@ -238,6 +272,35 @@ scene!(
         }
         assert!(scene.was_counted(), "{before:#} {:#}", scene.daemon.stat());
         Honest::new(&scene.daemon).promotion();
+    }
+);
+
+// The child says that it holds the stream of the new program, and then that it can't take it.
+scene!(
+    the_stream_of_another_program_is_not_given_up,
+    |test: &str| {
+        let program = Program::copy_of_this();
+        let mut scene = Scene::new();
+        let mut owner = Actor::start(test, "owner", &scene.daemon.socket(), ATTACKER);
+        owner.say(&format!(
+            "become {} {}",
+            program.path().display(),
+            scene.port()
+        ));
+        let (accepted, _) = scene.listener.accept().unwrap();
+        scene.server.announce(1, 1, &accepted, 0);
+        scene.server.promote();
+        let connection = owner.hear_numbers("connected");
+        let words: Vec<String> = connection.iter().map(u64::to_string).collect();
+        for what in ["holds", "declined", "lookup", "closed"] {
+            owner.say(&format!("{what} {}", words.join(" ")));
+            let answer = owner.hear("answer");
+            println!("{what}: {answer}");
+            assert!(!answer.contains("PROMOTE"), "{what}: {answer}");
+            assert_eq!(scene.daemon.stat()["streams_now"], 1, "after {what}");
+        }
+        assert!(scene.was_counted());
+        assert!(scene.server.receive_within(Duration::ZERO).is_none());
     }
 );
 
@@ -296,9 +359,10 @@ fn play(part: &Part) {
         "connect" => {
             let port = part.socket.to_str().unwrap().parse().unwrap();
             let stream = connect_to(port);
-            say_connected(&stream);
+            say_connected(&stream, 0);
             sleep();
         }
+        "tenant" => be_tenant(part),
         "numbers come round" => {
             numbers_come_round("a_process_that_got_the_number_of_a_tenant_keeps_its_connection");
         }
@@ -306,11 +370,30 @@ fn play(part: &Part) {
     }
 }
 
+/// A program with rights of its own that is a tenant of its own, and has a stream.
+fn be_tenant(part: &Part) {
+    let port = std::env::var("TENANT_PORT").unwrap().parse().unwrap();
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let stream = connect_to(port);
+    tenant.announce(1, 1, &stream, 1);
+    let (promote, _memory) = tenant.promote();
+    say_connected(&stream, promote.stream_id);
+    sleep();
+}
+
 /// Attaches and forks; the child obeys the test, and the process itself becomes another.
 fn be_owner(part: &Part) {
     let plan = listen().unwrap();
-    let words: Vec<&str> = plan.split_whitespace().collect();
-    let tenant = Tenant::attach_at(&part.socket);
+    let mut words: Vec<&str> = plan.split_whitespace().collect();
+    let tenant = if words[0] == "late" {
+        words.remove(0);
+        // The daemon reads it when this process is another.
+        let mut tenant = Tenant::at(&part.socket).unwrap();
+        tenant.hello();
+        tenant
+    } else {
+        Tenant::attach_at(&part.socket)
+    };
     // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
@@ -334,6 +417,14 @@ fn become_another(plan: &[&str]) {
                 .env("TENANT_SOCKET", port)
                 .exec();
             panic!("{error}");
+        }
+        ["become", program, port] => {
+            let error = Command::new(program)
+                .args(std::env::args_os().skip(1))
+                .env("TENANT_PART", "tenant")
+                .env("TENANT_PORT", port)
+                .exec();
+            panic!("{program}: {error}");
         }
         ["hide", port] => {
             nix::sys::prctl::set_dumpable(false).unwrap();
@@ -379,7 +470,7 @@ fn connect_to(port: u16) -> TcpStream {
 
 fn connect_and_sleep(port: &str) {
     let stream = connect_to(port.parse().unwrap());
-    say_connected(&stream);
+    say_connected(&stream, 0);
     sleep();
 }
 
@@ -429,11 +520,14 @@ fn queued(word: &str, numbers: &[u64]) -> Request {
     match word {
         "announce" => claim(numbers),
         "holds" => Request {
-            stream_id: 1,
+            stream_id: numbers[7],
+            // The end that has connected.
+            active: 0,
             ..of_connection(what::HOLDS)
         },
         "mapped" => request(what::MAPPED, 7, 1),
         "declined" => request(what::DECLINED, 7, 1),
+        "closed" => request(what::CLOSED, 7, 1),
         "listens" => Request {
             conn: 0,
             generation: 0,

@@ -31,7 +31,7 @@ int main(int argc, char **argv)
 	getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &length);
 	length = sizeof netns;
 	getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &netns, &length);
-	printf("\n@connected %d %llu %llu %d %d %d %d\n", fd, cookie, netns, ntohs(own.sin_port),
+	printf("\n@connected %d %llu %llu %d %d %d %d 0\n", fd, cookie, netns, ntohs(own.sin_port),
 	       atoi(argv[1]), geteuid(), getegid());
 	fflush(stdout);
 	for (;;)

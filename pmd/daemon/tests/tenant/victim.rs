@@ -18,16 +18,14 @@ pub enum Rights {
     Nothing,
 }
 
-/// A compiled `victim.c`.
+/// A compiled `victim.c`, or this test's own binary.
 pub struct Program {
     dir: tempfile::TempDir,
 }
 
 impl Program {
     pub fn with(rights: Rights) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
-        let program = Program { dir };
+        let program = Self::nowhere();
         let (source, path) = (program.dir.path().join("victim.c"), program.path());
         std::fs::write(&source, include_str!("victim.c")).unwrap();
         let compiled = Command::new("cc").arg("-o").arg(&path).arg(source).status();
@@ -43,6 +41,21 @@ impl Program {
             allow_raw_sockets(&path);
         }
         program
+    }
+
+    /// The test's own binary, with a set-user-id bit.
+    pub fn copy_of_this() -> Self {
+        let program = Self::nowhere();
+        std::fs::copy("/proc/self/exe", program.path()).unwrap();
+        chown(program.path(), Some(VICTIM), Some(0)).unwrap();
+        std::fs::set_permissions(program.path(), PermissionsExt::from_mode(0o4755)).unwrap();
+        program
+    }
+
+    fn nowhere() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
+        Program { dir }
     }
 
     pub fn path(&self) -> PathBuf {
@@ -86,11 +99,11 @@ pub fn claim(numbers: &[u64]) -> Request {
     }
 }
 
-/// Says of a connection of this process what `victim.c` would.
-pub fn say_connected(stream: &TcpStream) {
+/// Says of a connection of this process what `victim.c` would, and its stream.
+pub fn say_connected(stream: &TcpStream, stream_id: u64) {
     let own = announcement(1, 1, stream, 1);
     say(&format!(
-        "connected {} {} {} {} {} {} {}",
+        "connected {} {} {} {} {} {} {} {stream_id}",
         own.fd,
         own.cookie,
         own.netns,
