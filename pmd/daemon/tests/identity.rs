@@ -48,16 +48,20 @@ impl Scene {
         self.listener.local_addr().unwrap().port()
     }
 
-    /// An owner that follows this plan, as far as its connection. What it says of that.
-    fn owner(&self, test: &str, user: u32, plan: &str) -> (Actor, Vec<u64>, TcpStream) {
+    fn start(&self, test: &str, user: u32) -> Actor {
         let socket = self.daemon.socket();
-        let mut owner = match user {
+        match user {
             CAPABLE => Actor::start_with(test, "owner", &socket, |command| {
                 // SAFETY: system calls alone between fork and exec.
                 unsafe { command.pre_exec(keep_only_change_of_user) };
             }),
             user => Actor::start(test, "owner", &socket, user),
-        };
+        }
+    }
+
+    /// An owner that follows this plan, as far as its connection. What it says of that.
+    fn owner(&self, test: &str, user: u32, plan: &str) -> (Actor, Vec<u64>, TcpStream) {
+        let mut owner = self.start(test, user);
         let late = plan.starts_with("late");
         if late {
             self.daemon.signal(Signal::SIGSTOP);
@@ -279,14 +283,9 @@ scene!(
 scene!(
     the_stream_of_another_program_is_not_given_up,
     |test: &str| {
-        let program = Program::copy_of_this();
         let mut scene = Scene::new();
-        let mut owner = Actor::start(test, "owner", &scene.daemon.socket(), ATTACKER);
-        owner.say(&format!(
-            "become {} {}",
-            program.path().display(),
-            scene.port()
-        ));
+        let mut owner = scene.start(test, CAPABLE);
+        owner.say(&format!("become {}", scene.port()));
         let (accepted, _) = scene.listener.accept().unwrap();
         scene.server.announce(1, 1, &accepted, 0);
         scene.server.promote();
@@ -370,7 +369,7 @@ fn play(part: &Part) {
     }
 }
 
-/// A program with rights of its own that is a tenant of its own, and has a stream.
+/// A program of another user that is a tenant of its own, and has a stream.
 fn be_tenant(part: &Part) {
     let port = std::env::var("TENANT_PORT").unwrap().parse().unwrap();
     let mut tenant = Tenant::attach_at(&part.socket);
@@ -418,13 +417,15 @@ fn become_another(plan: &[&str]) {
                 .exec();
             panic!("{error}");
         }
-        ["become", program, port] => {
-            let error = Command::new(program)
+        ["become", port] => {
+            let user = Uid::from_raw(VICTIM);
+            setresuid(user, user, user).unwrap();
+            let error = Command::new("/proc/self/exe")
                 .args(std::env::args_os().skip(1))
                 .env("TENANT_PART", "tenant")
                 .env("TENANT_PORT", port)
                 .exec();
-            panic!("{program}: {error}");
+            panic!("{error}");
         }
         ["hide", port] => {
             nix::sys::prctl::set_dumpable(false).unwrap();

@@ -18,14 +18,16 @@ pub enum Rights {
     Nothing,
 }
 
-/// A compiled `victim.c`, or this test's own binary.
+/// A compiled `victim.c`.
 pub struct Program {
     dir: tempfile::TempDir,
 }
 
 impl Program {
     pub fn with(rights: Rights) -> Self {
-        let program = Self::nowhere();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
+        let program = Program { dir };
         let (source, path) = (program.dir.path().join("victim.c"), program.path());
         std::fs::write(&source, include_str!("victim.c")).unwrap();
         let compiled = Command::new("cc").arg("-o").arg(&path).arg(source).status();
@@ -41,21 +43,6 @@ impl Program {
             allow_raw_sockets(&path);
         }
         program
-    }
-
-    /// The test's own binary, with a set-user-id bit.
-    pub fn copy_of_this() -> Self {
-        let program = Self::nowhere();
-        std::fs::copy("/proc/self/exe", program.path()).unwrap();
-        chown(program.path(), Some(VICTIM), Some(0)).unwrap();
-        std::fs::set_permissions(program.path(), PermissionsExt::from_mode(0o4755)).unwrap();
-        program
-    }
-
-    fn nowhere() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
-        Program { dir }
     }
 
     pub fn path(&self) -> PathBuf {
