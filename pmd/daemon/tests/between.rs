@@ -5,13 +5,18 @@ mod tenant;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rdsock_shm::control::{Between, Caller, Message, from_bytes, kind};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::{ForkResult, fork};
+use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::Bystander;
 use tenant::nodes::{Bound, Client, Nodes, Server, octets};
-use tenant::{Answer, Tenant};
+use tenant::victim::{Program, Rights};
+use tenant::{Answer, Tenant, request};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -34,6 +39,7 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "client" => be_client(part),
         "asker" => be_asker(part),
+        "owner" => be_owner(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -119,6 +125,32 @@ fn be_asker(part: &Part) {
             other => say(&format!("ticket 0 {other:?}")),
         }
     }
+}
+
+/// Attaches, forks, and runs a program; the child says in its parent's queue that this one listens.
+fn be_owner(part: &Part) {
+    let program = listen().unwrap();
+    let mut tenant = Tenant::attach_at(&part.socket);
+    // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
+    if let ForkResult::Parent { .. } = unsafe { fork() }.unwrap() {
+        let error = Command::new(&program).args(["listen", "127.0.0.2"]).exec();
+        panic!("{program}: {error}");
+    }
+    while let Some(line) = listen() {
+        let numbers = line.split_whitespace().map(|n| n.parse().unwrap());
+        let [fd, cookie, netns, port] = numbers.collect::<Vec<u64>>().try_into().unwrap();
+        assert!(tenant.memory.put(&Request {
+            fd: fd as i32,
+            cookie,
+            netns,
+            local: octets(Ipv4Addr::new(127, 0, 0, 2)),
+            local_port: port as u32,
+            ..request(what::LISTENS, 0, 0)
+        }));
+        tenant.kick();
+        say("said");
+    }
+    std::process::abort();
 }
 
 /// When the attacker asks for the victim's port.
@@ -272,6 +304,46 @@ scene!(streams_that_nobody_comes_for_count_for_their_user, |test| {
     println!("flooded: {flooded}; at most {most:?} more descriptors");
     nodes.wait_until_met();
     honest(test, &nodes);
+});
+
+scene!(nobody_listens_in_the_name_of_another_program, |test| {
+    let program = Program::with(Rights::SetUserId);
+    let nodes = Nodes::start(["", ""]);
+    let mut owner = Actor::start(test, "owner", &nodes.server().socket(), ATTACKER);
+    owner.say(&program.path().display().to_string());
+    let listener = owner.hear("listening");
+    owner.say(&listener);
+    owner.hear("said");
+    std::thread::sleep(Duration::from_millis(300));
+    let port = listener.split(' ').next_back().unwrap().parse().unwrap();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let mut client = Client::at(&nodes.client().socket());
+    let reached = client.reach(Bound::new(0).unwrap().port, to);
+    assert_eq!(
+        reached.ticket, 0,
+        "a program that is no tenant is given a connection, and another one could announce it"
+    );
+});
+
+scene!(few_descriptors_are_shared_by_users_of_two_nodes, |test| {
+    const DESCRIPTORS: u64 = 1024;
+    let nodes = Nodes::start_with(["", ""], |command| {
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                let limit = Resource::RLIMIT_NOFILE;
+                Ok(setrlimit(limit, DESCRIPTORS, DESCRIPTORS)?)
+            })
+        };
+    });
+    let server = Server::start(nodes.server());
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    attacker.say(&format!("flood 20000 {} 2000", server.address().port()));
+    attacker.hear("flooded");
+    // Before the streams that nobody came for are given up.
+    honest(test, &nodes);
+    nodes.wait_until_met();
 });
 
 scene!(users_of_two_nodes_are_served, |test| {

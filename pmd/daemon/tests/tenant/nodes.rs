@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,11 @@ pub struct Nodes {
 impl Nodes {
     /// With these lines in front of the configuration of each.
     pub fn start(top: [&str; 2]) -> Self {
+        Self::start_with(top, |_| {})
+    }
+
+    /// The same with something done to the command of each.
+    pub fn start_with(top: [&str; 2], change: impl Fn(&mut Command)) -> Self {
         let meet = tempfile::tempdir().unwrap();
         std::fs::set_permissions(&meet, PermissionsExt::from_mode(0o700)).unwrap();
         let config = |node: usize| {
@@ -43,7 +49,7 @@ impl Nodes {
             )
         };
         let nodes = Nodes {
-            daemons: [0, 1].map(|node| Daemon::start(&config(node))),
+            daemons: [0, 1].map(|node| Daemon::start_with(&config(node), &change)),
             _meet: meet,
         };
         nodes.wait_until_met();

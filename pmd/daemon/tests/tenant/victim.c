@@ -1,8 +1,9 @@
-/* A program that connects to a port of this host, says which connection it has, and waits.
-   It knows nothing of rdsock. Usage: victim PORT [undumpable] */
+/* A program that connects to a port of this host, says which connection it has, and waits; or one that
+   listens at an address. It knows nothing of rdsock. Usage: victim PORT [undumpable], victim listen ADDRESS */
 #include <arpa/inet.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -10,6 +11,27 @@
 #ifndef SO_NETNS_COOKIE
 #define SO_NETNS_COOKIE 71
 #endif
+
+static int say_listening(const char *address)
+{
+	struct sockaddr_in own = { .sin_family = AF_INET };
+	socklen_t length = sizeof own;
+	unsigned long long cookie = 0, netns = 0;
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+	inet_pton(AF_INET, address, &own.sin_addr);
+	if (bind(fd, (struct sockaddr *)&own, length) || listen(fd, 16) ||
+	    getsockname(fd, (struct sockaddr *)&own, &length))
+		return 1;
+	length = sizeof cookie;
+	getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &length);
+	length = sizeof netns;
+	getsockopt(fd, SOL_SOCKET, SO_NETNS_COOKIE, &netns, &length);
+	printf("\n@listening %d %llu %llu %d\n", fd, cookie, netns, ntohs(own.sin_port));
+	fflush(stdout);
+	for (;;)
+		pause();
+}
 
 int main(int argc, char **argv)
 {
@@ -19,6 +41,8 @@ int main(int argc, char **argv)
 	int fd;
 
 	alarm(60);
+	if (!strcmp(argv[1], "listen"))
+		return say_listening(argv[2]);
 	if (argc > 2)
 		prctl(PR_SET_DUMPABLE, 0);
 	to.sin_port = htons(atoi(argv[1]));
