@@ -14,7 +14,8 @@ use nix::unistd::{ForkResult, Gid, Uid, fork, setgroups, setresgid, setresuid};
 use rdsock_shm::control::{Lookup, Message, Request, kind, request as what};
 use serde_json::Value;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, VICTIM, is_root, listen, say};
-use tenant::measure::Honest;
+use tenant::measure::{Bystander, Honest};
+use tenant::silent::{FileSystem, be_file_system};
 use tenant::victim::{Program, Rights, claim, say_connected};
 use tenant::{Answer, Daemon, Tenant, request};
 
@@ -61,6 +62,17 @@ impl Scene {
 
     /// An owner that follows this plan, as far as its connection. What it says of that.
     fn owner(&self, test: &str, user: u32, plan: &str) -> (Actor, Vec<u64>, TcpStream) {
+        self.owner_with(test, user, plan, || {})
+    }
+
+    /// The same with something done when it is connected, before the daemon reads on.
+    fn owner_with(
+        &self,
+        test: &str,
+        user: u32,
+        plan: &str,
+        connected: impl FnOnce(),
+    ) -> (Actor, Vec<u64>, TcpStream) {
         let mut owner = self.start(test, user);
         let late = plan.starts_with("late");
         if late {
@@ -69,6 +81,7 @@ impl Scene {
         owner.say(plan);
         let connection = owner.hear_numbers("connected");
         let (accepted, _) = self.listener.accept().unwrap();
+        connected();
         if late {
             self.daemon.signal(Signal::SIGCONT);
             // Now it reads who called.
@@ -303,6 +316,34 @@ scene!(
     }
 );
 
+// Looking at the file of a program may take for ever.
+scene!(
+    a_program_whose_file_system_does_not_answer_keeps_nobody,
+    |test: &str| {
+        let program = Program::with(Rights::Nothing);
+        for plan in ["exec", "late exec"] {
+            let mut scene = Scene::new();
+            let bystander = Bystander::new(&scene.daemon);
+            let Some(mut system) = FileSystem::start(test, Some(&program.path())) else {
+                return;
+            };
+            let path = system.path().display().to_string();
+            let plan = format!("{plan} {path} {}", scene.port());
+            // What it needs of its file it has when it is connected.
+            let (mut owner, connection, accepted) =
+                scene.owner_with(test, 0, &plan, || system.silence());
+            bystander.asks(&scene.daemon, &plan);
+            let words: Vec<String> = connection.iter().map(u64::to_string).collect();
+            owner.say(&format!("announce {}", words.join(" ")));
+            owner.hear("announced");
+            bystander.goes_on(&scene.daemon, &plan, Duration::from_secs(2));
+            scene.server.announce(1, 1, &accepted, 0);
+            bystander.goes_on(&scene.daemon, &plan, Duration::from_secs(1));
+            Honest::new(&scene.daemon).promotion();
+        }
+    }
+);
+
 // The number of a process comes round; the process does not. (The inode of a socket may come round as well, but
 // that takes hours: no test forces it.)
 scene!(
@@ -362,6 +403,7 @@ fn play(part: &Part) {
             sleep();
         }
         "tenant" => be_tenant(part),
+        "file system" => be_file_system(part),
         "numbers come round" => {
             numbers_come_round("a_process_that_got_the_number_of_a_tenant_keeps_its_connection");
         }

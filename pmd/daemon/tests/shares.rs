@@ -165,8 +165,8 @@ fn be_deaf(part: &Part) {
 
 /// Several that ask for little, very often, and read nothing.
 fn be_deaf_crowd(part: &Part) {
-    const MESSAGES: usize = 60_000;
-    let crowd: Vec<_> = (0..12).filter_map(|_| try_attach(part)).collect();
+    const MESSAGES: usize = 40_000;
+    let crowd: Vec<_> = (0..30).filter_map(|_| try_attach(part)).collect();
     say("ready");
     listen();
     let address = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();

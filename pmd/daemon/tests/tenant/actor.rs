@@ -24,9 +24,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("SKIPPED, NOTHING WAS CHECKED: needs root");
+        skipped("needs root");
     }
     root
+}
+
+/// Says that a test has checked nothing, also where the harness keeps what tests print to itself.
+pub fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED, NOTHING WAS CHECKED: {why}");
 }
 
 /// The part that this process plays, where it is an actor.

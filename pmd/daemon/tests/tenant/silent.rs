@@ -8,11 +8,12 @@ use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::actor::{Actor, Part, listen, say};
+use super::actor::{Actor, Part, listen, say, skipped};
 
 /// What FUSE calls its requests, of those that are answered.
 mod opcode {
@@ -20,44 +21,61 @@ mod opcode {
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
     pub const OPEN: u32 = 14;
+    pub const READ: u32 = 15;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const INTERRUPT: u32 = 36;
 }
 
+/// A file system with one file, until it is told to be silent: then every operation waits for ever.
+pub struct FileSystem {
+    server: Actor,
+    folder: tempfile::TempDir,
+}
+
+impl FileSystem {
+    /// Its file is a copy of this one, or empty. `None` where there is no FUSE, having said so.
+    pub fn start(test: &str, content: Option<&Path>) -> Option<Self> {
+        if !Path::new("/dev/fuse").exists() {
+            skipped("there is no /dev/fuse here");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let server = Actor::start_with(test, "file system", folder.path(), |command| {
+            command.env("TENANT_CONTENT", content.unwrap_or(Path::new("/dev/null")));
+            // SAFETY: one system call between fork and exec.
+            unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?)) };
+        });
+        server.hear("mounted");
+        Some(FileSystem { server, folder })
+    }
+
+    /// Where root finds the file.
+    pub fn path(&self) -> PathBuf {
+        let (pid, folder) = (self.server.pid(), self.folder.path().display());
+        format!("/proc/{pid}/root{folder}/file").into()
+    }
+
+    pub fn silence(&mut self) {
+        self.server.say("be silent");
+        self.server.hear("silent");
+    }
+}
+
 /// An open file on which every operation waits for ever.
 pub struct SilentFile {
     file: ManuallyDrop<File>,
-    server: Actor,
-    _folder: tempfile::TempDir,
+    system: FileSystem,
 }
 
 impl SilentFile {
     /// `None` where there is no FUSE, having said so.
     pub fn open(test: &str) -> Option<Self> {
-        if !std::path::Path::new("/dev/fuse").exists() {
-            eprintln!("SKIPPED, NOTHING WAS CHECKED: there is no /dev/fuse here");
-            return None;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let mut server = Actor::start_with(test, "file system", folder.path(), |command| {
-            // SAFETY: one system call between fork and exec.
-            unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?)) };
-        });
-        server.hear("mounted");
-        let path = format!(
-            "/proc/{}/root{}/file",
-            server.pid(),
-            folder.path().display()
-        );
-        let file = File::options().read(true).write(true).open(path).unwrap();
-        server.say("be silent");
-        server.hear("silent");
-        Some(SilentFile {
-            file: ManuallyDrop::new(file),
-            server,
-            _folder: folder,
-        })
+        let mut system = FileSystem::start(test, None)?;
+        let file = File::options().read(true).write(true).open(system.path());
+        let file = ManuallyDrop::new(file.unwrap());
+        system.silence();
+        Some(SilentFile { file, system })
     }
 
     pub fn fd(&self) -> i32 {
@@ -67,7 +85,7 @@ impl SilentFile {
 
 impl Drop for SilentFile {
     fn drop(&mut self) {
-        self.server.kill();
+        self.system.server.kill();
         // SAFETY: it is dropped here only.
         unsafe { ManuallyDrop::drop(&mut self.file) };
     }
@@ -86,7 +104,8 @@ pub fn be_file_system(part: &Part) {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let options = Some(options.as_str());
     mount(Some("silent"), &part.socket, Some("fuse"), flags, options).unwrap();
-    let serving = std::thread::spawn(move || serve(device));
+    let content = std::fs::read(std::env::var_os("TENANT_CONTENT").unwrap()).unwrap();
+    let serving = std::thread::spawn(move || serve(device, &content));
     say("mounted");
     while let Some(line) = listen() {
         if line == "be silent" {
@@ -102,7 +121,7 @@ pub fn be_file_system(part: &Part) {
 static SILENT: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 /// Answers requests.
-fn serve(mut device: File) {
+fn serve(mut device: File, content: &[u8]) {
     let mut request = vec![0; 1 << 17];
     while let Ok(length) = device.read(&mut request) {
         let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
@@ -113,8 +132,14 @@ fn serve(mut device: File) {
         }
         let answer = match what {
             opcode::INIT => Ok(init()),
-            opcode::LOOKUP => Ok(entry()),
-            opcode::GETATTR => Ok([vec![0; 16], attributes(node)].concat()),
+            opcode::LOOKUP => Ok(entry(content.len())),
+            opcode::GETATTR => Ok([vec![0; 16], attributes(node, content.len())].concat()),
+            opcode::READ => {
+                // Offset and size in `fuse_read_in`.
+                let (from, size) = (word(48) as usize, word(56) as usize);
+                let rest = content.get(from..).unwrap_or_default();
+                Ok(rest[..size.min(rest.len())].to_vec())
+            }
             opcode::OPEN => Ok(vec![0; 16]),
             opcode::FLUSH => Ok(Vec::new()),
             opcode::FORGET | opcode::INTERRUPT => continue,
@@ -139,16 +164,16 @@ fn init() -> Vec<u8> {
 }
 
 /// `fuse_entry_out`: node 2, attributes that are asked for each time.
-fn entry() -> Vec<u8> {
+fn entry(size: usize) -> Vec<u8> {
     let words = [2_u64, 1, 1, 0, 0];
     let words = words.iter().flat_map(|word| word.to_ne_bytes());
-    words.chain(attributes(2)).collect()
+    words.chain(attributes(2, size)).collect()
 }
 
 /// `fuse_attr` of the folder (node 1) or the file.
-fn attributes(node: u32) -> Vec<u8> {
-    let longs = [u64::from(node), 4096, 8, 0, 0, 0];
-    let mode = if node == 1 { 0o040_755 } else { 0o100_666 };
+fn attributes(node: u32, size: usize) -> Vec<u8> {
+    let longs = [u64::from(node), size as u64, 8, 0, 0, 0];
+    let mode = if node == 1 { 0o040_755 } else { 0o100_777 };
     let words = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0_u32];
     let longs = longs.iter().flat_map(|word| word.to_ne_bytes());
     longs
