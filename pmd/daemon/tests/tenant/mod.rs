@@ -6,6 +6,7 @@ pub mod actor;
 pub mod linger;
 pub mod measure;
 pub mod nodes;
+pub mod owner;
 pub mod silent;
 pub mod victim;
 
