@@ -2,18 +2,27 @@
 
 #![allow(dead_code)]
 
+pub mod actor;
+pub mod linger;
+pub mod measure;
+pub mod nodes;
+pub mod owner;
+pub mod silent;
+pub mod victim;
+
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::offset_of;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
@@ -47,6 +56,8 @@ impl Daemon {
     /// With a configuration file of this text, and something done to the command.
     pub fn start_with(config: &str, change: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        // Tenants of other users look for the socket there.
+        std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
         let file = dir.path().join("rdsockd.toml");
         std::fs::write(&file, config).unwrap();
         let mut command = Self::command(&dir);
@@ -280,7 +291,12 @@ impl Tenant {
 
     /// Attached.
     pub fn attach(daemon: &Daemon) -> Self {
-        let mut tenant = Self::stranger(daemon).unwrap();
+        Self::attach_at(&daemon.socket())
+    }
+
+    /// Attached to the daemon with this socket.
+    pub fn attach_at(path: &std::path::Path) -> Self {
+        let mut tenant = Self::at(path).unwrap();
         tenant.hello();
         match tenant.receive() {
             Answer::Message(kind::WELCOME, ..) => tenant,
@@ -342,6 +358,14 @@ impl Tenant {
         self.received += 1;
         let (kind, body) = parse(&bytes[..len]).unwrap();
         Answer::Message(kind, body.to_vec(), fds)
+    }
+
+    /// The daemon's next message, when it comes in this time.
+    pub fn receive_within(&mut self, patience: Duration) -> Option<Answer> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let millis = patience.as_millis() as u16;
+        let ready = poll(&mut fds, PollTimeout::from(millis)).unwrap();
+        (ready > 0).then(|| self.receive())
     }
 
     fn expect<T: Pod>(&mut self, expected: u16) -> (T, Vec<OwnedFd>) {
@@ -406,7 +430,7 @@ impl Tenant {
     }
 }
 
-fn option(stream: &TcpStream, option: i32) -> u64 {
+fn option(stream: &impl AsRawFd, option: i32) -> u64 {
     let (mut value, mut len) = (0u64, 8);
     let fd = stream.as_raw_fd();
     // SAFETY: the option writes 8 bytes to `value`.
@@ -424,7 +448,17 @@ fn option(stream: &TcpStream, option: i32) -> u64 {
 }
 
 pub fn cookie(stream: &TcpStream) -> u64 {
-    option(stream, libc::SO_COOKIE)
+    cookie_of(stream)
+}
+
+/// Of any socket.
+pub fn cookie_of(socket: &impl AsRawFd) -> u64 {
+    option(socket, libc::SO_COOKIE)
+}
+
+/// The cookie of a socket's network namespace.
+pub fn netns_of(socket: &impl AsRawFd) -> u64 {
+    option(socket, libc::SO_NETNS_COOKIE)
 }
 
 pub fn announcement(number: u32, generation: u32, stream: &TcpStream, active: u32) -> Request {

@@ -1,0 +1,364 @@
+//! Between two nodes: nobody gets what was promised to another, makes the other node wait, or uses up what
+//! others need.
+
+mod tenant;
+
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::{ForkResult, fork};
+use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
+use tenant::measure::Bystander;
+use tenant::nodes::{Bound, Client, Nodes, Server, octets};
+use tenant::victim::{Program, Rights};
+use tenant::{Answer, Tenant, request};
+
+/// Time for a word to come to the other node, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+macro_rules! scene {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            if let Some(part) = Part::of_this() {
+                return play(&part);
+            }
+            if is_root() {
+                $body(stringify!($name));
+            }
+        }
+    };
+}
+
+fn play(part: &Part) {
+    match part.name.as_str() {
+        "client" => be_client(part),
+        "asker" => be_asker(part),
+        "owner" => be_owner(part),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+/// A client that does as it is told, whatever is true.
+fn be_client(part: &Part) {
+    let mut client = Client::at(&part.socket);
+    let mut kept = Vec::new();
+    say("ready");
+    while let Some(line) = listen() {
+        let (word, rest) = line.split_once(' ').unwrap();
+        let numbers = rest.split_whitespace().map(|n| n.parse::<u16>().unwrap());
+        let [port, to, count] = numbers.collect::<Vec<_>>().try_into().unwrap();
+        let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), to);
+        match word {
+            // From a port that may be another's.
+            "reach" => {
+                let reached = client.reach(port, to);
+                say(&format!("reached {}", reached.ticket));
+            }
+            // The same, often, without a look at the answers.
+            "ask" => {
+                (0..count).for_each(|_| client.ask(port, to));
+                say("asked");
+            }
+            // From ever new ports.
+            "flood" => {
+                for number in 0..count {
+                    client.ask(port + number, to);
+                    while client.tenant.receive_within(Duration::ZERO).is_some() {}
+                }
+                say("flooded");
+            }
+            // From a port that another had, to where that one was told to go.
+            "take" => match Bound::new(port).and_then(|bound| bound.connect(count.into())) {
+                Ok(mut stream) => {
+                    let _ = stream.write_all(b"stolen");
+                    kept.push(stream);
+                    say("took");
+                }
+                Err(error) => say(&format!("took not: {error}")),
+            },
+            // As an honest one: bytes to the other node.
+            "go" => {
+                let bound = Bound::new(0).unwrap();
+                let reached = client.reach(bound.port, to);
+                if reached.ticket == 0 {
+                    say(&format!("went not: reason {}", reached.reason));
+                    continue;
+                }
+                let mut stream = client.go(bound, &reached).unwrap();
+                stream.write_all(b"honest").unwrap();
+                kept.push(stream);
+                say("went");
+            }
+            other => panic!("no such thing to do: {other}"),
+        }
+    }
+}
+
+/// Asks whose connections are.
+fn be_asker(part: &Part) {
+    let mut tenant = Tenant::attach_at(&part.socket);
+    say("ready");
+    while let Some(line) = listen() {
+        let numbers = line.split_whitespace().map(|n| n.parse().unwrap());
+        let [local_port, peer_port, netns] = numbers.collect::<Vec<u64>>().try_into().unwrap();
+        let question = Between {
+            question: 1,
+            netns,
+            local: octets(Ipv4Addr::new(127, 0, 0, 2)),
+            peer: octets(rdsock_shm::control::FABRIC_SOURCE_V4.into()),
+            local_port: local_port as u32,
+            peer_port: peer_port as u32,
+        };
+        let message = Message::new(kind::WHOIS, &question);
+        tenant.send(message.as_bytes(), &[]);
+        match tenant.receive() {
+            Answer::Message(kind::CALLER, body, _) => {
+                let caller: Caller = from_bytes(&body).unwrap();
+                say(&format!("ticket {}", caller.ticket));
+            }
+            other => say(&format!("ticket 0 {other:?}")),
+        }
+    }
+}
+
+/// Attaches, forks, and runs a program; the child says in its parent's queue that this one listens.
+fn be_owner(part: &Part) {
+    let program = listen().unwrap();
+    let mut tenant = Tenant::attach_at(&part.socket);
+    // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
+    if let ForkResult::Parent { .. } = unsafe { fork() }.unwrap() {
+        let error = Command::new(&program).args(["listen", "127.0.0.2"]).exec();
+        panic!("{program}: {error}");
+    }
+    while let Some(line) = listen() {
+        let numbers = line.split_whitespace().map(|n| n.parse().unwrap());
+        let [fd, cookie, netns, port] = numbers.collect::<Vec<u64>>().try_into().unwrap();
+        assert!(tenant.memory.put(&Request {
+            fd: fd as i32,
+            cookie,
+            netns,
+            local: octets(Ipv4Addr::new(127, 0, 0, 2)),
+            local_port: port as u32,
+            ..request(what::LISTENS, 0, 0)
+        }));
+        tenant.kick();
+        say("said");
+    }
+    std::process::abort();
+}
+
+/// When the attacker asks for the victim's port.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    Before,
+    Between,
+    /// At once, and often.
+    Meanwhile,
+}
+
+scene!(a_port_of_another_user_brings_nothing, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let (right, wrong) = (Server::start(nodes.server()), Server::start(nodes.server()));
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    let mut victim = Client::at(&nodes.client().socket());
+    let mut lost = Vec::new();
+    let whens = [When::Between, When::Before, When::Meanwhile];
+    for (round, when) in whens.iter().cycle().take(30).enumerate() {
+        let bound = Bound::new(0).unwrap();
+        let (port, to) = (bound.port, wrong.address().port());
+        let reached = match when {
+            When::Before => {
+                attacker.say(&format!("reach {port} {to} 0"));
+                attacker.hear("reached");
+                victim.reach(port, right.address())
+            }
+            When::Between => {
+                let reached = victim.reach(port, right.address());
+                attacker.say(&format!("reach {port} {to} 0"));
+                attacker.hear("reached");
+                reached
+            }
+            When::Meanwhile => {
+                attacker.say(&format!("ask {port} {to} 5"));
+                let reached = victim.reach(port, right.address());
+                attacker.hear("asked");
+                reached
+            }
+        };
+        assert_ne!(reached.ticket, 0, "{when:?}: reason {}", reached.reason);
+        let password = format!("password {round}");
+        let sent = victim
+            .go(bound, &reached)
+            .map(|mut stream| stream.write_all(password.as_bytes()).map(|()| stream));
+        if !right.receives(&password, PATIENCE) {
+            lost.push((round, *when, sent.map(|sent| sent.is_ok())));
+        }
+        let stolen = wrong.received();
+        assert!(
+            stolen.is_empty(),
+            "round {round}, {when:?}: the attacker got {stolen:?}"
+        );
+    }
+    // Nor is it stopped.
+    assert!(lost.is_empty(), "did not come: {lost:?}");
+});
+
+scene!(a_promise_is_not_for_who_takes_the_port, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    let mut victim = Client::at(&nodes.client().socket());
+    for _ in 0..5 {
+        let bound = Bound::new(0).unwrap();
+        let (port, to) = (bound.port, server.address().port());
+        let reached = victim.reach(port, server.address());
+        assert_ne!(reached.ticket, 0);
+        drop(bound);
+        attacker.say(&format!("take {port} {to} {}", reached.anchor_port));
+        attacker.hear("took");
+        assert!(
+            !server.receives("stolen", Duration::from_millis(500)),
+            "bytes of another user go over a stream that was promised to the victim"
+        );
+    }
+});
+
+scene!(only_who_has_a_connection_is_told_whose_it_is, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::deaf(nodes.server(), 16);
+    let mut asker = Actor::start(test, "asker", &nodes.server().socket(), ATTACKER);
+    asker.hear("ready");
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let reached = client.reach(bound.port, server.address());
+    let _stream = client.go(bound, &reached).unwrap();
+    let (accepted, peer) = server.listener.accept().unwrap();
+    let (port, netns) = (server.address().port(), tenant::netns_of(&accepted));
+    asker.say(&format!("{port} {} {netns}", peer.port()));
+    assert_eq!(asker.hear("ticket"), "0", "a stranger is told");
+});
+
+scene!(a_full_backlog_does_not_keep_the_other_node, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::deaf(nodes.server(), 0);
+    let bystanders = nodes.daemons.each_ref().map(Bystander::new);
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    let port = server.address().port();
+    attacker.say(&format!("flood 20000 {port} 1000"));
+    let end = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < end {
+        for (bystander, daemon) in bystanders.iter().zip(&nodes.daemons) {
+            bystander.asks(daemon, "a listener with a full backlog");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Others are served meanwhile.
+    honest(test, &nodes);
+});
+
+/// Another user of node 1 comes to a server of node 2.
+fn honest(test: &str, nodes: &Nodes) {
+    let server = Server::start(nodes.server());
+    let mut other = Actor::start(test, "client", &nodes.client().socket(), OTHER);
+    other.hear("ready");
+    other.say(&format!("go 0 {} 0", server.address().port()));
+    assert_eq!(other.hear(""), "went", "an honest user");
+    assert!(server.receives("honest", PATIENCE));
+}
+
+scene!(streams_that_nobody_comes_for_count_for_their_user, |test| {
+    // Of these, a user may have so many, each with a handful of descriptors on either node.
+    const MOST: usize = 100;
+    const DESCRIPTORS: usize = 8 * MOST + 200;
+    let limit = format!("max_streams_per_user = {MOST}\n");
+    let nodes = Nodes::start([&limit, ""]);
+    let server = Server::start(nodes.server());
+    let before = nodes.daemons.each_ref().map(|daemon| daemon.descriptors());
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    let port = server.address().port();
+    attacker.say(&format!("flood 20000 {port} 4000"));
+    let mut flooded = false;
+    let mut most = [0, 0];
+    let end = Instant::now() + Duration::from_secs(15);
+    while !flooded && Instant::now() < end {
+        flooded = attacker.next_line(Duration::from_millis(20)).is_some();
+        for (at, daemon) in nodes.daemons.iter().enumerate() {
+            let more = daemon.descriptors().saturating_sub(before[at]);
+            most[at] = most[at].max(more);
+        }
+        assert!(
+            most.iter().all(|most| *most < DESCRIPTORS),
+            "{most:?} more descriptors on the two nodes for {MOST} streams that a user may have"
+        );
+    }
+    println!("flooded: {flooded}; at most {most:?} more descriptors");
+    nodes.wait_until_met();
+    honest(test, &nodes);
+});
+
+scene!(nobody_listens_in_the_name_of_another_program, |test| {
+    let program = Program::with(Rights::SetUserId);
+    let nodes = Nodes::start(["", ""]);
+    let mut owner = Actor::start(test, "owner", &nodes.server().socket(), ATTACKER);
+    owner.say(&program.path().display().to_string());
+    let listener = owner.hear("listening");
+    owner.say(&listener);
+    owner.hear("said");
+    std::thread::sleep(Duration::from_millis(300));
+    let port = listener.split(' ').next_back().unwrap().parse().unwrap();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let mut client = Client::at(&nodes.client().socket());
+    let reached = client.reach(Bound::new(0).unwrap().port, to);
+    assert_eq!(
+        reached.ticket, 0,
+        "a program that is no tenant is given a connection, and another one could announce it"
+    );
+});
+
+scene!(few_descriptors_are_shared_by_users_of_two_nodes, |test| {
+    const DESCRIPTORS: u64 = 1024;
+    let nodes = Nodes::start_with(["", ""], |command| {
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                let limit = Resource::RLIMIT_NOFILE;
+                Ok(setrlimit(limit, DESCRIPTORS, DESCRIPTORS)?)
+            })
+        };
+    });
+    let server = Server::start(nodes.server());
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    attacker.say(&format!("flood 20000 {} 2000", server.address().port()));
+    attacker.hear("flooded");
+    // Before the streams that nobody came for are given up.
+    honest(test, &nodes);
+    nodes.wait_until_met();
+});
+
+scene!(users_of_two_nodes_are_served, |test| {
+    let nodes = Nodes::start(["", ""]);
+    honest(test, &nodes);
+    // Several of one user, from one port after the other, as in the scenes of attack.
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    for round in 0..5 {
+        let bound = Bound::new(0).unwrap();
+        let reached = client.reach(bound.port, server.address());
+        assert_ne!(reached.ticket, 0);
+        let text = format!("round {round}");
+        let mut stream = client.go(bound, &reached).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        assert!(server.receives(&text, PATIENCE));
+    }
+});

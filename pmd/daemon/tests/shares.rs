@@ -1,0 +1,370 @@
+//! Nobody uses up what others need: memory, time, descriptors. Who is over a limit is told so.
+
+mod tenant;
+
+use std::os::unix::process::CommandExt;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rdsock_shm::control::{Between, Message, Query, Refused, from_bytes, kind, question, refusal};
+use rdsock_shm::layout::CONN_RECORDS;
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
+use tenant::measure::{Bystander, Honest};
+use tenant::{Answer, Daemon, Tenant, tcp_pair};
+
+const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
+
+/// Megabytes that an attack may make the daemon need.
+const MEGABYTES: u64 = 64;
+/// How long an attack is watched.
+const WATCH: Duration = Duration::from_secs(8);
+/// Descriptors that the daemon may have.
+const DESCRIPTORS: u64 = 1024;
+
+macro_rules! scene {
+    ($name:ident, $body:expr) => {
+        #[test]
+        fn $name() {
+            if let Some(part) = Part::of_this() {
+                return play(&part);
+            }
+            if is_root() {
+                $body(stringify!($name));
+            }
+        }
+    };
+}
+
+fn play(part: &Part) {
+    match part.name.as_str() {
+        "crowd" => be_crowd(part),
+        "deaf" => be_deaf(part),
+        "deaf crowd" => be_deaf_crowd(part),
+        "hog" => be_hog(part),
+        "modest" => be_modest(part),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+/// Watches the daemon while it is attacked: it answers others in time, promotes their connections, and needs
+/// little memory.
+fn watch(daemon: &Daemon, bystander: &Bystander, honest: &mut Honest, before: u64) {
+    let end = Instant::now() + WATCH;
+    while Instant::now() < end {
+        let grown = daemon.peak_megabytes() - before;
+        assert!(grown < MEGABYTES, "the daemon has grown by {grown} MB");
+        bystander.asks(daemon, "an attack on its memory");
+        let took = honest.promotion();
+        assert!(took < bystander.most, "{took:?} for a promotion");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    println!("grown by {} MB", daemon.peak_megabytes() - before);
+}
+
+/// An actor that does something to the memory of the daemon when told.
+fn attack_on_memory(test: &str, part: &str) {
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let bystander = Bystander::new(&daemon);
+    honest.promotion();
+    let mut actor = Actor::start(test, part, &daemon.socket(), ATTACKER);
+    actor.hear("ready");
+    let before = daemon.peak_megabytes();
+    actor.say("go");
+    watch(&daemon, &bystander, &mut honest, before);
+}
+
+scene!(
+    a_question_about_one_memory_attached_a_hundred_times,
+    |test| {
+        attack_on_memory(test, "crowd");
+    }
+);
+
+scene!(answers_that_nobody_reads, |test| {
+    attack_on_memory(test, "deaf");
+});
+
+scene!(small_answers_that_nobody_reads, |test| {
+    attack_on_memory(test, "deaf crowd");
+});
+
+scene!(an_operator_may_ask_about_a_crowd, |test| {
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let bystander = Bystander::new(&daemon);
+    let actor = Actor::start(test, "crowd", &daemon.socket(), ATTACKER);
+    actor.hear("ready");
+    let before = daemon.peak_megabytes();
+    let mut operator = Tenant::stranger(&daemon).unwrap();
+    ask_why(&operator);
+    // Reads what comes, until the daemon has said all or hangs up, or ends.
+    std::thread::spawn(move || {
+        while let Answer::Message(_, piece, _) = operator.receive() {
+            if piece.is_empty() {
+                return;
+            }
+        }
+    });
+    watch(&daemon, &bystander, &mut honest, before);
+});
+
+fn ask_why(tenant: &Tenant) {
+    let (what, pid) = (question::WHY, 0);
+    let query = Message::new(kind::QUERY, &Query { what, pid });
+    tenant.send(query.as_bytes(), &[]);
+}
+
+/// A tenant with all records of connections in use.
+fn fill_records(tenant: &Tenant) {
+    for number in 0..CONN_RECORDS {
+        tenant.memory.set_conn(number, number as i32, 1, 1);
+    }
+}
+
+/// Attached, or refused; it does not matter here.
+fn try_attach(part: &Part) -> Option<Tenant> {
+    let mut tenant = Tenant::at(&part.socket)?;
+    tenant.hello();
+    matches!(tenant.receive(), Answer::Message(kind::WELCOME, ..)).then_some(tenant)
+}
+
+/// A hundred connections that pass one and the same memory.
+fn be_crowd(part: &Part) {
+    raise_descriptors();
+    let first = Tenant::attach_at(&part.socket);
+    fill_records(&first);
+    let mut crowd = Vec::new();
+    for _ in 1..100 {
+        let mut more = Tenant::at(&part.socket).unwrap();
+        more.memory.tenant = first.memory.tenant.try_clone().unwrap();
+        more.memory.bells = first.memory.bells.try_clone().unwrap();
+        more.hello();
+        more.receive();
+        crowd.push(more);
+    }
+    say("ready");
+    if listen().is_some() {
+        ask_why(&first);
+        listen();
+    }
+}
+
+/// Asks for much, and reads nothing.
+fn be_deaf(part: &Part) {
+    let tenant = Tenant::attach_at(&part.socket);
+    fill_records(&tenant);
+    let caller = Tenant::at(&part.socket).unwrap();
+    say("ready");
+    listen();
+    for _ in 0..800 {
+        ask_why(&caller);
+    }
+    listen();
+}
+
+/// Several that ask for little, very often, and read nothing.
+fn be_deaf_crowd(part: &Part) {
+    const MESSAGES: usize = 40_000;
+    let crowd: Vec<_> = (0..30).filter_map(|_| try_attach(part)).collect();
+    say("ready");
+    listen();
+    let address = std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets();
+    let question = Between {
+        question: 1,
+        netns: 0,
+        local: address,
+        peer: address,
+        local_port: 1,
+        peer_port: 1,
+    };
+    let message = Message::new(kind::WHOIS, &question);
+    for _ in 0..MESSAGES {
+        for tenant in &crowd {
+            tenant.send(message.as_bytes(), &[]);
+        }
+    }
+    listen();
+}
+
+fn raise_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+/// Takes what it can get: attaches first, or makes streams first, or only connects.
+fn be_hog(part: &Part) {
+    raise_descriptors();
+    let mut told = Told::default();
+    let mut held = Vec::new();
+    let mut streams = Vec::new();
+    let order = listen().unwrap();
+    for word in order.split_whitespace() {
+        match word {
+            "attach" => told.attach(part, &mut held),
+            "streams" => {
+                if held.is_empty() {
+                    held.extend(try_attach(part));
+                }
+                if let Some(tenant) = held.first_mut() {
+                    make_streams(tenant, &mut streams);
+                }
+            }
+            "connect" => {
+                let callers = (0..DESCRIPTORS).map_while(|_| Tenant::at(&part.socket));
+                held.extend(callers);
+            }
+            other => panic!("no such thing to take: {other}"),
+        }
+    }
+    let Told {
+        welcome,
+        refused,
+        bare,
+    } = told;
+    say(&format!("has {welcome} {refused} {bare} {}", streams.len()));
+    listen();
+}
+
+/// What those who attached were told.
+#[derive(Default)]
+struct Told {
+    welcome: usize,
+    /// That a limit is reached.
+    refused: usize,
+    /// Nothing, but that the connection has ended.
+    bare: usize,
+}
+
+impl Told {
+    /// Attaches until it is not let in any more.
+    fn attach(&mut self, part: &Part, held: &mut Vec<Tenant>) {
+        while self.refused + self.bare < 20 && self.welcome < DESCRIPTORS as usize {
+            let Some(mut tenant) = Tenant::at(&part.socket) else {
+                self.bare += 1;
+                continue;
+            };
+            tenant.hello();
+            match tenant.receive() {
+                Answer::Message(kind::WELCOME, ..) => {
+                    self.welcome += 1;
+                    held.push(tenant);
+                }
+                Answer::Message(kind::REFUSED, body, _) => {
+                    let refused: Refused = from_bytes(&body).unwrap();
+                    assert_eq!(refused.code, refusal::LIMIT);
+                    self.refused += 1;
+                }
+                Answer::Closed => self.bare += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+type Pair = (std::net::TcpStream, std::net::TcpStream);
+
+/// Streams until there are no more; keeps what is needed to hold them.
+fn make_streams(tenant: &mut Tenant, pairs: &mut Vec<Pair>) {
+    for number in (1..).step_by(2).take(DESCRIPTORS as usize) {
+        let (connector, accepted) = tcp_pair();
+        tenant.announce(number, 1, &connector, 1);
+        tenant.announce(number + 1, 1, &accepted, 0);
+        for _ in 0..2 {
+            match tenant.receive() {
+                Answer::Message(kind::PROMOTE, ..) => {}
+                Answer::Message(kind::VERDICT, ..) => return,
+                other => panic!("{other:?}"),
+            }
+        }
+        pairs.push((connector, accepted));
+    }
+}
+
+/// Attaches once, and has two connections.
+fn be_modest(part: &Part) {
+    let Some(mut tenant) = try_attach(part) else {
+        return say("is turned away");
+    };
+    let mut streams = Vec::new();
+    for number in [1, 3] {
+        let (connector, accepted) = tcp_pair();
+        tenant.announce(number, 1, &connector, 1);
+        tenant.announce(number + 1, 1, &accepted, 0);
+        for _ in 0..2 {
+            match tenant.receive() {
+                Answer::Message(kind::PROMOTE, ..) => {}
+                other => return say(&format!("has no stream: {other:?}")),
+            }
+        }
+        streams.push((connector, accepted));
+    }
+    say("is served");
+}
+
+/// These users take, in this order, what they can get; another one is served all the same.
+fn hogs(test: &str, users: &[u32], order: &str) {
+    let daemon = Daemon::start_with(SMALL, |command| {
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                let limit = Resource::RLIMIT_NOFILE;
+                Ok(setrlimit(limit, DESCRIPTORS, DESCRIPTORS)?)
+            })
+        };
+    });
+    let mut bare = 0;
+    let mut hogs = Vec::new();
+    for user in users {
+        let mut hog = Actor::start(test, "hog", &daemon.socket(), *user);
+        hog.say(order);
+        let has = hog.hear_numbers("has");
+        println!(
+            "user {user}: {} attached, {} refused, {} told nothing, {} streams",
+            has[0], has[1], has[2], has[3]
+        );
+        bare += has[2];
+        hogs.push(hog);
+    }
+    let modest = Actor::start(test, "modest", &daemon.socket(), OTHER);
+    assert_eq!(modest.hear(""), "is served", "{users:?} {order}");
+    assert_eq!(bare, 0, "calls that ended without a word");
+    if order.contains("attach") {
+        is_named(&daemon, users[0]);
+    }
+}
+
+/// `stat` says of a user that it was refused something, or is over a limit. The words are the daemon's.
+fn is_named(daemon: &Daemon, user: u32) {
+    let stat = daemon.stat();
+    let users = stat["users"].as_array().unwrap();
+    let entry = users.iter().find(|entry| entry["uid"] == user);
+    let text = entry.map(|entry| entry.to_string()).unwrap_or_default();
+    let says = |word| text.contains(word);
+    assert!(
+        says("refused") || says("limit") || says("over"),
+        "`stat` does not say what user {user} is over: {text:?}"
+    );
+}
+
+scene!(one_user_that_attaches_leaves_the_others_room, |test| {
+    hogs(test, &[ATTACKER], "attach streams");
+});
+
+scene!(one_user_that_makes_streams_leaves_the_others_room, |test| {
+    hogs(test, &[ATTACKER], "streams attach");
+});
+
+scene!(one_user_that_only_connects_leaves_the_others_room, |test| {
+    hogs(test, &[ATTACKER], "connect");
+});
+
+scene!(three_users_leave_a_fourth_one_room, |test| {
+    let users = [ATTACKER, ATTACKER + 10, ATTACKER + 11];
+    hogs(test, &users, "attach streams connect");
+});
+
+scene!(three_users_of_streams_leave_a_fourth_one_room, |test| {
+    let users = [ATTACKER, ATTACKER + 10, ATTACKER + 11];
+    hogs(test, &users, "streams attach connect");
+});

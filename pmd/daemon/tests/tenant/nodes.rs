@@ -1,0 +1,260 @@
+//! Two nodes on this machine, on models of the device that are linked, and stand-ins for the shim of a program that
+//! connects and of one that listens. Node *n* has the address 127.0.0.*n*.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, connect, getsockname, listen,
+    socket,
+};
+use rdsock_shm::control::{Between, Message, Reached, Request, from_bytes, kind, request as what};
+
+use super::{Answer, Daemon, Tenant, announcement, cookie_of, netns_of, request};
+
+/// Streams between the nodes have small rings.
+const FABRIC: &str = "connect_timeout_us = 10000000\nring_size = 65536\n";
+
+/// The daemons of nodes 1 and 2.
+pub struct Nodes {
+    pub daemons: [Daemon; 2],
+    _meet: tempfile::TempDir,
+}
+
+impl Nodes {
+    /// With these lines in front of the configuration of each.
+    pub fn start(top: [&str; 2]) -> Self {
+        Self::start_with(top, |_| {})
+    }
+
+    /// The same with something done to the command of each.
+    pub fn start_with(top: [&str; 2], change: impl Fn(&mut Command)) -> Self {
+        let meet = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(&meet, PermissionsExt::from_mode(0o700)).unwrap();
+        let config = |node: usize| {
+            format!(
+                "{}\n[fabric]\nnode = {}\ndevice = \"model:{}\"\n{FABRIC}\
+                 nodes = [{{ id = 1, addresses = [\"127.0.0.1\"] }}, \
+                 {{ id = 2, addresses = [\"127.0.0.2\"] }}]\n",
+                top[node],
+                node + 1,
+                meet.path().display(),
+            )
+        };
+        let nodes = Nodes {
+            daemons: [0, 1].map(|node| Daemon::start_with(&config(node), &change)),
+            _meet: meet,
+        };
+        nodes.wait_until_met();
+        nodes
+    }
+
+    /// Waits until each reaches the other.
+    pub fn wait_until_met(&self) {
+        for daemon in &self.daemons {
+            daemon.wait_until("the nodes have met", |stat| {
+                stat["fabric"]["nodes"][0]["up"] == true
+            });
+        }
+    }
+
+    pub fn client(&self) -> &Daemon {
+        &self.daemons[0]
+    }
+
+    pub fn server(&self) -> &Daemon {
+        &self.daemons[1]
+    }
+}
+
+/// An IPv4 address as messages have it.
+pub fn octets(address: Ipv4Addr) -> [u8; 16] {
+    address.to_ipv6_mapped().octets()
+}
+
+/// A program of node 2 that listens there.
+pub struct Server {
+    pub tenant: Tenant,
+    pub listener: TcpListener,
+    /// What came on each accepted connection first, where it is accepted.
+    received: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    /// Listens and accepts nobody.
+    pub fn deaf(daemon: &Daemon, backlog: i32) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
+        listen(&listener, Backlog::new(backlog).unwrap()).unwrap();
+        let mut tenant = Tenant::attach(daemon);
+        tenant.ask_for(&listens(&listener));
+        let known = |stat: &serde_json::Value| stat["fabric"]["listeners"].as_u64() >= Some(1);
+        daemon.wait_until("it listens", known);
+        Server {
+            tenant,
+            listener,
+            received: Arc::default(),
+        }
+    }
+
+    /// Listens, accepts, and reads.
+    pub fn start(daemon: &Daemon) -> Self {
+        let server = Self::deaf(daemon, 1024);
+        let listener = server.listener.try_clone().unwrap();
+        let received = server.received.clone();
+        std::thread::spawn(move || {
+            // Its threads end with the test's process.
+            while let Ok((mut stream, _)) = listener.accept() {
+                let received = received.clone();
+                let read = move || {
+                    let mut bytes = [0; 64];
+                    if let Ok(length @ 1..) = stream.read(&mut bytes) {
+                        let text = String::from_utf8_lossy(&bytes[..length]).into_owned();
+                        received.lock().unwrap().push(text);
+                        // Open until the other end closes.
+                        while let Ok(1..) = stream.read(&mut bytes) {}
+                    }
+                };
+                let small = std::thread::Builder::new().stack_size(64 << 10);
+                small.spawn(read).unwrap();
+            }
+        });
+        server
+    }
+
+    pub fn address(&self) -> SocketAddrV4 {
+        match self.listener.local_addr().unwrap() {
+            SocketAddr::V4(address) => address,
+            SocketAddr::V6(_) => unreachable!(),
+        }
+    }
+
+    pub fn received(&self) -> Vec<String> {
+        self.received.lock().unwrap().clone()
+    }
+
+    /// Whether this comes within a while.
+    pub fn receives(&self, text: &str, patience: Duration) -> bool {
+        let end = Instant::now() + patience;
+        loop {
+            if self.received().iter().any(|received| received == text) {
+                return true;
+            }
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// What a shim says of a socket that listens.
+pub fn listens(listener: &TcpListener) -> Request {
+    let SocketAddr::V4(local) = listener.local_addr().unwrap() else {
+        unreachable!()
+    };
+    Request {
+        fd: listener.as_raw_fd(),
+        cookie: cookie_of(listener),
+        netns: netns_of(listener),
+        local: octets(*local.ip()),
+        local_port: local.port().into(),
+        ..request(what::LISTENS, 0, 0)
+    }
+}
+
+/// A socket that is bound to a port of this host, and not connected.
+pub struct Bound {
+    socket: OwnedFd,
+    pub port: u16,
+}
+
+impl Bound {
+    /// To a port, or any with 0.
+    pub fn new(port: u16) -> nix::Result<Self> {
+        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, port))?;
+        let port = getsockname::<SockaddrIn>(socket.as_raw_fd())?.port();
+        Ok(Bound { socket, port })
+    }
+
+    /// To the anchors' port of the daemon.
+    pub fn connect(self, anchor: u32) -> nix::Result<TcpStream> {
+        let port = anchor.try_into().map_err(|_| Errno::EINVAL)?;
+        let to = SockaddrIn::new(127, 0, 0, 1, port);
+        connect(self.socket.as_raw_fd(), &to)?;
+        Ok(self.socket.into())
+    }
+}
+
+/// A program of node 1 that connects to node 2.
+pub struct Client {
+    pub tenant: Tenant,
+    netns: u64,
+    questions: u64,
+}
+
+impl Client {
+    pub fn at(socket: &Path) -> Self {
+        let own = TcpListener::bind("127.0.0.1:0").unwrap();
+        Client {
+            tenant: Tenant::attach_at(socket),
+            netns: netns_of(&own),
+            questions: 0,
+        }
+    }
+
+    /// Asks whether a connect from a local port may go to another node.
+    pub fn ask(&mut self, port: u16, to: SocketAddrV4) {
+        self.questions += 1;
+        let question = Between {
+            question: self.questions,
+            netns: self.netns,
+            local: octets(Ipv4Addr::LOCALHOST),
+            peer: octets(*to.ip()),
+            local_port: port.into(),
+            peer_port: to.port().into(),
+        };
+        let message = Message::new(kind::REACH, &question);
+        self.tenant.send(message.as_bytes(), &[]);
+    }
+
+    /// The answer to the question asked last.
+    pub fn answer(&mut self) -> Reached {
+        loop {
+            match self.tenant.receive() {
+                Answer::Message(kind::REACHED, body, _) => {
+                    let reached: Reached = from_bytes(&body).unwrap();
+                    if reached.question == self.questions {
+                        return reached;
+                    }
+                }
+                Answer::Message(..) => {}
+                Answer::Closed => panic!("hung up"),
+            }
+        }
+    }
+
+    pub fn reach(&mut self, port: u16, to: SocketAddrV4) -> Reached {
+        self.ask(port, to);
+        self.answer()
+    }
+
+    /// Makes the anchor, and announces it as a shim does.
+    pub fn go(&mut self, from: Bound, reached: &Reached) -> nix::Result<TcpStream> {
+        let stream = from.connect(reached.anchor_port)?;
+        let number = self.questions as u32 & 0xfff;
+        self.tenant.ask_for(&Request {
+            stream_id: reached.ticket,
+            ..announcement(number, self.questions as u32, &stream, 1)
+        });
+        Ok(stream)
+    }
+}
