@@ -20,9 +20,9 @@ use crate::accounts::{Charge, Over, Thing};
 use crate::diag::is_seqpacket;
 use crate::found::Found;
 use crate::memory::{BadMemory, TenantMap, check_bells};
-use crate::porters::{self, Porters};
+use crate::porters::{self, Owner, Porters};
 use crate::process::Peer;
-use crate::rights::Passport;
+use crate::rights::{Changed, Passport};
 
 /// A descriptor that a stranger has made.
 pub type Foreign = porters::Foreign<Found>;
@@ -49,11 +49,22 @@ pub enum Luggage {
     /// Nothing.
     None,
     /// Of a HELLO: what a tenant brings along.
-    Tenant(Result<Box<Belongings>, BadMemory>),
+    Tenant(Result<Box<Belongings>, BadHello>),
     /// Of an ADOPT: a control connection, with the process that made it.
     Channel(Foreign, Peer),
     /// What makes no sense there. It is closed already.
     Other,
+}
+
+/// Why a HELLO is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum BadHello {
+    /// What it brings along.
+    #[error(transparent)]
+    Memory(#[from] BadMemory),
+    /// Who has sent it is not who connected, or has not mapped its memory.
+    #[error(transparent)]
+    Changed(#[from] Changed),
 }
 
 /// What a tenant brings along.
@@ -203,8 +214,10 @@ impl Channel {
 
 /// Closes a control connection when it has no user any more. What is unread is read first: else the other side would be
 /// told ECONNRESET, before it could read why it was refused.
-pub fn dismiss(porters: &Porters<Found>, uid: u32, socket: Arc<Foreign>) {
-    porters.give(uid, move || {
+pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>) {
+    // Nothing comes in from now on.
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+    porters.give(socket.owner(), move || {
         while matches!(
             take(&socket, MsgFlags::empty(), MAX_FDS),
             Ok(Taken::Whole(..) | Taken::CutOff)
@@ -313,7 +326,7 @@ pub fn unpack(
     let luggage = match parse(&bytes) {
         _ if fds.is_empty() => Luggage::None,
         Ok((kind::HELLO, body)) => Luggage::Tenant(tenant(body, fds, peer)),
-        Ok((kind::ADOPT, [])) => channel(porters, fds).unwrap_or(Luggage::Other),
+        Ok((kind::ADOPT, [])) => channel(porters, socket.owner(), fds).unwrap_or(Luggage::Other),
         _ => Luggage::Other,
     };
     Ok(Some(Received {
@@ -323,25 +336,27 @@ pub fn unpack(
     }))
 }
 
-fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belongings>, BadMemory> {
+fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belongings>, BadHello> {
     let hello: Hello = from_bytes(body).ok_or(BadMemory::Identity)?;
     for (found, expected) in [
         (hello.memory_size, size_of::<TenantMemory>() as u64),
         (hello.bell_size, size_of::<BellBoard>() as u64),
     ] {
         if found != expected {
-            return Err(BadMemory::Size { found, expected });
+            return Err(BadMemory::Size { found, expected }.into());
         }
     }
     let [memory, bells] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| BadMemory::Number)?;
+    let (map, bells) = (TenantMap::new(memory)?, check_bells(bells)?);
+    let passport = Passport::new(peer.clone(), map.file())?;
     Ok(Box::new(Belongings {
-        map: TenantMap::new(memory)?,
-        bells: check_bells(bells)?,
-        passport: Passport::new(peer.clone()),
+        map,
+        bells,
+        passport,
     }))
 }
 
-fn channel(porters: &Porters<Found>, fds: Vec<OwnedFd>) -> Option<Luggage> {
+fn channel(porters: &Porters<Found>, owner: Owner, fds: Vec<OwnedFd>) -> Option<Luggage> {
     let [socket] = <[OwnedFd; 1]>::try_from(fds).ok()?;
     if !is_seqpacket(socket.as_fd()) {
         return None;
@@ -350,5 +365,5 @@ fn channel(porters: &Porters<Found>, fds: Vec<OwnedFd>) -> Option<Luggage> {
     fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
     setsockopt(&socket, sockopt::PassCred, &true).ok()?;
     let peer = Peer::of(&socket).ok()?;
-    Some(Luggage::Channel(porters.foreign(peer.uid, socket), peer))
+    Some(Luggage::Channel(porters.foreign(owner, socket), peer))
 }

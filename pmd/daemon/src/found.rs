@@ -2,6 +2,8 @@
 
 use std::io;
 
+use rdsock_shm::control::Between;
+
 use crate::book::{Conn, TenantId};
 use crate::channel::Received;
 use crate::rights::{Held, NotHeld};
@@ -36,4 +38,6 @@ pub enum Errand {
     Listener(i32, u64),
     /// The socket that the tenant wants to reach another node with: the stream's ticket.
     Anchor(u64),
+    /// A connection that the tenant asks about.
+    Whois(Between),
 }

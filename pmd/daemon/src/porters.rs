@@ -2,13 +2,12 @@
 //!
 //! Much that looks harmless can be held up by whoever owns the other side: closing a socket that lingers, closing a file
 //! of a file system in user space, looking into a process that is in the middle of `exec`, a socket whose lock its owner
-//! holds. Such work is a *load*. Loads of one user are carried one after the other, those of different users side by
-//! side: who makes a porter wait, waits alone. What a load found is fetched with [`Porters::take`]; an eventfd tells
-//! that there is something.
+//! holds. Such work is a *load*. Loads of one [`Owner`], a connection, are carried one after the other, those of
+//! different ones side by side: who makes a porter wait, waits alone. What a load found is fetched with
+//! [`Porters::take`]; an eventfd tells that there is something.
 //!
 //! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it each millisecond.
-//! What no signal interrupts holds up its user's loads until it ends; a user has one porter at most, and there are
-//! [`MOST`].
+//! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -27,8 +26,10 @@ use nix::unistd::gettid;
 
 use crate::accounts::Charge;
 
-/// Threads at most: so many users can be waited for at once.
+/// Threads at most.
 pub const MOST: usize = 64;
+/// Threads of one user at most.
+pub const SHARE: usize = 8;
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
 /// How long the others stay.
@@ -68,42 +69,106 @@ impl<D> std::fmt::Debug for Shared<D> {
     }
 }
 
+/// On whose behalf a load is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The connection.
+    pub connection: u64,
+}
+
 struct Yard<D> {
-    /// Loads that wait, by user. A user without any has no entry.
-    waiting: HashMap<u32, VecDeque<Load<D>>>,
-    /// Users whose next load may be taken up, in turn.
-    ready: VecDeque<u32>,
-    /// Users whose load is being carried.
-    carried: HashSet<u32>,
+    /// What each user has that has any.
+    users: HashMap<u32, Corner<D>>,
+    /// Users of whom a load may be taken up, in turn.
+    turn: VecDeque<u32>,
     found: VecDeque<D>,
+    waiting: usize,
     threads: usize,
     idle: usize,
 }
 
+/// What a user has.
+struct Corner<D> {
+    /// Loads that wait, by connection.
+    waiting: HashMap<u64, VecDeque<Load<D>>>,
+    /// Connections of which a load waits and none is carried, in turn.
+    ready: VecDeque<u64>,
+    /// Connections of which a load is carried.
+    carried: HashSet<u64>,
+    /// The user is in `turn`.
+    queued: bool,
+}
+
+impl<D> Default for Corner<D> {
+    fn default() -> Self {
+        Corner {
+            waiting: HashMap::new(),
+            ready: VecDeque::new(),
+            carried: HashSet::new(),
+            queued: false,
+        }
+    }
+}
+
+impl<D> Corner<D> {
+    /// May a load of this user be taken up?
+    fn is_ready(&self) -> bool {
+        !self.ready.is_empty() && self.carried.len() < SHARE
+    }
+}
+
 impl<D> Yard<D> {
-    fn give(&mut self, uid: u32, load: Load<D>) {
-        let queue = self.waiting.entry(uid).or_default();
+    fn give(&mut self, owner: Owner, load: Load<D>) {
+        let corner = self.users.entry(owner.uid).or_default();
+        let queue = corner.waiting.entry(owner.connection).or_default();
         queue.push_back(load);
-        if queue.len() == 1 && !self.carried.contains(&uid) {
-            self.ready.push_back(uid);
+        self.waiting += 1;
+        if queue.len() == 1 && !corner.carried.contains(&owner.connection) {
+            corner.ready.push_back(owner.connection);
+        }
+        self.queue(owner.uid);
+    }
+
+    /// A user gets its turn, if it wants one.
+    fn queue(&mut self, uid: u32) {
+        if let Some(corner) = self.users.get_mut(&uid)
+            && corner.is_ready()
+            && !std::mem::replace(&mut corner.queued, true)
+        {
+            self.turn.push_back(uid);
         }
     }
 
-    fn next(&mut self) -> Option<(u32, Load<D>)> {
-        let uid = self.ready.pop_front()?;
-        let queue = self.waiting.get_mut(&uid)?;
+    fn next(&mut self) -> Option<(Owner, Load<D>)> {
+        let uid = self.turn.pop_front()?;
+        let corner = self.users.get_mut(&uid)?;
+        corner.queued = false;
+        let connection = corner.ready.pop_front()?;
+        let queue = corner.waiting.get_mut(&connection)?;
         let load = queue.pop_front()?;
         if queue.is_empty() {
-            self.waiting.remove(&uid);
+            corner.waiting.remove(&connection);
         }
-        self.carried.insert(uid);
-        Some((uid, load))
+        corner.carried.insert(connection);
+        self.waiting -= 1;
+        self.queue(uid);
+        Some((Owner { uid, connection }, load))
     }
 
-    fn carried(&mut self, uid: u32) {
-        self.carried.remove(&uid);
-        if self.waiting.contains_key(&uid) {
-            self.ready.push_back(uid);
+    fn carried(&mut self, owner: Owner) {
+        let Some(corner) = self.users.get_mut(&owner.uid) else {
+            return;
+        };
+        corner.carried.remove(&owner.connection);
+        if corner.waiting.contains_key(&owner.connection) {
+            corner.ready.push_back(owner.connection);
+        }
+        if corner.carried.is_empty() && corner.waiting.is_empty() {
+            self.users.remove(&owner.uid);
+        } else {
+            self.queue(owner.uid);
         }
     }
 }
@@ -119,10 +184,10 @@ impl<D: Send + 'static> Porters<D> {
         unsafe { sigaction(SIGNAL, &action) }?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
-            waiting: HashMap::new(),
-            ready: VecDeque::new(),
-            carried: HashSet::new(),
+            users: HashMap::new(),
+            turn: VecDeque::new(),
             found: VecDeque::new(),
+            waiting: 0,
             threads: 0,
             idle: 0,
         };
@@ -136,11 +201,11 @@ impl<D: Send + 'static> Porters<D> {
         })
     }
 
-    /// Has a load carried on behalf of a user. It runs on another thread, after the user's earlier ones.
-    pub fn give(&self, uid: u32, load: impl FnOnce() -> Option<D> + Send + 'static) {
+    /// Has a load carried on behalf of somebody. It runs on another thread, after the earlier ones of the same owner.
+    pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
-        yard.give(uid, Box::new(load));
-        let wanted = yard.ready.len() > yard.idle && yard.threads < MOST;
+        yard.give(owner, Box::new(load));
+        let wanted = yard.turn.len() > yard.idle && yard.threads < MOST;
         if wanted && self.start().is_ok() {
             yard.threads += 1;
         }
@@ -169,18 +234,18 @@ impl<D: Send + 'static> Porters<D> {
         self.shared.found.as_fd()
     }
 
-    /// Loads that wait, and users whose load is being carried.
+    /// Loads that wait, and loads that are being carried.
     pub fn load(&self) -> (usize, usize) {
         let yard = self.shared.lock();
-        let waiting = yard.waiting.values().map(VecDeque::len).sum();
-        (waiting, yard.carried.len())
+        let carried = yard.users.values().map(|corner| corner.carried.len());
+        (yard.waiting, carried.sum())
     }
 
     /// A descriptor that a stranger has made: closed by a porter.
-    pub fn foreign(&self, uid: u32, fd: OwnedFd) -> Foreign<D> {
+    pub fn foreign(&self, owner: Owner, fd: OwnedFd) -> Foreign<D> {
         Foreign {
             fd: Some(fd),
-            uid,
+            owner,
             charge: None,
             porters: self.clone(),
         }
@@ -197,7 +262,7 @@ impl<D: Send + 'static> Shared<D> {
         let mut nudge = Nudge::new();
         let mut yard = self.lock();
         loop {
-            let Some((uid, load)) = yard.next() else {
+            let Some((owner, load)) = yard.next() else {
                 yard.idle += 1;
                 let (woken, waited) = self
                     .work
@@ -205,7 +270,7 @@ impl<D: Send + 'static> Shared<D> {
                     .unwrap_or_else(PoisonError::into_inner);
                 yard = woken;
                 yard.idle -= 1;
-                if waited.timed_out() && yard.ready.is_empty() && yard.threads > KEPT {
+                if waited.timed_out() && yard.turn.is_empty() && yard.threads > KEPT {
                     yard.threads -= 1;
                     return;
                 }
@@ -216,7 +281,7 @@ impl<D: Send + 'static> Shared<D> {
             let found = load();
             nudge.stop();
             yard = self.lock();
-            yard.carried(uid);
+            yard.carried(owner);
             if let Some(found) = found {
                 yard.found.push_back(found);
                 let _ = self.found.write(1);
@@ -257,15 +322,19 @@ impl Nudge {
 #[derive(Debug)]
 pub struct Foreign<D: Send + 'static> {
     fd: Option<OwnedFd>,
-    uid: u32,
+    owner: Owner,
     charge: Option<Charge>,
     porters: Porters<D>,
 }
 
 impl<D: Send + 'static> Foreign<D> {
-    /// Who pays for it, until it is closed.
-    pub fn charge_to(&mut self, uid: u32, charge: Charge) {
-        self.uid = uid;
+    /// On whose behalf it is closed.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// It counts on this account until it is closed.
+    pub fn charge_to(&mut self, charge: Charge) {
         self.charge = Some(charge);
     }
 }
@@ -279,7 +348,7 @@ impl<D: Send + 'static> AsRawFd for Foreign<D> {
 impl<D: Send + 'static> Drop for Foreign<D> {
     fn drop(&mut self) {
         let (fd, charge) = (self.fd.take(), self.charge.take());
-        self.porters.give(self.uid, move || {
+        self.porters.give(self.owner, move || {
             drop(fd);
             drop(charge);
             None
@@ -306,13 +375,18 @@ mod tests {
         panic!("no load was carried");
     }
 
+    fn owner(uid: u32, connection: u64) -> Owner {
+        Owner { uid, connection }
+    }
+
     #[test]
     fn who_makes_a_porter_wait_waits_alone() {
         let porters = Porters::new().unwrap();
         let (end, ended) = channel::<()>();
-        porters.give(1, move || ended.recv().ok().map(|()| 1));
-        for user in [1, 2, 3, 2] {
-            porters.give(user, move || Some(10 * user));
+        porters.give(owner(7, 1), move || ended.recv().ok().map(|()| 1));
+        for (uid, connection) in [(7, 1), (7, 2), (8, 3), (7, 2)] {
+            let owner = owner(uid, connection);
+            porters.give(owner, move || Some(10 * connection));
         }
         let mut found = [fetch(&porters), fetch(&porters), fetch(&porters)];
         found.sort_unstable();
@@ -320,7 +394,7 @@ mod tests {
         assert!(porters.take().is_none());
         assert_eq!(porters.load(), (1, 1));
         end.send(()).unwrap();
-        // One user's loads are carried in order.
+        // The loads of one connection are carried in order.
         assert_eq!([fetch(&porters), fetch(&porters)], [1, 10]);
     }
 
@@ -337,7 +411,7 @@ mod tests {
             l_linger: 60,
         };
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
-        drop(porters.foreign(7, socket.into()));
+        drop(porters.foreign(owner(7, 1), socket.into()));
         let start = Instant::now();
         while porters.load() != (0, 0) {
             assert!(start.elapsed() < Duration::from_secs(30), "it lingers");
@@ -351,17 +425,31 @@ mod tests {
         let porters = Porters::new().unwrap();
         let (end, ended) = channel::<()>();
         let ended = Arc::new(Mutex::new(ended));
-        for user in 0..2 * MOST as u32 {
+        let wait = |uid, connection| {
             let ended = ended.clone();
-            porters.give(user, move || {
+            porters.give(owner(uid, connection), move || {
                 let _ = ended.lock().map(|ended| ended.recv());
-                Some(user)
+                Some(uid)
             });
+        };
+        // One user alone does not get them all.
+        for connection in 0..2 * SHARE as u64 {
+            wait(u32::MAX, connection);
+        }
+        assert!(porters.shared.lock().threads <= 2 * SHARE);
+        porters.give(owner(1, 1), || Some(1));
+        assert_eq!(fetch(&porters), 1);
+        assert_eq!(porters.load(), (SHARE, SHARE));
+        for user in 0..2 * MOST as u32 {
+            wait(user, 0);
         }
         assert_eq!(porters.shared.lock().threads, MOST);
         drop(end);
-        let mut found: Vec<u32> = (0..2 * MOST).map(|_| fetch(&porters)).collect();
+        let count = 2 * MOST + 2 * SHARE;
+        let mut found: Vec<u32> = (0..count).map(|_| fetch(&porters)).collect();
         found.sort_unstable();
-        assert!(found.into_iter().eq(0..2 * MOST as u32));
+        found.dedup();
+        assert!(found.into_iter().eq((0..2 * MOST as u32).chain([u32::MAX])));
+        assert!(porters.shared.lock().users.is_empty());
     }
 }

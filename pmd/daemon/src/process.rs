@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -28,6 +28,8 @@ pub struct Peer {
     pub pid: i32,
     /// Its effective user when it connected.
     pub uid: u32,
+    /// Its effective group when it connected.
+    pub gid: u32,
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
     /// Its folder in `/proc`; `None` when there is none to be seen.
@@ -83,6 +85,7 @@ impl Peer {
         let peer = Peer {
             pid,
             uid: credentials.uid(),
+            gid: credentials.gid(),
             pidfd,
             folder,
         };
@@ -91,17 +94,6 @@ impl Peer {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
         Ok(peer)
-    }
-
-    /// The same process, for another thread.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        let folder = self.folder.as_ref().map(OwnedFd::try_clone).transpose()?;
-        Ok(Peer {
-            pid: self.pid,
-            uid: self.uid,
-            pidfd: self.pidfd.try_clone()?,
-            folder,
-        })
     }
 
     /// True while the process runs. Quick.
@@ -163,11 +155,33 @@ impl Peer {
         parse().ok_or(io::ErrorKind::InvalidData.into())
     }
 
-    /// The program that it runs, for [`Image::runs`]. `None` where the daemon may not look.
-    pub fn image(&self) -> Option<Image> {
+    /// Where it has mapped a file; `None` where it has not. It is the program that it runs now which has: `exec` takes
+    /// all mappings away.
+    pub fn maps(&self, file: FileId) -> io::Result<Option<u64>> {
+        use std::io::{BufRead, BufReader};
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let file = openat(self.folder.as_ref()?, "pagemap", flags, Mode::empty()).ok()?;
-        Some(Image(File::from(file)))
+        let maps = openat(self.folder()?, "maps", flags, Mode::empty())?;
+        for line in BufReader::new(File::from(maps)).split(b'\n') {
+            if let Some((address, id)) = parse_mapping(&line?)
+                && id == file
+            {
+                return Ok(Some(address));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether it has mapped a file still, at an address where it had.
+    pub fn still_maps(&self, file: FileId, address: u64) -> io::Result<bool> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let maps = openat(self.folder()?, "maps", flags, Mode::empty())?;
+        match mapping_at(&maps, address) {
+            // Before Linux 6.11.
+            Err(Errno::ENOTTY) => Ok(self.maps(file)?.is_some()),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(error) => Err(error.into()),
+            Ok(id) => Ok(id == file),
+        }
     }
 
     /// A duplicate of its descriptor `fd`. Where this process may not have one (Yama, a daemon without privilege),
@@ -195,22 +209,75 @@ impl Peer {
     }
 }
 
-/// The program that a process runs, from one `exec` to the next.
-#[derive(Debug)]
-pub struct Image(File);
+/// Which file something is: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: (u64, u64),
+    inode: u64,
+}
 
-impl Image {
-    /// False once the process has run another program, or has ended. (A process that shares its memory with another
-    /// one, by `clone`, leaves it there: then this stays true, and [`Glance`] has to tell.)
-    ///
-    /// The file keeps to the memory of the program that it was opened for. The kernel looks whether that is still in
-    /// use before it looks at the size of a read (`fs/proc/task_mmu.c`: `pagemap_read`), and a read of one byte is
-    /// refused with EINVAL before it would take the memory's lock.
-    pub fn runs(&self) -> bool {
-        let refused = self.0.read_at(&mut [0], 0).err();
-        refused.and_then(|error| error.raw_os_error()) == Some(libc::EINVAL)
+impl FileId {
+    /// Of an open file.
+    pub fn of(file: &impl AsFd) -> io::Result<Self> {
+        let stat = nix::sys::stat::fstat(file)?;
+        let (major, minor) = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+        Ok(FileId {
+            device: (major.into(), minor.into()),
+            inode: stat.st_ino,
+        })
     }
 }
+
+/// A line of `/proc/PID/maps`: start-end, permissions, offset, device, inode, path.
+fn parse_mapping(line: &[u8]) -> Option<(u64, FileId)> {
+    let line = std::str::from_utf8(line.get(..line.len().min(100))?).ok()?;
+    let mut words = line.split_ascii_whitespace();
+    let hex = |word: &str| u64::from_str_radix(word, 16).ok();
+    let address = hex(words.next()?.split('-').next()?)?;
+    let (major, minor) = words.nth(2)?.split_once(':')?;
+    let id = FileId {
+        device: (hex(major)?, hex(minor)?),
+        inode: words.next()?.parse().ok()?,
+    };
+    Some((address, id))
+}
+
+/// The file that is mapped at an address (`PROCMAP_QUERY`, `include/uapi/linux/fs.h`).
+fn mapping_at(maps: &OwnedFd, address: u64) -> nix::Result<FileId> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        size: u64,
+        flags: u64,
+        address: u64,
+        start: u64,
+        end: u64,
+        vma_flags: u64,
+        page_size: u64,
+        offset: u64,
+        inode: u64,
+        major: u32,
+        minor: u32,
+        name_size: u32,
+        build_id_size: u32,
+        name: u64,
+        build_id: u64,
+    }
+    const _: () = assert!(size_of::<Query>() == 104);
+    nix::ioctl_readwrite!(query, b'f', 17, Query);
+    let mut asked = Query {
+        size: size_of::<Query>() as u64,
+        address,
+        ..Query::default()
+    };
+    // SAFETY: the argument is the structure that the call reads and writes, with its size in front.
+    unsafe { query(maps.as_raw_fd(), &raw mut asked) }?;
+    Ok(FileId {
+        device: (asked.major.into(), asked.minor.into()),
+        inode: asked.inode,
+    })
+}
+
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers, returns a new fd or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -390,11 +457,32 @@ mod tests {
         assert_eq!(own.glance().unwrap(), before.glance);
         let executable = std::env::current_exe().unwrap();
         assert_eq!(before.glance.executable, executable.as_os_str());
-        assert!(own.image().unwrap().runs());
+        let file = FileId::of(&File::open(executable).unwrap()).unwrap();
+        let address = own.maps(file).unwrap().unwrap();
+        assert!(own.still_maps(file, address).unwrap());
+        assert!(!own.still_maps(file, 4096).unwrap());
+        let other = FileId {
+            inode: file.inode + 1,
+            ..file
+        };
+        assert!(!own.still_maps(other, address).unwrap());
+        assert_eq!(own.maps(other).unwrap(), None);
     }
 
     #[test]
-    fn a_process_that_executes_has_another_image() {
+    fn a_line_of_the_maps_is_understood() {
+        let line = b"7f0000001000-7f0000201000 rw-s 00000000 00:01 4711    /memfd:a b (deleted)";
+        let id = FileId {
+            device: (0, 1),
+            inode: 4711,
+        };
+        assert_eq!(parse_mapping(line), Some((0x7f00_0000_1000, id)));
+        assert_eq!(parse_mapping(b""), None);
+        assert_eq!(parse_mapping(b"7f-8f rw-s 0 nonsense"), None);
+    }
+
+    #[test]
+    fn a_process_that_executes_is_another_one() {
         // The child waits for a byte before it runs another program, and for another before it ends.
         let mut child = std::process::Command::new("sh")
             .args(["-c", "read a; exec cat"])
@@ -407,17 +495,19 @@ mod tests {
         let peer = Peer {
             pid,
             uid: 0,
+            gid: 0,
             pidfd: pidfd_open(pid).unwrap(),
             folder: folder.ok(),
         };
         while peer.glance().unwrap().executable == own().glance().unwrap().executable {
             std::thread::yield_now();
         }
-        let (image, glance) = (peer.image().unwrap(), peer.glance().unwrap());
-        assert!(image.runs());
+        let glance = peer.glance().unwrap();
+        let shell = FileId::of(&File::open(&glance.executable).unwrap()).unwrap();
+        let address = peer.maps(shell).unwrap().unwrap();
         use std::io::Write;
         child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-        while image.runs() {
+        while peer.still_maps(shell, address).unwrap() {
             std::thread::yield_now();
         }
         assert_ne!(peer.glance().unwrap().executable, glance.executable);

@@ -23,17 +23,26 @@ use crate::diag::{Diag, Listener, cookie_of, is_tcp};
 use crate::namespaces::Namespaces;
 use crate::policy::Policy;
 use crate::process::{
-    Glance, Identity, Image, OtherHolder, Peer, Program, other_holder, processor_time,
+    FileId, Glance, Identity, OtherHolder, Peer, Program, other_holder, processor_time,
 };
 
-/// Who a tenant was when it said HELLO.
+/// Who a tenant was when it said HELLO: this process, with these rights, running the program that has mapped the tenant's
+/// memory.
 #[derive(Debug)]
 pub struct Passport {
     /// The process.
     pub peer: Arc<Peer>,
-    identity: Option<Identity>,
-    /// `None` where the daemon may not look: then the rest has to do.
-    image: Option<Image>,
+    /// `None` where the daemon may not look.
+    seen: Option<Seen>,
+}
+
+/// What was seen of a process.
+#[derive(Debug)]
+struct Seen {
+    identity: Identity,
+    /// The tenant's memory, and where it is mapped: `exec` takes the mapping away, whatever else shares the memory.
+    memory: FileId,
+    address: u64,
 }
 
 /// A process is not who it was.
@@ -54,37 +63,62 @@ pub enum Changed {
 }
 
 impl Passport {
-    /// Looks at the process. May wait.
-    pub fn new(peer: Arc<Peer>) -> Self {
-        Passport {
-            identity: peer.identity().ok(),
-            image: peer.image(),
-            peer,
+    /// Looks at the process that brings this memory along. May wait.
+    ///
+    /// Its HELLO may have waited for long: so the process has to be who it was when it connected, by the kernel's word,
+    /// and to run the program that made the memory.
+    pub fn new(peer: Arc<Peer>, memory: &impl AsFd) -> Result<Self, Changed> {
+        let seen = || -> std::io::Result<Option<Seen>> {
+            let memory = FileId::of(memory)?;
+            let address = peer.maps(memory)?;
+            let identity = peer.identity()?;
+            Ok(address.map(|address| Seen {
+                identity,
+                memory,
+                address,
+            }))
+        };
+        let seen = match seen() {
+            Ok(Some(seen)) => Some(seen),
+            Ok(None) => return Err(Changed::Program),
+            Err(_) if peer.is_alive() => None,
+            Err(_) => return Err(Changed::Ended),
+        };
+        if let Some(Seen { identity, .. }) = &seen {
+            let effective = |ids: [u32; 4]| ids[1];
+            let connected = (peer.uid, peer.gid);
+            if (effective(identity.users), effective(identity.groups)) != connected {
+                return Err(Changed::Rights);
+            }
         }
+        Ok(Passport { peer, seen })
     }
 
     /// Is the process who it was, in all that can be seen? May wait.
     pub fn check(&self) -> Result<(), Changed> {
-        let identity = self.identity.as_ref().ok_or(Changed::Hidden)?;
-        if self.image.as_ref().is_some_and(|image| !image.runs()) {
-            return Err(self.gone_or(Changed::Program));
-        }
-        let now = self.peer.identity();
-        let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
-        same_glance(&identity.glance, &now.glance)?;
+        let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
+        let hidden = |_| self.gone_or(Changed::Hidden);
+        let now = self.peer.identity().map_err(hidden)?;
+        same_glance(&seen.identity.glance, &now.glance)?;
         let rights = |identity: &Identity| (identity.users, identity.groups, identity.capabilities);
-        if rights(identity) != rights(&now) || identity.further_groups != now.further_groups {
+        if rights(&seen.identity) != rights(&now)
+            || seen.identity.further_groups != now.further_groups
+        {
             return Err(Changed::Rights);
+        }
+        let maps = self.peer.still_maps(seen.memory, seen.address);
+        if !maps.map_err(hidden)? {
+            return Err(self.gone_or(Changed::Program));
         }
         self.is_alive()
     }
 
     /// Is the process who it was, in all that can be seen without waiting?
     pub fn check_quickly(&self) -> Result<(), Changed> {
-        let identity = self.identity.as_ref().ok_or(Changed::Hidden)?;
+        let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
         let now = self.peer.glance();
         let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
-        same_glance(&identity.glance, &now)?;
+        same_glance(&seen.identity.glance, &now)?;
         self.is_alive()
     }
 
@@ -398,6 +432,13 @@ impl Rights {
             && passport.check_quickly().is_ok()
     }
 
+    /// May a tenant be told for whom the daemon has opened the connection with these addresses? Its process was found to
+    /// hold a socket: it has to be the one that the kernel knows by them.
+    pub fn may_be_told(diag: Option<&Diag>, held: Held, names: (SocketAddr, SocketAddr)) -> bool {
+        let found = diag.and_then(|diag| diag.find(names.0, names.1, held.cookie).ok().flatten());
+        found.is_some_and(|found| found.inode == held.inode)
+    }
+
     /// May bytes flow between an anchor that has come in and the stream that `promised` was told to make it for? Only
     /// where a process of that very user was found to hold the socket at the other end: the one that the kernel
     /// connects with these addresses.
@@ -408,9 +449,7 @@ impl Rights {
         promised: u32,
         anchor: (SocketAddr, SocketAddr),
     ) -> bool {
-        let (local, peer) = anchor;
-        let found = diag.and_then(|diag| diag.find(local, peer, held.cookie).ok().flatten());
-        passport.peer.uid == promised && found.is_some_and(|found| found.inode == held.inode)
+        passport.peer.uid == promised && Self::may_be_told(diag, held, anchor)
     }
 }
 

@@ -114,6 +114,8 @@ fn be_asker(part: &Part) {
             peer: octets(rdsock_shm::control::FABRIC_SOURCE_V4.into()),
             local_port: local_port as u32,
             peer_port: peer_port as u32,
+            fd: -1,
+            reserved: 0,
         };
         let message = Message::new(kind::WHOIS, &question);
         tenant.send(message.as_bytes(), &[]);

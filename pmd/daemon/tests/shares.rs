@@ -177,6 +177,8 @@ fn be_deaf_crowd(part: &Part) {
         peer: address,
         local_port: 1,
         peer_port: 1,
+        fd: -1,
+        reserved: 0,
     };
     let message = Message::new(kind::WHOIS, &question);
     for _ in 0..MESSAGES {

@@ -9,6 +9,7 @@ use tracing::debug;
 use super::{Daemon, End};
 use crate::book::{Announced, Announcement, Conn, TenantId};
 use crate::found::{Errand, Found};
+use crate::porters::Owner;
 use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
 
 /// What a connection record is looked at for.
@@ -144,7 +145,11 @@ impl Daemon {
             cookie,
             search: searched.then(|| self.rights.searches_of(uid)),
         };
-        self.porters.give(uid, move || {
+        let owner = Owner {
+            uid,
+            connection: tenant,
+        };
+        self.porters.give(owner, move || {
             Some(Found::Socket {
                 tenant,
                 errand,
@@ -171,6 +176,7 @@ impl Daemon {
                 Errand::Conn(conn) => daemon.on_conn_looked_at(conn, held)?,
                 Errand::Listener(fd, cookie) => daemon.on_listener(id, fd, cookie, held),
                 Errand::Anchor(ticket) => daemon.on_anchor_looked_at(id, ticket, held),
+                Errand::Whois(question) => daemon.tell_who(id, question, held)?,
             }
             daemon.unthrottle(id);
             Ok(())

@@ -203,6 +203,9 @@ impl Daemon {
         let charge = self.accounts.charge(uid, &wanted).inspect_err(|over| {
             self.journal.refusal(over.cause(), uid, 0);
         })?;
+        if matches!(opening, Opening::Accept(_)) {
+            self.leave_room(uid)?;
+        }
         let ticket = self.streams.number();
         let fds = make_stream_with(ticket, ring_size, bytes)?;
         let fabric = self.fabric.as_mut().ok_or(CarryError::Full)?;
@@ -232,6 +235,14 @@ impl Daemon {
             },
         );
         Ok(ticket)
+    }
+
+    /// Another node asks for something on the account of a user who has no say in that: half of what the user may have
+    /// is left for the user itself.
+    fn leave_room(&mut self, uid: u32) -> Result<(), Over> {
+        let as_much = self.accounts.of(uid, Thing::Descriptors);
+        let room = [(Thing::Descriptors, as_much)];
+        self.accounts.charge(uid, &room).map(drop)
     }
 
     /// A tenant asks whether a connect may go over the fabric.

@@ -17,6 +17,7 @@ use crate::agenda::{Due, Token};
 use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, Received, dismiss, unpack};
 use crate::connections::{Connection, Inbox};
 use crate::found::Found;
+use crate::porters::Owner;
 use crate::process::Peer;
 
 /// Time for a new connection to say who it is.
@@ -134,8 +135,11 @@ impl Daemon {
                     // SAFETY: accept4 has just made this fd, and nothing else owns it.
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                     let peer = Peer::of(&socket);
-                    let uid = peer.as_ref().map_or(u32::MAX, |peer| peer.uid);
-                    let socket = self.porters.foreign(uid, socket);
+                    let owner = Owner {
+                        uid: peer.as_ref().map_or(u32::MAX, |peer| peer.uid),
+                        connection: self.connections.next_id(),
+                    };
+                    let socket = self.porters.foreign(owner, socket);
                     match peer {
                         Ok(peer) => self.welcome(socket, peer, false),
                         Err(error) => debug!("a caller is gone already: {error}"),
@@ -185,10 +189,10 @@ impl Daemon {
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
                 refuse(&socket, over);
-                return dismiss(&self.porters, uid, Arc::new(socket));
+                return dismiss(&self.porters, Arc::new(socket));
             }
         };
-        socket.charge_to(uid, of_socket);
+        socket.charge_to(of_socket);
         let id = self.connections.insert(Connection {
             channel: Channel::new(socket, unread),
             peer: Arc::new(peer),
@@ -257,7 +261,7 @@ impl Daemon {
         let (socket, peer) = (connection.channel.socket().clone(), connection.peer.clone());
         self.agenda.unwatch(borrowed(&socket));
         let porters = self.porters.clone();
-        self.porters.give(peer.uid, move || {
+        self.porters.give(socket.owner(), move || {
             Some(Found::Message {
                 connection: id,
                 received: unpack(&porters, &socket, &peer),
@@ -385,7 +389,7 @@ impl Daemon {
         self.last_use = Instant::now();
         let socket = connection.channel.socket().clone();
         self.agenda.unwatch(borrowed(&socket));
-        dismiss(&self.porters, uid, socket);
+        dismiss(&self.porters, socket);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
         let mut streams = Vec::new();
         if let Some(tenant) = connection.tenant {

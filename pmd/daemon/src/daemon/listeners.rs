@@ -20,7 +20,7 @@ use crate::accounts::Thing;
 use crate::agenda::{Due, Token};
 use crate::book::TenantId;
 use crate::diag::Listener;
-use crate::fabric::{Anchor, Call, Listening, addresses, octets};
+use crate::fabric::{Anchor, Call, Carried, Listening, addresses, octets};
 use crate::found::Errand;
 use crate::rights::{Held, NotHeld, Rights};
 
@@ -234,22 +234,40 @@ impl Daemon {
 
     /// A tenant asks whose connection it has: one that it has accepted, or got from another program.
     pub(super) fn on_whois(&mut self, id: TenantId, question: Between) -> Result<(), End> {
-        let found = self.fabric.as_ref().zip(addresses(&question));
-        let found = found.and_then(|(fabric, anchor)| {
-            let (local, peer) = anchor;
-            let accepted = fabric.callers.get(&peer);
-            let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
-            let accepted = accepted.filter(|(_, carried)| carried.destination == local);
-            accepted.or_else(|| {
-                let mut all = fabric
-                    .carried
-                    .iter()
-                    .map(|(ticket, carried)| (*ticket, carried));
-                all.find(|(_, carried)| {
-                    matches!(carried.anchor, Anchor::Attached { names, .. } if names == anchor)
-                })
-            })
-        });
+        if addresses(&question).is_none_or(|names| self.carried_between(names).is_none()) {
+            return self.tell_who(id, question, Err(NotHeld::Socket));
+        }
+        let socket = (question.fd, 0);
+        self.have_looked_at(id, Errand::Whois(question), socket, false);
+        Ok(())
+    }
+
+    /// The stream with an anchor of these addresses, as the program's socket has them.
+    fn carried_between(&self, names: (SocketAddr, SocketAddr)) -> Option<(u64, &Carried)> {
+        let fabric = self.fabric.as_ref()?;
+        let (local, peer) = names;
+        let accepted = fabric.callers.get(&peer);
+        let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
+        let accepted = accepted.filter(|(_, carried)| carried.destination == local);
+        accepted.or_else(|| {
+            let is = |carried: &Carried| matches!(carried.anchor, Anchor::Attached { names: has, .. } if has == names);
+            let mut all = fabric.carried.iter();
+            let found = all.find(|(_, carried)| is(carried));
+            found.map(|(ticket, carried)| (*ticket, carried))
+        })
+    }
+
+    /// Tells a tenant whose connection it has, if it was found to have it.
+    pub(super) fn tell_who(
+        &mut self,
+        id: TenantId,
+        question: Between,
+        held: Result<Held, NotHeld>,
+    ) -> Result<(), End> {
+        let diag = self.rights.namespaces.home_diag();
+        let found = held.ok().zip(addresses(&question));
+        let found = found.filter(|(held, names)| Rights::may_be_told(diag, *held, *names));
+        let found = found.and_then(|(_, names)| self.carried_between(names));
         let mut answer = Caller {
             question: question.question,
             ticket: 0,

@@ -13,7 +13,7 @@ use tracing::debug;
 use super::{Daemon, End};
 use crate::accounts::Thing;
 use crate::book::{Conn, TenantId};
-use crate::channel::{Belongings, Luggage, Outgoing, Received};
+use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received};
 use crate::connections::{Connection, Tenant};
 use crate::memory::BadMemory;
 use crate::rights::{Changed, Rights};
@@ -24,9 +24,8 @@ const REQUESTS: usize = 64;
 const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.
 const LOOKS: usize = 16;
-/// Descriptors of a tenant besides those of its connection: memory, bells, and the file that tells whether its process
-/// runs the same program.
-const TENANT_DESCRIPTORS: u64 = 3;
+/// Descriptors of a tenant besides those of its connection: memory and bells.
+const TENANT_DESCRIPTORS: u64 = 2;
 
 fn malformed(cause: &'static str) -> End {
     End::Refused {
@@ -111,7 +110,7 @@ impl Daemon {
             }
             (kind::HELLO, false, Luggage::None) => {
                 let _: Hello = body(bytes)?;
-                self.on_hello(id, Err(BadMemory::Number))
+                self.on_hello(id, Err(BadMemory::Number.into()))
             }
             (kind::KICK, true, Luggage::None) if bytes.is_empty() => self.drain(id),
             (kind::LOOKUP, true, Luggage::None) => {
@@ -152,7 +151,7 @@ impl Daemon {
     fn on_hello(
         &mut self,
         id: TenantId,
-        belongings: Result<Box<Belongings>, BadMemory>,
+        belongings: Result<Box<Belongings>, BadHello>,
     ) -> Result<(), End> {
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
@@ -177,10 +176,14 @@ impl Daemon {
             passport,
         } = match belongings {
             Ok(belongings) => *belongings,
-            Err(error) => {
+            Err(BadHello::Memory(error)) => {
                 self.journal.counters.bad_memory += 1;
                 debug!(pid, uid, "memory of a tenant: {error}");
                 return Err(bad_memory(error));
+            }
+            Err(BadHello::Changed(changed)) => {
+                self.journal.counters.changed += 1;
+                return Err(changed.into());
             }
         };
         self.detach_earlier_programs(id, pid);

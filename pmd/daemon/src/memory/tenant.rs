@@ -117,6 +117,11 @@ impl TenantMap {
         })
     }
 
+    /// The memory's file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     fn memory(&self) -> *const TenantMemory {
         self.map.as_ptr().cast()
     }

@@ -221,6 +221,9 @@ impl Client {
             peer: octets(*to.ip()),
             local_port: port.into(),
             peer_port: to.port().into(),
+            // The announcement says which it is.
+            fd: -1,
+            reserved: 0,
         };
         let message = Message::new(kind::REACH, &question);
         self.tenant.send(message.as_bytes(), &[]);
