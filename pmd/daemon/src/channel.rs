@@ -12,7 +12,9 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg, setsockopt, sockopt};
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, Shutdown, UnixAddr, sendmsg, setsockopt, shutdown, sockopt,
+};
 use rdsock_shm::control::{Hello, Message, from_bytes, kind, parse};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 

@@ -68,7 +68,10 @@ impl Diag {
         let Some(question) = question(local, peer, cookie) else {
             return Ok(None);
         };
-        Ok(self.ask(&question)?.map(|found| Found {
+        // All ones stand for any cookie (`INET_DIAG_NOCOOKIE`): what was found has to have this one.
+        let found = self.ask(&question)?;
+        let found = found.filter(|found| join_cookie(found.header.socket_id.cookie) == cookie);
+        Ok(found.map(|found| Found {
             inode: found.header.inode.into(),
             established: found.header.state == TCP_ESTABLISHED,
         }))
@@ -225,6 +228,7 @@ mod tests {
             };
             assert_eq!(diag.find(local, peer, cookie).unwrap(), Some(found));
             assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
+            assert_eq!(diag.find(local, peer, NO_COOKIE).unwrap(), None);
             assert_eq!(diag.find(peer, peer, cookie).unwrap(), None);
         }
         // Who would get the next connection is asked without a connection.
