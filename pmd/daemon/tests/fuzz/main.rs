@@ -8,13 +8,14 @@
 //!
 //! `.ci/fuzz` runs it for long.
 
+#[path = "../honest/mod.rs"]
+mod honest;
 #[path = "../table/mod.rs"]
 mod table;
 #[path = "../tenant/mod.rs"]
 mod tenant;
 
 mod dice;
-mod honest;
 mod party;
 mod sockets;
 mod speech;
@@ -31,9 +32,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::unistd::{Gid, Uid, geteuid, setgid, setuid};
 
-use honest::{Honest, Level};
+use honest::{Honest, Level, become_user, number};
 use tenant::Daemon;
 
 /// Fuzzing processes. Two and two are partners.
@@ -60,14 +60,6 @@ fn with_nodes(directory: &Path) -> String {
          [[fabric.nodes]]\nid = 1\naddresses = [\"127.50.0.1\"]\n\
          [[fabric.nodes]]\nid = 2\naddresses = [\"127.60.0.0/16\"]\n",
         directory.display()
-    )
-}
-
-fn number(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} is no number: {text}")),
     )
 }
 
@@ -102,7 +94,7 @@ fn fuzzing_process() {
     let partner = number("RDSOCK_FUZZ_PARTNER").map(|fd| worker::inherited(fd as i32));
     let mut worker = worker::Worker::new(seed, daemon.into(), partner);
     let victims = std::env::var("RDSOCK_FUZZ_VICTIMS").unwrap();
-    worker.covet(victims.split(',').filter_map(worker::from_text).collect());
+    worker.covet(honest::victims(&victims));
     let tally = worker.run(messages);
     println!(
         "fuzzed: {} datagrams, {} requests, {} connections; read {}: {} promotions, {} verdicts, {} refusals",
@@ -116,17 +108,6 @@ fn fuzzing_process() {
     );
 }
 
-fn become_user(user: u32) {
-    if !geteuid().is_root() || user == 0 {
-        return;
-    }
-    setgid(Gid::from_raw(user)).unwrap();
-    setuid(Uid::from_raw(user)).unwrap();
-    // As a program that was started by this user.
-    // SAFETY: takes integers only.
-    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) };
-}
-
 /// Runs all processes over one daemon, and says what did not hold, with the seed.
 fn fuzz(seed: u64, config: &str) {
     let _turn = ONE_AT_A_TIME
@@ -135,13 +116,8 @@ fn fuzz(seed: u64, config: &str) {
     table::check_against_source();
     let messages = number("RDSOCK_FUZZ_MESSAGES").unwrap_or(MESSAGES);
     println!("RDSOCK_FUZZ_SEED={seed} RDSOCK_FUZZ_MESSAGES={messages}");
-    if !geteuid().is_root() {
-        println!("SKIPPED, NOTHING WAS CHECKED: fuzzers of other users, since this is not root");
-    }
     let daemon = Daemon::start(config);
-    let directory = daemon.socket().parent().unwrap().to_owned();
-    let all_may_enter = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(&directory, all_may_enter).unwrap();
+    honest::let_others_in(&daemon);
     let mut honest = Honest::new(&daemon);
     // The first turn makes what stays.
     honest.turn(&daemon);
@@ -218,7 +194,7 @@ fn start_all(daemon: &Daemon, seed: u64, messages: u64, honest: &Honest) -> Vec<
                 (FIRST_USER + number as u32 % 3).to_string(),
             )
             .env("RDSOCK_FUZZ_PARTNER", fd.to_string())
-            .env("RDSOCK_FUZZ_VICTIMS", honest.victims().join(","));
+            .env("RDSOCK_FUZZ_VICTIMS", honest.victims());
         // SAFETY: one system call between fork and exec.
         unsafe {
             command.pre_exec(move || {

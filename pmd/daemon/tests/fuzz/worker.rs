@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rdsock_shm::control::{
-    Caller, Hello, Message, Promote, Reached, Verdict, bytes_of, from_bytes, kind, parse,
+    Caller, Hello, Message, Promote, Reached, Verdict, from_bytes, kind, parse,
 };
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 
@@ -90,6 +90,7 @@ impl Worker {
     pub fn covet(&mut self, victims: Vec<rdsock_shm::control::Request>) {
         for victim in &victims {
             self.known.learn(victim.cookie);
+            self.known.learn(victim.stream_id);
         }
         self.victims = victims;
     }
@@ -532,20 +533,6 @@ impl Worker {
 pub fn inherited(number: RawFd) -> OwnedFd {
     // SAFETY: the parent has opened it for this process alone, which uses it nowhere else.
     unsafe { OwnedFd::from_raw_fd(number) }
-}
-
-/// What an announcement looks like in an environment variable.
-pub fn to_text(request: &rdsock_shm::control::Request) -> String {
-    let bytes = bytes_of(request);
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// And back.
-pub fn from_text(text: &str) -> Option<rdsock_shm::control::Request> {
-    let bytes: Option<Vec<u8>> = (0..text.len() / 2)
-        .map(|at| u8::from_str_radix(&text[2 * at..][..2], 16).ok())
-        .collect();
-    from_bytes(&bytes?)
 }
 
 const _: () = assert!(size_of::<rdsock_shm::control::Head>() == 8);

@@ -1,16 +1,20 @@
-//! Honest programs beside the fuzzers: they are served all the time, keep what they have, and know how
-//! much the daemon used before.
+//! Honest programs beside hostile ones: they are served all the time, keep what they have, and know how
+//! much the daemon used before. And what it takes to run the hostile ones in processes of other users.
+
+#![allow(dead_code, reason = "each test uses a part")]
 
 use std::fmt;
 use std::fs::File;
 use std::net::TcpStream;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
-use rdsock_shm::control::{Promote, request as what};
+use nix::sys::socket::{MsgFlags, recv};
+use nix::unistd::{Gid, Uid, geteuid, setgid, setuid};
+use rdsock_shm::control::{Promote, Request, bytes_of, from_bytes, request as what};
 
 use crate::tenant::{Daemon, Tenant, announcement, request, tcp_pair};
-use crate::worker::to_text;
 
 /// What the daemon may have taken for good: what its allocator keeps for the next time.
 const KEPT: u64 = 64 << 20;
@@ -103,12 +107,23 @@ impl Honest {
         }
     }
 
-    /// What the victims announced.
-    pub fn victims(&self) -> Vec<String> {
-        let announced = self.victims.sockets.iter().zip([1, 0]);
-        announced
-            .map(|(socket, active)| to_text(&announcement(7, 8, socket, active)))
-            .collect()
+    /// What the victims announced, with their stream, as text: see [`victims`].
+    pub fn victims(&self) -> String {
+        let ends = self.victims.sockets.iter().zip(&self.victims.promotes);
+        let texts: Vec<String> = ends
+            .map(|(socket, promote)| {
+                let Promote {
+                    conn, generation, ..
+                } = *promote;
+                let announced = Request {
+                    stream_id: promote.stream_id,
+                    ..announcement(conn, generation, socket, 1 - promote.end)
+                };
+                let bytes = bytes_of(&announced);
+                bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+            })
+            .collect();
+        texts.join(",")
     }
 
     /// The daemon answers a question, and promotes a connection of tenants that are attached and of
@@ -143,9 +158,9 @@ impl Honest {
         self.victims.talk(200);
         for end in &self.victims.ends {
             let mut buffer = [0; 256];
-            use std::os::fd::AsRawFd;
-            let more = crate::party::receive(end.socket.as_raw_fd(), &mut buffer);
-            assert!(more.is_err(), "the victims were told: {more:?}");
+            let socket = end.socket.as_raw_fd();
+            let more = recv(socket, &mut buffer, MsgFlags::MSG_DONTWAIT);
+            assert!(more.is_err(), "the victims were told something: {buffer:?}");
         }
     }
 }
@@ -233,4 +248,42 @@ impl fmt::Display for Level {
             self.tenants
         )
     }
+}
+
+/// The announcements in a text of [`Honest::victims`]. Their `stream_id` is the victims' stream.
+pub fn victims(text: &str) -> Vec<Request> {
+    let byte = |text: &str| u8::from_str_radix(text, 16).ok();
+    let request = |text: &str| {
+        let digits = (0..text.len() / 2).map(|at| &text[2 * at..][..2]);
+        from_bytes(&digits.map(byte).collect::<Option<Vec<u8>>>()?)
+    };
+    text.split(',').filter_map(request).collect()
+}
+
+/// Lets processes of other users reach the daemon's socket. Says loudly when there are none.
+pub fn let_others_in(daemon: &Daemon) {
+    if !geteuid().is_root() {
+        println!("SKIPPED, NOTHING WAS CHECKED: tenants of other users, since this is not root");
+    }
+    let directory = daemon.socket().parent().unwrap().to_owned();
+    let all_may_enter = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(directory, all_may_enter).unwrap();
+}
+
+/// As a program that this user has started.
+pub fn become_user(user: u32) {
+    if !geteuid().is_root() || user == 0 {
+        return;
+    }
+    setgid(Gid::from_raw(user)).unwrap();
+    setuid(Uid::from_raw(user)).unwrap();
+    // SAFETY: takes integers only.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) };
+}
+
+/// A number in the environment.
+pub fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    let number = text.parse();
+    Some(number.unwrap_or_else(|_| panic!("{name} is no number: {text}")))
 }
