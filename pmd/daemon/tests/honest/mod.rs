@@ -212,12 +212,27 @@ impl Level {
         daemon.wait_until("only the victims have a stream", |stat| {
             stat["streams_now"] == 1
         });
-        Self::of(daemon)
+        // What was closed just before is given back by and by.
+        let mut level = Self::of(daemon);
+        let mut same = 0;
+        while same < 3 {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = Self::of(daemon);
+            let unchanged = now.descriptors == level.descriptors;
+            same = if unchanged { same + 1 } else { 0 };
+            level = now;
+        }
+        level
     }
 
     /// Waits until the daemon uses no more than before; returns what it uses then. The one caller that
     /// asks is there in both.
     pub fn is_reached_again(&self, daemon: &Daemon) -> Self {
+        self.is_reached_again_but(daemon, 0)
+    }
+
+    /// Likewise, and so many tenants are gone that were there before.
+    pub fn is_reached_again_but(&self, daemon: &Daemon, gone: u64) -> Self {
         let end = Instant::now() + SETTLE;
         loop {
             let now = Self::of(daemon);
@@ -225,7 +240,7 @@ impl Level {
                 && now.threads <= self.threads
                 && now.resident <= self.resident + KEPT
                 && (now.streams, now.waiting, now.tenants)
-                    == (self.streams, self.waiting, self.tenants);
+                    == (self.streams, self.waiting, self.tenants - gone);
             if reached {
                 return now;
             }
