@@ -38,7 +38,7 @@ lint: ## Check format, lints, documentation and licences
 	else echo "cargo-deny is not installed: licences and advisories are not checked"; fi
 
 SOAK_MINUTES ?= 30
-soak: ## Run the end-to-end tests for SOAK_MINUTES, then the deeper loom pass
+soak: ## Run the end-to-end tests for SOAK_MINUTES, then ten million messages of the fuzzer and the deeper loom pass
 	tests/setup.sh
 	$(CARGO) build --release --workspace
 	@end=$$(($$(date +%s) + $(SOAK_MINUTES) * 60)); round=0; \
@@ -46,6 +46,7 @@ soak: ## Run the end-to-end tests for SOAK_MINUTES, then the deeper loom pass
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		RDSOCK_BIN_DIR="$(abspath $(BUILT))" $(CARGO) test --workspace || exit 1; \
 	done; echo "soak: $$round rounds without a failure"
+	.ci/fuzz
 	RDSOCK_SOAK=$${RDSOCK_SOAK:-1} .ci/loom
 
 install: ## Install what `make` built below PREFIX (and DESTDIR)
