@@ -25,8 +25,7 @@ fn serve(nodes: &Nodes) -> (Running, u16) {
 fn work(nodes: &mut Nodes) {
     nodes.wait_until_met();
     let (mut server, port) = serve(nodes);
-    let client = nodes.begin(PUMP, &format!("send {port} 20 100"));
-    assert!(client.finish(LIMIT).contains("done"));
+    nodes.begin(PUMP, &format!("send {port} 10000 100")).kill();
     server.kill();
 }
 
