@@ -156,6 +156,54 @@ impl Daemon {
         std::fs::read_dir(path).map_or(0, Iterator::count)
     }
 
+    /// Lets it have so many descriptors from now on; what it has it keeps. How many it could have before.
+    ///
+    /// # Panics
+    /// When the system does not allow that.
+    pub fn limit_descriptors(&mut self, count: u64) -> u64 {
+        let pid = self.running().pid() as libc::pid_t;
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        let set = |new: *const libc::rlimit, old: *mut libc::rlimit| {
+            // SAFETY: each is null, or a limit that is alive.
+            let done = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, new, old) };
+            assert_eq!(done, 0, "prlimit: {}", std::io::Error::last_os_error());
+        };
+        set(std::ptr::null(), &mut limit);
+        let before = std::mem::replace(&mut limit.rlim_cur, count);
+        set(&limit, std::ptr::null_mut());
+        before
+    }
+
+    /// Names and `stat` of its threads.
+    fn tasks(&mut self) -> Vec<(String, String)> {
+        let path = format!("/proc/{}/task", self.running().pid());
+        let tasks = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let task = |path: PathBuf| (read(path.join("comm")), read(path.join("stat")));
+        tasks.map(|entry| task(entry.path())).collect()
+    }
+
+    /// Threads that it has.
+    pub fn threads(&mut self) -> usize {
+        self.tasks().len()
+    }
+
+    /// How long its threads of this name have worked.
+    pub fn busy(&mut self, name: &str) -> Duration {
+        let tasks = self.tasks();
+        let stats = tasks.iter().filter(|(comm, _)| comm.trim() == name);
+        let ticks = |stat: &str| -> u64 {
+            let after_name = stat.rsplit(')').next().unwrap_or_default();
+            let words = after_name.split_whitespace().skip(11).take(2);
+            words.filter_map(|word| word.parse::<u64>().ok()).sum()
+        };
+        // The unit is a hundredth of a second on every Linux.
+        Duration::from_millis(stats.map(|(_, stat)| ticks(stat) * 10).sum())
+    }
+
     /// Waits until nothing of a test's programs is left in it: no process, no stream, and not
     /// one descriptor more than `descriptors`.
     ///

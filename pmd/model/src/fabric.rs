@@ -9,7 +9,7 @@ use crate::footprint::Footprint;
 use crate::page::{self, Page};
 use crate::port::{MAX_SETS, PortMemory, Private};
 use crate::sheet::{self, BAR0_SIZE, MAX_NODE, PAGE_SIZE};
-use crate::wire::Wire;
+use crate::wire::{Peers, Wire};
 use std::num::NonZeroU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -141,6 +141,13 @@ impl Fabric {
     /// cannot go on without.
     pub fn poll_wire(&self) {
         self.lock().poll_wire();
+    }
+
+    /// Lets the wire change who is there.
+    pub fn with_peers(&self, change: impl FnOnce(&mut Peers)) {
+        let mut core = self.lock();
+        change(&mut core.peers);
+        core.bury();
     }
 
     /// Takes the wire away, and with it all nodes of other processes.

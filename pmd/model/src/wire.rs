@@ -161,12 +161,24 @@ impl Peers {
         }
     }
 
-    /// Removes a node: nothing is executed there any more, and its port and memory are let go.
+    /// Removes a node whose process has gone: nothing is executed there any more, and its port and memory are let go.
     pub fn detach(&mut self, id: u16) {
         let place = self.by_id.get_mut(usize::from(id));
         if let Some(peer) = place.and_then(Option::take) {
             self.gone.push(peer.token);
         }
+    }
+
+    /// Removes a node whose process lives: it is at work in this process's port, perhaps, and releases the lock itself.
+    pub fn release(&mut self, id: u16) {
+        if let Some(place) = self.by_id.get_mut(usize::from(id)) {
+            *place = None;
+        }
+    }
+
+    /// Says that who puts this token into locks is not at work any more: locks that it holds are taken from it.
+    pub fn bury(&mut self, token: u64) {
+        self.gone.push(token);
     }
 
     /// Removes the node that has this token.

@@ -3,15 +3,21 @@
 use crate::device::{Access, BusError};
 use crate::link::connection::{Broken, Connection, Sent};
 use crate::link::message::{Message, Unreceived, VERSION};
-use crate::link::place::Place;
+use crate::link::said::Said;
+use crate::link::spare::{REMEDY, Spare};
 use crate::sealed;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt::PeerCredentials};
 use rdsock_model::{Peers, Wire};
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Until something that could not be sent is tried again, where nothing tells when.
+const LATER: Duration = Duration::from_millis(20);
+/// Until something for which there was no descriptor is tried again.
+const STARVED: Duration = Duration::from_millis(100);
 
 /// What this process's device reaches, as the others are told.
 #[derive(Debug)]
@@ -25,7 +31,6 @@ struct Memory {
 /// See the module's text.
 #[derive(Debug)]
 pub struct Ends {
-    place: Place,
     id: u16,
     token: u64,
     port: Arc<OwnedFd>,
@@ -35,9 +40,11 @@ pub struct Ends {
     change: u64,
     connections: Vec<Connection>,
     /// Tells the waiting thread of everything that comes.
-    pub epoll: Arc<Epoll>,
-    /// Something waits to be sent, and nothing will say when.
-    pub later: bool,
+    epoll: Arc<Epoll>,
+    spare: Spare,
+    said: Said,
+    /// When there is more to do, and nothing will tell.
+    again: Option<Duration>,
 }
 
 /// Event of everything: who is woken looks at all.
@@ -46,16 +53,10 @@ fn event(flags: EpollFlags) -> EpollEvent {
 }
 
 impl Ends {
-    pub fn new(
-        place: Place,
-        others: Vec<OwnedFd>,
-        (id, token): (u16, u64),
-        port: OwnedFd,
-        epoll: Arc<Epoll>,
-    ) -> Result<Self, Errno> {
-        epoll.add(&place.listener, event(EpollFlags::EPOLLIN))?;
-        let mut ends = Ends {
-            place,
+    pub fn new((id, token): (u16, u64), port: OwnedFd, epoll: Arc<Epoll>) -> Self {
+        let mut spare = Spare::default();
+        spare.keep(&epoll.0);
+        Ends {
             id,
             token,
             port: Arc::new(port),
@@ -64,18 +65,38 @@ impl Ends {
             change: 0,
             connections: Vec::new(),
             epoll,
-            later: false,
-        };
-        for socket in others {
-            ends.meet(socket)?;
+            spare,
+            said: Said::default(),
+            again: None,
         }
-        Ok(ends)
     }
 
-    /// Tells a process that is new everything, whatever comes from it.
-    fn meet(&mut self, socket: OwnedFd) -> Result<(), Errno> {
+    /// After how long to poll again, though nothing comes.
+    pub fn again(&self) -> Option<Duration> {
+        self.again
+    }
+
+    /// Whether there is a link to a node, or will be when it answers.
+    pub fn leads_to(&self, node: u16) -> bool {
+        self.connections.iter().any(|c| c.leads_to(node))
+    }
+
+    /// Takes a connection that is new: to the node that this process has `dialled`, which is told everything at once, or
+    /// from one that has to say first who it is. So a process that had a link before is not told, and not at work here,
+    /// before the end of that link was seen.
+    pub fn meet(&mut self, socket: OwnedFd, dialled: Option<u16>) -> Result<(), Errno> {
         self.epoll.add(&socket, event(EpollFlags::EPOLLIN))?;
-        let mut connection = Connection::new(socket);
+        self.connections.push(Connection::new(socket, dialled));
+        if dialled.is_some() {
+            self.tell_all(self.connections.len() - 1);
+            self.flush();
+        }
+        Ok(())
+    }
+
+    /// Tells a process that is new everything.
+    fn tell_all(&mut self, at: usize) {
+        let connection = &mut self.connections[at];
         let hello = Message::Hello {
             version: VERSION,
             id: self.id.into(),
@@ -93,8 +114,14 @@ impl Ends {
             connection.queue(Message::Vector { change, vector }, Some(eventfd));
         }
         connection.queue(Message::Ready { change }, None);
-        self.connections.push(connection);
-        Ok(())
+        connection.is_told = true;
+    }
+
+    /// Cuts all links: another process is this node now.
+    pub fn give_up(&mut self, peers: &mut Peers) {
+        for at in (0..self.connections.len()).rev() {
+            self.cut(at, Broken::Place, peers);
+        }
     }
 
     /// Tells of memory that the device reaches now.
@@ -116,7 +143,8 @@ impl Ends {
             writable: access == Access::ReadWrite,
             file: Arc::new(file.try_clone_to_owned().map_err(io)?),
         };
-        self.tell(change, memory.message(change, iova), Some(&memory.file));
+        let message = memory.message(change, iova);
+        self.tell(change, |c| c.queue(message, Some(&memory.file)));
         self.memory.insert(iova, memory);
         Ok(())
     }
@@ -124,7 +152,7 @@ impl Ends {
     /// Tells of memory that it does not reach any more.
     pub fn unmap(&mut self, change: u64, iova: u64, len: u64) {
         self.memory.remove(&iova);
-        self.tell(change, Message::Unmap { change, iova, len }, None);
+        self.tell(change, |c| c.queue_unmap(change, iova, len));
     }
 
     /// Tells how to fire a vector.
@@ -137,7 +165,7 @@ impl Ends {
         let vector = vector.into();
         let eventfd = eventfd.map(|fd| fd.try_clone_to_owned()).transpose()?;
         let eventfd = eventfd.map(Arc::new);
-        self.tell(change, Message::Vector { change, vector }, eventfd.as_ref());
+        self.tell(change, |c| c.queue_vector(change, vector, eventfd.as_ref()));
         match eventfd {
             Some(eventfd) => self.vectors.insert(vector, eventfd),
             None => self.vectors.remove(&vector),
@@ -145,88 +173,120 @@ impl Ends {
         Ok(())
     }
 
-    fn tell(&mut self, change: u64, message: Message, file: Option<&Arc<OwnedFd>>) {
+    fn tell(&mut self, change: u64, queue: impl Fn(&mut Connection)) {
         self.change = change;
-        for connection in &mut self.connections {
-            connection.queue(message, file);
-        }
+        let told = self.connections.iter_mut().filter(|c| c.is_told);
+        told.for_each(queue);
         self.flush();
     }
 
     /// Sends what can be sent. What is broken is found out, and cut, by the next poll.
     fn flush(&mut self) {
-        self.later = false;
+        self.again = None;
         for connection in &mut self.connections {
             let mut flags = EpollFlags::EPOLLIN;
-            match connection.flush() {
-                Ok(Sent::All) => {}
-                Ok(Sent::Later) => self.later = true,
-                Ok(Sent::Full) | Err(_) => flags |= EpollFlags::EPOLLOUT,
-            }
-            // It fails only for a socket that is not there.
-            let _ = self.epoll.modify(&connection.socket, &mut event(flags));
-        }
-    }
-
-    fn accept(&mut self) {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        loop {
-            let socket = match accept4(self.place.listener.as_raw_fd(), flags) {
-                // SAFETY: the kernel made it for this process just now, and nobody else knows it.
-                Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
-                Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => return,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a link");
-                    return;
+            let again = match connection.flush() {
+                _ if connection.is_new => Some(Duration::ZERO),
+                _ if connection.is_starved => Some(STARVED),
+                Ok(Sent::All) => None,
+                Ok(Sent::Later) => Some(LATER),
+                Ok(Sent::Full) | Err(_) => {
+                    flags |= EpollFlags::EPOLLOUT;
+                    None
                 }
             };
-            let user = getsockopt(&socket, PeerCredentials).map(|peer| peer.uid());
-            if user != Ok(nix::unistd::geteuid().as_raw()) {
-                tracing::warn!(?user, "refused a link to a process of another user");
-                continue;
-            }
-            if let Err(error) = self.meet(socket) {
-                tracing::warn!(%error, "cannot watch a link");
+            self.again = self.again.into_iter().chain(again).min();
+            // What can't be received now would wake the thread all the time.
+            let watched = match (connection.is_watched, !connection.is_starved) {
+                (true, true) => self.epoll.modify(&connection.socket, &mut event(flags)),
+                (true, false) => self.epoll.delete(&connection.socket),
+                (false, true) => self.epoll.add(&connection.socket, event(flags)),
+                (false, false) => Ok(()),
+            };
+            match watched {
+                Ok(()) => connection.is_watched = !connection.is_starved,
+                // Too little memory.
+                Err(_) => self.again = self.again.into_iter().chain([LATER]).min(),
             }
         }
     }
 
     /// Ends a link.
     fn cut(&mut self, at: usize, broken: Broken, peers: &mut Peers) {
-        let connection = self.connections.remove(at);
-        connection.detach(peers);
-        let node = connection.id();
-        match broken {
+        let connection = &mut self.connections[at];
+        let (node, token) = (connection.id(), connection.token());
+        match &broken {
+            _ if connection.is_ending => tracing::debug!(node, "a cut link is closed"),
             Broken::Receive(Unreceived::Closed) => {
                 tracing::info!(node, "a linked process has gone");
             }
-            broken => tracing::warn!(node, %broken, "cut the link to another process"),
+            Broken::Double => tracing::debug!(node, "one link is enough"),
+            broken => {
+                let text = format!("{node}: {broken}");
+                if self.said.is_due(&text) {
+                    tracing::warn!(node, %broken, "cut the link to another process; it is made anew");
+                }
+            }
+        }
+        let is_over = matches!(broken, Broken::Receive(Unreceived::Closed) | Broken::Double);
+        if connection.attached && !is_over && !connection.is_ending {
+            return connection.end(peers);
+        }
+        let connection = self.connections.remove(at);
+        let lives = self.connections.iter().any(|c| c.token() == token);
+        connection.detach(lives && token.is_some(), peers);
+    }
+
+    /// Of two links to one node, the one that is to go, when the one `at` has just said who it is.
+    fn double(&self, at: usize) -> Option<usize> {
+        let new = &self.connections[at];
+        let mut others = self.connections.iter().enumerate();
+        let (other, old) = others.find(|(n, c)| *n != at && c.id() == new.id())?;
+        // A node that has restarted: only one process at a time has its id, so the one before has gone, though perhaps
+        // not all of its descriptors. Or a process that has closed the other link. But where each has connected to the
+        // other, both must keep the same.
+        let crossed = old.token() == new.token() && !old.is_ending;
+        match crossed && new.dialler(self.id) < old.dialler(self.id) {
+            true => Some(at),
+            false => Some(other),
         }
     }
 
     fn poll(&mut self, peers: &mut Peers) {
-        self.accept();
+        self.spare.keep(&self.epoll.0);
+        for at in 0..self.connections.len() {
+            let is_new = std::mem::take(&mut self.connections[at].is_new);
+            if is_new && !self.connections[at].is_told {
+                self.tell_all(at);
+            }
+        }
         let mut at = 0;
         while let Some(connection) = self.connections.get_mut(at) {
-            match connection.receive(self.id, peers) {
+            match connection.receive(self.id, peers, &mut self.spare) {
                 Ok(true) => {
-                    // A node that has restarted: only one process at a time has its id, so the one before has gone,
-                    // though perhaps not all of its descriptors.
-                    let node = connection.id();
-                    if let Some(before) = self.connections[..at].iter().position(|c| c.id() == node)
-                    {
-                        self.cut(before, Unreceived::Closed.into(), peers);
-                        at -= 1;
+                    if let Some(double) = self.double(at) {
+                        self.cut(double, Broken::Double, peers);
+                        at -= usize::from(double < at);
                     }
                 }
                 Ok(false) => match connection.flush() {
                     Ok(_) => at += 1,
-                    Err(broken) => self.cut(at, broken, peers),
+                    Err(broken) => at = self.cut_at(at, broken, peers),
                 },
-                Err(broken) => self.cut(at, broken, peers),
+                Err(broken) => at = self.cut_at(at, broken, peers),
             }
         }
+        if self.connections.iter().any(|c| c.is_starved) && self.said.is_due(REMEDY) {
+            tracing::warn!("{REMEDY}");
+        }
         self.flush();
+    }
+
+    /// Ends a link; where the next one is.
+    fn cut_at(&mut self, at: usize, broken: Broken, peers: &mut Peers) -> usize {
+        let before = self.connections.len();
+        self.cut(at, broken, peers);
+        at + usize::from(self.connections.len() == before)
     }
 }
 

@@ -1,11 +1,14 @@
 //! Links between models in different processes of one machine.
 //!
-//! Each process has one device. The processes meet in a directory, in which each listens as `NODE.sock`; whoever
-//! comes later connects to those that are there, so that there is a link between each two. Over it each tells
+//! Each process has one device. The processes meet in a directory, in which each listens as `NODE.sock`, and
+//! connects to those that are there, so that there is a link between each two. Over it each tells
 //! the other of its device's port and of the memory that it reaches, as files; after that the engine of the one
 //! works in the other's memory by itself (see [`rdsock_model::Wire`]), and the link is silent until something
 //! changes. A thread waits for that. When a process ends, the kernel closes its links: the others forget its
 //! node, and unmap its memory. If it comes back, it is a new node.
+//!
+//! A link that is missing is made again, whatever has happened to it, to the processes or to the directory: the
+//! thread looks once a second ([`watch`]). When descriptors are short nothing is cut: what needs one waits.
 //!
 //! The directory stands for the wire between real devices, and for more: who may connect there can write into
 //! the memory of every node that is linked. It has to belong to the user, with mode 0700; processes of other
@@ -18,11 +21,15 @@ mod ends;
 mod memory;
 mod message;
 mod place;
+mod said;
+mod spare;
+mod watch;
 
 use crate::device::{Access, BusError};
 use ends::{Ends, SharedEnds};
 use memory::SharedPort;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use place::{Place, io};
 use rdsock_model::sheet::MAX_NODE;
@@ -33,9 +40,7 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-
-/// Milliseconds until something that could not be sent is tried again, where nothing tells when.
-const RETRY_MS: u16 = 20;
+use watch::{STOP, Watch};
 
 /// Why a device could not be linked.
 #[derive(Debug, thiserror::Error)]
@@ -73,15 +78,27 @@ pub enum LinkError {
         /// The directory.
         dir: PathBuf,
     },
-    /// Another process does not come to an end with joining.
-    #[error("another process has been joining in {} for seconds: is it stopped?", dir.display())]
-    Busy {
-        /// The directory.
-        dir: PathBuf,
+    /// Something stands in a node's place that no node has made.
+    #[error("{} is not what a node makes there: it is left alone; move it away", path.display())]
+    Foreign {
+        /// It.
+        path: PathBuf,
     },
     /// There is no such node id.
     #[error("{0} is no node id: they are 1 to {MAX_NODE}")]
     BadId(u16),
+}
+
+impl LinkError {
+    /// What the system said.
+    fn errno(&self) -> Errno {
+        match self {
+            LinkError::Io { source, .. } => {
+                (source.raw_os_error()).map_or(Errno::UnknownErrno, Errno::from_raw)
+            }
+            _ => Errno::UnknownErrno,
+        }
+    }
 }
 
 /// The links of a device.
@@ -109,26 +126,26 @@ impl Link {
         let watch = |error: nix::Error| io("watching links", dir)(error.into());
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(watch)?);
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(watch)?);
-        let stopping = EpollEvent::new(EpollFlags::EPOLLIN, 1);
+        let stopping = EpollEvent::new(EpollFlags::EPOLLIN, STOP);
         epoll.add(&*stop, stopping).map_err(watch)?;
-        let (place, others) = Place::take(dir, id)?;
+        let place = Place::take(dir, id)?;
         let token = NonZeroU64::MIN | RandomState::new().build_hasher().finish();
         let names = (id, token.get());
-        let ends = Ends::new(place, others, names, file.into(), epoll.clone()).map_err(watch)?;
+        let ends = Ends::new(names, file.into(), epoll.clone());
         let ends = SharedEnds(Arc::new(Mutex::new(ends)));
         let wire = Box::new(ends.clone());
         let function = fabric.connect((id, token), wire, Arc::new(port), dma, queue_sets);
-        fabric.poll_wire();
         let mut link = Link {
             fabric: fabric.clone(),
             ends: ends.clone(),
             stop,
             thread: None,
         };
-        let fabric = fabric.clone();
+        let mut watch = Watch::new(fabric.clone(), ends, place, epoll);
+        watch.look();
         let thread = std::thread::Builder::new()
             .name("rde-link".into())
-            .spawn(move || wait(&fabric, &ends, &epoll));
+            .spawn(move || watch.run());
         link.thread = Some(thread.map_err(io("starting the thread that waits for links", dir))?);
         Ok((link, function))
     }
@@ -161,29 +178,6 @@ impl Link {
             what: "sharing an interrupt with linked processes",
             source,
         })
-    }
-}
-
-/// Waits for what comes over the links, and takes it in.
-fn wait(fabric: &Fabric, ends: &SharedEnds, epoll: &Epoll) {
-    let mut events = [EpollEvent::empty(); 16];
-    loop {
-        let timeout = match ends.lock().later {
-            true => EpollTimeout::from(RETRY_MS),
-            false => EpollTimeout::NONE,
-        };
-        let count = match epoll.wait(&mut events, timeout) {
-            Ok(count) => count,
-            Err(nix::Error::EINTR) => continue,
-            Err(error) => {
-                tracing::error!(%error, "cannot wait for links any more");
-                return;
-            }
-        };
-        if events[..count].iter().any(|event| event.data() == 1) {
-            return;
-        }
-        fabric.poll_wire();
     }
 }
 
