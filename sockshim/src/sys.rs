@@ -237,6 +237,12 @@ pub fn file_size(fd: c_int) -> Option<u64> {
         .then(|| unsafe { stat.assume_init() }.st_size as u64)
 }
 
+/// True for a file that is sealed against shrinking: a load from its mapping never faults.
+pub fn cannot_shrink(fd: c_int) -> bool {
+    let seals = fcntl(fd, libc::F_GET_SEALS, 0);
+    seals >= 0 && seals as c_int & libc::F_SEAL_SHRINK != 0
+}
+
 /// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes that cost
 /// nothing until they are touched. `None` when the kernel refuses.
 pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {

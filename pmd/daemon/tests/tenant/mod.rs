@@ -191,8 +191,9 @@ fn identify(file: &File, magic: u64, size: usize) {
 
 impl Memory {
     pub fn new() -> Self {
-        let tenant = memfd(size_of::<TenantMemory>() as u64, SealFlag::F_SEAL_SHRINK);
-        let bells = memfd(size_of::<BellBoard>() as u64, SealFlag::F_SEAL_SHRINK);
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        let tenant = memfd(size_of::<TenantMemory>() as u64, seals);
+        let bells = memfd(size_of::<BellBoard>() as u64, seals);
         identify(&tenant, TENANT_MAGIC, size_of::<TenantMemory>());
         identify(&bells, BELL_MAGIC, size_of::<BellBoard>());
         let map = MmapOptions::new().map_raw(&tenant).unwrap();
