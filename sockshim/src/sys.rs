@@ -433,10 +433,30 @@ pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
 
 /// Writes a line to stderr: the only thing the shim ever says, once per cause.
 pub fn warn(text: &str) {
-    for piece in ["rdsock: ", text, "\n"] {
+    warn_with(&[text]);
+}
+
+/// As [`warn`], with a line in pieces.
+pub fn warn_with(pieces: &[&str]) {
+    for piece in ["rdsock: "].iter().chain(pieces).chain(&["\n"]) {
         // SAFETY: a string is valid for its length.
         unsafe { write(2, piece.as_ptr(), piece.len()) };
     }
+}
+
+/// A number in digits, which are put into `room`.
+pub fn decimal(mut number: u32, room: &mut [u8; 10]) -> &str {
+    let mut start = room.len();
+    for (place, digit) in room.iter_mut().enumerate().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+        start = place;
+        if number == 0 {
+            break;
+        }
+    }
+    let digits = room.get(start..).unwrap_or_default();
+    std::str::from_utf8(digits).unwrap_or_default()
 }
 
 /// Sets errno and gives -1 for a negated error number; other results pass through.

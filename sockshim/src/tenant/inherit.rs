@@ -1,13 +1,13 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{AWAITED, CONTROL, EPOCH, INHERITED, TRIED_AT, ensure};
+use super::attach::{CONTROL, EPOCH, INHERITED, ensure};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
 use super::messages::{read_messages, send_with};
 use super::requests::{blank, put};
-use super::{ask, listeners};
+use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
@@ -88,8 +88,7 @@ pub fn after_fork_in_child() {
     MEMORY.store(std::ptr::null_mut(), Relaxed);
     BOARD.store(std::ptr::null_mut(), Relaxed);
     BELLS_IN_USE.store(0, Relaxed);
-    TRIED_AT.store(0, Relaxed);
-    AWAITED.store(0, Relaxed);
+    attach::after_fork_in_child();
     ask::after_fork_in_child();
     listeners::after_fork_in_child();
     let mut streams = false;
