@@ -160,6 +160,34 @@ fn a_daemon_that_hangs_up_with_a_refusal_is_understood() {
     program.signal(Signal::SIGTERM);
 }
 
+/// Connects from other nodes work again after a restart: the next daemon is told who listens.
+#[test]
+fn a_server_says_again_what_it_listens_on() {
+    let counterfeit = Counterfeit::new();
+    let (folder, port) = (Folder::new(), place::free_port());
+    let mut server = pump(&folder, &counterfeit.path(), &format!("serve {port}")).start();
+    server.wait_for_output("listening", LIMIT);
+    let mut listens = || {
+        let end = Instant::now() + LIMIT;
+        loop {
+            assert!(Instant::now() < end, "it does not attach");
+            // Something for it to accept: it can look then.
+            drop(TcpStream::connect(("127.0.0.1", port)).unwrap());
+            if let Some(mut attachment) = counterfeit.accept(Duration::from_millis(50)) {
+                attachment.welcome();
+                return attachment.wait_for(request::LISTENS, LIMIT);
+            }
+        }
+    };
+    // The first daemon is gone when it has read this.
+    let (first, second) = (listens(), listens());
+    assert_eq!(u32::from(port), first.local_port);
+    assert_eq!(
+        (first.local_port, first.cookie),
+        (second.local_port, second.cookie)
+    );
+}
+
 /// What a tenant hands over can neither shrink nor grow, whatever the limits of its process.
 #[test]
 fn a_tenants_memory_is_sealed() {
