@@ -167,7 +167,7 @@ fn a_server_says_again_what_it_listens_on() {
     let (folder, port) = (Folder::new(), place::free_port());
     let mut server = pump(&folder, &counterfeit.path(), &format!("serve {port}")).start();
     server.wait_for_output("listening", LIMIT);
-    let mut listens = || {
+    let listens = || {
         let end = Instant::now() + LIMIT;
         loop {
             assert!(Instant::now() < end, "it does not attach");
