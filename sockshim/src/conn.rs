@@ -116,7 +116,7 @@ pub struct Conn {
     pub gather: AtomicU32,
     /// One of its fds.
     pub fd: AtomicI32,
-    /// `SO_COOKIE`, once it was announced.
+    /// `SO_COOKIE`, once it was announced; else 0.
     pub cookie: AtomicU64,
     /// When the anchor was last looked at, in ticks.
     pub looked_at: AtomicU64,
@@ -150,6 +150,12 @@ pub struct Conn {
 unsafe impl Sync for Conn {}
 
 impl Conn {
+    /// True when the daemon may hold the socket, for some microseconds: it takes a duplicate of what is
+    /// announced to it, to look who it is.
+    pub fn may_be_looked_at(&self) -> bool {
+        self.cookie.load(Relaxed) != 0 || self.listens.load(Relaxed) != 0
+    }
+
     /// The stream, in phase MAPPED.
     #[inline]
     pub fn stream(&self) -> Option<&Stream> {
@@ -405,6 +411,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
             word.store(0, Relaxed);
         }
         conn.owed_at.store(0, Relaxed);
+        conn.cookie.store(0, Relaxed);
         conn.names.forget();
         conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
         conn.generation.fetch_add(1, Relaxed);

@@ -117,6 +117,9 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
             }
         }
     }
+    if tracked {
+        tenant::stay_attached();
+    }
     false
 }
 
@@ -267,6 +270,7 @@ impl Work<'_> {
     /// The kernel's own fds and the anchors once more, since they may not have been asked just now, with
     /// the program's signal mask.
     fn last_look(&mut self) -> c_int {
+        tenant::stay_attached();
         let rings = self.look_at_anchors();
         self.ask();
         let got = if self.mask.is_null() || rings != 0 {
@@ -324,6 +328,7 @@ impl Work<'_> {
 
     /// Sleeps in the kernel on all fds. `None`: look again.
     fn sleep(&mut self, deadline: Deadline) -> Option<c_int> {
+        tenant::stay_attached();
         let Some(in_steps) = self.enter() else {
             self.leave();
             wait::give_way();
@@ -495,6 +500,7 @@ impl Sets {
                 && {
                     if !tracked {
                         tenant::look();
+                        tenant::stay_attached();
                         tracked = true;
                     }
                     is_ours(fd as c_int)

@@ -81,6 +81,10 @@ impl Stream {
             && data_offset.is_multiple_of(64)
             && end < 2;
         let [memory, page, bells] = fds;
+        // Sizes are looked at once, so none may become smaller later: the bells are another tenant's.
+        if !fds.into_iter().all(sys::cannot_shrink) {
+            return None;
+        }
         let mapped = sys::file_size(memory)?;
         if !sound
             || mapped < data_offset + 2 * ring_size

@@ -237,6 +237,12 @@ pub fn file_size(fd: c_int) -> Option<u64> {
         .then(|| unsafe { stat.assume_init() }.st_size as u64)
 }
 
+/// True for a file that is sealed against shrinking: a load from its mapping never faults.
+pub fn cannot_shrink(fd: c_int) -> bool {
+    let seals = fcntl(fd, libc::F_GET_SEALS, 0);
+    seals >= 0 && seals as c_int & libc::F_SEAL_SHRINK != 0
+}
+
 /// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes that cost
 /// nothing until they are touched. `None` when the kernel refuses.
 pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {
@@ -427,10 +433,30 @@ pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
 
 /// Writes a line to stderr: the only thing the shim ever says, once per cause.
 pub fn warn(text: &str) {
-    for piece in ["rdsock: ", text, "\n"] {
+    warn_with(&[text]);
+}
+
+/// As [`warn`], with a line in pieces.
+pub fn warn_with(pieces: &[&str]) {
+    for piece in ["rdsock: "].iter().chain(pieces).chain(&["\n"]) {
         // SAFETY: a string is valid for its length.
         unsafe { write(2, piece.as_ptr(), piece.len()) };
     }
+}
+
+/// A number in digits, which are put into `room`.
+pub fn decimal(mut number: u32, room: &mut [u8; 10]) -> &str {
+    let mut start = room.len();
+    for (place, digit) in room.iter_mut().enumerate().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+        start = place;
+        if number == 0 {
+            break;
+        }
+    }
+    let digits = room.get(start..).unwrap_or_default();
+    std::str::from_utf8(digits).unwrap_or_default()
 }
 
 /// Sets errno and gives -1 for a negated error number; other results pass through.

@@ -5,7 +5,7 @@
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::stream::Stream;
-use crate::{real, signals, sys};
+use crate::{real, signals, sys, tenant};
 use libc::c_int;
 use rdsock_shm::layout::{Counter, phase, want};
 use rdsock_shm::wake;
@@ -327,6 +327,7 @@ impl Drop for Sleeper<'_> {
 
 /// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
 pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result<(), isize> {
+    tenant::stay_attached();
     let Some(sleeper) = Sleeper::enter(stream, fd) else {
         give_way();
         return finish(held, stream, fd, 1);
@@ -343,6 +344,7 @@ pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result
 
 /// Sleeps until bytes may be there. An error is negated.
 pub fn for_bytes(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    tenant::stay_attached();
     let Some(sleeper) = Sleeper::enter(stream, fd) else {
         give_way();
         return finish(held, stream, fd, 1);
@@ -356,6 +358,7 @@ pub fn for_bytes(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
 
 /// Sleeps until the anchor has something, while bytes may still come on it.
 pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    tenant::stay_attached();
     let Some(sleeper) = Sleeper::enter(stream, fd) else {
         give_way();
         return finish(held, stream, fd, 1);
@@ -379,6 +382,7 @@ pub fn is_switching(stream: &Stream) -> bool {
 
 /// Sleeps until space may be there. An error is negated.
 pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+    tenant::stay_attached();
     let enough = stream.ring_size() / 3;
     crate::io::settle_switch(stream);
     if stream.rx().phase.load(Acquire) == phase::SWITCHING && sys::poll_one(fd, libc::POLLIN, 0) > 0
@@ -404,7 +408,7 @@ pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
 /// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
 /// cancellation.
 fn peek(fd: c_int) -> isize {
-    crate::tenant::count(Counter::Sleeps);
+    tenant::count(Counter::Sleeps);
     let mut byte = 0_u8;
     // SAFETY: one byte is valid for writes.
     let got = unsafe { real::recv(fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK) };
@@ -418,7 +422,7 @@ fn peek(fd: c_int) -> isize {
 /// Sleeps until the anchor has something (or -1: for the time alone), a signal is handled, or the time is up. As
 /// [`peek`], SA_RESTART is honoured, and it is a cancellation point.
 fn sleep_until(fd: c_int, ms: Option<i64>) -> isize {
-    crate::tenant::count(Counter::Sleeps);
+    tenant::count(Counter::Sleeps);
     // SAFETY: no pollfd. A cancellation point where nothing is held yet; one who is cancelled later comes here again.
     unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
     let signals = signals::Held::hold();
@@ -449,7 +453,7 @@ fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     if send == 0 {
         return sleep_until(fd, None);
     }
-    crate::tenant::count(Counter::Sleeps);
+    tenant::count(Counter::Sleeps);
     let mut one = libc::pollfd {
         fd,
         events: libc::POLLIN,

@@ -15,6 +15,7 @@ fn closing(fd: c_int) -> bool {
         _ if process::is_foreign() => true,
         Kind::Internal => false,
         Kind::Conn(_) => {
+            tenant::stay_attached();
             if let Some(held) = conn::of(fd)
                 && held.conn.refs.load(Acquire) == 1
             {

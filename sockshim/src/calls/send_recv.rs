@@ -9,6 +9,7 @@ use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
 use rdsock_shm::reason::Reason;
+use std::sync::atomic::Ordering::Release;
 
 /// # Safety
 /// As `recv(2)`.
@@ -136,6 +137,7 @@ pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) ->
             if !msg.is_null() && (*msg).msg_controllen != 0 {
                 each_passed(msg, |passed| {
                     if let Some(held) = conn::of(passed) {
+                        held.conn.shared.store(1, Release);
                         demote::abandon(&held, passed, Reason::Passed);
                     }
                 });

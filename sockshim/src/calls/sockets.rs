@@ -94,6 +94,11 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     {
         stream.reset(fd, Reason::Call);
     }
+    if let Some(held) = conn::of(fd) {
+        // The socket stays open, and with it what is registered in the program's epoll instances.
+        held.conn.cookie.store(0, Relaxed);
+        held.conn.listens.store(0, Relaxed);
+    }
     conn::replace(fd, Kind::Other);
     // SAFETY: arguments pass through.
     let result = unsafe { real::connect(fd, address, len) };

@@ -62,6 +62,9 @@ pub(super) fn transfer(
         {
             return sys::to_c(error);
         }
+        if moves != Moves::Out {
+            tenant::stay_attached();
+        }
         let counted = InKernel::enter(match moves {
             Moves::In { .. } => &held.conn.in_rx,
             Moves::Out => &held.conn.in_tx,

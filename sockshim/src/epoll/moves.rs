@@ -165,6 +165,14 @@ pub(super) fn lift(index: usize) {
 }
 
 /// The last fd of a connection is closed: the kernel forgets its registrations, and so do we.
+///
+/// The kernel forgets them when the *file* is closed, and the daemon may just now hold a duplicate of one
+/// that was announced to it: until it closes that, the kernel would report events of a descriptor that
+/// the program has closed. So those are taken out first, with one call for each instance that has one.
+///
+/// Not where another process has the connection as well (`shared`: after fork, exec or SCM_RIGHTS), or
+/// the instance: there Linux goes on to report events, and a program may count on it. Nothing is done
+/// for an instance that the shim does not follow; what is registered there is never announced.
 pub fn forget(conn: &Conn) {
     each(&conn.registrations, |epoll, _, bit| {
         let Some(guard) = take(epoll) else { return };
@@ -173,12 +181,18 @@ pub fn forget(conn: &Conn) {
             && let target @ Kind::Conn(index) = slot.target
             && conn::at(index).is_some_and(|other| std::ptr::eq(other, conn))
         {
-            let inside = matches!(slot.place, Place::Inner | Place::Resting);
-            if inside && conn.shared.load(Acquire) == 0 {
-                let inner = epoll.inner.load(Relaxed);
-                sys::epoll_ctl(inner, EPOLL_CTL_DEL, slot.number, None);
+            let is_own = conn.shared.load(Acquire) == 0;
+            let set = match slot.place {
+                Place::Inner | Place::Resting if is_own => epoll.inner.load(Relaxed),
+                Place::Kernel if is_own && conn.may_be_looked_at() && !epoll.is_inherited() => {
+                    epoll.fd.load(Relaxed)
+                }
+                // Not registered, gone with the file, or it lives on in another process.
+                _ => -1,
+            };
+            if set >= 0 && slot.number >= 0 {
+                sys::epoll_ctl(set, EPOLL_CTL_DEL, slot.number, None);
             }
-            // Otherwise the file lives on in another process, and so does what is registered.
             remove(epoll, state, bit, target);
         }
     });

@@ -42,6 +42,7 @@ pub unsafe fn wait_on(
         count_out(epoll);
         return wait(epoll, epfd, events, deadline, mask);
     }
+    tenant::stay_attached();
     // A stream may come while this sleeps: then its sign is among the events.
     let got = kernel();
     count_out(epoll);
@@ -107,6 +108,7 @@ fn last_look(
     events: &mut [epoll_event],
     mask: *const sigset_t,
 ) -> c_int {
+    tenant::stay_attached();
     let mut found = 0;
     if mask.is_null() {
         found = ask_kernel(epoll, epfd, events);
@@ -163,6 +165,7 @@ fn sleep(
     deadline: Deadline,
     mask: *const sigset_t,
 ) -> Option<c_int> {
+    tenant::stay_attached();
     epoll.sleepers.fetch_add(1, SeqCst);
     let bell = take(epoll).and_then(|guard| guard.state().bell);
     if let Some((_, bell)) = bell {

@@ -1,6 +1,6 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
-use super::attach::{attach, is_disabled};
+use super::attach::{attach, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -85,6 +85,7 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     let netns = sys::network_namespace(fd);
     let Some(guard) = Guard::take() else { return };
     make_memory();
+    note_hang_up(&guard);
     attach(&guard);
     if conn
         .phase

@@ -5,9 +5,9 @@ use super::hidden::{close_hidden, hide};
 use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
 use super::memory::{MEMFDS, MEMORY, make_memory, memory};
-use super::messages::{SEEN, send_with};
+use super::messages::{SEEN, read_messages, send_with};
 use super::requests::PUTTER;
-use crate::conn::{self, Conn, phase};
+use crate::conn::{self, Conn, Kind, phase};
 use crate::{clock, sys};
 use libc::c_int;
 use rdsock_shm::control::{Hello, Message, kind};
@@ -20,6 +20,12 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
 /// Milliseconds between two attempts to reach a daemon.
 pub(super) const RETRY_MS: u64 = 500;
+/// Milliseconds between two looks whether the daemon is still there,
+const LOOK_MS: u64 = 1000;
+/// and while its greeting is awaited.
+const GREETING_MS: u64 = 20;
+/// Milliseconds for which a daemon that is at a limit is left alone: the least and the most.
+const REFUSED_MS: [u64; 2] = [1000, 64_000];
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -29,6 +35,10 @@ pub(super) static TRIED_AT: AtomicU64 = AtomicU64::new(0);
 pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
 /// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
 pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
+/// When it was last looked whether the daemon is there, in ticks.
+static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
+/// Milliseconds from [`TRIED_AT`] in which no daemon is asked again.
+static PAUSE_MS: AtomicU64 = AtomicU64::new(RETRY_MS);
 static DISABLED: AtomicU32 = AtomicU32::new(0);
 static PATH: Shared<[u8; 108]> = Shared(UnsafeCell::new([0; 108]));
 
@@ -56,11 +66,12 @@ pub fn disable() {
     DISABLED.store(1, Relaxed);
 }
 
-/// Makes the tenant's memory and tries to reach the daemon, once, when the first TCP socket of
-/// the process is used.
+/// Makes the tenant's memory and tries to reach the daemon when the first TCP socket of the process
+/// is used; later, [`stay_attached`].
 pub fn ensure() {
-    if MEMORY.load(Relaxed).is_null()
-        && !is_disabled()
+    if !MEMORY.load(Relaxed).is_null() {
+        stay_attached();
+    } else if !is_disabled()
         && let Some(guard) = Guard::take()
     {
         make_memory();
@@ -68,11 +79,79 @@ pub fn ensure() {
     }
 }
 
+/// Looks, at most once a second, whether the daemon is still there, and attaches to the next one if it
+/// is not, so that it knows this program again and what it listens on. The shim has no thread: called
+/// where the program makes a system call that is rare or may sleep, never where bytes move over rings.
+#[inline]
+pub fn stay_attached() {
+    let now = clock::ticks();
+    let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
+    if since >= clock::ticks_of(GREETING_MS * 1000)
+        && (since >= clock::ticks_of(LOOK_MS * 1000) || AWAITED.load(Relaxed) != 0)
+        && !MEMORY.load(Relaxed).is_null()
+        && !is_disabled()
+    {
+        look_for_daemon(now);
+    }
+}
+
+#[cold]
+fn look_for_daemon(now: u64) {
+    LOOKED_AT.store(now, Relaxed);
+    if let Some(guard) = Guard::take_soon() {
+        note_hang_up(&guard);
+        attach(&guard);
+    }
+}
+
+/// Takes what the daemon said last, and notes it when it is gone.
+pub(super) fn note_hang_up(guard: &Guard) {
+    let control = CONTROL.load(Relaxed);
+    if control < 0 {
+        return;
+    }
+    if conn::kind(control) != Kind::Internal {
+        return detach();
+    }
+    let seen = sys::poll_one(control, libc::POLLIN, 0);
+    if seen > 0 {
+        read_messages(guard);
+    }
+    // Unread messages are all there can be in front of the end, and they were read.
+    if seen > 0 && seen as i16 & libc::POLLHUP != 0 && CONTROL.load(Relaxed) == control {
+        detach();
+    }
+}
+
+/// The daemon has no place for this process now: it is asked again after a while, each time a longer
+/// one.
+pub(super) fn refused_for_now() {
+    let [least, most] = REFUSED_MS;
+    let pause = PAUSE_MS.load(Relaxed);
+    let longer = if pause < least { least } else { pause * 2 };
+    PAUSE_MS.store(longer.min(most), Relaxed);
+    TRIED_AT.store(clock::nanoseconds(), Relaxed);
+    detach();
+}
+
+/// The daemon has greeted this process.
+pub(super) fn welcomed() {
+    PAUSE_MS.store(RETRY_MS, Relaxed);
+    AWAITED.store(0, Relaxed);
+}
+
+/// After fork, in the child.
+pub(super) fn after_fork_in_child() {
+    LOOKED_AT.store(0, Relaxed);
+    TRIED_AT.store(0, Relaxed);
+    AWAITED.store(0, Relaxed);
+}
+
 pub(super) fn attach(guard: &Guard) {
     let now = clock::nanoseconds();
     let tried = TRIED_AT.load(Relaxed);
-    if CONTROL.load(Relaxed) >= 0 || (tried != 0 && now.wrapping_sub(tried) < RETRY_MS * 1_000_000)
-    {
+    let pause = PAUSE_MS.load(Relaxed) * 1_000_000;
+    if CONTROL.load(Relaxed) >= 0 || (tried != 0 && now.wrapping_sub(tried) < pause) {
         return;
     }
     TRIED_AT.store(now, Relaxed);
@@ -96,13 +175,18 @@ pub(super) fn attach(guard: &Guard) {
     memory.routes.set(&[]);
     SEEN.store(memory.header.messages.load(Relaxed), Relaxed);
     AWAITED.store(1, Relaxed);
-    if send_with(fd, &Message::new(kind::HELLO, &hello), &fds) < 0 {
-        AWAITED.store(0, Relaxed);
-        close_hidden(fd);
+    let sent = send_with(fd, &Message::new(kind::HELLO, &hello), &fds);
+    CONTROL.store(fd, Release);
+    if sent < 0 {
+        // A daemon that takes nobody says so before it hangs up.
+        read_messages(guard);
+        if CONTROL.load(Relaxed) == fd {
+            detach();
+        }
         return;
     }
     EPOCH.fetch_add(1, AcqRel);
-    CONTROL.store(fd, Release);
+    LOOKED_AT.store(clock::ticks(), Relaxed);
     clock::calibrate();
     tell_all(guard);
 }
@@ -165,7 +249,8 @@ fn connected() -> Option<c_int> {
 /// The daemon is gone: what was announced is announced anew once there is another.
 pub(super) fn detach() {
     let control = CONTROL.swap(-1, AcqRel);
-    if control >= 0 {
+    // The program may have closed it behind the shim's back, and have the number for itself.
+    if control >= 0 && conn::kind(control) == Kind::Internal {
         close_hidden(control);
     }
     AWAITED.store(0, Relaxed);

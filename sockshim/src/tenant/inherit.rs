@@ -1,15 +1,15 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{AWAITED, CONTROL, EPOCH, INHERITED, TRIED_AT, ensure};
+use super::attach::{CONTROL, EPOCH, INHERITED, ensure};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
 use super::messages::{read_messages, send_with};
 use super::requests::{blank, put};
-use super::{ask, listeners};
+use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
-use crate::{clock, sys};
+use crate::{clock, process, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};
 use rdsock_shm::lock::{self, Taken};
@@ -21,7 +21,7 @@ const LOOKUP_MS: i64 = 1000;
 
 /// Before fork: nothing of the tenant's may be half done. True when the lock was taken.
 pub fn before_fork() -> bool {
-    let Some(guard) = Guard::take() else {
+    let Some(guard) = Guard::take_as_child() else {
         return false;
     };
     note_shared(&guard);
@@ -35,30 +35,36 @@ pub fn before_fork() -> bool {
 }
 
 /// Before a program is spawned or executed: it may get any connection, so what is not promoted yet
-/// must be looked at again.
+/// must be looked at again. A `vfork` child only notes that: an offer that is on its way to its parent
+/// is one of an older generation, which the parent declines.
 pub fn before_exec() {
-    if let Some(guard) = Guard::take() {
+    if let Some(guard) = Guard::take_as_child() {
         note_shared(&guard);
     }
 }
 
 fn note_shared(guard: &Guard) {
+    let is_foreign = process::is_foreign();
     conn::each(|index, conn| {
         conn.shared.store(1, Relaxed);
         if conn.phase.load(Relaxed) != phase::ANNOUNCED {
             return;
         }
         // An answer to an announcement of before the fork must not be followed: the child would
-        // not know.
-        // SAFETY: the lock is held.
-        if let Some(offer) = unsafe { conn.take_offer() } {
-            offer.close();
+        // not know. The descriptors of one that waits are the parent's to close.
+        if !is_foreign {
+            // SAFETY: the lock is held.
+            if let Some(offer) = unsafe { conn.take_offer() } {
+                offer.close();
+            }
         }
         conn.generation.fetch_add(1, Relaxed);
         conn.phase.store(phase::KERNEL, Relaxed);
         conn.calls.store(1, Relaxed);
         conn.tell(index, State::Kernel, Reason::Shared);
-        put(guard, &blank(request::CLOSED, index, conn));
+        if !is_foreign {
+            put(guard, &blank(request::CLOSED, index, conn));
+        }
     });
 }
 
@@ -88,8 +94,7 @@ pub fn after_fork_in_child() {
     MEMORY.store(std::ptr::null_mut(), Relaxed);
     BOARD.store(std::ptr::null_mut(), Relaxed);
     BELLS_IN_USE.store(0, Relaxed);
-    TRIED_AT.store(0, Relaxed);
-    AWAITED.store(0, Relaxed);
+    attach::after_fork_in_child();
     ask::after_fork_in_child();
     listeners::after_fork_in_child();
     let mut streams = false;

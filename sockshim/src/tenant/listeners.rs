@@ -1,13 +1,13 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, detach, has_hung_up, is_disabled};
+use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, Use};
-use crate::{clock, process, sys};
+use crate::{clock, sys};
 use rdsock_shm::control::{Request, request};
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
@@ -36,15 +36,12 @@ pub fn listens(held: &Use) {
 
 #[cold]
 fn make_known(index: usize, conn: &Conn) {
-    if is_disabled() || process::is_foreign() {
+    if is_disabled() {
         return;
     }
     let Some(guard) = Guard::take() else { return };
     make_memory();
-    let control = CONTROL.load(Relaxed);
-    if control >= 0 && has_hung_up(control) {
-        detach();
-    }
+    note_hang_up(&guard);
     attach(&guard);
     tell(&guard, index, conn);
 }

@@ -2,15 +2,16 @@
 //! The first in the order of locks (see `epoll.rs`), but for those who give up soon. Never held while
 //! its holder waits for the daemon.
 
-use crate::{stream, sys};
+use crate::{process, stream, sys};
 use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
 use std::sync::atomic::AtomicU64;
 
 pub(super) static LOCK: AtomicU64 = AtomicU64::new(0);
 
-/// The tenant's lock. `None` when this thread holds it already, further up its stack: the caller
-/// gives up, which is always possible.
+/// The tenant's lock. `None` when this thread holds it already, further up its stack, and in a process
+/// that is not the tenant (a `vfork` child, or one made by a raw `clone`), which must say nothing in its
+/// parent's name and take none of its messages: the caller gives up, which is always possible.
 pub(super) struct Guard;
 
 impl Guard {
@@ -24,7 +25,20 @@ impl Guard {
         Self::take_within(1 << 17)
     }
 
+    /// Also for a `vfork` child, which notes in its parent's memory what it does to a connection. It
+    /// must not use the queue or the control connection: see [`process::is_foreign`].
+    pub(super) fn take_as_child() -> Option<Guard> {
+        Self::take_for(u32::MAX)
+    }
+
     fn take_within(most: u32) -> Option<Guard> {
+        if process::is_foreign() {
+            return None;
+        }
+        Self::take_for(most)
+    }
+
+    fn take_for(most: u32) -> Option<Guard> {
         let me = Owner::new(stream::pid(), sys::thread_pointer());
         let mut turns = 0_u32;
         loop {

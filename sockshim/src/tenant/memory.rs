@@ -1,8 +1,8 @@
 //! The memory that the tenant shows to the daemon: the records of its connections, its counters,
 //! its queue of requests, and its bells.
 
-use super::hidden::hide;
-use crate::{conn, sys};
+use super::hidden::{close_hidden, hide};
+use crate::sys;
 use libc::c_int;
 use rdsock_shm::layout::{
     BELL_MAGIC, BELLS, Bell, BellBoard, ConnRecord, Counter, TENANT_MAGIC, TenantMemory, VERSION,
@@ -73,7 +73,7 @@ pub(super) fn make_memory() {
         return;
     };
     let Some((memory, memory_fd)) = make_one(c"rdsock-tenant", size_of::<TenantMemory>()) else {
-        sys::close(board_fd);
+        close_hidden(board_fd);
         return;
     };
     let (board, memory) = (board.cast::<BellBoard>(), memory.cast::<TenantMemory>());
@@ -103,17 +103,14 @@ fn make_one(name: &std::ffi::CStr, size: usize) -> Option<(*mut u8, c_int)> {
         return None;
     }
     let fd = hide(fd);
-    sys::ftruncate(fd, size);
-    sys::fcntl(
-        fd,
-        libc::F_ADD_SEALS,
-        (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL) as usize,
-    );
-    match sys::map(fd, size) {
+    // The daemon takes nothing that could change its size under it, and needs nothing to grow.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let is_sealed =
+        sys::ftruncate(fd, size) == 0 && sys::fcntl(fd, libc::F_ADD_SEALS, seals as usize) == 0;
+    match sys::map(fd, size).filter(|_| is_sealed) {
         Some(at) => Some((at, fd)),
         None => {
-            conn::set_kind(fd, conn::Kind::Other);
-            sys::close(fd);
+            close_hidden(fd);
             None
         }
     }

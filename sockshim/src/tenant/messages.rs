@@ -2,16 +2,16 @@
 //! them has moved.
 
 use super::ask::{self, Answer, deliver};
-use super::attach::{AWAITED, CONTROL, detach, disable};
+use super::attach::{self, AWAITED, CONTROL, detach, disable, refused_for_now};
 use super::lock::Guard;
 use super::memory::memory;
 use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
-use rdsock_shm::control::{self, Message, Verdict, kind};
+use rdsock_shm::control::{self, Message, Refused, Verdict, kind, refusal};
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 pub(super) static SEEN: AtomicU64 = AtomicU64::new(0);
 
@@ -66,10 +66,17 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
         return not_found;
     }
     SEEN.store(memory.header.messages.load(Acquire), Relaxed);
+    let mut was_reset = false;
     let mask = sys::block_signals();
-    loop {
+    // A message may lead to something that finds the daemon gone.
+    while CONTROL.load(Relaxed) == control {
         let mut bytes = [0_u8; 256];
         let (got, fds) = receive(control, &mut bytes);
+        if got == -(libc::ECONNRESET as isize) && !was_reset {
+            // Told once, and before what the daemon had to say to the end.
+            was_reset = true;
+            continue;
+        }
         if got <= 0 {
             if got == 0 || got == -(libc::ECONNRESET as isize) {
                 detach();
@@ -116,22 +123,42 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
                 if let Some(welcome) = control::from_bytes(body) {
                     ask::welcomed(&welcome);
                 }
-                AWAITED.store(0, Relaxed);
+                attach::welcomed();
             }
             kind::NOT_FOUND => not_found = true,
-            kind::REFUSED => {
-                disable();
-                AWAITED.store(0, Relaxed);
-                sys::warn(
-                    "the daemon refused this program (see its log); connections stay on kernel TCP",
-                );
-            }
+            kind::REFUSED => refused(control::from_bytes(body)),
             _ => {}
         }
         fds_of(fds);
     }
     sys::restore_signals(mask);
     not_found
+}
+
+/// The daemon does not take this process: not now where a limit is reached, else never.
+fn refused(refused: Option<Refused>) {
+    static SAID: AtomicU32 = AtomicU32::new(0);
+    let limit = refused.filter(|refused| refused.code == refusal::LIMIT);
+    if limit.is_some() {
+        refused_for_now();
+    } else {
+        disable();
+        AWAITED.store(0, Relaxed);
+    }
+    if SAID.swap(1, Relaxed) != 0 {
+        return;
+    }
+    let Some(limit) = limit else {
+        sys::warn("the daemon refused this program (see its log); connections stay on kernel TCP");
+        return;
+    };
+    let mut room = [0; 10];
+    sys::warn_with(&[
+        "the daemon is at its limit of ",
+        sys::decimal(limit.expected, &mut room),
+        " (max_tenants or max_tenants_per_user; its log says which): connections stay on kernel TCP until \
+         it takes this program; end other programs, or raise the limit in its configuration",
+    ]);
 }
 
 /// Reads messages until `found`, which is called under the lock, finds what it looks for. `None`

@@ -5,11 +5,18 @@
 //! - `send AT MEGABYTES MB_PER_S` sends a pattern at that rate and checks the echo of it.
 //! - `hold AT COUNT SECONDS` opens connections, uses each a little, leaves them idle for so
 //!   long, and uses each again.
+//! - `tick AT HOW` sends eight bytes five times a second on one connection for ever, and waits for their echo
+//!   in this way: `recv`, `poll` or `epoll`.
+//! - `child AT HOW` has a child use its connection, which is made by `vfork` or `clone` without libc's
+//!   knowledge, and uses it itself after SIGUSR1.
+//! - `close AT HOW` closes a connection that is registered with epoll, once a byte has come, and says how
+//!   many events come then: by `close`, `dup2` or `close_range`, or by `close` with a `fork`ed child that has it too.
 //!
 //! AT is an address with a port, or a port of 127.0.0.1.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,9 +30,15 @@ fn main() -> ExitCode {
     match words.as_slice() {
         ["serve", at] => serve(address(at)),
         ["send", at, megabytes, rate] => send(address(at), number(megabytes) << 20, number(rate)),
+        ["tick", at, how] => tick(address(at), how),
+        ["child", at, how] => child(address(at), how),
+        ["close", at, how] => close(address(at), how),
         ["hold", at, count, seconds] => hold(address(at), number(count), number(seconds)),
         _ => {
-            eprintln!("usage: serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS");
+            eprintln!(
+                "usage: serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS | tick AT HOW | child AT HOW | \
+                 close AT HOW"
+            );
             ExitCode::from(2)
         }
     }
@@ -183,4 +196,145 @@ fn talk(connections: &mut [TcpStream], round: u64) {
             .expect("the connection lives");
         assert_eq!(back, out, "the echo is right");
     }
+}
+
+/// Waits in this way until there is something to be read.
+fn wait_by(how: &str, connection: &TcpStream, epoll: RawFd) {
+    let mut one = libc::pollfd {
+        fd: connection.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    match how {
+        // SAFETY: one valid entry.
+        "poll" => assert_eq!(unsafe { libc::poll(&mut one, 1, -1) }, 1),
+        // SAFETY: room for one event.
+        "epoll" => assert_eq!(unsafe { libc::epoll_wait(epoll, &mut event, 1, -1) }, 1),
+        _ => {}
+    }
+}
+
+/// An epoll instance that has this descriptor.
+fn epoll_with(fd: RawFd) -> RawFd {
+    // SAFETY: plain system calls, with a valid event.
+    unsafe {
+        let epoll = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        let mut event = libc::epoll_event {
+            events: libc::EPOLLIN as u32,
+            u64: 1,
+        };
+        assert_eq!(
+            libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &mut event),
+            0
+        );
+        epoll
+    }
+}
+
+fn tick(at: SocketAddr, how: &str) -> ExitCode {
+    let mut connection = connect(at);
+    let epoll = epoll_with(connection.as_raw_fd());
+    for number in 1_u64.. {
+        let out = number.to_le_bytes();
+        let mut back = [0; 8];
+        connection.write_all(&out).expect("the connection lives");
+        wait_by(how, &connection, epoll);
+        connection
+            .read_exact(&mut back)
+            .expect("the connection lives");
+        assert_eq!(back, out, "the echo is right");
+        if number == 8 {
+            println!("begun");
+        }
+        println!("tick {number}");
+        std::thread::sleep(Duration::from_millis(if number < 8 { 5 } else { 200 }));
+    }
+    ExitCode::SUCCESS
+}
+
+/// What a child does with its parent's connection.
+extern "C" fn use_as_child(fd: *mut libc::c_void) -> libc::c_int {
+    let fd = fd as RawFd;
+    for _ in 0..8 {
+        let mut bytes = [7_u8; 8];
+        // SAFETY: the buffer is valid for its length.
+        unsafe {
+            libc::send(fd, bytes.as_ptr().cast(), 8, 0);
+            libc::recv(fd, bytes.as_mut_ptr().cast(), 8, libc::MSG_WAITALL);
+        }
+    }
+    0
+}
+
+fn child(at: SocketAddr, how: &str) -> ExitCode {
+    let mut wanted = nix::sys::signal::SigSet::empty();
+    wanted.add(nix::sys::signal::Signal::SIGUSR1);
+    wanted.thread_block().expect("a signal can be blocked");
+    let connections = [connect(at)];
+    let shares = match how {
+        "vfork" => libc::CLONE_VM | libc::CLONE_VFORK,
+        _ => 0,
+    };
+    let mut stack = vec![0_u128; 1 << 16];
+    let fd = connections[0].as_raw_fd();
+    // SAFETY: the child has a stack of its own, and calls nothing that needs a thread's state. With shared memory
+    // this thread sleeps meanwhile.
+    unsafe {
+        let top = stack.as_mut_ptr().add(stack.len()).cast();
+        let pid = libc::clone(
+            use_as_child,
+            top,
+            shares | libc::SIGCHLD,
+            fd as *mut libc::c_void,
+        );
+        assert!(pid > 0, "a child can be made");
+        let mut status = 0;
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+        assert_eq!(status, 0, "the child's status");
+    }
+    println!("child ended");
+    wanted.wait().expect("SIGUSR1 comes");
+    let mut connections = connections;
+    for round in 0..24 {
+        talk(&mut connections, round);
+    }
+    std::thread::sleep(Duration::from_secs(60));
+    ExitCode::SUCCESS
+}
+
+fn close(at: SocketAddr, how: &str) -> ExitCode {
+    let mut connections = [connect(at)];
+    for round in 0..8 {
+        talk(&mut connections, round);
+    }
+    let [mut connection] = connections;
+    let epoll = epoll_with(connection.as_raw_fd());
+    println!("fd {} ready", connection.as_raw_fd());
+    connection.read_exact(&mut [0]).expect("a byte comes");
+    let fd = connection.into_raw_fd();
+    // SAFETY: the descriptor is this function's, and not used after it is closed. The child does nothing but sleep.
+    unsafe {
+        match how {
+            "dup2" => {
+                let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY);
+                assert_eq!(libc::dup2(null, fd), fd);
+            }
+            "close_range" => assert_eq!(libc::close_range(fd as u32, fd as u32, 0), 0),
+            "fork" => {
+                if libc::fork() == 0 {
+                    libc::sleep(10);
+                    libc::_exit(0);
+                }
+                assert_eq!(libc::close(fd), 0);
+            }
+            _ => assert_eq!(libc::close(fd), 0),
+        }
+    }
+    println!("closed");
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    // SAFETY: room for one event.
+    let events = unsafe { libc::epoll_wait(epoll, &mut event, 1, 2000) };
+    println!("{events} events");
+    ExitCode::SUCCESS
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::geteuid;
 
-const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
+/// The socket of a daemon that serves the whole machine.
+pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
 
 /// Connects to a daemon's socket.
 pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {

@@ -2,13 +2,15 @@
 //! when it is first needed.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use procfs::net::TcpState;
 use procfs::process::{FDTarget, MMapPath, Process, all_processes};
 
+use crate::daemon::MACHINE_SOCKET;
 use crate::run::{Loads, loads_libraries};
 
 /// A network namespace, by the inode that stands for it.
@@ -188,20 +190,28 @@ impl Machine {
         ip.is_loopback() || own.contains(&ip)
     }
 
+    /// The processes that have the shim in them and use the daemon at `socket`, attached or not; of
+    /// those that may be looked at.
+    pub fn preloaded(&self, socket: &Path) -> Vec<i32> {
+        let belongs = |pid: &i32| {
+            Process::new(*pid).is_ok_and(|process| {
+                has_shim(&process) == Some(true)
+                    && daemon_of(&process).is_some_and(|path| is_same(&path, socket))
+            })
+        };
+        processes().filter(belongs).collect()
+    }
+
     /// Why a process that is not attached is not.
     pub fn absence(&self, pid: i32) -> Absence {
         let Ok(process) = Process::new(pid) else {
             return Absence::Unseen("it has ended");
         };
-        let Ok(maps) = process.maps() else {
-            return Absence::Unseen("it is another user's, or has changed its user");
-        };
-        let is_shim = |path: &MMapPath| match path {
-            MMapPath::Path(path) => path.ends_with("librdsock.so"),
-            _ => false,
-        };
-        if maps.iter().any(|map| is_shim(&map.pathname)) {
-            return Absence::NotAttached;
+        match has_shim(&process) {
+            None => return Absence::Unseen("it is another user's, or has changed its user"),
+            Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
+            Some(true) => return Absence::NotAttached,
+            Some(false) => {}
         }
         match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
             Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
@@ -219,6 +229,8 @@ pub enum Absence {
     NotPreloaded(String),
     /// The shim is in it, but the daemon does not know it.
     NotAttached,
+    /// The shim is in it and has what an attached program has, but the daemon does not know it.
+    LeftBehind,
     /// It can't be looked at, for this reason.
     Unseen(&'static str),
 }
@@ -231,9 +243,49 @@ impl std::fmt::Display for Absence {
                 "is preloaded, but not attached: it has used no TCP connection yet, or found no \
                  daemon, or was refused (see the log of rdsockd)",
             ),
+            Absence::LeftBehind => f.write_str(
+                "is preloaded, but not attached: it was attached to an earlier daemon (it attaches \
+                 again with its next call), or the daemon refuses it for now (see the log of rdsockd)",
+            ),
             Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
         }
     }
+}
+
+/// True when the shim is in a process; `None` when that may not be looked at.
+fn has_shim(process: &Process) -> Option<bool> {
+    let maps = process.maps().ok()?;
+    let is_shim = |path: &MMapPath| match path {
+        MMapPath::Path(path) => path.ends_with("librdsock.so"),
+        _ => false,
+    };
+    Some(maps.iter().any(|map| is_shim(&map.pathname)))
+}
+
+/// True when a process holds a tenant's memory, as it does from its first attempt to attach. A forked
+/// child has its parent's mapped, but not open.
+fn has_tenant_memory(process: &Process) -> bool {
+    let is_memory = |fd: procfs::process::FDInfo| match fd.target {
+        FDTarget::MemFD(name) => name.starts_with("rdsock-tenant"),
+        _ => false,
+    };
+    process.fd().is_ok_and(|fds| fds.flatten().any(is_memory))
+}
+
+/// Where the shim in a process looks for its daemon.
+fn daemon_of(process: &Process) -> Option<PathBuf> {
+    let environment = process.environ().ok()?;
+    let told = environment.get(OsStr::new("RDSOCK_SOCKET"));
+    Some(told.map_or(MACHINE_SOCKET.into(), PathBuf::from))
+}
+
+/// True when two paths are one, or lead to one file.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    one == other || file(one).is_some_and(|one| file(other) == Some(one))
 }
 
 fn processes() -> impl Iterator<Item = i32> {

@@ -4,7 +4,7 @@ use rdsock_shm::reason::State;
 use serde::Serialize;
 
 use super::explain::{Explainer, place};
-use super::machine::{Machine, Socket};
+use super::machine::{Absence, Machine, Socket};
 use super::nodes::Nodes;
 use crate::daemon::{Daemon, Record, Tenant, WhyAnswer};
 
@@ -106,8 +106,15 @@ impl Report {
         {
             report.add_tenant(tenant, &explainer, machine);
         }
-        if let Some(pid) = only.filter(|pid| !explainer.is_tenant(*pid)) {
-            report.add_stranger(pid, machine);
+        let strangers = match (only, daemon) {
+            (Some(pid), _) => vec![pid],
+            (None, Some(daemon)) => machine.preloaded(&daemon.path),
+            (None, None) => Vec::new(),
+        };
+        for pid in strangers {
+            if !explainer.is_tenant(pid) {
+                report.add_stranger(pid, only.is_some(), machine);
+            }
         }
         report
     }
@@ -214,14 +221,20 @@ impl Report {
         });
     }
 
-    /// A process that the daemon does not know.
-    fn add_stranger(&mut self, pid: i32, machine: &mut Machine) {
+    /// A process that the daemon does not know. Its connections are told where it was `named`, or had
+    /// attached: else they are somebody's from whom it inherited them.
+    fn add_stranger(&mut self, pid: i32, named: bool, machine: &mut Machine) {
         let program = machine.program(pid);
-        let mut why = format!("the program {}", machine.absence(pid));
+        let absence = machine.absence(pid);
+        let mut why = format!("the program {absence}");
         if self.daemon.is_none() {
             why = format!("no daemon answers, and {why}");
         }
-        for (fd, socket) in machine.connections(pid, &[]).unwrap_or_default() {
+        let connections = match named || absence == Absence::LeftBehind {
+            true => machine.connections(pid, &[]).unwrap_or_default(),
+            false => Vec::new(),
+        };
+        for (fd, socket) in connections {
             self.connections.push(ConnectionLine {
                 pid,
                 program: program.clone(),

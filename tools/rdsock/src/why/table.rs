@@ -17,7 +17,7 @@ pub fn print(report: &Report, pid: Option<i32>) {
     if report.connections.is_empty() {
         return match pid {
             Some(pid) => println!("process {pid} has no TCP connections"),
-            None => println!("no attached program has a TCP connection"),
+            None => println!("no preloaded program has a TCP connection"),
         };
     }
     let mut table = table(["PID", "PROGRAM", "FD", "LOCAL", "PEER", "RINGS", "WHY NOT"]);

@@ -1,0 +1,283 @@
+//! A daemon that is none: it takes connections of shims, and says to them what a test wants. It makes a
+//! stream for one end only, whose other end never comes.
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    UnixAddr, UnixCredentials, accept4, bind, listen, recvmsg, sendmsg, setsockopt, socket,
+    sockopt,
+};
+use rdsock_shm::control::{
+    Message, Pod, Promote, Request, Welcome, from_bytes, kind, parse, request,
+};
+use rdsock_shm::layout::{
+    BellBoard, DATA_OFFSET, Direction, MIN_RING, NOT_SWITCHED, Producer, StreamHeader,
+    TenantMemory, stream_bytes,
+};
+use rdsock_shm::queue::Taker;
+use rdsock_shm::sync::Ordering;
+use rdsock_tests::Folder;
+
+/// Where shims connect to.
+pub struct Counterfeit {
+    folder: Folder,
+    listener: OwnedFd,
+}
+
+impl Counterfeit {
+    pub fn new() -> Self {
+        let folder = Folder::new();
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        let address = UnixAddr::new(&folder.at("rdsockd.sock")).unwrap();
+        bind(listener.as_raw_fd(), &address).unwrap();
+        listen(&listener, Backlog::new(64).unwrap()).unwrap();
+        Counterfeit { folder, listener }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.at("rdsockd.sock")
+    }
+
+    /// The next caller that says HELLO. Who says nothing, as `rdsock run` does when it looks for a daemon,
+    /// is passed over.
+    pub fn accept(&self, limit: Duration) -> Option<Attachment> {
+        let end = Instant::now() + limit;
+        loop {
+            let mut attachment = self.next(end.saturating_duration_since(Instant::now()))?;
+            if attachment.greeted() {
+                return Some(attachment);
+            }
+        }
+    }
+
+    /// The next caller that says HELLO, which stays unread.
+    pub fn accept_silently(&self, limit: Duration) -> Option<Attachment> {
+        let end = Instant::now() + limit;
+        loop {
+            let attachment = self.next(end.saturating_duration_since(Instant::now()))?;
+            let seen = is_readable(&attachment.socket, Duration::from_secs(10));
+            let mut byte = [0];
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let peeked = nix::sys::socket::recv(attachment.socket.as_raw_fd(), &mut byte, flags);
+            if seen && peeked.is_ok_and(|length| length != 0) {
+                return Some(attachment);
+            }
+        }
+    }
+
+    fn next(&self, limit: Duration) -> Option<Attachment> {
+        if !is_readable(&self.listener, limit) {
+            return None;
+        }
+        let fd = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap();
+        // SAFETY: just accepted, owned by nobody else.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        setsockopt(&socket, sockopt::PassCred, &true).unwrap();
+        Some(Attachment {
+            socket,
+            memory: None,
+            taker: Taker::new(),
+            fds: Vec::new(),
+        })
+    }
+}
+
+fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {
+    use std::os::fd::AsFd;
+    let timeout = PollTimeout::try_from(limit).unwrap();
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, timeout).unwrap() != 0
+}
+
+/// A shim that has connected.
+pub struct Attachment {
+    socket: OwnedFd,
+    memory: Option<NonNull<TenantMemory>>,
+    taker: Taker,
+    fds: Vec<OwnedFd>,
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory {
+            // SAFETY: mapped by `greeted`, and not used after this.
+            let _ = unsafe { munmap(memory.cast(), size_of::<TenantMemory>()) };
+        }
+    }
+}
+
+impl Attachment {
+    /// Reads HELLO and maps the memory. False where the caller hangs up instead.
+    fn greeted(&mut self) -> bool {
+        assert!(is_readable(&self.socket, Duration::from_secs(10)));
+        let Some((kind, _, fds)) = self.receive() else {
+            return false;
+        };
+        assert_eq!((kind, fds.len()), (kind::HELLO, 2));
+        self.fds = fds;
+        let length = size_of::<TenantMemory>().try_into().unwrap();
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, which nobody else knows.
+        let memory = unsafe {
+            mmap(
+                None,
+                length,
+                protection,
+                MapFlags::MAP_SHARED,
+                &self.fds[0],
+                0,
+            )
+        };
+        self.memory = Some(memory.unwrap().cast());
+        true
+    }
+
+    fn receive(&self) -> Option<(u16, Option<UnixCredentials>, Vec<OwnedFd>)> {
+        let mut bytes = [0; 256];
+        let mut room = nix::cmsg_space!([RawFd; 4], UnixCredentials);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let fd = self.socket.as_raw_fd();
+        let message = recvmsg::<UnixAddr>(fd, &mut parts, Some(&mut room), flags).ok()?;
+        let (mut sender, mut fds) = (None, Vec::new());
+        for part in message.cmsgs().unwrap() {
+            match part {
+                ControlMessageOwned::ScmCredentials(who) => sender = Some(who),
+                ControlMessageOwned::ScmRights(numbers) => {
+                    // SAFETY: just received, owned by nobody else.
+                    fds.extend(
+                        numbers
+                            .into_iter()
+                            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                    );
+                }
+                _ => {}
+            }
+        }
+        let length = message.bytes;
+        let (kind, _) = parse(bytes.get(..length)?).ok()?;
+        Some((kind, sender, fds))
+    }
+
+    /// Who has sent the messages that are there now, without repetition.
+    pub fn senders(&self) -> Vec<u32> {
+        let mut senders = Vec::new();
+        while let Some((_, sender, _)) = self.receive() {
+            senders.push(sender.expect("the kernel names the sender").pid() as u32);
+        }
+        senders.dedup();
+        senders
+    }
+
+    fn memory(&self) -> &TenantMemory {
+        // SAFETY: mapped as long as `self`; all that is read of it is atomic.
+        unsafe { self.memory.expect("it has said HELLO").as_ref() }
+    }
+
+    /// Sends a message, and counts it where the shim looks.
+    pub fn send<T: Pod>(&self, what: u16, body: &T, fds: &[RawFd]) {
+        let message = Message::new(what, body);
+        let rights = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let parts = [IoSlice::new(message.as_bytes())];
+        let fd = self.socket.as_raw_fd();
+        let _ = sendmsg::<UnixAddr>(fd, &parts, control, MsgFlags::MSG_NOSIGNAL, None);
+    }
+
+    /// Takes it in, as a daemon that sleeps.
+    pub fn welcome(&self) {
+        let welcome = Welcome {
+            tenant: 1,
+            answer_us: 0,
+            reserved: 0,
+        };
+        self.memory()
+            .header
+            .daemon_sleeps
+            .store(1, Ordering::SeqCst);
+        self.send(kind::WELCOME, &welcome, &[]);
+        self.count_message();
+    }
+
+    fn count_message(&self) {
+        self.memory()
+            .header
+            .messages
+            .fetch_add(1, Ordering::Release);
+    }
+
+    /// The next request of its queue.
+    pub fn take(&mut self) -> Option<Request> {
+        let memory = self.memory.expect("it has said HELLO");
+        // SAFETY: as in `memory`; the taker is another field.
+        self.taker.take(unsafe { &(*memory.as_ptr()).queue })
+    }
+
+    /// The next request of this kind.
+    pub fn wait_for(&mut self, what: u32, limit: Duration) -> Request {
+        let end = Instant::now() + limit;
+        loop {
+            match self.take() {
+                Some(request) if request.what == what => return request,
+                Some(request) => assert_ne!(request.what, request::MAPPED, "it was mapped"),
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+            assert!(Instant::now() < end, "no request {what}");
+        }
+    }
+
+    /// The seals of the memory that it has handed over.
+    pub fn seals(&self) -> Vec<i32> {
+        let seals = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_GET_SEALS).unwrap();
+        self.fds.iter().map(seals).collect()
+    }
+
+    /// Offers a stream, whose memory, end page and bells are sealed but for one of them.
+    pub fn promote(&self, announced: &Request, unsealed: Option<usize>) {
+        let sizes = [stream_bytes(MIN_RING), 4096, size_of::<BellBoard>() as u64];
+        let files: Vec<File> = sizes.into_iter().map(memory_of).collect();
+        for direction in 0..2 {
+            let at = offset_of!(StreamHeader, directions) + direction * size_of::<Direction>();
+            let at = at + offset_of!(Direction, producer) + offset_of!(Producer, switch_at);
+            files[0]
+                .write_all_at(&NOT_SWITCHED.to_ne_bytes(), at as u64)
+                .unwrap();
+        }
+        for (number, file) in files.iter().enumerate() {
+            if Some(number) != unsealed {
+                fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+            }
+        }
+        let promote = Promote {
+            conn: announced.conn,
+            generation: announced.generation,
+            stream_id: 1,
+            ring_size: MIN_RING,
+            data_offset: DATA_OFFSET,
+            ..from_bytes(&[0; size_of::<Promote>()]).unwrap()
+        };
+        let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        self.send(kind::PROMOTE, &promote, &fds);
+        self.count_message();
+    }
+}
+
+fn memory_of(bytes: u64) -> File {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"test", flags).unwrap());
+    file.set_len(bytes).unwrap();
+    file
+}

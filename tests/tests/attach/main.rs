@@ -1,0 +1,269 @@
+//! The shim and its daemon, when that is not as the shim expects: it was killed and started again, it
+//! has no place, or it is none at all but a test that answers in its place.
+
+mod counterfeit;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use counterfeit::Counterfeit;
+use nix::sys::signal::Signal;
+use rdsock_shm::control::{Refused, kind, refusal, request};
+use rdsock_tests::why::{self, Process};
+use rdsock_tests::{Daemon, Folder, Program, Running, place};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const PUMP: &str = env!("CARGO_BIN_EXE_rdsock-test-pump");
+
+fn pump(folder: &Folder, socket: &std::path::Path, args: &str) -> Program {
+    Program::new(PUMP, folder.path())
+        .args(args)
+        .preloaded(socket)
+}
+
+/// What `rdsock why --all` says of a process.
+fn told(daemon: &Daemon, running: &Running) -> Option<Process> {
+    let all = why::ask(&daemon.socket(), None).processes;
+    all.into_iter().find(|process| process.pid == running.pid())
+}
+
+/// Waits until the daemon knows a process.
+fn wait_until_attached(daemon: &Daemon, running: &Running) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !told(daemon, running).is_some_and(|process| process.attached) {
+        let late = Instant::now() >= end;
+        assert!(!late, "it is not attached: {:?}", told(daemon, running));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Programs that wait in each way, and make no new connection.
+#[test]
+fn programs_attach_again_after_the_daemon_was_restarted() {
+    let mut daemon = Daemon::start("");
+    let folder = Folder::new();
+    let port = place::free_port();
+    let mut server = pump(&folder, &daemon.socket(), &format!("serve {port}")).start();
+    server.wait_for_output("listening", LIMIT);
+    let tick = |how: &str| pump(&folder, &daemon.socket(), &format!("tick {port} {how}")).start();
+    let mut programs: Vec<Running> = ["recv", "poll", "epoll"].map(tick).into();
+    for program in &mut programs {
+        program.wait_for_output("begun", LIMIT);
+        wait_until_attached(&daemon, program);
+    }
+    wait_until_attached(&daemon, &server);
+    daemon.kill();
+    daemon.restart();
+    for program in programs.iter().chain([&server]) {
+        wait_until_attached(&daemon, program);
+    }
+    for program in &mut programs {
+        let ended = program.ended();
+        assert!(ended.is_none(), "{ended:?}: {}", program.output());
+        let connections = why::ask(&daemon.socket(), Some(program.pid())).connections;
+        assert!(connections.iter().any(|end| end.touches(port)));
+    }
+}
+
+/// One that sleeps and makes no call can't attach: it is told of all the same.
+#[test]
+fn a_program_that_sleeps_is_told_of_after_the_daemon_was_restarted() {
+    let mut daemon = Daemon::start("");
+    let folder = Folder::new();
+    let port = place::free_port();
+    let mut server = pump(&folder, &daemon.socket(), &format!("serve {port}")).start();
+    server.wait_for_output("listening", LIMIT);
+    wait_until_attached(&daemon, &server);
+    daemon.kill();
+    daemon.restart();
+    let process = told(&daemon, &server).expect("it is told of");
+    let reason = process.reason.unwrap_or_default();
+    assert!(
+        !process.attached && reason.contains("earlier daemon"),
+        "{reason}"
+    );
+
+    // With its next calls it is there again; it looks once a second at most.
+    let end = Instant::now() + LIMIT;
+    while !told(&daemon, &server).is_some_and(|process| process.attached) {
+        assert!(Instant::now() < end, "it never attaches again");
+        let client = format!("send {port} 1 1000");
+        pump(&folder, &daemon.socket(), &client).run(LIMIT);
+    }
+}
+
+/// A program of another daemon is nothing to this one.
+#[test]
+fn programs_of_another_daemon_are_not_told_of() {
+    let (daemon, other) = (Daemon::start(""), Daemon::start(""));
+    let folder = Folder::new();
+    let port = place::free_port();
+    let mut server = pump(&folder, &other.socket(), &format!("serve {port}")).start();
+    server.wait_for_output("listening", LIMIT);
+    wait_until_attached(&other, &server);
+    assert!(told(&daemon, &server).is_none());
+}
+
+#[test]
+fn a_daemon_at_its_limit_is_asked_again_later_and_told_of_once() {
+    let counterfeit = Counterfeit::new();
+    let folder = Folder::new();
+    let port = place::free_port();
+    let mut server = Program::new(PUMP, folder.path())
+        .args(&format!("serve {port}"))
+        .start();
+    server.wait_for_output("listening", LIMIT);
+    let socket = counterfeit.path();
+    let mut program = pump(&folder, &socket, &format!("tick {port} recv")).start();
+    let refused = Refused {
+        code: refusal::LIMIT,
+        expected: 4096,
+    };
+    let mut attempts = 0;
+    let end = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < end {
+        if let Some(attachment) = counterfeit.accept(Duration::from_millis(100)) {
+            attempts += 1;
+            attachment.send(kind::REFUSED, &refused, &[]);
+        }
+    }
+    // After 0, 1, 3 and 7 s, more or less.
+    assert!((2..=4).contains(&attempts), "{attempts} attempts");
+    let output = program.output();
+    assert_eq!(output.matches("rdsock:").count(), 1, "{output}");
+    assert!(output.contains("limit of 4096 (max_tenants"), "{output}");
+    let before = output.matches("tick").count();
+    program.wait_for_output(&format!("tick {}", before + 5), LIMIT);
+    assert!(program.ended().is_none());
+}
+
+#[test]
+fn a_daemon_that_hangs_up_with_a_refusal_is_understood() {
+    let counterfeit = Counterfeit::new();
+    let folder = Folder::new();
+    let port = place::free_port();
+    let mut server = Program::new(PUMP, folder.path())
+        .args(&format!("serve {port}"))
+        .start();
+    server.wait_for_output("listening", LIMIT);
+    let mut program = pump(&folder, &counterfeit.path(), &format!("tick {port} poll")).start();
+    let refused = Refused {
+        code: refusal::LIMIT,
+        expected: 7,
+    };
+    // Before it has said HELLO, perhaps.
+    let attachment = counterfeit.accept_silently(LIMIT).expect("it comes");
+    attachment.send(kind::REFUSED, &refused, &[]);
+    drop(attachment);
+    program.wait_for_output("limit of 7", LIMIT);
+    program.signal(Signal::SIGTERM);
+}
+
+/// Connects from other nodes work again after a restart: the next daemon is told who listens.
+#[test]
+fn a_server_says_again_what_it_listens_on() {
+    let counterfeit = Counterfeit::new();
+    let (folder, port) = (Folder::new(), place::free_port());
+    let mut server = pump(&folder, &counterfeit.path(), &format!("serve {port}")).start();
+    server.wait_for_output("listening", LIMIT);
+    let listens = || {
+        let end = Instant::now() + LIMIT;
+        loop {
+            assert!(Instant::now() < end, "it does not attach");
+            // Something for it to accept: it can look then.
+            drop(TcpStream::connect(("127.0.0.1", port)).unwrap());
+            if let Some(mut attachment) = counterfeit.accept(Duration::from_millis(50)) {
+                attachment.welcome();
+                return attachment.wait_for(request::LISTENS, LIMIT);
+            }
+        }
+    };
+    // The first daemon is gone when it has read this.
+    let (first, second) = (listens(), listens());
+    assert_eq!(u32::from(port), first.local_port);
+    assert_eq!(
+        (first.local_port, first.cookie),
+        (second.local_port, second.cookie)
+    );
+}
+
+/// What a tenant hands over can neither shrink nor grow, whatever the limits of its process.
+#[test]
+fn a_tenants_memory_is_sealed() {
+    let counterfeit = Counterfeit::new();
+    let (folder, listener) = (Folder::new(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let port = listener.local_addr().unwrap().port();
+    let _program = pump(&folder, &counterfeit.path(), &format!("tick {port} recv")).start();
+    let attachment = counterfeit.accept(LIMIT).expect("it attaches");
+    let sealed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    for seals in attachment.seals() {
+        assert_eq!(seals & sealed, sealed);
+    }
+}
+
+/// A stream with memory that could shrink under the program is declined, and the connection goes on.
+#[test]
+fn memory_that_could_shrink_is_declined() {
+    for unsealed in 0..3 {
+        let counterfeit = Counterfeit::new();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (folder, port) = (Folder::new(), listener.local_addr().unwrap().port());
+        let mut program = pump(&folder, &counterfeit.path(), &format!("tick {port} recv")).start();
+        let (peer, _) = listener.accept().unwrap();
+        std::thread::spawn(move || echo(peer));
+        let mut attachment = counterfeit.accept(LIMIT).expect("it attaches");
+        attachment.welcome();
+        let announced = attachment.wait_for(request::ANNOUNCE, LIMIT);
+        attachment.promote(&announced, Some(unsealed));
+        let declined = attachment.wait_for(request::DECLINED, LIMIT);
+        assert_eq!(declined.conn, announced.conn);
+        let before = program.output().matches("tick").count();
+        program.wait_for_output(&format!("tick {}", before + 3), LIMIT);
+    }
+}
+
+/// The same with sealed memory is taken: so it was the seal that it was declined for.
+#[test]
+fn memory_that_can_not_shrink_is_taken() {
+    let counterfeit = Counterfeit::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (folder, port) = (Folder::new(), listener.local_addr().unwrap().port());
+    let _program = pump(&folder, &counterfeit.path(), &format!("tick {port} recv")).start();
+    let (peer, _) = listener.accept().unwrap();
+    std::thread::spawn(move || echo(peer));
+    let mut attachment = counterfeit.accept(LIMIT).expect("it attaches");
+    attachment.welcome();
+    let announced = attachment.wait_for(request::ANNOUNCE, LIMIT);
+    attachment.promote(&announced, None);
+    attachment.wait_for(request::MAPPED, LIMIT);
+}
+
+fn echo(mut peer: TcpStream) {
+    let mut byte = [0; 8];
+    while peer.read_exact(&mut byte).is_ok() && peer.write_all(&byte).is_ok() {}
+}
+
+/// A child that shares its parent's state (`vfork`), or has a copy of it that nobody told (`clone`),
+/// uses its parent's connections: nothing of that comes to the daemon, and the parent is served as ever.
+#[test]
+fn a_foreign_child_says_nothing_in_its_parents_name() {
+    for how in ["vfork", "clone"] {
+        let counterfeit = Counterfeit::new();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (folder, port) = (Folder::new(), listener.local_addr().unwrap().port());
+        let mut program =
+            pump(&folder, &counterfeit.path(), &format!("child {port} {how}")).start();
+        let (first, _) = listener.accept().unwrap();
+        std::thread::spawn(move || echo(first));
+        let mut attachment = counterfeit.accept(LIMIT).expect("it attaches");
+        attachment.welcome();
+        program.wait_for_output("child ended", LIMIT);
+        assert_eq!(attachment.take(), None, "{how}: a child's request");
+        assert!(attachment.senders().is_empty(), "{how}: a child's message");
+        program.signal(Signal::SIGUSR1);
+        let announced = attachment.wait_for(request::ANNOUNCE, LIMIT);
+        assert_eq!(attachment.senders(), [program.pid()], "{how}");
+        assert!(announced.fd >= 0);
+    }
+}
