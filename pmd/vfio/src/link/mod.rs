@@ -20,6 +20,7 @@ mod message;
 mod place;
 
 use crate::device::{Access, BusError};
+use crate::socket_file::Obstacle;
 use ends::{Ends, SharedEnds};
 use memory::SharedPort;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -79,6 +80,9 @@ pub enum LinkError {
         /// The directory.
         dir: PathBuf,
     },
+    /// A socket or lock file in the directory can't be used.
+    #[error(transparent)]
+    File(#[from] Obstacle),
     /// There is no such node id.
     #[error("{0} is no node id: they are 1 to {MAX_NODE}")]
     BadId(u16),

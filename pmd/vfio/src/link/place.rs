@@ -3,15 +3,16 @@
 //! Whoever may connect there gets the memory of every node, so it must be its owner's alone.
 
 use crate::link::LinkError;
+use crate::socket_file::{self, SocketFile};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, listen, socket,
 };
 use rdsock_model::sheet::MAX_NODE;
 use std::fs::{DirBuilder, File, TryLockError};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long others may take to join before us.
@@ -20,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A node's place in the directory. Dropping it gives it up.
 #[derive(Debug)]
 pub struct Place {
-    socket_path: PathBuf,
+    _file: SocketFile,
     /// Others connect here.
     pub listener: OwnedFd,
     /// Locked as long as this process has the id. The file stays: who removes it lets two have it.
@@ -45,34 +46,17 @@ impl Place {
         // One joins at a time, so of each two one comes later.
         let _turn = turn(dir)?;
         let socket_path = dir.join(format!("{id}.sock"));
-        match std::fs::remove_file(&socket_path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(io(
-                    "removing the socket of a node that has gone",
-                    &socket_path,
-                )(error));
-            }
-            _ => {}
-        }
         let what = "listening";
         let listener = open().map_err(errno(what, &socket_path))?;
-        let address = UnixAddr::new(&socket_path).map_err(errno(what, &socket_path))?;
-        bind(listener.as_raw_fd(), &address).map_err(errno(what, &socket_path))?;
+        let file = SocketFile::bind(&listener, &socket_path, None)?;
         listen(&listener, Backlog::MAXALLOWABLE).map_err(errno(what, &socket_path))?;
         let place = Place {
-            socket_path,
+            _file: file,
             listener,
             _id: own,
         };
         let others = others(dir, id)?;
         Ok((place, others))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Who finds it finds nobody there, and removes it.
-        let _ = std::fs::remove_file(&self.socket_path);
     }
 }
 
@@ -99,13 +83,7 @@ fn check(dir: &Path) -> Result<(), LinkError> {
 }
 
 fn lock_file(dir: &Path, name: &str) -> Result<File, LinkError> {
-    let path = dir.join(name);
-    let opened = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path);
-    opened.map_err(io("opening a lock file", &path))
+    Ok(socket_file::open_lock(&dir.join(name))?)
 }
 
 /// Waits until nobody else is joining.
@@ -144,8 +122,7 @@ fn others(dir: &Path, id: u16) -> Result<Vec<OwnedFd>, LinkError> {
         match connect(socket.as_raw_fd(), &address) {
             Ok(()) => connected.push(socket),
             Err(Errno::ECONNREFUSED) => {
-                let removed = std::fs::remove_file(&path);
-                removed.map_err(io("removing the socket of a node that has gone", &path))?;
+                socket_file::remove_left_behind(&path)?;
             }
             Err(Errno::ENOENT) => {}
             Err(error) => return Err(errno(what, &path)(error)),
