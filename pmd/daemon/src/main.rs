@@ -4,6 +4,8 @@
 
 use std::process::ExitCode;
 
+use nix::sys::signal::SigHandler;
+
 use rdsockd::args::Args;
 use rdsockd::daemon::Daemon;
 
@@ -43,6 +45,9 @@ fn main() -> ExitCode {
     if args.check_config {
         return told(rdsock_output::line!("the configuration is good"));
     }
+    // A limit of file sizes (ulimit -f) counts for shared memory, too: an error for whoever wants it, not the end of all.
+    // SAFETY: no handler is set.
+    let _ = unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
     rdsockd::log::start(&config);
     match Daemon::new(args, config).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,

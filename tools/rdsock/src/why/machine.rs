@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use procfs::net::TcpState;
-use procfs::process::{FDTarget, MMapPath, Process, all_processes};
+use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
 use crate::run::{Loads, loads_libraries};
 
@@ -201,7 +201,10 @@ impl Machine {
             _ => false,
         };
         if maps.iter().any(|map| is_shim(&map.pathname)) {
-            return Absence::NotAttached;
+            return match narrow_limits(&process) {
+                Some(limits) => Absence::Limited(limits),
+                None => Absence::NotAttached,
+            };
         }
         match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
             Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
@@ -212,6 +215,23 @@ impl Machine {
     }
 }
 
+/// What the shim's memory takes of a file and of the address space, of which it leaves the program most.
+const ROOM: [u64; 2] = [4 << 20, 64 << 20];
+
+/// Limits of a process that may keep the shim from having its memory.
+fn narrow_limits(process: &Process) -> Option<String> {
+    let limits = process.limits().ok()?;
+    let narrow = |limit: LimitValue, below: u64, name: &str| match limit {
+        LimitValue::Value(value) if value < below => Some(format!("{name}: {value} bytes")),
+        _ => None,
+    };
+    let files = narrow(limits.max_file_size.soft_limit, ROOM[0], "file size");
+    let space = limits.max_address_space.soft_limit;
+    let space = narrow(space, ROOM[1], "address space");
+    let found: Vec<String> = files.into_iter().chain(space).collect();
+    (!found.is_empty()).then(|| found.join(", "))
+}
+
 /// Why a process is not a tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Absence {
@@ -219,6 +239,8 @@ pub enum Absence {
     NotPreloaded(String),
     /// The shim is in it, but the daemon does not know it.
     NotAttached,
+    /// Likewise, and these limits may be why.
+    Limited(String),
     /// It can't be looked at, for this reason.
     Unseen(&'static str),
 }
@@ -230,6 +252,11 @@ impl std::fmt::Display for Absence {
             Absence::NotAttached => f.write_str(
                 "is preloaded, but not attached: it has used no TCP connection yet, or found no \
                  daemon, or was refused (see the log of rdsockd)",
+            ),
+            Absence::Limited(limits) => write!(
+                f,
+                "is preloaded, but not attached: its limits may leave no room for the shim's memory ({limits}), or it \
+                 has used no TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
             ),
             Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
         }
