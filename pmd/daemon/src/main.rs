@@ -47,7 +47,8 @@ fn main() -> ExitCode {
     }
     // A limit of file sizes (ulimit -f) counts for shared memory, too: an error for whoever wants it, not the end of all.
     // SAFETY: no handler is set.
-    let _ = unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
+    let _ =
+        unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
     rdsockd::log::start(&config);
     match Daemon::new(args, config).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,
