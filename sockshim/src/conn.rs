@@ -1,7 +1,7 @@
 //! Which of the process's fds are TCP connections: the fd table, and one [`Conn`] for each open
 //! connection. Private to the process; a forked child gets a copy.
 //!
-//! A lookup is two loads. The tables are reserved address space, touched only where used, so
+//! A lookup is a few loads. The tables are mapped piece by piece, as they are used, and stay, so
 //! nothing here allocates and everything may be used in a signal handler.
 
 use crate::names::Names;
@@ -230,8 +230,16 @@ impl Conn {
     }
 }
 
-static TABLE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
-static POOL: AtomicPtr<Conn> = AtomicPtr::new(std::ptr::null_mut());
+/// fds of one piece of the table.
+const FD_PIECE: usize = 4096;
+/// Connections of one piece of the pool.
+const CONN_PIECE: usize = 512;
+static TABLE: Pieces<AtomicU32, { FDS / FD_PIECE }> = Pieces::new();
+static POOL: Pieces<Conn, { CONNS / CONN_PIECE }> = Pieces::new();
+/// 1 when fds are looked after: not with RDSOCK_DISABLE.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+/// Connections whose pieces are mapped, from the first on.
+static THERE: AtomicU32 = AtomicU32::new(0);
 /// Where the search for a free connection starts.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 /// One more than the highest fd ever put in the table.
@@ -242,14 +250,47 @@ static HIGH: AtomicU32 = AtomicU32::new(0);
 static FORGOTTEN: AtomicU32 = AtomicU32::new(0);
 static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Reserves the tables. Without them (no address space) every fd is the kernel's.
-pub fn start() {
-    if let Some(pool) = sys::map(-1, CONNS * std::mem::size_of::<Conn>()) {
-        POOL.store(pool.cast(), Release);
-        if let Some(table) = sys::map(-1, FDS * 4) {
-            TABLE.store(table.cast(), Release);
-        }
+/// A table whose memory is mapped piece by piece, as it is used: a program whose address space is limited has it for
+/// itself. A piece that can't be mapped is missing, and its fds are the kernel's.
+struct Pieces<T, const N: usize>([AtomicPtr<T>; N]);
+
+impl<T, const N: usize> Pieces<T, N> {
+    const fn new() -> Self {
+        Pieces([const { AtomicPtr::new(std::ptr::null_mut()) }; N])
     }
+
+    /// An entry, in pieces of `each`, where its piece is there.
+    #[inline]
+    fn get(&self, index: usize, each: usize) -> Option<&'static T> {
+        let piece = self.0.get(index / each)?.load(Acquire);
+        // SAFETY: a piece has `each` zeroed entries, which is a valid state of a Conn and of a word, and is never
+        // unmapped.
+        (!piece.is_null()).then(|| unsafe { &*piece.add(index % each) })
+    }
+
+    /// An entry, whose piece is mapped if need be.
+    fn make(&self, index: usize, each: usize) -> Option<&'static T> {
+        let place = self.0.get(index / each)?;
+        if place.load(Acquire).is_null() {
+            let size = each * std::mem::size_of::<T>();
+            let piece = sys::map(-1, size)?;
+            let null = std::ptr::null_mut();
+            if place
+                .compare_exchange(null, piece.cast(), AcqRel, Relaxed)
+                .is_err()
+            {
+                // Another thread was faster.
+                // SAFETY: just mapped, and nobody else has seen it.
+                unsafe { sys::unmap(piece, size) };
+            }
+        }
+        self.get(index, each)
+    }
+}
+
+/// Begins to look after fds.
+pub fn start() {
+    STARTED.store(1, Release);
     // SAFETY: the name is a C string; the symbol, where glibc has it, is a char.
     let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };
     SINGLE_THREADED.store(flag.cast(), Relaxed);
@@ -265,12 +306,15 @@ pub fn is_single_threaded() -> bool {
 
 #[inline]
 fn entry(fd: c_int) -> Option<&'static AtomicU32> {
-    let table = TABLE.load(Relaxed);
-    if (fd as u32 as usize) >= FDS || table.is_null() {
+    TABLE.get(usize::try_from(fd).ok()?, FD_PIECE)
+}
+
+/// The entry of an fd that something is to be noted of.
+fn new_entry(fd: c_int) -> Option<&'static AtomicU32> {
+    if STARTED.load(Relaxed) == 0 {
         return None;
     }
-    // SAFETY: the table has FDS zeroed words and is never unmapped.
-    Some(unsafe { &*table.add(fd as usize) })
+    TABLE.make(usize::try_from(fd).ok()?, FD_PIECE)
 }
 
 /// What an fd is.
@@ -286,21 +330,19 @@ pub fn high_fd() -> c_int {
 
 /// Says what an fd is; what it was.
 pub fn set_kind(fd: c_int, kind: Kind) -> Kind {
+    let word = match kind {
+        Kind::Other => entry(fd),
+        _ => new_entry(fd),
+    };
     HIGH_FD.fetch_max(fd + 1, Relaxed);
-    entry(fd).map_or(Kind::Other, |word| {
+    word.map_or(Kind::Other, |word| {
         Kind::from_word(word.swap(kind.to_word(), AcqRel))
     })
 }
 
 /// A connection of the pool.
 pub fn at(index: usize) -> Option<&'static Conn> {
-    let pool = POOL.load(Relaxed);
-    if index >= CONNS || pool.is_null() {
-        return None;
-    }
-    // SAFETY: the pool has CONNS zeroed entries, which is a valid state of a Conn, and is
-    // never unmapped.
-    Some(unsafe { &*pool.add(index) })
+    POOL.get(index, CONN_PIECE)
 }
 
 /// A connection in use by the current call; its stream stays mapped until this is dropped.
@@ -371,56 +413,62 @@ pub fn by_index(index: usize) -> Option<Use> {
     (conn.refs.load(SeqCst) != 0).then_some(held)
 }
 
+/// Takes a free connection of the pool, in turn; maps another piece only where none is free.
+fn take_free() -> Option<usize> {
+    loop {
+        let there = THERE.load(Acquire) as usize;
+        let start = NEXT.load(Relaxed) as usize;
+        for step in 0..there {
+            let index = (start + step) % there;
+            let taken = at(index)?.occupied.compare_exchange(0, 1, AcqRel, Relaxed);
+            if taken.is_ok() {
+                return Some(index);
+            }
+        }
+        POOL.make(there, CONN_PIECE)?;
+        THERE.fetch_max((there + CONN_PIECE) as u32, AcqRel);
+    }
+}
+
 /// Tracks a new TCP socket. Nothing is done when the pool is full: it stays the kernel's.
 pub fn track(fd: c_int, born: u32) -> Option<usize> {
-    entry(fd)?;
+    new_entry(fd)?;
     if FORGOTTEN.load(Relaxed) != 0 {
         return None;
     }
-    let start = NEXT.load(Relaxed) as usize;
-    for step in 0..CONNS {
-        let index = (start + step) % CONNS;
-        let conn = at(index)?;
-        if conn
-            .occupied
-            .compare_exchange(0, 1, AcqRel, Relaxed)
-            .is_err()
-        {
-            continue;
-        }
-        conn.refs.store(1, Relaxed);
-        NEXT.store((index + 1) as u32, Relaxed);
-        HIGH.fetch_max((index + 1) as u32, Relaxed);
-        conn.born.store(born, Relaxed);
-        conn.fd.store(fd, Relaxed);
-        for word in [
-            &conn.calls,
-            &conn.shared,
-            &conn.in_rx,
-            &conn.in_tx,
-            &conn.look,
-            &conn.registrations,
-            &conn.resting,
-            &conn.options,
-            &conn.listens,
-            &conn.wants_space,
-            &conn.one_way,
-            &conn.gather,
-            &conn.misses,
-        ] {
-            word.store(0, Relaxed);
-        }
-        conn.owed_at.store(0, Relaxed);
-        conn.cookie.store(0, Relaxed);
-        conn.names.forget();
-        conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
-        conn.generation.fetch_add(1, Relaxed);
-        conn.phase.store(phase::KERNEL, Release);
-        conn.tell(index, State::Kernel, Reason::Young);
-        replace(fd, Kind::Conn(index));
-        return Some(index);
+    let index = take_free()?;
+    let conn = at(index)?;
+    conn.refs.store(1, Relaxed);
+    NEXT.store((index + 1) as u32, Relaxed);
+    HIGH.fetch_max((index + 1) as u32, Relaxed);
+    conn.born.store(born, Relaxed);
+    conn.fd.store(fd, Relaxed);
+    for word in [
+        &conn.calls,
+        &conn.shared,
+        &conn.in_rx,
+        &conn.in_tx,
+        &conn.look,
+        &conn.registrations,
+        &conn.resting,
+        &conn.options,
+        &conn.listens,
+        &conn.wants_space,
+        &conn.one_way,
+        &conn.gather,
+        &conn.misses,
+    ] {
+        word.store(0, Relaxed);
     }
-    None
+    conn.owed_at.store(0, Relaxed);
+    conn.cookie.store(0, Relaxed);
+    conn.names.forget();
+    conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
+    conn.generation.fetch_add(1, Relaxed);
+    conn.phase.store(phase::KERNEL, Release);
+    conn.tell(index, State::Kernel, Reason::Young);
+    replace(fd, Kind::Conn(index));
+    Some(index)
 }
 
 /// Puts a kind in the table and lets go of what stood there: an entry that is still set for a

@@ -47,6 +47,8 @@ const KICKED: u64 = u64::MAX;
 /// Data of the inner instance's own registration.
 static SECRET: AtomicU64 = AtomicU64::new(0);
 static POOL: AtomicPtr<Epoll> = AtomicPtr::new(std::ptr::null_mut());
+/// 1 when instances are looked after: not with RDSOCK_DISABLE.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 /// Taken while the lists of registrations are read or changed.
 static LINK: AtomicU64 = AtomicU64::new(0);
 
@@ -255,21 +257,33 @@ fn of_reference(reference: u32) -> Option<(&'static Epoll, usize, usize)> {
     Some((at(instance)?, instance, (value & 0xffff) as usize))
 }
 
-/// Reserves the instances and makes the secret.
-pub fn start() {
-    if let Some(pool) = sys::map(-1, INSTANCES * std::mem::size_of::<Epoll>()) {
-        POOL.store(pool.cast(), Release);
+/// Maps the instances, with the first of them; without that each is the kernel's.
+fn make_pool() {
+    let size = INSTANCES * std::mem::size_of::<Epoll>();
+    if STARTED.load(Relaxed) == 0 || !POOL.load(Acquire).is_null() {
+        return;
     }
+    if let Some(pool) = sys::map(-1, size)
+        && POOL
+            .compare_exchange(std::ptr::null_mut(), pool.cast(), AcqRel, Relaxed)
+            .is_err()
+    {
+        // SAFETY: just mapped, and another thread's stands in its place.
+        unsafe { sys::unmap(pool, size) };
+    }
+}
+
+/// Begins to look after instances, and makes the secret.
+pub fn start() {
+    STARTED.store(1, Relaxed);
     // Not an address, not a small number: nothing that a program has as its data.
-    let noise = clock::ticks() ^ (u64::from(stream::pid()) << 32) ^ pool_address().rotate_left(17);
+    let noise = clock::ticks()
+        ^ (u64::from(stream::pid()) << 32)
+        ^ (&raw const POOL as u64).rotate_left(17);
     SECRET.store(
         noise.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 0x8080_0000_0000_0001,
         Relaxed,
     );
-}
-
-fn pool_address() -> u64 {
-    POOL.load(Relaxed) as u64
 }
 
 fn at(index: usize) -> Option<&'static Epoll> {
@@ -281,6 +295,7 @@ fn at(index: usize) -> Option<&'static Epoll> {
 
 /// The program has made an epoll instance.
 pub fn track(fd: c_int) {
+    make_pool();
     for index in 0..INSTANCES {
         let Some(epoll) = at(index) else { return };
         if epoll.refs.compare_exchange(0, 1, AcqRel, Relaxed).is_err() {

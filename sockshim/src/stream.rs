@@ -94,6 +94,9 @@ impl Stream {
             return None;
         }
         let mapped = mapped as usize;
+        if !sys::leaves_room(mapped) {
+            return None;
+        }
         let header = sys::map(memory, mapped)?;
         let Some(end_page) = sys::map(page, END_PAGE) else {
             // SAFETY: just mapped, unused.

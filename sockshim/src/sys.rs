@@ -431,6 +431,34 @@ pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
     limit.rlim_cur
 }
 
+/// Whether so much more address space takes at most a quarter of what the program's limit leaves: the rest is its own.
+pub fn leaves_room(len: usize) -> bool {
+    let limit = limit_of(libc::RLIMIT_AS);
+    if limit == libc::RLIM_INFINITY {
+        return true;
+    }
+    let fd = open_read(c"/proc/self/statm".as_ptr()) as c_int;
+    if fd < 0 {
+        return false;
+    }
+    let mut text = [0_u8; 64];
+    // SAFETY: the buffer is valid for its length.
+    let read = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
+    close(fd);
+    let digits = text
+        .iter()
+        .take(read.max(0) as usize)
+        .take_while(|byte| byte.is_ascii_digit());
+    let pages = digits.fold(0_u64, |sum, digit| {
+        sum.saturating_mul(10)
+            .saturating_add(u64::from(digit - b'0'))
+    });
+    // SAFETY: asks for a number.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(0) as u64;
+    let used = pages.saturating_mul(page);
+    len as u64 <= limit.saturating_sub(used) / 4
+}
+
 /// Writes a line to stderr: the only thing the shim ever says, once per cause.
 pub fn warn(text: &str) {
     warn_with(&[text]);

@@ -34,9 +34,11 @@ pub struct Args {
 }
 
 impl Args {
-    /// Prints the manual page.
-    pub fn print_man() -> std::io::Result<()> {
-        clap_mangen::Man::new(Args::command()).render(&mut std::io::stdout())
+    /// The manual page.
+    pub fn man() -> std::io::Result<Vec<u8>> {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Args::command()).render(&mut page)?;
+        Ok(page)
     }
 
     /// The configuration: the file's, with what the command line says on top.

@@ -1,17 +1,16 @@
 //! Where the control socket lies, and who may make it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, listen, setsockopt, socket, sockopt,
 };
 use nix::unistd::geteuid;
+use rdsock_vfio::socket_file::{self, Obstacle, SocketFile};
 
 /// The control socket of a daemon that runs for the whole machine.
 const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
@@ -34,9 +33,9 @@ pub enum EndpointError {
     /// Another daemon is there.
     #[error("another rdsockd serves {0}")]
     Taken(PathBuf),
-    /// The directory is not ours alone, so somebody else could put a socket there.
-    #[error("{0} must be a directory of this user that nobody else can write to")]
-    Directory(PathBuf),
+    /// What is at the path, or around it, is not ours.
+    #[error(transparent)]
+    Obstacle(Obstacle),
     /// The system said no.
     #[error("{what} {path}: {source}")]
     Io {
@@ -49,6 +48,15 @@ pub enum EndpointError {
     },
 }
 
+impl From<Obstacle> for EndpointError {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::Served(path) => EndpointError::Taken(path),
+            obstacle => EndpointError::Obstacle(obstacle),
+        }
+    }
+}
+
 fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> EndpointError {
     let path = path.to_owned();
     move |source| EndpointError::Io { what, path, source }
@@ -58,44 +66,33 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Endpoint
 #[derive(Debug)]
 pub struct Endpoint {
     socket: OwnedFd,
-    path: PathBuf,
+    // Goes before the lock. The lock file stays: removing it would let two daemons lock two files of one name.
+    file: SocketFile,
     _lock: Flock<File>,
 }
 
 impl Endpoint {
-    /// Makes the socket. One that was left behind by a daemon that died is replaced; one that
-    /// somebody answers on is not.
+    /// Makes the socket. One of ours that was left behind by a daemon that died is replaced; whatever else is there
+    /// stays, and is an error that names it.
     pub fn new(path: &Path) -> Result<Self, EndpointError> {
         let root = geteuid().is_root();
         if let Some(dir) = path.parent() {
-            make_directory(dir, if root { 0o755 } else { 0o700 })?;
+            socket_file::make_directory(dir, if root { 0o755 } else { 0o700 })?;
         }
+        // Before a lock file is made beside what may be anything.
+        socket_file::check(path)?;
         let lock = lock(path)?;
-        if is_answered(path) {
-            return Err(EndpointError::Taken(path.to_owned()));
-        }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("can't replace", path)(error));
-            }
-            _ => {}
-        }
         let socket = new_socket().map_err(failed("can't make a socket for", path))?;
-        let address =
-            UnixAddr::new(path).map_err(|error| failed("can't use", path)(error.into()))?;
-        bind(socket.as_raw_fd(), &address)
-            .map_err(|error| failed("can't bind", path)(error.into()))?;
         // Anybody on the machine may attach to a daemon of root's; each is then subject to policy.
         let mode = if root { 0o666 } else { 0o600 };
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
-            .map_err(failed("can't set the mode of", path))?;
+        let file = SocketFile::bind(&socket, path, Some(mode))?;
         // A socket inherits this: each message then carries its sender's process.
         setsockopt(&socket, sockopt::PassCred, &true)
             .and_then(|()| listen(&socket, Backlog::MAXALLOWABLE))
             .map_err(|error| failed("can't listen on", path)(error.into()))?;
         Ok(Endpoint {
             socket,
-            path: path.to_owned(),
+            file,
             _lock: lock,
         })
     }
@@ -107,15 +104,7 @@ impl Endpoint {
 
     /// Where it lies.
     pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        // Still under the lock, so it is ours. The lock file stays: removing it would let two
-        // daemons lock two files of one name.
-        let _ = fs::remove_file(&self.path);
+        self.file.path()
     }
 }
 
@@ -129,67 +118,173 @@ fn new_socket() -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Makes the directory, and checks that nobody else can replace what is in it.
-fn make_directory(dir: &Path, mode: u32) -> Result<(), EndpointError> {
-    let made = DirBuilder::new().recursive(true).mode(mode).create(dir);
-    made.map_err(failed("can't make the directory", dir))?;
-    let meta = fs::symlink_metadata(dir).map_err(failed("can't look at", dir))?;
-    let writable = meta.mode() & 0o022 != 0 && meta.mode() & libc::S_ISVTX == 0;
-    let owned = meta.uid() == geteuid().as_raw() || meta.uid() == 0;
-    if !meta.is_dir() || writable || !owned {
-        return Err(EndpointError::Directory(dir.to_owned()));
-    }
-    Ok(())
-}
-
 fn lock(socket: &Path) -> Result<Flock<File>, EndpointError> {
     let mut path = socket.as_os_str().to_owned();
     path.push(".lock");
     let path = PathBuf::from(path);
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(&path)
-        .map_err(failed("can't open", &path))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+    match Flock::lock(
+        socket_file::open_lock(&path)?,
+        FlockArg::LockExclusiveNonblock,
+    ) {
         Ok(lock) => Ok(lock),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(EndpointError::Taken(socket.to_owned())),
         Err((_, error)) => Err(failed("can't lock", &path)(error.into())),
     }
 }
 
-fn is_answered(path: &Path) -> bool {
-    let connected = new_socket().and_then(|socket| {
-        let address = UnixAddr::new(path)?;
-        Ok(connect(socket.as_raw_fd(), &address)?)
-    });
-    connected.is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{UnixAddr, bind};
+    use nix::sys::stat::Mode;
+    use std::fs;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+
+    fn bound(path: &Path) -> OwnedFd {
+        let socket = new_socket().unwrap();
+        bind(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+        socket
+    }
 
     #[test]
     fn a_dead_daemons_socket_is_replaced_and_a_living_ones_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/s.sock");
         fs::create_dir(dir.path().join("run")).unwrap();
-        let left_behind = new_socket().unwrap();
-        bind(left_behind.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-        drop(left_behind);
+        drop(bound(&path));
         let endpoint = Endpoint::new(&path).unwrap();
         assert!(matches!(Endpoint::new(&path), Err(EndpointError::Taken(_))));
         drop(endpoint);
         assert!(!path.exists());
         // One that serves without our lock file is left alone, too.
-        let foreign = new_socket().unwrap();
-        bind(foreign.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        let foreign = bound(&path);
         listen(&foreign, Backlog::new(1).unwrap()).unwrap();
         assert!(matches!(Endpoint::new(&path), Err(EndpointError::Taken(_))));
+        assert!(path.exists());
+    }
+
+    /// What can be told of a file, to see that it was not touched.
+    fn look(path: &Path) -> (u64, u32, u64, u32) {
+        let found = fs::symlink_metadata(path).unwrap();
+        (found.ino(), found.mode(), found.size(), found.uid())
+    }
+
+    /// Makes an endpoint there, which must fail with these words and leave everything as it was.
+    fn refused(path: &Path, words: &str) {
+        let names = || fs::read_dir(path.parent().unwrap()).unwrap().count();
+        let before = (look(path), names());
+        let error = Endpoint::new(path).unwrap_err().to_string();
+        assert!(error.contains(words), "{words}: {error}");
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+        assert_eq!((look(path), names()), before, "{words}");
+    }
+
+    #[test]
+    fn what_is_no_socket_of_ours_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "precious").unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        nix::unistd::mkfifo(&at("fifo"), Mode::S_IRWXU).unwrap();
+        drop(bound(&at("dead")));
+        symlink(at("file"), at("link")).unwrap();
+        symlink(at("dead"), at("link-to-socket")).unwrap();
+        symlink(at("nowhere"), at("link-to-nothing")).unwrap();
+        let _stream = UnixListener::bind(at("stream")).unwrap();
+        let _datagram = UnixDatagram::bind(at("datagram")).unwrap();
+        for (name, words) in [
+            ("file", "a regular file"),
+            ("folder", "a directory"),
+            ("fifo", "a FIFO"),
+            ("link", "a symbolic link"),
+            ("link-to-socket", "a symbolic link"),
+            ("link-to-nothing", "a symbolic link"),
+            ("stream", "a socket of another kind"),
+            ("datagram", "a socket of another kind"),
+        ] {
+            refused(&at(name), words);
+        }
+        assert_eq!(fs::read(at("file")).unwrap(), b"precious");
+        assert!(!at("nowhere").exists());
+        assert!(Endpoint::new(Path::new("/")).is_err());
+        assert!(Endpoint::new(&at("folder/..")).is_err());
+    }
+
+    #[test]
+    fn a_socket_of_somebody_else_stays() {
+        if !geteuid().is_root() {
+            return eprintln!(
+                "SKIPPED, NOTHING WAS CHECKED: only root can make another user's socket"
+            );
+        }
+        let dir = tempfile::tempdir().unwrap();
+        // As /tmp: everybody may put something there.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let path = dir.path().join("s.sock");
+        drop(bound(&path));
+        std::os::unix::fs::lchown(&path, Some(64001), None).unwrap();
+        refused(&path, "belongs to user 64001");
+        fs::remove_file(&path).unwrap();
+        let lock = dir.path().join("s.sock.lock");
+        fs::write(&lock, "theirs").unwrap();
+        std::os::unix::fs::chown(&lock, Some(64001), None).unwrap();
+        let error = Endpoint::new(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("s.sock.lock belongs to user 64001"),
+            "{error}"
+        );
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_lock_file_that_is_none_is_named_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, lock) = (dir.path().join("s.sock"), dir.path().join("s.sock.lock"));
+        let precious = dir.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        let refused = |words: &str| {
+            let error = Endpoint::new(&path).unwrap_err().to_string();
+            assert!(error.contains("s.sock.lock is a"), "{error}");
+            assert!(error.contains(words), "{words}: {error}");
+            assert!(!path.exists());
+        };
+        symlink(&precious, &lock).unwrap();
+        refused("a symbolic link");
+        fs::remove_file(&lock).unwrap();
+        symlink(dir.path().join("new"), &lock).unwrap();
+        refused("a symbolic link");
+        assert!(!dir.path().join("new").exists());
+        fs::remove_file(&lock).unwrap();
+        // Opening this one to write would wait for a reader.
+        nix::unistd::mkfifo(&lock, Mode::S_IRWXU).unwrap();
+        refused("a FIFO");
+        fs::remove_file(&lock).unwrap();
+        fs::create_dir(&lock).unwrap();
+        refused("a directory");
+        fs::remove_dir(&lock).unwrap();
+        // A file of ours is taken as it is.
+        fs::write(&lock, "kept").unwrap();
+        fs::set_permissions(&lock, fs::Permissions::from_mode(0o640)).unwrap();
+        let before = look(&lock);
+        drop(Endpoint::new(&path).unwrap());
+        assert_eq!(look(&lock), before);
+        assert_eq!(fs::read(&lock).unwrap(), b"kept");
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn only_the_socket_that_was_bound_is_removed_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let endpoint = Endpoint::new(&path).unwrap();
+        assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
+        // Kept, so that the file below gets another number.
+        fs::rename(&path, dir.path().join("moved")).unwrap();
+        fs::write(&path, "came later").unwrap();
+        drop(endpoint);
+        assert_eq!(fs::read(&path).unwrap(), b"came later");
     }
 
     #[test]
@@ -197,6 +292,35 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let error = Endpoint::new(&dir.path().join("s.sock")).unwrap_err();
-        assert!(matches!(error, EndpointError::Directory(_)));
+        let obstacle = |error| matches!(error, EndpointError::Obstacle(Obstacle::Directory(_)));
+        assert!(obstacle(error));
+        // A link to a good one is another name than was given.
+        fs::create_dir_all(dir.path().join("a/good")).unwrap();
+        symlink(dir.path().join("a/good"), dir.path().join("a/link")).unwrap();
+        assert!(obstacle(
+            Endpoint::new(&dir.path().join("a/link/s.sock")).unwrap_err()
+        ));
+    }
+
+    #[test]
+    fn no_directory_is_made_behind_somebody_elses_link() {
+        if !geteuid().is_root() {
+            return eprintln!(
+                "SKIPPED, NOTHING WAS CHECKED: only root can make another user's link"
+            );
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        fs::create_dir(&target).unwrap();
+        symlink(&target, &link).unwrap();
+        drop(Endpoint::new(&link.join("own/run/s.sock")).unwrap());
+        assert!(target.join("own/run").is_dir());
+        std::os::unix::fs::lchown(&link, Some(64001), None).unwrap();
+        let error = Endpoint::new(&link.join("new/run/s.sock")).unwrap_err();
+        assert!(
+            error.to_string().contains("belongs to user 64001"),
+            "{error}"
+        );
+        assert!(!target.join("new").exists());
     }
 }

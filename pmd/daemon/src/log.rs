@@ -20,6 +20,8 @@ pub fn start(config: &Config) {
     let builder = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
+        // It would panic where standard error is full: a disk without space shall not end the daemon.
+        .log_internal_errors(false)
         .with_ansi(false)
         .with_target(false);
     let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();

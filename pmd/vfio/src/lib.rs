@@ -24,6 +24,7 @@ mod mapped;
 pub mod model;
 mod sealed;
 pub mod serve;
+pub mod socket_file;
 mod translation;
 pub mod user;
 pub mod vfio;

@@ -8,11 +8,13 @@ use rdsock_shm::layout::{
     BELL_MAGIC, BELLS, Bell, BellBoard, ConnRecord, Counter, TENANT_MAGIC, TenantMemory, VERSION,
 };
 use std::mem::size_of;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 pub(super) static MEMORY: AtomicPtr<TenantMemory> = AtomicPtr::new(std::ptr::null_mut());
 pub(super) static BOARD: AtomicPtr<BellBoard> = AtomicPtr::new(std::ptr::null_mut());
 pub(super) static MEMFDS: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
+/// 1 when the program's limit of address space leaves no room for it.
+static REFUSED: AtomicU32 = AtomicU32::new(0);
 pub(super) static BELLS_IN_USE: AtomicU64 = AtomicU64::new(0);
 
 pub(super) fn memory() -> Option<&'static TenantMemory> {
@@ -66,7 +68,11 @@ pub fn return_bell(number: usize) {
 }
 
 pub(super) fn make_memory() {
-    if !MEMORY.load(Relaxed).is_null() {
+    if !MEMORY.load(Relaxed).is_null() || REFUSED.load(Relaxed) != 0 {
+        return;
+    }
+    if !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
+        REFUSED.store(1, Relaxed);
         return;
     }
     let Some((board, board_fd)) = make_one(c"rdsock-bells", size_of::<BellBoard>()) else {

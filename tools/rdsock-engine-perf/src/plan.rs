@@ -47,6 +47,8 @@ pub enum Error {
     NoDeviceThread,
     #[error("with --devices linked, give --core and --device-core or neither")]
     OneCore,
+    #[error(transparent)]
+    Output(#[from] rdsock_output::OutputError),
     #[error("cannot open the device: {0}")]
     Open(#[from] rdsock_rde::OpenError),
     #[error("cannot allocate: {0}")]

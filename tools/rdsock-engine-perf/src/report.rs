@@ -5,6 +5,7 @@ use crate::measure::Outcome;
 use crate::plan::Plan;
 use clap::ValueEnum;
 use rdsock_model::Counters;
+use rdsock_output::{OutputError, line};
 use serde::Serialize;
 
 /// One test, as it is printed. Times are nanoseconds one way, costs are for one operation, both nodes
@@ -34,13 +35,14 @@ struct Line {
 }
 
 /// Prints all outcomes.
-pub fn print(plan: &Plan, outcomes: &[Outcome]) {
+pub fn print(plan: &Plan, outcomes: &[Outcome]) -> Result<(), OutputError> {
     if !plan.json {
-        println!(
+        line!(
             "{} bytes, devices: {:?}; nanoseconds one way; costs of one operation",
-            plan.size, plan.devices
-        );
-        println!(
+            plan.size,
+            plan.devices
+        )?;
+        line!(
             "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>11}{:>10}{:>10}{:>10}{:>9}",
             "",
             "min",
@@ -54,17 +56,14 @@ pub fn print(plan: &Plan, outcomes: &[Outcome]) {
             "payload r",
             "payload w",
             "messages"
-        );
+        )?;
     }
     for outcome in outcomes {
         let line = Line::new(plan, outcome);
         if plan.json {
-            match serde_json::to_string(&line) {
-                Ok(json) => println!("{json}"),
-                Err(error) => eprintln!("rdsock-engine-perf: {error}"),
-            }
+            line!("{}", serde_json::json!(line))?;
         } else {
-            println!(
+            line!(
                 "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8.0}{:>11.3}{:>10.3}{:>10.3}{:>10.3}{:>9.3}",
                 line.test,
                 line.min,
@@ -78,9 +77,10 @@ pub fn print(plan: &Plan, outcomes: &[Outcome]) {
                 line.payload_reads,
                 line.payload_writes,
                 line.messages
-            );
+            )?;
         }
     }
+    Ok(())
 }
 
 impl Line {

@@ -3,25 +3,32 @@
 //!
 //! The order of a run is: raw flags ([`cli`]) → checked plan ([`plan`]) → run ([`run`]) → [`report`].
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod cli;
 mod plan;
 mod report;
 mod run;
 
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // It would panic where standard error is full.
+        .log_internal_errors(false)
         .init();
-    let done = plan::Plan::check(cli::Flags::parse())
+    let flags = match rdsock_output::parse("rdsock-model") {
+        Ok(flags) => flags,
+        Err(status) => return status,
+    };
+    let done = plan::Plan::check(flags)
         .map_err(|error| error.to_string())
         .and_then(|plan| run::run(&plan).map_err(|error| error.to_string()));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rdsock-model: {error}");
+            rdsock_output::failed("rdsock-model", error);
             ExitCode::FAILURE
         }
     }

@@ -8,7 +8,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rdsock_model::{Fabric, Fault, Running};
 use rdsock_vfio::serve::Server;
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -25,6 +24,9 @@ pub enum RunError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Nobody can be told.
+    #[error(transparent)]
+    Output(#[from] rdsock_output::OutputError),
     /// A system call failed.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
@@ -90,11 +92,9 @@ fn signals() -> Result<SignalFd, Errno> {
 }
 
 fn print(servers: &[(u16, Server)]) -> Result<(), RunError> {
-    let mut out = std::io::stdout().lock();
     for (node, server) in servers {
         let line = report::line(*node, &server.function().counters());
-        writeln!(out, "{line}").map_err(|error| RunError::System("printing", error))?;
+        rdsock_output::line!("{line}")?;
     }
-    out.flush()
-        .map_err(|error| RunError::System("printing", error))
+    Ok(())
 }

@@ -143,6 +143,15 @@ pub struct Listener {
     kind: Kind,
     /// Where it listens, with the port that the system chose.
     pub address: Address,
+    /// Device and number of the path that was made.
+    made: Option<(u64, u64)>,
+}
+
+/// What tells the file at a path from another one that came in its place.
+fn number(path: &str) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 enum Kind {
@@ -161,6 +170,7 @@ impl Listener {
                 Ok(Self {
                     kind: Kind::Tcp(listener),
                     address,
+                    made: None,
                 })
             }
             Address::Unix(name) => {
@@ -170,6 +180,7 @@ impl Listener {
                 Ok(Self {
                     kind: Kind::Unix(listener),
                     address: address.clone(),
+                    made: number(name),
                 })
             }
         }
@@ -224,6 +235,7 @@ impl Drop for Listener {
     fn drop(&mut self) {
         if let Address::Unix(name) = &self.address
             && !name.starts_with('@')
+            && number(name) == self.made
         {
             let _ = std::fs::remove_file(name);
         }

@@ -3,7 +3,6 @@
 use crate::error::{Doing, Result};
 use crate::plan::{Mode, Path, Wait};
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Latency and throughput of TCP, UNIX sockets and rdsock, side by side
@@ -195,7 +194,7 @@ pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
 pub fn man(dir: Option<PathBuf>) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     match dir {
-        Some(dir) => clap_mangen::generate_to(Flags::command(), &dir)
+        Some(dir) => rdsock_output::fill(&dir, |to| clap_mangen::generate_to(Flags::command(), to))
             .doing(|| format!("write {}", dir.display()))?,
         None => clap_mangen::Man::new(Flags::command())
             .render(&mut text)
@@ -204,8 +203,7 @@ pub fn man(dir: Option<PathBuf>) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Writes a text to stdout; a reader that has gone away is no error.
+/// Writes a text to stdout.
 pub fn print(text: &[u8]) -> Result<()> {
-    let _ = std::io::stdout().write_all(text);
-    Ok(())
+    Ok(rdsock_output::bytes(text)?)
 }

@@ -19,6 +19,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// Standard output is full or closed. Exit status 1.
+    #[error(transparent)]
+    Output(#[from] rdsock_output::OutputError),
     /// The other end of a connection, or a child process, said something unexpected. Exit status 1.
     #[error("{0}")]
     Peer(String),
@@ -43,7 +46,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
-            Self::Io { .. } | Self::Peer(_) => 1,
+            Self::Io { .. } | Self::Output(_) | Self::Peer(_) => 1,
             Self::NotAccelerated(_) => 3,
             Self::Interrupted => 130,
         }

@@ -1,9 +1,11 @@
 //! `rdsock-perf`: latency and throughput of TCP, UNIX sockets and rdsock, side by side.
 //!
-//! It uses plain sockets and none of the project's crates, so that one binary measures the kernel and, when
+//! It uses plain sockets and none of the project's crates but the one that prints, so that one binary measures the kernel and, when
 //! started by `rdsock run`, the shim. It never knows by itself that it is accelerated: `compare` asks `rdsock why`.
 //!
 //! The order of a run is: raw flags ([`cli`]) → checked plan ([`plan`]) → run → report.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod address;
 mod cli;
@@ -21,12 +23,14 @@ mod plan;
 mod server;
 mod wire;
 
-use clap::Parser;
 use plan::Plan;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let flags = cli::Flags::parse();
+    let flags = match rdsock_output::parse("rdsock-perf") {
+        Ok(flags) => flags,
+        Err(status) => return status,
+    };
     let done = Plan::check(flags).and_then(|plan| match plan {
         Plan::Server(plan) => server::run(&plan),
         Plan::Client(plan) => client::run(&plan),
@@ -37,7 +41,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rdsock-perf: {error}");
+            rdsock_output::failed("rdsock-perf", &error);
             ExitCode::from(error.exit_code())
         }
     }

@@ -8,6 +8,7 @@ use crate::link::Link;
 use crate::pattern::{END, Pattern};
 use crate::plan::{Mode, ServerPlan, Wait};
 use crate::wire::{Order, Tally};
+use rdsock_output::line;
 use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,12 +21,12 @@ pub fn run(plan: &ServerPlan) -> Result<()> {
     let listener = Listener::bind(&plan.address)?;
     if plan.json {
         let address = listener.address.to_string();
-        println!(
+        line!(
             "{}",
             json!({"event": "listening", "pid": std::process::id(), "address": address})
-        );
+        )?;
     } else {
-        println!("listening at {}", listener.address);
+        line!("listening at {}", listener.address)?;
     }
     let wait = plan.wait;
     loop {
@@ -41,7 +42,7 @@ pub fn run(plan: &ServerPlan) -> Result<()> {
         }
         let serve = move || {
             if let Err(error) = session.serve() {
-                eprintln!("rdsock-perf: a client: {error}");
+                rdsock_output::complain("rdsock-perf", format_args!("a client: {error}"));
             }
         };
         std::thread::Builder::new()

@@ -1,6 +1,5 @@
 //! Manual pages and shell completions, made from the command line's definition.
 
-use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,14 +12,15 @@ type Result = std::result::Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Prints a completion script.
 pub fn completions(shell: Shell) -> Result {
-    clap_complete::generate(shell, &mut Cli::command(), "rdsock", &mut io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "rdsock", &mut script);
+    rdsock_output::bytes(&script)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Writes `rdsock.1` and a page for each command.
 pub fn man(dir: &Path) -> Result {
-    std::fs::create_dir_all(dir)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+    rdsock_output::fill(dir, |to| clap_mangen::generate_to(Cli::command(), to))
         .map_err(|error| format!("can't write manual pages to {}: {error}", dir.display()))?;
     Ok(ExitCode::SUCCESS)
 }

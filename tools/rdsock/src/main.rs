@@ -1,5 +1,7 @@
 //! `rdsock`: runs programs with the shim, tells what became of their connections, and sets up devices.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod cli;
 mod daemon;
 mod doctor;
@@ -13,26 +15,31 @@ mod why;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use cli::{Cli, Command};
 
+/// What its complaints begin with.
+const NAME: &str = "rdsock";
+
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
     // Rust ignores SIGPIPE; a program whose output is cut off by `head` shall just end.
     signals::restore();
+    let command = match rdsock_output::parse::<Cli>(NAME) {
+        Ok(cli) => cli.command,
+        Err(status) => return status,
+    };
     let result = match command {
         Command::Run(args) => return run::run(args),
         Command::Why(args) => why::why(&args).map_err(Into::into),
         Command::Stat(args) => stat::stat(&args).map_err(Into::into),
-        Command::Doctor(args) => Ok(doctor::doctor(&args)),
-        Command::Devices(args) => Ok(pci::devices(&args)),
+        Command::Doctor(args) => doctor::doctor(&args).map_err(Into::into),
+        Command::Devices(args) => pci::devices(&args).map_err(Into::into),
         Command::Bind(args) => pci::bind(&args).map_err(Into::into),
         Command::Unbind(args) => pci::unbind(&args).map_err(Into::into),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { dir } => generate::man(&dir),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("rdsock: {error}");
+        rdsock_output::failed(NAME, error);
         ExitCode::FAILURE
     })
 }

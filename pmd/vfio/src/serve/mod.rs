@@ -10,18 +10,20 @@ mod config_space;
 mod memory;
 mod session;
 
+use crate::socket_file::SocketFile;
 use crate::translation::Translation;
 use crate::user::message::{Header, flag};
-use crate::user::socket::{self, Broken, Received};
+use crate::user::socket::{Broken, Received, receive, send};
 use memory::ServedMemory;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
 use rdsock_model::{Fabric, Function};
 use session::{MOST_DATA, Session};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -43,7 +45,7 @@ pub struct Serving {
 #[derive(Debug)]
 pub struct Server {
     function: Function,
-    path: PathBuf,
+    _file: SocketFile,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -56,7 +58,7 @@ impl Server {
             let expected = "the number of queue sets is not a power of two up to 256";
             return Err(std::io::Error::other(expected));
         }
-        let listener = listen(path)?;
+        let (listener, file) = listen(path)?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let translation = Arc::new(Translation::default());
         let (memory, pages) = ServedMemory::make(serving.queue_sets)?;
@@ -70,7 +72,7 @@ impl Server {
             .spawn(move || serve(&listener, &stopped, &mut session, &name))?;
         Ok(Server {
             function,
-            path: path.into(),
+            _file: file,
             stop,
             thread: Some(thread),
         })
@@ -90,30 +92,16 @@ impl Drop for Server {
             // A panic of the thread was printed by the panic hook; there is nothing to add.
             let _ = thread.join();
         }
-        // Who finds it finds nobody there, and removes it.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Makes the socket, unless somebody listens there.
-fn listen(path: &Path) -> std::io::Result<UnixListener> {
-    use std::io::ErrorKind;
-    use std::os::unix::fs::FileTypeExt;
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            let socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
-            let dead = std::os::unix::net::UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-            if !socket || !dead {
-                return Err(error);
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+/// Makes the socket, unless something else is there.
+fn listen(path: &Path) -> std::io::Result<(UnixListener, SocketFile)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let file = SocketFile::bind(&socket, path, None)?;
+    socket::listen(&socket, Backlog::MAXALLOWABLE)?;
+    Ok((socket.into(), file))
 }
 
 /// Why a conversation with a client has ended.
@@ -166,7 +154,7 @@ fn talk(client: &OwnedFd, listener: &UnixListener, stop: &EventFd, session: &mut
 /// Takes one message, and answers it.
 fn answer(client: &OwnedFd, session: &mut Session) -> Result<(), Broken> {
     let deadline = Instant::now() + PATIENCE;
-    let message: Received = socket::receive(client, deadline, MOST_DATA + 64)?;
+    let message: Received = receive(client, deadline, MOST_DATA + 64)?;
     let asked = message.header;
     if asked.flags & flag::TYPE != 0 {
         // An answer, though nothing was asked.
@@ -188,7 +176,7 @@ fn answer(client: &OwnedFd, session: &mut Session) -> Result<(), Broken> {
     });
     let deadline = Instant::now() + PATIENCE;
     let files = Vec::from_iter(reply.file);
-    socket::send(client, deadline, header, &[&reply.body], &files)
+    send(client, deadline, header, &[&reply.body], &files)
 }
 
 /// Waits until one of them is ready; which are.

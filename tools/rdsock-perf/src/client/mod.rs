@@ -17,6 +17,7 @@ use crate::link::Link;
 use crate::outcome::Outcome;
 use crate::plan::{ClientPlan, Mode};
 use crate::wire::{Order, Tally};
+use rdsock_output::line;
 
 /// One receive call of the server asks for at least so many bytes in the one-way modes.
 const RECV_BYTES: u64 = 64 << 10;
@@ -43,14 +44,8 @@ pub fn run(plan: &ClientPlan) -> Result<()> {
     let outcome = measure(plan, &link, &clock)?;
     match &mut control {
         Some(control) => control.report_and_wait(&outcome),
-        None if plan.json => {
-            println!("{}", serde_json::json!(outcome));
-            Ok(())
-        }
-        None => {
-            println!("{outcome}");
-            Ok(())
-        }
+        None if plan.json => Ok(line!("{}", serde_json::json!(outcome))?),
+        None => Ok(line!("{outcome}")?),
     }
 }
 

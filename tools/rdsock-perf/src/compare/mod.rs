@@ -28,6 +28,7 @@ use crate::outcome::Outcome;
 use crate::plan::{Cell, ComparePlan, Path, Wait};
 use ground::Ground;
 use indicatif::{ProgressBar, ProgressStyle};
+use rdsock_output::line as print_line;
 use rows::{Probe, Rows};
 use serde::Serialize;
 use std::time::Duration;
@@ -64,12 +65,12 @@ pub fn run(plan: &ComparePlan) -> Result<()> {
         }
     }
     drop(bar);
-    println!("{}", table::draw(&rows));
+    print_line!("{}", table::draw(&rows))?;
     if let Some(line) = table::disturbances(&rows) {
-        println!("{line}");
+        print_line!("{line}")?;
     }
     for LeftOut { path, reason } in &ground.left_out {
-        println!("left out: {path}: {reason}");
+        print_line!("left out: {path}: {reason}")?;
     }
     if let Some(file) = &plan.json {
         let text = json::text(plan, &rows, &ground.left_out, clock.facts());
@@ -177,7 +178,7 @@ impl Progress {
     }
 
     fn say(&self, line: &str) {
-        self.bar.suspend(|| eprintln!("{line}"));
+        self.bar.suspend(|| rdsock_output::say(line));
     }
 }
 

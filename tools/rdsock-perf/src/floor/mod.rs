@@ -10,6 +10,7 @@ mod ring;
 use crate::clock::Clock;
 use crate::error::Result;
 use crate::plan::{FloorPlan, Path};
+use rdsock_output::line as print_line;
 use serde_json::json;
 
 /// Measures one floor and prints its result. Must be called before any thread is started: the ring forks.
@@ -20,11 +21,11 @@ pub fn run(plan: &FloorPlan) -> Result<()> {
         _ => ring::run(plan, &clock)?,
     };
     if plan.json {
-        println!("{}", json!({"event": "result", "result": outcome}));
+        print_line!("{}", json!({"event": "result", "result": outcome}))?;
     } else {
-        println!("{outcome}");
+        print_line!("{outcome}")?;
         if let Some(bytes) = outcome.ring_bytes {
-            println!("  ring     {} KiB", bytes >> 10);
+            print_line!("  ring     {} KiB", bytes >> 10)?;
         }
     }
     Ok(())

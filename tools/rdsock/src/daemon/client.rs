@@ -2,18 +2,16 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::socket::{MsgFlags, recv, send};
 use rdsock_shm::control::{Message, Query, Refused, from_bytes, kind, parse};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::find::find;
+use super::find::{PATIENCE, Silent, listener_of, reach};
 
-/// Time for the daemon to answer.
-const PATIENCE_SECONDS: i64 = 5;
 /// Longest datagram of an answer.
 const PIECE: usize = 65536;
 
@@ -26,9 +24,12 @@ pub enum AskError {
     /// The daemon refused the question.
     #[error("the daemon refused the question (code {0}): see its log")]
     Refused(u32),
-    /// It hung up, or is stopped.
-    #[error("the daemon does not answer: {0}")]
-    Silent(Errno),
+    /// It is stopped, or overloaded.
+    #[error(transparent)]
+    Silent(#[from] Silent),
+    /// It hung up.
+    #[error("the daemon at {} hung up: {}; see its log", .0.display(), .1.desc())]
+    Gone(PathBuf, Errno),
     /// It answered with something else.
     #[error("the daemon's answer can't be read: {0}")]
     Unreadable(String),
@@ -44,26 +45,38 @@ pub struct Daemon {
 
 impl Daemon {
     /// The daemon that a program would find.
-    pub fn find() -> Option<Self> {
-        let (path, socket) = find()?;
-        let patience = TimeVal::seconds(PATIENCE_SECONDS);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).ok()?;
-        Some(Daemon { path, socket })
+    pub fn find() -> Result<Option<Self>, AskError> {
+        let found = reach()?;
+        Ok(found.map(|(path, socket)| Daemon { path, socket }))
+    }
+
+    fn failed(&self, error: Errno) -> AskError {
+        match error {
+            Errno::EAGAIN => AskError::Silent(Silent {
+                path: self.path.clone(),
+                pid: listener_of(&self.socket),
+            }),
+            error => AskError::Gone(self.path.clone(), error),
+        }
     }
 
     /// Asks one of [`rdsock_shm::control::question`].
     pub fn ask<T: DeserializeOwned>(&self, what: u32) -> Result<T, AskError> {
         let fd = self.socket.as_raw_fd();
         let question = Message::new(kind::QUERY, &Query { what, pid: 0 });
-        send(fd, question.as_bytes(), MsgFlags::MSG_NOSIGNAL).map_err(AskError::Silent)?;
+        send(fd, question.as_bytes(), MsgFlags::MSG_NOSIGNAL)
+            .map_err(|error| self.failed(error))?;
+        let since = Instant::now();
         let mut text = Vec::new();
         let mut datagram = vec![0; PIECE];
         loop {
             let len = match recv(fd, &mut datagram, MsgFlags::empty()) {
-                Ok(0) => return Err(AskError::Silent(Errno::ECONNRESET)),
+                Ok(0) => return Err(self.failed(Errno::ECONNRESET)),
+                // Each piece has its time, and so has the whole.
+                Ok(_) if since.elapsed() > 4 * PATIENCE => return Err(self.failed(Errno::EAGAIN)),
                 Ok(len) => len,
                 Err(Errno::EINTR) => continue,
-                Err(error) => return Err(AskError::Silent(error)),
+                Err(error) => return Err(self.failed(error)),
             };
             let unreadable = |what: &str| AskError::Unreadable(what.to_owned());
             let (message, body) = parse(datagram.get(..len).unwrap_or(&[]))

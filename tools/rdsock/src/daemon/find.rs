@@ -1,33 +1,107 @@
 //! Finds a daemon that answers.
 
+use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
 
 /// The socket of a daemon that serves the whole machine.
 pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
 
-/// Connects to a daemon's socket.
+/// Time for a daemon to take a caller, and to answer.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A daemon that is there, and does not answer.
+#[derive(Debug)]
+pub struct Silent {
+    /// Its socket.
+    pub path: PathBuf,
+    /// Its process, as far as that can be seen.
+    pub pid: Option<i32>,
+}
+
+impl std::error::Error for Silent {}
+
+impl Display for Silent {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        let path = self.path.display();
+        match self.pid {
+            Some(pid) if is_stopped(pid) => write!(
+                f,
+                "rdsockd (pid {pid}, {path}) does not answer, since it is stopped: kill -CONT {pid} lets it go on"
+            ),
+            Some(pid) => write!(
+                f,
+                "rdsockd (pid {pid}, {path}) does not answer: it may be stopped or overloaded; see its log and what \
+                 top -p {pid} says, or restart it"
+            ),
+            None => write!(
+                f,
+                "rdsockd at {path} does not answer: it may be stopped or overloaded; see its log, or restart it"
+            ),
+        }
+    }
+}
+
+/// Stopped by a signal, or by a debugger.
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    state.starts_with(['T', 't'])
+}
+
+/// The process that listens where this socket is connected.
+pub fn listener_of(socket: &OwnedFd) -> Option<i32> {
+    let credentials = getsockopt(socket, sockopt::PeerCredentials).ok()?;
+    (credentials.pid() > 0).then_some(credentials.pid())
+}
+
+/// Connects to a daemon's socket, in bounded time. One that can't take a caller now is `WouldBlock`.
 pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);
+    setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket)
 }
 
-/// A running daemon: the one that `$RDSOCK_SOCKET` names, else the machine's, else the user's.
-pub fn find() -> Option<(PathBuf, OwnedFd)> {
+/// A connection to a running daemon: the one that `$RDSOCK_SOCKET` names, else the machine's, else the user's.
+pub fn reach() -> Result<Option<(PathBuf, OwnedFd)>, Silent> {
     let candidates = match told() {
         Some(path) => vec![path],
         None => [vec![MACHINE_SOCKET.into()], user_sockets()].concat(),
     };
-    candidates.into_iter().find_map(|path| {
-        let socket = connect_to(&path).ok()?;
-        Some((path, socket))
-    })
+    for path in candidates {
+        match connect_to(&path) {
+            Ok(socket) => return Ok(Some((path, socket))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(Silent { path, pid: None });
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Where a daemon runs, which is not stopped.
+pub fn find() -> Result<Option<PathBuf>, Silent> {
+    let Some((path, socket)) = reach()? else {
+        return Ok(None);
+    };
+    let pid = listener_of(&socket);
+    match pid.is_some_and(is_stopped) {
+        true => Err(Silent { path, pid }),
+        false => Ok(Some(path)),
+    }
 }
 
 fn told() -> Option<PathBuf> {

@@ -4,18 +4,19 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::geteuid;
 
-use super::find::{connect_to, user_sockets};
+use super::find::{Silent, connect_to, user_sockets};
 
 /// A daemon that was started for a program ends when it was unused for so long.
 const IDLE_EXIT: &str = "60";
@@ -30,6 +31,12 @@ pub enum StartError {
     /// Neither beside this program nor in the path.
     #[error("rdsockd is neither beside rdsock nor in $PATH")]
     NotFound,
+    /// Something else is where a file is to be made or opened.
+    #[error("{} is {}, and stays as it is: name another path, or move it away", .0.display(), .1)]
+    Other(PathBuf, &'static str),
+    /// It does not take a caller, or somebody does not come to an end with starting it.
+    #[error("{0}")]
+    Silent(String),
     /// The directory is not ours alone.
     #[error("{0} must be a directory of this user that nobody else can write to")]
     Directory(PathBuf),
@@ -72,18 +79,25 @@ fn start_at(program: &Path, socket: &Path) -> Result<(), StartError> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
     make_directory(dir)?;
     let lock_path = with_suffix(socket, ".start");
-    let lock = open_private(&lock_path, false)
-        .map_err(|error| StartError::Io("can't open", lock_path.clone(), error))?;
+    // Before files are made beside what may be anything.
+    look_at_socket(socket)?;
+    let lock = open_private(&lock_path)?;
     // Released at the end of this function, or with this process.
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, error)| StartError::Io("can't lock", lock_path, error.into()))?;
-    if connect_to(socket).is_ok() {
-        return Ok(());
+    let _lock = take_turn(lock, &lock_path)?;
+    match connect_to(socket) {
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            let (path, pid) = (socket.to_owned(), None);
+            return Err(StartError::Silent(Silent { path, pid }.to_string()));
+        }
+        Err(_) => {}
     }
     let log_path = dir.join("rdsockd.log");
-    let grown = std::fs::metadata(&log_path).is_ok_and(|meta| meta.len() > LONG_LOG);
-    let log = open_private(&log_path, grown)
-        .map_err(|error| StartError::Io("can't open", log_path.clone(), error))?;
+    let log = open_private(&log_path)?;
+    if log.metadata().is_ok_and(|meta| meta.len() > LONG_LOG) {
+        log.set_len(0)
+            .map_err(|error| StartError::Io("can't cut", log_path.clone(), error))?;
+    }
     let (ready, alive) = spawn(program, socket, log)
         .map_err(|error| StartError::Io("can't start", program.to_owned(), error))?;
     if is_up(&ready, &alive) {
@@ -106,15 +120,63 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-fn open_private(path: &Path, truncate: bool) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options
+/// What is there is nothing, or a socket.
+fn look_at_socket(path: &Path) -> Result<(), StartError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => {
+            Err(StartError::Other(path.to_owned(), "no socket"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens a file to append to, or makes it. Like `socket_file::open_lock` of `rdsock-vfio`, on which this tool does not
+/// depend: it is a regular file of this user or root, and no link.
+fn open_private(path: &Path) -> Result<File, StartError> {
+    let opened = OpenOptions::new()
         .create(true)
+        .append(true)
         .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW);
-    match truncate {
-        true => options.write(true).truncate(true).open(path),
-        false => options.append(true).open(path),
+        // A FIFO would wait for a reader.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path);
+    let file = opened.map_err(|error| match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.is_file() => StartError::Other(path.to_owned(), "no regular file"),
+        _ => StartError::Io("can't open", path.to_owned(), error),
+    })?;
+    let meta = file
+        .metadata()
+        .map_err(|error| StartError::Io("can't look at", path.to_owned(), error))?;
+    if !meta.is_file() {
+        return Err(StartError::Other(path.to_owned(), "no regular file"));
+    }
+    if meta.uid() != geteuid().as_raw() && meta.uid() != 0 {
+        return Err(StartError::Other(
+            path.to_owned(),
+            "a file of somebody else",
+        ));
+    }
+    Ok(file)
+}
+
+/// Waits, not for ever, until nobody else is starting a daemon.
+fn take_turn(mut lock: File, path: &Path) -> Result<Flock<File>, StartError> {
+    let end = Instant::now() + 2 * PATIENCE;
+    loop {
+        match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() > end => {
+                return Err(StartError::Silent(format!(
+                    "another rdsock has been starting one for seconds: is it stopped? (fuser {} tells which it is)",
+                    path.display()
+                )));
+            }
+            Err((same, Errno::EWOULDBLOCK | Errno::EINTR)) => lock = same,
+            Err((_, error)) => {
+                return Err(StartError::Io("can't lock", path.to_owned(), error.into()));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -87,7 +87,7 @@ fn read(path: &Path) -> Result<Option<Fabric>, String> {
 
 /// What the daemon that runs was configured with.
 fn running() -> Option<Fabric> {
-    let stat: Value = Daemon::find()?.ask(question::STAT).ok()?;
+    let stat: Value = Daemon::find().ok()??.ask(question::STAT).ok()?;
     let fabric = stat.get("fabric").filter(|fabric| !fabric.is_null())?;
     let list = |key: &str| fabric[key].as_array().cloned().unwrap_or_default();
     let cpus = list("cores").into_iter();

@@ -7,6 +7,7 @@ mod setup;
 
 use std::process::ExitCode;
 
+use rdsock_output::{OutputError, line};
 use serde::Serialize;
 
 use crate::cli::DoctorArgs;
@@ -57,7 +58,7 @@ impl Finding {
 }
 
 /// Prints what was found. Fails when rdsock can't be used.
-pub fn doctor(args: &DoctorArgs) -> ExitCode {
+pub fn doctor(args: &DoctorArgs) -> Result<ExitCode, OutputError> {
     let fabric = fabric::look(args.config.as_deref());
     let findings: Vec<Finding> = [kernel::look(), memory::look(), setup::look(), fabric]
         .into_iter()
@@ -65,17 +66,15 @@ pub fn doctor(args: &DoctorArgs) -> ExitCode {
         .collect();
     let usable = findings.iter().all(|finding| finding.health != Health::Bad);
     if args.json {
-        println!(
-            "{}",
-            serde_json::json!({ "usable": usable, "findings": findings })
-        );
+        let findings = serde_json::json!({ "usable": usable, "findings": findings });
+        line!("{findings}")?;
     } else {
-        print(&findings, usable);
+        print(&findings, usable)?;
     }
-    ExitCode::from(u8::from(!usable))
+    Ok(ExitCode::from(u8::from(!usable)))
 }
 
-fn print(findings: &[Finding], usable: bool) {
+fn print(findings: &[Finding], usable: bool) -> Result<(), OutputError> {
     let width = findings
         .iter()
         .map(|finding| finding.what.len())
@@ -87,15 +86,15 @@ fn print(findings: &[Finding], usable: bool) {
             Health::Weak => "  --",
             Health::Bad => "  NO",
         };
-        println!("{sign}  {:width$}  {}", finding.what, finding.found);
+        line!("{sign}  {:width$}  {}", finding.what, finding.found)?;
         if let Some(advice) = &finding.advice {
-            println!("      {:width$}  -> {advice}", "");
+            line!("      {:width$}  -> {advice}", "")?;
         }
     }
     match usable {
-        true => println!("rdsock can be used here"),
+        true => line!("rdsock can be used here"),
         false => {
-            println!("rdsock can't accelerate anything here until the points marked NO are seen to")
+            line!("rdsock can't accelerate anything here until the points marked NO are seen to")
         }
     }
 }

@@ -42,7 +42,14 @@ fn program() -> Finding {
 
 fn daemon() -> Finding {
     let what = "daemon";
-    let Some(daemon) = Daemon::find() else {
+    let found = match Daemon::find() {
+        Ok(found) => found,
+        Err(error) => {
+            let advice = "programs stay on the kernel until it answers";
+            return Finding::new(what, Health::Bad, error.to_string(), advice);
+        }
+    };
+    let Some(daemon) = found else {
         let advice =
             "rdsock run starts one for you; for the whole machine: systemctl enable --now rdsockd";
         let health = if daemon::find_program().is_some() {

@@ -3,6 +3,7 @@
 //! First all that speaks against it is looked for; then a few files of the kernel are written to; then what the kernel
 //! made of it is looked at. A driver that refuses the device does not get it by halves: what was written is taken back.
 
+use rdsock_output::{OutputError, line};
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Write as _};
@@ -19,6 +20,9 @@ use crate::cli::{BindArgs, UnbindArgs, VfioDriver};
 /// Why a device stays where it is.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
+    /// It is done, but nobody can be told.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// No such device.
     #[error("there is no PCI device {0}: rdsock devices, or lspci -D, lists them")]
     NoDevice(Address),
@@ -98,11 +102,11 @@ pub fn bind(args: &BindArgs) -> Result<ExitCode, BindError> {
     let (address, driver) = (&args.address, args.driver.name());
     match Change::to(&files, address, args.driver)? {
         Some(change) => change.make(&files, &mut write)?,
-        None => println!("{address} was bound to {driver} before"),
+        None => line!("{address} was bound to {driver} before")?,
     }
-    print!("{}", report(&files, address, driver));
+    rdsock_output::write(format_args!("{}", report(&files, address, driver)))?;
     if args.driver == VfioDriver::VfioPci {
-        eprintln!("rdsock: warning: {UNPROTECTED}");
+        rdsock_output::complain("rdsock", format_args!("warning: {UNPROTECTED}"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -134,7 +138,7 @@ pub fn unbind(args: &UnbindArgs) -> Result<ExitCode, BindError> {
     let address = &args.address;
     Change::back(&files, address)?.make(&files, &mut write)?;
     let driver = Function::read(&files, address).and_then(|function| function.driver);
-    println!("{address}: {}", has(driver.as_deref()));
+    line!("{address}: {}", has(driver.as_deref()))?;
     Ok(ExitCode::SUCCESS)
 }
 

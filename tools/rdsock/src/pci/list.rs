@@ -2,13 +2,15 @@
 
 use std::process::ExitCode;
 
+use rdsock_output::{OutputError, line};
+
 use super::function::{Function, Node};
 use super::kernel::{KernelFiles, MODULE};
 use crate::cli::DevicesArgs;
 use crate::show::table;
 
 /// Prints the devices.
-pub fn devices(args: &DevicesArgs) -> ExitCode {
+pub fn devices(args: &DevicesArgs) -> Result<ExitCode, OutputError> {
     let files = KernelFiles::below(&args.root);
     let functions: Vec<Function> = Function::all(&files)
         .into_iter()
@@ -16,24 +18,22 @@ pub fn devices(args: &DevicesArgs) -> ExitCode {
         .collect();
     if args.json {
         let loaded = files.has_driver(MODULE);
-        println!(
-            "{}",
-            serde_json::json!({ "module_loaded": loaded, "devices": functions })
-        );
-        return ExitCode::SUCCESS;
+        let found = serde_json::json!({ "module_loaded": loaded, "devices": functions });
+        line!("{found}")?;
+        return Ok(ExitCode::SUCCESS);
     }
     if functions.is_empty() {
-        println!("no RDMA device (docs/device.md) is in this machine");
+        line!("no RDMA device (docs/device.md) is in this machine")?;
         if !args.all {
-            println!("--all also shows other devices that a VFIO driver has");
+            line!("--all also shows other devices that a VFIO driver has")?;
         }
-        return ExitCode::SUCCESS;
+        return Ok(ExitCode::SUCCESS);
     }
-    print(&functions);
-    ExitCode::SUCCESS
+    print(&functions)?;
+    Ok(ExitCode::SUCCESS)
 }
 
-fn print(functions: &[Function]) {
+fn print(functions: &[Function]) -> Result<(), OutputError> {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     let mut table = table([
         "ADDRESS", "ID", "DRIVER", "GROUP", "WITH", "NUMA", "FILE", "STATE",
@@ -54,13 +54,14 @@ fn print(functions: &[Function]) {
             state(function, &obstacles),
         ]);
     }
-    println!("{table}");
+    line!("{table}")?;
     for function in functions {
         for obstacle in &function.obstacles {
             let advice = obstacle.advice();
-            println!("{}: {obstacle}\n    -> {advice}", function.address);
+            line!("{}: {obstacle}\n    -> {advice}", function.address)?;
         }
     }
+    Ok(())
 }
 
 fn state(function: &Function, obstacles: &[String]) -> String {

@@ -2,6 +2,7 @@
 
 mod library;
 mod program;
+mod refusal;
 
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -19,7 +20,10 @@ const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
 
 fn warn(text: impl std::fmt::Display) {
-    eprintln!("rdsock: {text}: the program runs over the kernel");
+    rdsock_output::complain(
+        "rdsock",
+        format_args!("{text}: the program runs over the kernel"),
+    );
 }
 
 /// Runs the program. Returns only when that fails.
@@ -29,21 +33,31 @@ pub fn run(args: RunArgs) -> ExitCode {
     };
     let path = match program::resolve(name) {
         Ok(path) => path,
-        Err(error) => return fail(name, error),
+        Err(error) => return fail(name, Path::new(name), error),
     };
     let added = prepare(&path, &args).unwrap_or_default();
-    fail(name, exec(&path, &args.command, &environment(added)))
+    let error = exec(&path, &args.command, &environment(added));
+    fail(name, &path, error)
 }
 
 /// Says why a program can't be run, as a shell does.
-fn fail(name: &OsStr, error: Errno) -> ExitCode {
-    let name = name.display();
-    if error == Errno::ENOENT {
-        eprintln!("rdsock: {name}: not found");
+fn fail(name: &OsStr, path: &Path, error: Errno) -> ExitCode {
+    let complain = |why: &str| {
+        rdsock_output::complain("rdsock", format_args!("{}: {why}", name.display()));
+    };
+    // What is there needs something that is not: then that is what is named.
+    if error == Errno::ENOENT && std::fs::metadata(path).is_err() {
+        complain("not found");
         return ExitCode::from(NOT_FOUND);
     }
-    eprintln!("rdsock: {name}: can't be executed: {}", error.desc());
-    ExitCode::from(NOT_EXECUTABLE)
+    match name.as_bytes().contains(&b'/') || path != Path::new(name) {
+        true => complain(&refusal::explain(path, error)),
+        false => complain("what $PATH has of this name is not executable for this user"),
+    }
+    match error {
+        Errno::ENOENT => ExitCode::from(NOT_FOUND),
+        _ => ExitCode::from(NOT_EXECUTABLE),
+    }
 }
 
 /// What accelerates the program, as variables of its environment; `None`, with one warning, when
@@ -59,8 +73,12 @@ fn prepare(path: &Path, args: &RunArgs) -> Option<Vec<(&'static str, OsString)>>
         warn("librdsock.so is neither beside rdsock nor in ../lib/rdsock (set $RDSOCK_LIB)");
         return None;
     };
-    let socket = match daemon::find() {
-        Some((path, _)) => path,
+    let found = daemon::find().unwrap_or_else(|silent| {
+        warn(format_args!("{silent}; until it does"));
+        Some(silent.path)
+    });
+    let socket = match found {
+        Some(path) => path,
         None if args.no_daemon => {
             warn("no daemon runs");
             return None;
@@ -123,7 +141,7 @@ fn exec(path: &Path, command: &[OsString], environment: &[CString]) -> Errno {
         _ => return Errno::EINVAL,
     };
     let Err(error) = nix::unistd::execve(&path, &arguments, environment);
-    if error != Errno::ENOEXEC {
+    if error != Errno::ENOEXEC || !refusal::is_text(Path::new(OsStr::from_bytes(path.as_bytes()))) {
         return error;
     }
     // A script without a first line that names its interpreter: the shell's.

@@ -1,5 +1,6 @@
 //! The part of `rdsock stat` about other nodes.
 
+use rdsock_output::{OutputError, line};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -42,15 +43,18 @@ struct Node {
 }
 
 /// Prints it.
-pub fn print(fabric: &Fabric) {
+pub fn print(fabric: &Fabric) -> Result<(), OutputError> {
     let device = match fabric.failed {
         true => "which has FAILED: see the log of rdsockd",
         false => "which works",
     };
-    println!(
+    line!(
         "\nnode {} on {}, {device}: {} streams to other nodes, {} sockets that they may connect to",
-        fabric.node, fabric.device, fabric.streams, fabric.listeners
-    );
+        fabric.node,
+        fabric.device,
+        fabric.streams,
+        fabric.listeners
+    )?;
     let mut table = table([
         "NODE",
         "NAME",
@@ -70,30 +74,32 @@ pub fn print(fabric: &Fabric) {
             counts(&node.violations),
         ]);
     }
-    println!("{table}");
+    line!("{table}")?;
     for core in &fabric.cores {
-        print_core(core);
+        print_core(core)?;
     }
+    Ok(())
 }
 
-fn print_core(core: &Core) {
+fn print_core(core: &Core) -> Result<(), OutputError> {
     let place = match core.cpu {
         Some(cpu) => format!("pinned to CPU {cpu}"),
         None => "on any CPU".into(),
     };
     let state = if core.failed { ", FAILED" } else { "" };
-    println!(
+    line!(
         "poll core {}, {place}{state}: streams {}, {}",
         core.core,
         core.streams,
         counts(&core.counts)
-    );
+    )?;
     let mean = |(name, sum): (&String, &Value)| {
         let mean = sum.as_u64()?.checked_div(core.timed_turns)?;
         Some(format!("{name} {mean}"))
     };
     let means: Vec<String> = core.stage_ns.iter().filter_map(mean).collect();
     if !means.is_empty() {
-        println!("  ns of a busy turn: {}", means.join(", "));
+        line!("  ns of a busy turn: {}", means.join(", "))?;
     }
+    Ok(())
 }

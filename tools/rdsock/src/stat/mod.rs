@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use rdsock_output::{OutputError, line};
 use rdsock_shm::control::question;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -21,6 +22,9 @@ pub enum StatError {
     /// The daemon does not answer.
     #[error(transparent)]
     Ask(#[from] AskError),
+    /// Nobody can be told.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// There is none.
     #[error("no daemon answers: start rdsockd, or run programs with rdsock run")]
     NoDaemon,
@@ -93,17 +97,17 @@ struct User {
 pub fn stat(args: &StatArgs) -> Result<ExitCode, StatError> {
     loop {
         // A new connection each time: the daemon may have been started anew.
-        let daemon = Daemon::find().ok_or(StatError::NoDaemon)?;
+        let daemon = Daemon::find()?.ok_or(StatError::NoDaemon)?;
         if args.json {
             let answer: Value = daemon.ask(question::STAT)?;
-            println!("{answer}");
+            line!("{answer}")?;
         } else {
             let stat: Stat = daemon.ask(question::STAT)?;
             if args.watch.is_some() && std::io::stdout().is_terminal() {
                 // Home, and clear what is below.
-                print!("\x1b[H\x1b[2J");
+                rdsock_output::write(format_args!("\x1b[H\x1b[2J"))?;
             }
-            print(&stat);
+            print(&stat)?;
         }
         match args.watch {
             Some(seconds) => std::thread::sleep(Duration::from_secs_f64(seconds)),
@@ -112,9 +116,9 @@ pub fn stat(args: &StatArgs) -> Result<ExitCode, StatError> {
     }
 }
 
-fn print(stat: &Stat) {
+fn print(stat: &Stat) -> Result<(), OutputError> {
     let about = &stat.daemon;
-    println!(
+    line!(
         "daemon {} pid {} at {}, up {} s: {} programs, {} streams, {} connections waiting for their other end",
         about.version,
         about.pid,
@@ -123,25 +127,26 @@ fn print(stat: &Stat) {
         stat.tenants_now,
         stat.streams_now,
         stat.waiting_now
-    );
-    println!("{}", counts(&stat.counters));
+    )?;
+    line!("{}", counts(&stat.counters))?;
     for user in &stat.users {
-        println!(
+        line!(
             "user {}: {} streams, {} reserved",
             user.uid,
             user.streams,
             bytes(user.bytes)
-        );
+        )?;
     }
     if !stat.tenants.is_empty() {
-        print_tenants(&stat.tenants);
+        print_tenants(&stat.tenants)?;
     }
     if !stat.streams.is_empty() {
-        print_streams(&stat.streams);
+        print_streams(&stat.streams)?;
     }
     if let Some(fabric) = &stat.fabric {
-        fabric::print(fabric);
+        fabric::print(fabric)?;
     }
+    Ok(())
 }
 
 /// Counts that are not 0.
@@ -154,7 +159,7 @@ fn counts(counts: &Map<String, Value>) -> String {
     counts.join(", ")
 }
 
-fn print_tenants(tenants: &[Tenant]) {
+fn print_tenants(tenants: &[Tenant]) -> Result<(), OutputError> {
     let mut table = table([
         "PID", "USER", "PROGRAM", "PROMOTED", "DEMOTED", "RESET", "WAKES", "SLEEPS", "BELLS",
     ]);
@@ -171,10 +176,10 @@ fn print_tenants(tenants: &[Tenant]) {
             tenant.bells.to_string(),
         ]);
     }
-    println!("\n{table}");
+    line!("\n{table}")
 }
 
-fn print_streams(streams: &[Stream]) {
+fn print_streams(streams: &[Stream]) -> Result<(), OutputError> {
     let mut table = table([
         "STREAM", "FROM", "TO", "PIDS", "SENT", "RECEIVED", "WAKES", "MEMORY",
     ]);
@@ -211,5 +216,5 @@ fn print_streams(streams: &[Stream]) {
             format!("{}{pages}", bytes(stream.bytes)),
         ]);
     }
-    println!("\n{table}");
+    line!("\n{table}")
 }

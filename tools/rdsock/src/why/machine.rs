@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use procfs::net::TcpState;
-use procfs::process::{FDTarget, MMapPath, Process, all_processes};
+use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
 use crate::daemon::MACHINE_SOCKET;
 use crate::run::{Loads, loads_libraries};
@@ -210,7 +210,12 @@ impl Machine {
         match has_shim(&process) {
             None => return Absence::Unseen("it is another user's, or has changed its user"),
             Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
-            Some(true) => return Absence::NotAttached,
+            Some(true) => {
+                return match narrow_limits(&process) {
+                    Some(limits) => Absence::Limited(limits),
+                    None => Absence::NotAttached,
+                };
+            }
             Some(false) => {}
         }
         match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
@@ -222,6 +227,23 @@ impl Machine {
     }
 }
 
+/// What the shim's memory takes of a file and of the address space, of which it leaves the program most.
+const ROOM: [u64; 2] = [4 << 20, 64 << 20];
+
+/// Limits of a process that may keep the shim from having its memory.
+fn narrow_limits(process: &Process) -> Option<String> {
+    let limits = process.limits().ok()?;
+    let narrow = |limit: LimitValue, below: u64, name: &str| match limit {
+        LimitValue::Value(value) if value < below => Some(format!("{name}: {value} bytes")),
+        _ => None,
+    };
+    let files = narrow(limits.max_file_size.soft_limit, ROOM[0], "file size");
+    let space = limits.max_address_space.soft_limit;
+    let space = narrow(space, ROOM[1], "address space");
+    let found: Vec<String> = files.into_iter().chain(space).collect();
+    (!found.is_empty()).then(|| found.join(", "))
+}
+
 /// Why a process is not a tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Absence {
@@ -231,6 +253,8 @@ pub enum Absence {
     NotAttached,
     /// The shim is in it and has what an attached program has, but the daemon does not know it.
     LeftBehind,
+    /// Likewise, and these limits may be why.
+    Limited(String),
     /// It can't be looked at, for this reason.
     Unseen(&'static str),
 }
@@ -246,6 +270,11 @@ impl std::fmt::Display for Absence {
             Absence::LeftBehind => f.write_str(
                 "is preloaded, but not attached: it was attached to an earlier daemon (it attaches \
                  again with its next call), or the daemon refuses it for now (see the log of rdsockd)",
+            ),
+            Absence::Limited(limits) => write!(
+                f,
+                "is preloaded, but not attached: its limits may leave no room for the shim's memory ({limits}), or it \
+                 has used no TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
             ),
             Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
         }

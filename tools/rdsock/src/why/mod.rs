@@ -8,6 +8,7 @@ mod table;
 
 use std::process::ExitCode;
 
+use rdsock_output::{OutputError, line};
 use rdsock_shm::control::question;
 
 use crate::cli::WhyArgs;
@@ -24,6 +25,9 @@ pub enum WhyError {
     /// The daemon does not answer.
     #[error(transparent)]
     Ask(#[from] AskError),
+    /// Nobody can be told.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// Nothing was asked that can be answered without a daemon.
     #[error("no daemon answers: start rdsockd, or run programs with rdsock run")]
     NoDaemon,
@@ -31,7 +35,7 @@ pub enum WhyError {
 
 /// Prints the report.
 pub fn why(args: &WhyArgs) -> Result<ExitCode, WhyError> {
-    let daemon = Daemon::find();
+    let daemon = Daemon::find()?;
     let answer: Option<WhyAnswer> = match &daemon {
         Some(daemon) => Some(daemon.ask(question::WHY)?),
         None => None,
@@ -47,9 +51,9 @@ pub fn why(args: &WhyArgs) -> Result<ExitCode, WhyError> {
     }
     let report = Report::new(daemon.as_ref(), answer, args.pid, &mut machine);
     if args.json {
-        println!("{}", report.to_json());
+        line!("{}", report.to_json())?;
     } else {
-        table::print(&report, args.pid);
+        table::print(&report, args.pid)?;
     }
     Ok(ExitCode::SUCCESS)
 }

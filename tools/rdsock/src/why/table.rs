@@ -1,23 +1,25 @@
 //! The report for people.
 
+use rdsock_output::{OutputError, line};
+
 use super::report::Report;
 use crate::show::table;
 
 /// Prints the report.
-pub fn print(report: &Report, pid: Option<i32>) {
+pub fn print(report: &Report, pid: Option<i32>) -> Result<(), OutputError> {
     match &report.daemon {
-        Some(daemon) => println!("daemon: pid {} at {}", daemon.pid, daemon.socket),
-        None => println!("daemon: none answers"),
-    }
+        Some(daemon) => line!("daemon: pid {} at {}", daemon.pid, daemon.socket),
+        None => line!("daemon: none answers"),
+    }?;
     for process in &report.processes {
         if let Some(reason) = &process.reason {
-            println!("{} ({}): {reason}", process.program, process.pid);
+            line!("{} ({}): {reason}", process.program, process.pid)?;
         }
     }
     if report.connections.is_empty() {
         return match pid {
-            Some(pid) => println!("process {pid} has no TCP connections"),
-            None => println!("no preloaded program has a TCP connection"),
+            Some(pid) => line!("process {pid} has no TCP connections"),
+            None => line!("no preloaded program has a TCP connection"),
         };
     }
     let mut table = table(["PID", "PROGRAM", "FD", "LOCAL", "PEER", "RINGS", "WHY NOT"]);
@@ -42,14 +44,14 @@ pub fn print(report: &Report, pid: Option<i32>) {
             line.reason.clone().unwrap_or_default(),
         ]);
     }
-    println!("{table}");
+    line!("{table}")?;
     let accelerated = report
         .connections
         .iter()
         .filter(|line| line.accelerated)
         .count();
-    println!(
+    line!(
         "{accelerated} of {} connections on rings",
         report.connections.len()
-    );
+    )
 }
