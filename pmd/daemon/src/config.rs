@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rdsock_shm::layout::{MAX_RING, MIN_RING};
 use serde::Deserialize;
 
+use crate::confine::Confine;
 use crate::fabric::FabricConfig;
 use crate::memory::HugePages;
 use crate::policy::Policy;
@@ -51,6 +52,8 @@ pub struct Config {
     pub max_tenants_per_user: u64,
     /// Ends the daemon when nothing has used it for so long; 0 for never.
     pub idle_exit_seconds: u64,
+    /// What the daemon gives up once it is set up.
+    pub confine: Confine,
     /// How a log line looks.
     pub log_format: LogFormat,
     /// How much is logged.
@@ -72,6 +75,7 @@ impl Default for Config {
             max_tenants: 8_192,
             max_tenants_per_user: 4_096,
             idle_exit_seconds: 0,
+            confine: Confine::On,
             log_format: LogFormat::Text,
             log_level: LogLevel::Info,
             policy: Policy::default(),

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use crate::args::Args;
 use crate::book::Book;
 use crate::config::{Config, ConfigError};
+use crate::confine::Confinement;
 use crate::connections::{Connection, End, Watched, spare_descriptor};
 use crate::counters::Counters;
 use crate::endpoint::{Endpoint, EndpointError};
@@ -144,6 +145,7 @@ pub struct Daemon {
     pub(crate) huge: HugeSupply,
     /// The path to other nodes, where one is configured.
     pub(crate) fabric: Option<Control>,
+    pub(crate) confinement: Confinement,
     pub(crate) last_use: Instant,
     pub(crate) started: Instant,
 }
@@ -170,10 +172,13 @@ impl Daemon {
             .add(endpoint.socket(), readable(Token::Listener))
             .and_then(|()| epoll.add(signals.as_fd(), readable(Token::Signals)))
             .map_err(system("epoll"))?;
+        let device = config.fabric.as_ref().map(|fabric| &fabric.device);
+        let mut confinement = Confinement::begin(config.confine, device.into());
         let fabric = match &config.fabric {
-            Some(fabric) => Some(Control::start(fabric, &epoll)?),
+            Some(fabric) => Some(Control::start(fabric, &mut confinement, &epoll)?),
             None => None,
         };
+        confinement.filter();
         let now = Instant::now();
         Ok(Daemon {
             args,
@@ -197,6 +202,7 @@ impl Daemon {
             throttle: Throttle::default(),
             huge: HugeSupply::default(),
             fabric,
+            confinement,
             last_use: now,
             started: now,
         })
@@ -316,6 +322,9 @@ impl Daemon {
                 let socket = self.config.socket.clone();
                 if config.socket != socket || config.log_level != self.config.log_level {
                     warn!("socket and logging change with a restart only");
+                }
+                if config.confine != self.config.confine {
+                    warn!("confine changes with a restart only");
                 }
                 config.socket = socket;
                 self.reload_fabric(&mut config);

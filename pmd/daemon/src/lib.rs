@@ -13,6 +13,7 @@ pub mod args;
 pub mod book;
 pub mod channel;
 pub mod config;
+pub mod confine;
 mod connections;
 pub mod counters;
 pub mod daemon;

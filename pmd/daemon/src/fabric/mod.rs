@@ -13,9 +13,10 @@ mod listen;
 mod promote;
 mod routes;
 
-pub use config::{FabricConfig, NodeConfig};
+pub use config::{Device, FabricConfig, NodeConfig};
 
 use crate::book::{Route, TenantId};
+use crate::confine::Confinement;
 use crate::daemon::{Daemon, Due, Token};
 use crate::memory::StreamFds;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -105,8 +106,13 @@ pub(crate) struct Control {
 
 impl Control {
     /// Opens the device and starts the poll core.
-    pub fn start(config: &FabricConfig, epoll: &Epoll) -> Result<Self, StartError> {
+    pub fn start(
+        config: &FabricConfig,
+        confinement: &mut Confinement,
+        epoll: &Epoll,
+    ) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
+        confinement.device_is_open();
         let waker = Arc::new(Waker::new()?);
         let cores = match config.poll_cores.as_slice() {
             [] => vec![None],
