@@ -268,7 +268,7 @@ fn sockets(rules: &mut Rules) -> Result<(), BackendError> {
 fn controls(rules: &mut Rules, device: DeviceKind) -> Result<(), BackendError> {
     // What is in a socket's buffers; not to block; the same for close-on-exec.
     let plain = [libc::FIONREAD, libc::TIOCOUTQ, libc::FIONBIO, libc::FIOCLEX];
-    let mut asked = one_of(1, &plain.map(|request| request as u64))?;
+    let mut asked = one_of(1, &plain)?;
     let of_type = |letter: u8| SeccompRule::new(vec![bits(1, 0xff00, u64::from(letter) << 8)?]);
     // PIDFD_GET_INFO and its kin.
     asked.push(of_type(0xff)?);

@@ -62,7 +62,7 @@ impl Filter {
     /// Puts it on all threads of this process, for good. Each has `no_new_privs` from then on.
     pub fn apply(&self) -> Result<(), FilterError> {
         nix::sys::prctl::set_no_new_privs().map_err(io::Error::from)?;
-        self.0.iter().try_for_each(|program| apply(program))
+        self.0.iter().try_for_each(apply)
     }
 }
 
