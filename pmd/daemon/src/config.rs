@@ -7,6 +7,7 @@ use rdsock_shm::layout::{MAX_RING, MIN_RING};
 use serde::Deserialize;
 
 use crate::accounts::{Limits, Thing};
+use crate::confine::Confine;
 use crate::fabric::FabricConfig;
 use crate::memory::HugePages;
 use crate::policy::Policy;
@@ -61,6 +62,8 @@ pub struct Config {
     pub max_unread_bytes_per_user: u64,
     /// Ends the daemon when nothing has used it for so long; 0 for never.
     pub idle_exit_seconds: u64,
+    /// What the daemon gives up once it is set up.
+    pub confine: Confine,
     /// How a log line looks.
     pub log_format: LogFormat,
     /// How much is logged.
@@ -86,6 +89,7 @@ impl Default for Config {
             max_queries_per_user: 8,
             max_unread_bytes_per_user: 16 << 20,
             idle_exit_seconds: 0,
+            confine: Confine::On,
             log_format: LogFormat::Text,
             log_level: LogLevel::Info,
             policy: Policy::default(),

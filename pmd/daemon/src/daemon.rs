@@ -29,6 +29,7 @@ use crate::accounts::Accounts;
 use crate::agenda::{Agenda, Due, Token};
 use crate::args::Args;
 use crate::config::{Config, ConfigError};
+use crate::confine::Confinement;
 use crate::connections::Connections;
 use crate::endpoint::{Endpoint, EndpointError};
 use crate::fabric::Control;
@@ -88,6 +89,7 @@ pub struct Daemon {
     streams: Streams,
     /// The path to other nodes, where one is configured.
     fabric: Option<Control>,
+    confinement: Confinement,
     last_use: Instant,
     started: Instant,
 }
@@ -117,11 +119,15 @@ impl Daemon {
         ] {
             agenda.watch(fd, token).map_err(system("epoll"))?;
         }
+        let namespaces = Namespaces::new().map_err(system("network namespace"))?;
+        let device = config.fabric.as_ref().map(|fabric| &fabric.device);
+        // Before there is another thread.
+        let mut confinement = Confinement::begin(config.confine, device.into());
         let fabric = match &config.fabric {
-            Some(fabric) => Some(Control::start(fabric, &agenda)?),
+            Some(fabric) => Some(Control::start(fabric, &mut confinement, &agenda)?),
             None => None,
         };
-        let namespaces = Namespaces::new().map_err(system("network namespace"))?;
+        confinement.filter();
         let now = Instant::now();
         Ok(Daemon {
             accounts: Accounts::new(config.limits(descriptors)),
@@ -140,6 +146,7 @@ impl Daemon {
             busy: VecDeque::new(),
             streams: Streams::default(),
             fabric,
+            confinement,
             last_use: now,
             started: now,
         })
@@ -280,6 +287,9 @@ impl Daemon {
                 let socket = self.config.socket.clone();
                 if config.socket != socket || config.log_level != self.config.log_level {
                     warn!("socket and logging change with a restart only");
+                }
+                if config.confine != self.config.confine {
+                    warn!("confine changes with a restart only");
                 }
                 config.socket = socket;
                 self.reload_fabric(&mut config);

@@ -15,6 +15,7 @@ pub mod args;
 pub mod book;
 pub mod channel;
 pub mod config;
+pub mod confine;
 pub mod connections;
 pub mod counters;
 pub mod daemon;

@@ -177,7 +177,7 @@ impl Peer {
         let maps = openat(self.folder()?, "maps", flags, Mode::empty())?;
         match mapping_at(&maps, address) {
             // Before Linux 6.11.
-            Err(Errno::ENOTTY) => Ok(self.maps(file)?.is_some()),
+            Err(Errno::ENOTTY | Errno::ENOSYS) => Ok(self.maps(file)?.is_some()),
             Err(Errno::ENOENT) => Ok(false),
             Err(error) => Err(error.into()),
             Ok(id) => Ok(id == file),
@@ -242,36 +242,41 @@ fn parse_mapping(line: &[u8]) -> Option<(u64, FileId)> {
     Some((address, id))
 }
 
-/// The file that is mapped at an address (`PROCMAP_QUERY`, `include/uapi/linux/fs.h`).
+/// The question of [`mapping_at`] (`include/uapi/linux/fs.h`).
+pub const PROCMAP_QUERY: u64 = nix::request_code_readwrite!(b'f', 17, size_of::<ProcmapQuery>());
+
+#[repr(C)]
+#[derive(Default)]
+struct ProcmapQuery {
+    size: u64,
+    flags: u64,
+    address: u64,
+    start: u64,
+    end: u64,
+    vma_flags: u64,
+    page_size: u64,
+    offset: u64,
+    inode: u64,
+    major: u32,
+    minor: u32,
+    name_size: u32,
+    build_id_size: u32,
+    name: u64,
+    build_id: u64,
+}
+
+const _: () = assert!(size_of::<ProcmapQuery>() == 104);
+
+/// The file that is mapped at an address.
 fn mapping_at(maps: &OwnedFd, address: u64) -> nix::Result<FileId> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Query {
-        size: u64,
-        flags: u64,
-        address: u64,
-        start: u64,
-        end: u64,
-        vma_flags: u64,
-        page_size: u64,
-        offset: u64,
-        inode: u64,
-        major: u32,
-        minor: u32,
-        name_size: u32,
-        build_id_size: u32,
-        name: u64,
-        build_id: u64,
-    }
-    const _: () = assert!(size_of::<Query>() == 104);
-    nix::ioctl_readwrite!(query, b'f', 17, Query);
-    let mut asked = Query {
-        size: size_of::<Query>() as u64,
+    let mut asked = ProcmapQuery {
+        size: size_of::<ProcmapQuery>() as u64,
         address,
-        ..Query::default()
+        ..ProcmapQuery::default()
     };
     // SAFETY: the argument is the structure that the call reads and writes, with its size in front.
-    unsafe { query(maps.as_raw_fd(), &raw mut asked) }?;
+    let result = unsafe { libc::ioctl(maps.as_raw_fd(), PROCMAP_QUERY as _, &raw mut asked) };
+    Errno::result(result)?;
     Ok(FileId {
         device: (asked.major.into(), asked.minor.into()),
         inode: asked.inode,

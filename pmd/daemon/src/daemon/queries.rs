@@ -127,6 +127,7 @@ impl Daemon {
             "pid": std::process::id(),
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
+            "confinement": self.confinement,
         })
     }
 

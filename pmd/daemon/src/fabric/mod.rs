@@ -6,12 +6,13 @@ mod config;
 mod device;
 mod routes;
 
-pub use config::{FabricConfig, NodeConfig};
+pub use config::{Device, FabricConfig, NodeConfig};
 pub use routes::follow;
 
 use crate::accounts::Charge;
 use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
+use crate::confine::Confinement;
 use crate::memory::StreamFds;
 use crate::rights::Held;
 use rdsock_node::mail::Waker;
@@ -159,8 +160,13 @@ pub struct Control {
 
 impl Control {
     /// Opens the device and starts the poll core.
-    pub fn start(config: &FabricConfig, agenda: &Agenda) -> Result<Self, StartError> {
+    pub fn start(
+        config: &FabricConfig,
+        confinement: &mut Confinement,
+        agenda: &Agenda,
+    ) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
+        confinement.device_is_open();
         let waker = Arc::new(Waker::new()?);
         let cores = match config.poll_cores.as_slice() {
             [] => vec![None],

@@ -11,7 +11,9 @@ use crate::run::find_library;
 
 /// All of it.
 pub fn look() -> Vec<Finding> {
-    vec![library(), program(), daemon()]
+    let mut findings = vec![library(), program(), daemon()];
+    findings.extend(confinement());
+    findings
 }
 
 fn library() -> Finding {
@@ -84,6 +86,37 @@ fn daemon() -> Finding {
             &format!("see its log, and restart it ({})", log_of(&daemon.path)),
         ),
     }
+}
+
+/// What the daemon has given up. `None` where none runs, or one that does not say it.
+fn confinement() -> Option<Finding> {
+    let what = "confinement";
+    let daemon = Daemon::find().ok()??;
+    let stat: Value = daemon.ask(question::STAT).ok()?;
+    let confinement = stat.pointer("/daemon/confinement")?;
+    let list = |key: &str, between: &str| {
+        let texts = confinement.get(key).and_then(Value::as_array);
+        let texts = texts.into_iter().flatten().filter_map(Value::as_str);
+        texts.collect::<Vec<_>>().join(between)
+    };
+    let calls = confinement.get("other_calls").and_then(Value::as_str)?;
+    let capabilities = match list("capabilities", " ") {
+        none if none.is_empty() => "no capabilities".to_owned(),
+        some => some,
+    };
+    let found = format!("{capabilities}; system calls that it does not make are {calls}");
+    let missing = list("missing", "; ");
+    Some(match (calls, missing.is_empty()) {
+        ("refused", true) => Finding::good(what, found),
+        (_, true) => {
+            let advice = "set confine = \"on\" in its configuration, and restart it";
+            Finding::new(what, Health::Weak, found, advice)
+        }
+        (_, false) => {
+            let advice = "the kernel does not grant it: see docs/configuration.md";
+            Finding::new(what, Health::Weak, format!("{found}; {missing}"), advice)
+        }
+    })
 }
 
 /// Where the daemon at this socket logs.

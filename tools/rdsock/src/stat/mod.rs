@@ -50,6 +50,19 @@ struct About {
     pid: i32,
     version: String,
     uptime_seconds: u64,
+    /// An older daemon does not say it.
+    #[serde(default)]
+    confinement: Option<Confinement>,
+}
+
+/// What the daemon has given up.
+#[derive(Debug, Deserialize)]
+struct Confinement {
+    wanted: String,
+    no_new_privs: bool,
+    capabilities: Vec<String>,
+    other_calls: String,
+    missing: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -128,6 +141,9 @@ fn print(stat: &Stat) -> Result<(), OutputError> {
         stat.streams_now,
         stat.waiting_now
     )?;
+    if let Some(confinement) = &about.confinement {
+        line!("{}", confined(confinement))?;
+    }
     line!("{}", counts(&stat.counters))?;
     for user in &stat.users {
         line!(
@@ -147,6 +163,26 @@ fn print(stat: &Stat) -> Result<(), OutputError> {
         fabric::print(fabric)?;
     }
     Ok(())
+}
+
+/// What the daemon may still do, in a line.
+fn confined(confinement: &Confinement) -> String {
+    let capabilities = match confinement.capabilities.as_slice() {
+        [] => "no capabilities".to_owned(),
+        some => some.join(" "),
+    };
+    let privileges = match confinement.no_new_privs {
+        true => "no new privileges",
+        false => "new privileges possible",
+    };
+    let mut line = format!(
+        "confine {}: {capabilities}; {privileges}; other system calls are {}",
+        confinement.wanted, confinement.other_calls
+    );
+    for missing in &confinement.missing {
+        line += &format!("; MISSING: {missing}");
+    }
+    line
 }
 
 /// Counts that are not 0.
