@@ -83,6 +83,8 @@ pub enum Due {
     Call(u64),
     /// Callers are let in again.
     Callers,
+    /// Are tenants still who they were?
+    Sweep,
 }
 
 /// See the module's text.

@@ -187,7 +187,10 @@ impl Config {
                 (Thing::Streams, _) => (u64::MAX, self.max_streams_per_user, false),
                 (Thing::Bytes, _) => (u64::MAX, self.max_bytes_per_user, false),
                 (Thing::Carried, _) => (carried, carried, several),
-                (Thing::Connects, _) => (u64::MAX, self.max_connects_per_user, false),
+                (Thing::Connects, _) => {
+                    let few = (free / 64).max(1);
+                    (u64::MAX, self.max_connects_per_user.min(few), false)
+                }
                 (Thing::Queries, _) => (u64::MAX, self.max_queries_per_user, false),
                 (Thing::Unread, _) => (u64::MAX, self.max_unread_bytes_per_user, false),
             }

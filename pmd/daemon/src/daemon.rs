@@ -84,6 +84,8 @@ pub struct Daemon {
     announcements: Announcements,
     /// Processes that have hung up and live on, by their connection.
     watched: HashMap<u64, Watched>,
+    /// Tenants that the present round of looks at all of them has not come to; `None` when no round is due.
+    swept: Option<VecDeque<u64>>,
     /// Tenants with requests left in their queues, and connections with an answer to go on with.
     busy: VecDeque<u64>,
     streams: Streams,
@@ -111,6 +113,9 @@ impl Daemon {
             .unwrap_or_else(crate::endpoint::default_socket);
         let endpoint = Endpoint::new(&socket)?;
         let agenda = Agenda::new().map_err(system("epoll"))?;
+        // Before there is another thread.
+        let device = config.fabric.as_ref().map(|fabric| &fabric.device);
+        let mut confinement = Confinement::begin(config.confine, device.into());
         let porters = Porters::new().map_err(system("porters"))?;
         for (fd, token) in [
             (endpoint.socket().as_fd(), Token::Listener),
@@ -120,9 +125,6 @@ impl Daemon {
             agenda.watch(fd, token).map_err(system("epoll"))?;
         }
         let namespaces = Namespaces::new().map_err(system("network namespace"))?;
-        let device = config.fabric.as_ref().map(|fabric| &fabric.device);
-        // Before there is another thread.
-        let mut confinement = Confinement::begin(config.confine, device.into());
         let fabric = match &config.fabric {
             Some(fabric) => Some(Control::start(fabric, &mut confinement, &agenda)?),
             None => None,
@@ -143,6 +145,7 @@ impl Daemon {
             connections: Connections::default(),
             announcements: Announcements::default(),
             watched: HashMap::new(),
+            swept: None,
             busy: VecDeque::new(),
             streams: Streams::default(),
             fabric,
@@ -250,6 +253,7 @@ impl Daemon {
             Due::Anchor(ticket) => self.on_anchor_due(ticket),
             Due::Call(ticket) => self.on_call_due(ticket),
             Due::Callers => self.let_callers_in(),
+            Due::Sweep => self.sweep(),
         }
     }
 

@@ -32,8 +32,6 @@ pub const MOST: usize = 64;
 pub const SHARE: usize = 8;
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
-/// How long the others stay.
-const STAY: Duration = Duration::from_secs(5);
 /// A lingering close is interrupted after this time.
 const NUDGE: Duration = Duration::from_millis(1);
 /// The signal that interrupts. Nothing else in the daemon uses it.
@@ -174,7 +172,7 @@ impl<D> Yard<D> {
 }
 
 impl<D: Send + 'static> Porters<D> {
-    /// No thread runs yet.
+    /// Starts those that stay.
     pub fn new() -> io::Result<Self> {
         extern "C" fn interrupt(_: i32) {}
         let handler = SigHandler::Handler(interrupt);
@@ -188,7 +186,7 @@ impl<D: Send + 'static> Porters<D> {
             turn: VecDeque::new(),
             found: VecDeque::new(),
             waiting: 0,
-            threads: 0,
+            threads: KEPT,
             idle: 0,
         };
         let shared = Shared {
@@ -196,9 +194,13 @@ impl<D: Send + 'static> Porters<D> {
             work: Condvar::new(),
             found: EventFd::from_value_and_flags(0, flags)?,
         };
-        Ok(Porters {
+        let porters = Porters {
             shared: Arc::new(shared),
-        })
+        };
+        for _ in 0..KEPT {
+            porters.start()?;
+        }
+        Ok(porters)
     }
 
     /// Has a load carried on behalf of somebody. It runs on another thread, after the earlier ones of the same owner.
@@ -263,17 +265,14 @@ impl<D: Send + 'static> Shared<D> {
         let mut yard = self.lock();
         loop {
             let Some((owner, load)) = yard.next() else {
-                yard.idle += 1;
-                let (woken, waited) = self
-                    .work
-                    .wait_timeout(yard, STAY)
-                    .unwrap_or_else(PoisonError::into_inner);
-                yard = woken;
-                yard.idle -= 1;
-                if waited.timed_out() && yard.turn.is_empty() && yard.threads > KEPT {
+                if yard.idle >= KEPT {
                     yard.threads -= 1;
                     return;
                 }
+                yard.idle += 1;
+                let woken = self.work.wait(yard);
+                yard = woken.unwrap_or_else(PoisonError::into_inner);
+                yard.idle -= 1;
                 continue;
             };
             drop(yard);

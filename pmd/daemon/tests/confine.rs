@@ -14,7 +14,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, geteuid};
 use rdsock_shm::control::kind;
 use rdsockd::confine::{Confine, Confinement, DeviceKind, Filter};
-use rdsockd::process::{OtherHolder, other_holder, socket_inode};
+use rdsockd::process::{OtherHolder, other_holder};
 use tenant::{Answer, Daemon, Tenant};
 
 /// Of a user whom nothing else belongs to.
@@ -70,6 +70,13 @@ fn with_a_model(extra: &str) -> (tempfile::TempDir, Daemon) {
     );
     let daemon = Daemon::start(&config);
     (fabric, daemon)
+}
+
+/// Inode of the socket that a process holds as `fd`, by its link in `/proc`.
+fn socket_inode(pid: i32, fd: i32) -> Option<u64> {
+    let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
+    let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+    inode.parse().ok()
 }
 
 #[test]

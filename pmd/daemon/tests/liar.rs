@@ -172,6 +172,12 @@ impl Liar {
     }
 
     fn hear(&mut self) -> Heard {
+        // The daemon has looked at whatever it was told of.
+        let stat = || {
+            let mut tool = Tenant::at(&self.daemon).unwrap();
+            tool.ask(question::STAT)
+        };
+        while stat()["looks_now"] != 0 {}
         let mark = Between {
             question: MARK,
             ..zeroed()
@@ -372,6 +378,8 @@ impl Liar {
             peer: own.peer,
             local_port: own.local_port,
             peer_port: own.peer_port,
+            fd: own.fd,
+            reserved: 0,
         };
         let message = match kind {
             kind::HELLO => Message::new(

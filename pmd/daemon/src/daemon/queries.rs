@@ -250,7 +250,8 @@ impl Daemon {
                 member(text, "tenants_now", &self.connections.tenants());
                 member(text, "streams_now", &self.streams.streams().count());
                 member(text, "waiting_now", &self.streams.waiting());
-                member(text, "loads_now", &self.porters.load().0);
+                let looks = self.connections.attached().map(|(.., tenant)| tenant.looks);
+                member(text, "looks_now", &looks.sum::<usize>());
                 member(text, "limits", &amounts(&self.accounts.limits().user));
                 member(text, "limits_of_all", &amounts(&self.accounts.limits().all));
                 member(text, "users", &self.users_answer(answering.uid));

@@ -1,6 +1,8 @@
 //! What the messages on a control connection mean: who attaches, and what it asks.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rdsock_shm::control::{
     Between, Hello, Lookup, Message, ParseError, Pod, Query, Request, Verdict, Welcome, from_bytes,
@@ -12,12 +14,17 @@ use tracing::debug;
 
 use super::{Daemon, End};
 use crate::accounts::Thing;
+use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
 use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received};
 use crate::connections::{Connection, Tenant};
 use crate::memory::BadMemory;
 use crate::rights::{Changed, Rights};
 
+/// Time between two looks whether tenants are who they were, and the tenants looked at in one: who runs another program is
+/// detached soon, also when nobody asks for anything in its name.
+const SWEEP: Duration = Duration::from_secs(2);
+const SWEPT: usize = 64;
 /// Requests taken from one tenant before others have their turn.
 const REQUESTS: usize = 64;
 /// With so many unread messages, a tenant's further requests wait.
@@ -97,9 +104,9 @@ impl Daemon {
             return Ok(());
         };
         let attached = connection.tenant.is_some();
-        // A forked child may ask for a connection of its own, and wake the daemon.
+        // A forked child may ask for a connection of its own.
         let own = Rights::may_speak(&connection.peer, connection.adopted, sender);
-        if !own && !matches!(kind, kind::ADOPT | kind::KICK) {
+        if !own && kind != kind::ADOPT {
             self.journal.counters.stray += 1;
             return Ok(());
         }
@@ -201,6 +208,10 @@ impl Daemon {
         tenant.map.start_sleep();
         self.tell_routes(&tenant.map);
         self.connections.attach(id, tenant);
+        if self.swept.is_none() {
+            self.swept = Some(VecDeque::new());
+            self.agenda.after(SWEEP, Due::Sweep);
+        }
         self.journal.counters.attached += 1;
         let answer = self.config.fabric.as_ref().map(|f| f.connect_timeout);
         let welcome = Welcome {
@@ -224,6 +235,29 @@ impl Daemon {
         for (other, changed) in earlier {
             self.serve(other, |_| Err(changed.into()));
         }
+    }
+
+    /// Detaches those of the next few tenants that are not who they were.
+    pub(super) fn sweep(&mut self) {
+        let mut left = match self.swept.take() {
+            Some(left) if !left.is_empty() => left,
+            _ => self.connections.attached().map(|(id, ..)| id).collect(),
+        };
+        if left.is_empty() {
+            return;
+        }
+        for id in left.drain(..left.len().min(SWEPT)) {
+            let tenant = self.connections.tenant(id);
+            let changed = tenant.and_then(|tenant| tenant.passport.check_quickly().err());
+            if let Some(changed) = changed
+                && changed != Changed::Hidden
+            {
+                self.journal.counters.changed += 1;
+                self.serve(id, |_| Err(changed.into()));
+            }
+        }
+        self.swept = Some(left);
+        self.agenda.after(SWEEP, Due::Sweep);
     }
 
     /// A connection has work left from its last turn.

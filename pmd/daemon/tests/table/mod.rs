@@ -71,7 +71,7 @@ body!(REFUSED = Refused { code expected });
 body!(PROMOTE = Promote {
     conn generation stream_id ring_size data_offset end huge local peer local_port peer_port node reserved
 });
-body!(BETWEEN = Between { question netns local peer local_port peer_port });
+body!(BETWEEN = Between { question netns local peer local_port peer_port fd reserved });
 body!(REACHED = Reached { question ticket anchor local anchor_port reason });
 body!(CALLER = Caller { question ticket local peer local_port peer_port });
 body!(LOOKUP = Lookup { conn generation cookie fd reserved });
