@@ -135,9 +135,13 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
     not_found
 }
 
-/// The daemon does not take this process: not now where a limit is reached, else never.
+/// The daemon does not take this process: not now where a limit is reached, or as who it was, else never.
 fn refused(refused: Option<Refused>) {
     static SAID: AtomicU32 = AtomicU32::new(0);
+    if refused.is_some_and(|refused| refused.code == refusal::IDENTITY) {
+        // It has changed its user, say. It attaches anew as who it is now.
+        return refused_for_now();
+    }
     let limit = refused.filter(|refused| refused.code == refusal::LIMIT);
     if limit.is_some() {
         refused_for_now();
