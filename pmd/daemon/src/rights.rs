@@ -469,3 +469,97 @@ impl From<Reason> for Refused {
         Refused::Because(reason)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsString;
+
+    fn glance(executable: &str, owner: (u32, u32), user_namespace: u64) -> Glance {
+        Glance {
+            owner,
+            executable: OsString::from(executable),
+            user_namespace,
+        }
+    }
+
+    #[test]
+    fn users_see_their_own_and_root_sees_all() {
+        let own = geteuid().as_raw();
+        assert!(Rights::may_see(0, 7) && Rights::may_see(own, 7));
+        let (one, other) = (own.wrapping_add(1000), own.wrapping_add(1001));
+        assert!(Rights::may_see(one, one) && !Rights::may_see(one, other));
+        assert!(!Rights::may_see(one, 0) && !Rights::sees_all(one));
+    }
+
+    #[test]
+    fn what_gives_a_process_more_shows_at_a_glance() {
+        let before = glance("/bin/a", (1000, 1000), 1);
+        let changed = |now: &Glance| same_glance(&before, now);
+        assert_eq!(changed(&before), Ok(()));
+        // It was replaced on disk.
+        assert_eq!(
+            changed(&glance("/bin/a (deleted)", (1000, 1000), 1)),
+            Ok(())
+        );
+        let program = Err(Changed::Program);
+        assert_eq!(changed(&glance("/bin/b", (1000, 1000), 1)), program);
+        for rights in [
+            // Set-user-id, set-group-id; capabilities, or memory that is hidden: then root owns its files.
+            glance("/bin/a", (0, 1000), 1),
+            glance("/bin/a", (1000, 5), 1),
+            glance("/bin/a", (0, 0), 1),
+            glance("/bin/a", (1000, 1000), 2),
+        ] {
+            assert_eq!(changed(&rights), Err(Changed::Rights));
+        }
+    }
+
+    #[test]
+    fn a_claim_has_its_numbers_in_range() {
+        let conn = Conn {
+            tenant: 1,
+            number: 2,
+            generation: 3,
+        };
+        let honest = Request {
+            active: 2,
+            local_port: 80,
+            peer_port: 65_535,
+            ..rdsock_shm::control::from_bytes(&[0; size_of::<Request>()]).unwrap()
+        };
+        let claim = Claim::parse(conn, &honest).unwrap();
+        assert_eq!((claim.role, claim.peer.port()), (Role::Unknown, 65_535));
+        for lie in [
+            Request {
+                local_port: 65_536,
+                ..honest
+            },
+            Request {
+                peer_port: u32::MAX,
+                ..honest
+            },
+            Request {
+                active: 3,
+                ..honest
+            },
+        ] {
+            assert!(Claim::parse(conn, &lie).is_none(), "{lie:?}");
+        }
+    }
+
+    #[test]
+    fn a_search_is_paid_for_by_its_user() {
+        let mut budget = SearchBudget::default();
+        let busy = || {
+            let start = processor_time();
+            while processor_time() - start < Duration::from_millis(150) {}
+        };
+        let start = Instant::now();
+        assert!(budget.run(busy).is_some());
+        // A second was saved up, and ten times as long as the search took has to pass.
+        assert!(budget.next >= start + 10 * Duration::from_millis(150) - SearchBudget::SAVED);
+        budget.next = Instant::now() + Duration::from_secs(600);
+        assert!(budget.run(|| ()).is_none());
+    }
+}
