@@ -220,8 +220,9 @@ pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>) {
     // Nothing comes in from now on.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     porters.give(socket.owner(), move || {
+        // The kernel drops descriptors that there is no room for.
         while matches!(
-            take(&socket, MsgFlags::empty(), MAX_FDS),
+            take(&socket, MsgFlags::empty(), 0),
             Ok(Taken::Whole(..) | Taken::CutOff)
         ) {}
         None

@@ -38,6 +38,8 @@ pub struct Connection {
     pub inbox: Inbox,
     /// It is watched until it can be written.
     pub wants_write: bool,
+    /// A [`Due::Send`](crate::agenda::Due::Send) is set.
+    pub retries: bool,
     /// Its tenant, once it has said HELLO.
     pub tenant: Option<Tenant>,
     /// What it has on its user's account.
@@ -61,6 +63,8 @@ pub struct Tenant {
     pub looks: usize,
     /// Some of these have to end, or some messages have to be read, before more of its requests are taken.
     pub throttled: bool,
+    /// Some of them have to end before more of its messages are read.
+    pub unread: bool,
 }
 
 /// All control connections.

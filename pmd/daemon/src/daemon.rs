@@ -226,7 +226,8 @@ impl Daemon {
                 if flags.contains(EpollFlags::EPOLLOUT) {
                     self.serve(id, |daemon| daemon.flush(id));
                 }
-                self.serve(id, |daemon| daemon.receive(id));
+                let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+                self.serve(id, |daemon| daemon.receive_or_end(id, gone));
             }
             Token::Fabric => self.on_fabric(),
             Token::WantedBack => self.on_wanted_back(),
@@ -247,7 +248,7 @@ impl Daemon {
     fn on_due(&mut self, due: Due) {
         match due {
             Due::Handshake(id) => self.serve(id, |daemon| daemon.on_handshake_due(id)),
-            Due::Send(id) => self.serve(id, |daemon| daemon.flush(id)),
+            Due::Send(id) => self.serve(id, |daemon| daemon.retry(id)),
             Due::Watch(id) => self.on_watch_due(id),
             Due::Stream(id, times) => self.look_again(id, times),
             Due::Anchor(ticket) => self.on_anchor_due(ticket),

@@ -77,6 +77,17 @@ impl Diag {
         }))
     }
 
+    /// The TCP socket with exactly this pair of addresses, whatever its cookie is.
+    pub fn find_any(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<Found>> {
+        let Some(question) = question(local, peer, NO_COOKIE) else {
+            return Ok(None);
+        };
+        Ok(self.ask(&question)?.map(|found| Found {
+            inode: found.header.inode.into(),
+            established: found.header.state == TCP_ESTABLISHED,
+        }))
+    }
+
     /// The TCP socket that would get a connection to `destination` from `source`, if one listens there. Of several that
     /// share the port (`SO_REUSEPORT`), the one that the kernel would choose for this very pair.
     pub fn listener(

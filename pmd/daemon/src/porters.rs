@@ -198,7 +198,7 @@ impl<D: Send + 'static> Porters<D> {
             shared: Arc::new(shared),
         };
         for _ in 0..KEPT {
-            porters.start()?;
+            porters.shared.start()?;
         }
         Ok(porters)
     }
@@ -207,18 +207,7 @@ impl<D: Send + 'static> Porters<D> {
     pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give(owner, Box::new(load));
-        let wanted = yard.turn.len() > yard.idle && yard.threads < MOST;
-        if wanted && self.start().is_ok() {
-            yard.threads += 1;
-        }
-        drop(yard);
-        self.shared.work.notify_one();
-    }
-
-    fn start(&self) -> io::Result<()> {
-        let shared = self.shared.clone();
-        let porter = thread::Builder::new().name("porter".into());
-        porter.spawn(move || shared.carry()).map(drop)
+        self.shared.have_help(&mut yard);
     }
 
     /// The next thing that was found.
@@ -234,6 +223,13 @@ impl<D: Send + 'static> Porters<D> {
     /// Readable when something was found.
     pub fn found(&self) -> BorrowedFd<'_> {
         self.shared.found.as_fd()
+    }
+
+    /// Loads of a user that wait.
+    pub fn waiting_of(&self, uid: u32) -> usize {
+        let yard = self.shared.lock();
+        let corner = yard.users.get(&uid);
+        corner.map_or(0, |corner| corner.waiting.values().map(VecDeque::len).sum())
     }
 
     /// Loads that wait, and loads that are being carried.
@@ -260,7 +256,22 @@ impl<D: Send + 'static> Shared<D> {
         self.yard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry(&self) {
+    fn start(self: &Arc<Self>) -> io::Result<()> {
+        let shared = self.clone();
+        let porter = thread::Builder::new().name("porter".into());
+        porter.spawn(move || shared.carry()).map(drop)
+    }
+
+    /// A load waits: has a thread take it up, if there may be one more.
+    fn have_help(self: &Arc<Self>, yard: &mut Yard<D>) {
+        if yard.idle > 0 {
+            self.work.notify_one();
+        } else if yard.threads < MOST && self.start().is_ok() {
+            yard.threads += 1;
+        }
+    }
+
+    fn carry(self: &Arc<Self>) {
         let mut nudge = Nudge::new();
         let mut yard = self.lock();
         loop {
@@ -275,6 +286,9 @@ impl<D: Send + 'static> Shared<D> {
                 yard.idle -= 1;
                 continue;
             };
+            if !yard.turn.is_empty() {
+                self.have_help(&mut yard);
+            }
             drop(yard);
             nudge.start();
             let found = load();
@@ -330,6 +344,11 @@ impl<D: Send + 'static> Foreign<D> {
     /// On whose behalf it is closed.
     pub fn owner(&self) -> Owner {
         self.owner
+    }
+
+    /// It is closed on behalf of this one.
+    pub fn belongs_to(&mut self, owner: Owner) {
+        self.owner = owner;
     }
 
     /// It counts on this account until it is closed.

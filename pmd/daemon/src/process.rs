@@ -177,7 +177,7 @@ impl Peer {
         let maps = openat(self.folder()?, "maps", flags, Mode::empty())?;
         match mapping_at(&maps, address) {
             // Before Linux 6.11.
-            Err(Errno::ENOTTY | Errno::ENOSYS) => Ok(self.maps(file)?.is_some()),
+            Err(Errno::ENOTTY | Errno::ENOSYS) => Ok(self.maps(file)? == Some(address)),
             Err(Errno::ENOENT) => Ok(false),
             Err(error) => Err(error.into()),
             Ok(id) => Ok(id == file),

@@ -81,8 +81,10 @@ impl Passport {
         let seen = match seen() {
             Ok(Some(seen)) => Some(seen),
             Ok(None) => return Err(Changed::Program),
-            Err(_) if peer.is_alive() => None,
-            Err(_) => return Err(Changed::Ended),
+            Err(_) if !peer.is_alive() => return Err(Changed::Ended),
+            Err(error) if is_hidden(&error) => None,
+            // There were no descriptors, say: it asks again.
+            Err(_) => return Err(Changed::Rights),
         };
         if let Some(Seen { identity, .. }) = &seen {
             let effective = |ids: [u32; 4]| ids[1];
@@ -100,10 +102,7 @@ impl Passport {
         let hidden = |_| self.gone_or(Changed::Hidden);
         let now = self.peer.identity().map_err(hidden)?;
         same_glance(&seen.identity.glance, &now.glance)?;
-        let rights = |identity: &Identity| (identity.users, identity.groups, identity.capabilities);
-        if rights(&seen.identity) != rights(&now)
-            || seen.identity.further_groups != now.further_groups
-        {
+        if has_other_rights(&seen.identity, &now) {
             return Err(Changed::Rights);
         }
         let maps = self.peer.still_maps(seen.memory, seen.address);
@@ -133,6 +132,27 @@ impl Passport {
     fn gone_or(&self, otherwise: Changed) -> Changed {
         self.is_alive().err().unwrap_or(otherwise)
     }
+}
+
+/// The daemon may not look at a process, or can't see it.
+fn is_hidden(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::NotFound
+    )
+}
+
+/// Has a process more than it had, or other ids? What it gives up, it may.
+fn has_other_rights(before: &Identity, now: &Identity) -> bool {
+    let gained = |before: u64, now: u64| now & !before != 0;
+    let mut capabilities = before.capabilities.into_iter().zip(now.capabilities);
+    let groups = &before.further_groups;
+    (before.users, before.groups) != (now.users, now.groups)
+        || capabilities.any(|(before, now)| gained(before, now))
+        || now
+            .further_groups
+            .iter()
+            .any(|group| !groups.contains(group))
 }
 
 fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
@@ -166,7 +186,7 @@ pub struct Look {
 /// A socket that a process was found to hold, while it was who it was at HELLO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// `SO_COOKIE`.
+    /// `SO_COOKIE`, as the socket says; 0 where the daemon may not ask it, and the inode has to do.
     pub cookie: u64,
     /// Inode of the socket.
     pub inode: u64,
@@ -435,7 +455,11 @@ impl Rights {
     /// May a tenant be told for whom the daemon has opened the connection with these addresses? Its process was found to
     /// hold a socket: it has to be the one that the kernel knows by them.
     pub fn may_be_told(diag: Option<&Diag>, held: Held, names: (SocketAddr, SocketAddr)) -> bool {
-        let found = diag.and_then(|diag| diag.find(names.0, names.1, held.cookie).ok().flatten());
+        let find = |diag: &Diag| match held.cookie {
+            0 => diag.find_any(names.0, names.1),
+            cookie => diag.find(names.0, names.1, cookie),
+        };
+        let found = diag.and_then(|diag| find(diag).ok().flatten());
         found.is_some_and(|found| found.inode == held.inode)
     }
 

@@ -49,6 +49,11 @@ impl Daemon {
         while let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice()) {
             self.on_notice(notice);
         }
+        self.close_device_if_given_back();
+    }
+
+    /// The device is closed when it is to be given back and the last stream has gone.
+    pub(super) fn close_device_if_given_back(&mut self) {
         if self
             .fabric
             .as_ref()
@@ -245,6 +250,15 @@ impl Daemon {
         self.accounts.charge(uid, &room).map(drop)
     }
 
+    /// A tenant has gone: what it was promised is not kept, so that its programs see a reset at once.
+    pub(super) fn forget_promises(&mut self, id: TenantId) {
+        if let Some(fabric) = &mut self.fabric {
+            for ticket in fabric.promised_tenant(id, None) {
+                fabric.abandon(ticket);
+            }
+        }
+    }
+
     /// A tenant asks whether a connect may go over the fabric.
     pub(super) fn on_reach(&mut self, id: TenantId, question: Between) -> Result<(), End> {
         self.journal.counters.reaches += 1;
@@ -350,8 +364,13 @@ impl Daemon {
             _ if listener.is_ipv4() => IpAddr::V4(Ipv4Addr::LOCALHOST),
             _ => IpAddr::V6(Ipv6Addr::LOCALHOST),
         };
+        let from = SocketAddr::new(from, local.port());
+        // What it was promised before for this address it has given up.
+        for earlier in fabric.promised_tenant(id, Some(from)) {
+            fabric.abandon(earlier);
+        }
         let anchor = Anchor::Promised {
-            from: SocketAddr::new(from, local.port()),
+            from,
             tenant: id,
             uid,
             fd: question.fd,
@@ -465,8 +484,15 @@ impl Daemon {
             // It may have been announced before its other end was accepted.
             self.on_anchors(listener);
         }
-        // The kernel has made the daemon's connection to the program, since the program has accepted it.
-        self.on_call(ticket);
+        let names = (announced.route.local, announced.route.peer);
+        if self
+            .fabric
+            .as_ref()
+            .is_some_and(|fabric| fabric.calls_between(ticket, names))
+        {
+            // The kernel has made the daemon's connection to the program, since the program has accepted it.
+            self.on_call(ticket);
+        }
         self.attach_anchor(ticket, held, passport);
         if held.shared {
             return self.turn_down(conn, Reason::Shared);
@@ -496,13 +522,14 @@ impl Daemon {
             } if names == (local, peer) => (cookie, inode),
             _ => return Err(Reason::Unverified),
         };
+        let own_board = Board::new(&bells).map_err(|_| Reason::NoMemory)?;
         let fds = carried.fds.take();
         if fds.is_none() && carried.mapped {
             // Somebody has the stream of this very socket.
             return Err(Reason::Shared);
         }
         let stream = carried.stream.clone();
-        stream.set_board(Board::new(&bells).map_err(|_| Reason::NoMemory)?);
+        stream.set_board(own_board);
         let elsewhere = Elsewhere {
             node: stream.node,
             end: stream.end,

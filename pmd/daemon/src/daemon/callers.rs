@@ -35,8 +35,11 @@ const PEER_DESCRIPTORS: u64 = 2;
 const RETRY: Duration = Duration::from_millis(20);
 /// Time until callers are let in again when there were no descriptors, or too many wait to be closed.
 const PAUSE: Duration = Duration::from_millis(20);
-/// With so many loads waiting for porters, callers wait, too.
-const LOADS: usize = 4096;
+/// With so many loads of all users waiting for porters, callers wait, too; with so many of its own, a caller is sent away.
+const LOADS: usize = 65_536;
+const LOADS_OF_USER: usize = 4096;
+/// With so many looks at a tenant's sockets under way, its further messages wait.
+const LOOKS: usize = 64;
 
 /// Why a control connection ends.
 #[derive(Debug)]
@@ -183,7 +186,16 @@ impl Daemon {
                 accounts.charge(uid, &[])?,
             ])
         };
-        let [of_socket, of_caller, unread] = match charge(&mut self.accounts) {
+        let busy = self.porters.waiting_of(uid) > LOADS_OF_USER;
+        let charges = match busy {
+            true => Err(Over {
+                thing: Thing::Callers,
+                limit: LOADS_OF_USER as u64,
+                of_all: false,
+            }),
+            false => charge(&mut self.accounts),
+        };
+        let [of_socket, of_caller, unread] = match charges {
             Ok(charges) => charges,
             Err(over) => {
                 self.journal.counters.refused += 1;
@@ -193,12 +205,17 @@ impl Daemon {
             }
         };
         socket.charge_to(of_socket);
+        socket.belongs_to(Owner {
+            uid,
+            connection: self.connections.next_id(),
+        });
         let id = self.connections.insert(Connection {
             channel: Channel::new(socket, unread),
             peer: Arc::new(peer),
             adopted,
             inbox: Inbox::Open,
             wants_write: false,
+            retries: false,
             tenant: None,
             charge: of_caller,
         });
@@ -221,6 +238,16 @@ impl Daemon {
             .map_err(|error| End::Failed(error.into()))
     }
 
+    /// Reads what there is. Who has hung up (`gone`) while a question is answered reads no answer any more.
+    pub(super) fn receive_or_end(&mut self, id: u64, gone: bool) -> Result<(), End> {
+        let connection = self.connections.get(id);
+        let answering = connection.is_some_and(|c| matches!(c.inbox, Inbox::Answering(_)));
+        if gone && answering {
+            return Err(self.closed(id));
+        }
+        self.receive(id)
+    }
+
     /// Reads what there is, unless that has to wait.
     pub(super) fn receive(&mut self, id: u64) -> Result<(), End> {
         for _ in 0..DATAGRAMS {
@@ -229,6 +256,13 @@ impl Daemon {
             };
             if !matches!(connection.inbox, Inbox::Open) {
                 return Ok(());
+            }
+            if let Some(tenant) = &mut connection.tenant
+                && tenant.looks >= LOOKS
+            {
+                // It is read again when some of these are done.
+                tenant.unread = true;
+                return self.rewatch(id);
             }
             match connection.channel.receive()? {
                 Receive::Message(message) => self.on_message(id, message)?,
@@ -287,7 +321,12 @@ impl Daemon {
     /// The flags that a connection is watched for.
     fn flags(connection: &Connection) -> EpollFlags {
         let mut flags = EpollFlags::empty();
-        flags.set(EpollFlags::EPOLLIN, matches!(connection.inbox, Inbox::Open));
+        let held_up = connection
+            .tenant
+            .as_ref()
+            .is_some_and(|tenant| tenant.unread);
+        let read = matches!(connection.inbox, Inbox::Open) && !held_up;
+        flags.set(EpollFlags::EPOLLIN, read);
         flags.set(EpollFlags::EPOLLOUT, connection.wants_write);
         flags
     }
@@ -329,6 +368,14 @@ impl Daemon {
         self.serve(id, |daemon| daemon.send(id, message));
     }
 
+    /// No event says that a connection's messages may be sent now: it is tried.
+    pub(super) fn retry(&mut self, id: u64) -> Result<(), End> {
+        if let Some(connection) = self.connections.get_mut(id) {
+            connection.retries = false;
+        }
+        self.flush(id)
+    }
+
     pub(super) fn flush(&mut self, id: u64) -> Result<(), End> {
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
@@ -343,7 +390,9 @@ impl Daemon {
             Ok(Flush::Done) => false,
             Ok(Flush::Full) => true,
             Ok(Flush::Later) => {
-                self.agenda.after(RETRY, Due::Send(id));
+                if !std::mem::replace(&mut connection.retries, true) {
+                    self.agenda.after(RETRY, Due::Send(id));
+                }
                 false
             }
             Err(error) if is_hangup(&error) => return Err(End::HungUp),

@@ -88,6 +88,7 @@ impl Daemon {
         if let Some(fabric) = &mut self.fabric {
             fabric.command(Command::Refuse { id, why });
         }
+        self.close_device_if_given_back();
     }
 
     fn try_incoming(&mut self, id: Asked, node: u16, between: Addresses) -> Result<(), Refusal> {

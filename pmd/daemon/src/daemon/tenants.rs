@@ -204,6 +204,7 @@ impl Daemon {
             program: program.name,
             looks: 0,
             throttled: false,
+            unread: false,
         };
         tenant.map.start_sleep();
         self.tell_routes(&tenant.map);
@@ -345,6 +346,13 @@ impl Daemon {
     /// Messages of a tenant were sent, or a look at one of its sockets is done: its requests are taken again when it has
     /// room for more.
     pub(super) fn unthrottle(&mut self, id: TenantId) {
+        if let Some(tenant) = self.connections.tenant_mut(id)
+            && tenant.unread
+            && tenant.looks < LOOKS
+        {
+            tenant.unread = false;
+            self.serve(id, |daemon| daemon.rewatch(id));
+        }
         if let Some(Connection {
             channel,
             tenant: Some(tenant),
@@ -378,6 +386,7 @@ impl Daemon {
             self.rights.namespaces.leave(netns);
         }
         self.forget_listener(id);
+        self.forget_promises(id);
         self.announcements.forget_all(id);
         let mut streams = self.streams.tenant_gone(id);
         if !alive {

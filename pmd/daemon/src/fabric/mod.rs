@@ -75,6 +75,8 @@ pub enum Anchor {
     },
     /// The daemon connects to a program that listens.
     Called,
+    /// No program comes for it any more.
+    Abandoned,
     /// Bytes flow.
     Attached {
         /// The addresses, as the program's socket has them.
@@ -430,9 +432,29 @@ impl Control {
         Some(Ok(from))
     }
 
-    /// The streams that are promised to whoever comes from an address.
+    /// The streams that are promised to whoever comes from an address, the latest first.
     pub fn promised_to(&self, from: SocketAddr) -> Vec<u64> {
-        self.promised.get(&from).cloned().unwrap_or_default()
+        let tickets = self.promised.get(&from).into_iter().flatten();
+        tickets.rev().copied().collect()
+    }
+
+    /// The streams that are promised to a tenant: to be made from an address, or from any.
+    pub fn promised_tenant(&self, tenant: TenantId, from: Option<SocketAddr>) -> Vec<u64> {
+        let is = |anchor: &Anchor| match anchor {
+            Anchor::Promised {
+                tenant: whom,
+                from: place,
+                ..
+            } => *whom == tenant && from.is_none_or(|from| from == *place),
+            _ => false,
+        };
+        let promised = self.promised.values().flatten().copied();
+        promised
+            .filter(|ticket| {
+                let carried = self.carried.get(ticket);
+                carried.is_some_and(|carried| is(&carried.anchor))
+            })
+            .collect()
     }
 
     /// Where the anchor that has come from an address leads to.
@@ -456,7 +478,7 @@ impl Control {
         let inode = nix::sys::stat::fstat(&socket).map(|stat| stat.st_ino);
         let cookie = crate::diag::cookie_of(socket.as_fd());
         let (Ok(inode), Some(cookie)) = (inode, cookie) else {
-            return;
+            return self.abandon(ticket);
         };
         carried.anchor = Anchor::Attached {
             names,
@@ -472,7 +494,8 @@ impl Control {
     /// No program has come for a stream.
     pub fn abandon(&mut self, ticket: u64) {
         self.forget_promise(ticket);
-        if let Some(carried) = self.carried.get(&ticket) {
+        if let Some(carried) = self.carried.get_mut(&ticket) {
+            carried.anchor = Anchor::Abandoned;
             let stream = carried.stream.clone();
             self.poller.command(Command::Gone { stream });
         }
@@ -485,6 +508,13 @@ impl Control {
         self.asking.remove(&ticket);
         self.calls.remove(&ticket);
         self.carried.remove(&ticket);
+    }
+
+    /// Is this stream's connection to a program that listens, with these addresses as the program's socket has them, on
+    /// its way?
+    pub fn calls_between(&self, ticket: u64, names: (SocketAddr, SocketAddr)) -> bool {
+        let call = self.calls.get(&ticket);
+        call.is_some_and(|call| (call.destination, call.local) == names)
     }
 
     /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant
