@@ -63,6 +63,11 @@ pub fn getpid() -> u32 {
     syscall!(SYS_getpid) as u32
 }
 
+/// Effective user and group of this thread.
+pub fn effective_ids() -> [u32; 2] {
+    [syscall!(SYS_geteuid) as u32, syscall!(SYS_getegid) as u32]
+}
+
 pub fn close(fd: c_int) -> isize {
     syscall!(SYS_close, fd)
 }

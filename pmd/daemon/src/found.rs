@@ -36,8 +36,8 @@ pub enum Errand {
     Conn(Conn),
     /// A socket that the tenant says it listens on, with this descriptor and cookie.
     Listener(i32, u64),
-    /// The socket that the tenant wants to reach another node with: the stream's ticket.
-    Anchor(u64),
+    /// The socket that the tenant wants to reach another node with.
+    Reach(Between),
     /// A connection that the tenant asks about.
     Whois(Between),
 }

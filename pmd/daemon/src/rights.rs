@@ -452,28 +452,16 @@ impl Rights {
             && passport.check_quickly().is_ok()
     }
 
-    /// May a tenant be told for whom the daemon has opened the connection with these addresses? Its process was found to
-    /// hold a socket: it has to be the one that the kernel knows by them.
-    pub fn may_be_told(diag: Option<&Diag>, held: Held, names: (SocketAddr, SocketAddr)) -> bool {
+    /// Is a socket that a process was found to hold the one that the kernel connects with these addresses? Then the
+    /// process may be told for whom the daemon has opened the connection; and bytes may flow between the anchor at the
+    /// other end and the stream that was promised to this process.
+    pub fn is_between(diag: Option<&Diag>, held: Held, names: (SocketAddr, SocketAddr)) -> bool {
         let find = |diag: &Diag| match held.cookie {
             0 => diag.find_any(names.0, names.1),
             cookie => diag.find(names.0, names.1, cookie),
         };
         let found = diag.and_then(|diag| find(diag).ok().flatten());
         found.is_some_and(|found| found.inode == held.inode)
-    }
-
-    /// May bytes flow between an anchor that has come in and the stream that `promised` was told to make it for? Only
-    /// where a process of that very user was found to hold the socket at the other end: the one that the kernel
-    /// connects with these addresses.
-    pub fn may_anchor(
-        diag: Option<&Diag>,
-        held: Held,
-        passport: &Passport,
-        promised: u32,
-        anchor: (SocketAddr, SocketAddr),
-    ) -> bool {
-        passport.peer.uid == promised && Self::may_be_told(diag, held, anchor)
     }
 }
 

@@ -24,7 +24,8 @@ pub(super) const RETRY_MS: u64 = 500;
 const LOOK_MS: u64 = 1000;
 /// and while its greeting is awaited.
 const GREETING_MS: u64 = 20;
-/// Milliseconds for which a daemon that is at a limit is left alone: the least and the most.
+/// Milliseconds for which a daemon is left alone that is at a limit, or found this process not to be who it was: the
+/// least and the most.
 const REFUSED_MS: [u64; 2] = [1000, 64_000];
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
@@ -33,6 +34,8 @@ pub(super) static INHERITED: AtomicI32 = AtomicI32::new(-1);
 pub(super) static TRIED_AT: AtomicU64 = AtomicU64::new(0);
 /// Counts attachments: a stream of an earlier one is unknown to the present daemon.
 pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
+/// Effective user and group at HELLO, in the upper and the lower half.
+static ATTACHED_AS: AtomicU64 = AtomicU64::new(0);
 /// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
 pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
 /// When it was last looked whether the daemon is there, in ticks.
@@ -147,7 +150,28 @@ pub(super) fn after_fork_in_child() {
     AWAITED.store(0, Relaxed);
 }
 
+/// A program that has changed its user since it attached is not who the daemon knows: it attaches anew, through the
+/// connection that it has, since it may no longer reach the socket's path.
+fn follow_user() {
+    if CONTROL.load(Relaxed) < 0 || ATTACHED_AS.load(Relaxed) == ids() {
+        return;
+    }
+    let control = CONTROL.swap(-1, AcqRel);
+    let spare = INHERITED.swap(control, AcqRel);
+    if spare >= 0 {
+        close_hidden(spare);
+    }
+    detach();
+    TRIED_AT.store(0, Relaxed);
+}
+
+fn ids() -> u64 {
+    let [user, group] = sys::effective_ids();
+    u64::from(user) << 32 | u64::from(group)
+}
+
 pub(super) fn attach(guard: &Guard) {
+    follow_user();
     let now = clock::nanoseconds();
     let tried = TRIED_AT.load(Relaxed);
     let pause = PAUSE_MS.load(Relaxed) * 1_000_000;
@@ -175,6 +199,7 @@ pub(super) fn attach(guard: &Guard) {
     memory.routes.set(&[]);
     SEEN.store(memory.header.messages.load(Relaxed), Relaxed);
     AWAITED.store(1, Relaxed);
+    ATTACHED_AS.store(ids(), Relaxed);
     let sent = send_with(fd, &Message::new(kind::HELLO, &hello), &fds);
     CONTROL.store(fd, Release);
     if sent < 0 {

@@ -175,7 +175,7 @@ impl Daemon {
             match errand {
                 Errand::Conn(conn) => daemon.on_conn_looked_at(conn, held)?,
                 Errand::Listener(fd, cookie) => daemon.on_listener(id, fd, cookie, held),
-                Errand::Anchor(ticket) => daemon.on_anchor_looked_at(id, ticket, held),
+                Errand::Reach(question) => daemon.reach(id, question, held),
                 Errand::Whois(question) => daemon.tell_who(id, question, held)?,
             }
             daemon.unthrottle(id);

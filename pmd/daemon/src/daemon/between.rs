@@ -259,14 +259,29 @@ impl Daemon {
         }
     }
 
-    /// A tenant asks whether a connect may go over the fabric.
+    /// A tenant asks whether a connect may go over the fabric. A porter looks at the socket first: a stream is promised to
+    /// this very one, and to who the tenant was when it asked.
     pub(super) fn on_reach(&mut self, id: TenantId, question: Between) -> Result<(), End> {
         self.journal.counters.reaches += 1;
-        match self.try_reach(id, &question) {
-            Ok(ticket) => {
+        let socket = (question.fd, 0);
+        self.have_looked_at(id, Errand::Reach(question), socket, false);
+        Ok(())
+    }
+
+    /// A porter has looked at the socket with which a tenant wants to reach another node.
+    pub(super) fn reach(&mut self, id: TenantId, question: Between, held: Result<Held, NotHeld>) {
+        let reached = held
+            .map_err(|_| Reason::Unverified)
+            .and_then(|held| Ok((self.try_reach(id, &question)?, held)));
+        match reached {
+            Ok((ticket, held)) => {
+                let asking = Asking {
+                    tenant: id,
+                    question,
+                    held,
+                };
                 if let Some(fabric) = &mut self.fabric {
-                    let tenant = id;
-                    fabric.asking.insert(ticket, Asking { tenant, question });
+                    fabric.asking.insert(ticket, asking);
                 }
             }
             Err(reason) => {
@@ -274,7 +289,6 @@ impl Daemon {
                 self.decline(id, &question, reason);
             }
         }
-        Ok(())
     }
 
     fn try_reach(&mut self, id: TenantId, question: &Between) -> Result<u64, Reason> {
@@ -284,9 +298,6 @@ impl Daemon {
         let (local, peer) = addresses(question).ok_or(Reason::Unverified)?;
         let tenant = self.connections.tenant(id).ok_or(Reason::Unverified)?;
         let uid = tenant.passport.peer.uid;
-        // It costs its user something, so its user has to ask.
-        let unchanged = tenant.passport.check_quickly();
-        unchanged.map_err(|_| Reason::Unverified)?;
         if fabric.has_failed() {
             return Err(Reason::NoDevice);
         }
@@ -373,7 +384,7 @@ impl Daemon {
             from,
             tenant: id,
             uid,
-            fd: question.fd,
+            held: asking.held,
         };
         fabric.promise(ticket, anchor);
         let answer = Reached {
@@ -406,8 +417,8 @@ impl Daemon {
         }
     }
 
-    /// Anchors have come in. Not a byte flows before it is known whose each is: porters look at the sockets with which
-    /// the programs that were told to come said they would come.
+    /// Anchors have come in. Not a byte flows before it is known whose each is: that of the program that was promised a
+    /// stream for the socket at the other end.
     pub(super) fn on_anchors(&mut self, listener: usize) {
         while let Some(arrival) = self
             .fabric
@@ -424,8 +435,8 @@ impl Daemon {
             };
             let tickets = self.fabric.as_ref().map(|fabric| fabric.promised_to(from));
             for ticket in tickets.unwrap_or_default() {
-                if let Some(Anchor::Promised { tenant, fd, .. }) = self.anchor_of(ticket) {
-                    self.have_looked_at(tenant, Errand::Anchor(ticket), (fd, 0), false);
+                if let Some(Anchor::Promised { held, .. }) = self.anchor_of(ticket) {
+                    self.attach_anchor(ticket, held);
                 }
             }
         }
@@ -435,22 +446,10 @@ impl Daemon {
         Some(self.fabric.as_ref()?.carried.get(&ticket)?.anchor)
     }
 
-    /// A porter has looked at the socket with which a tenant said that it would make an anchor.
-    pub(super) fn on_anchor_looked_at(
-        &mut self,
-        id: TenantId,
-        ticket: u64,
-        held: Result<Held, NotHeld>,
-    ) {
-        let passport = self.connections.tenant(id).map(|t| t.passport.clone());
-        if let (Ok(held), Some(passport)) = (held, passport) {
-            self.attach_anchor(ticket, held, &passport);
-        }
-    }
-
-    /// A tenant holds a socket: if that is the other end of the anchor which a stream waits for, bytes flow.
-    fn attach_anchor(&mut self, ticket: u64, held: Held, passport: &Passport) {
-        let Some(Anchor::Promised { from, uid, .. }) = self.anchor_of(ticket) else {
+    /// A program that was promised a stream holds a socket: if that is the other end of an anchor that has come in from
+    /// where it was to come, bytes flow.
+    fn attach_anchor(&mut self, ticket: u64, held: Held) {
+        let Some(Anchor::Promised { from, .. }) = self.anchor_of(ticket) else {
             return;
         };
         let Some(fabric) = &mut self.fabric else {
@@ -460,13 +459,11 @@ impl Daemon {
             return;
         };
         let diag = self.rights.namespaces.home_diag();
-        if Rights::may_anchor(diag, held, passport, uid, (from, to)) {
+        if Rights::is_between(diag, held, (from, to)) {
             fabric.attach_arrived(ticket, from);
             if let Some(carried) = fabric.carried.get_mut(&ticket) {
                 carried.charge.less(Thing::Connects, 1);
             }
-        } else {
-            self.journal.counters.unverified += 1;
         }
     }
 
@@ -493,7 +490,13 @@ impl Daemon {
             // The kernel has made the daemon's connection to the program, since the program has accepted it.
             self.on_call(ticket);
         }
-        self.attach_anchor(ticket, held, passport);
+        let promised = match self.anchor_of(ticket) {
+            Some(Anchor::Promised { uid, .. }) => Some(uid),
+            _ => None,
+        };
+        if promised == Some(passport.peer.uid) {
+            self.attach_anchor(ticket, held);
+        }
         if held.shared {
             return self.turn_down(conn, Reason::Shared);
         }

@@ -267,7 +267,7 @@ impl Daemon {
     ) -> Result<(), End> {
         let diag = self.rights.namespaces.home_diag();
         let found = held.ok().zip(addresses(&question));
-        let found = found.filter(|(held, names)| Rights::may_be_told(diag, *held, *names));
+        let found = found.filter(|(held, names)| Rights::is_between(diag, *held, *names));
         let found = found.and_then(|(_, names)| self.carried_between(names));
         let mut answer = Caller {
             question: question.question,

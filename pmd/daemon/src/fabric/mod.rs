@@ -62,7 +62,7 @@ pub struct Carried {
 pub enum Anchor {
     /// The other node was asked.
     Asked,
-    /// The program was told to make it, and comes from this address. It is made with this descriptor, says its tenant.
+    /// The program was told to make it, and comes from this address.
     Promised {
         /// From where.
         from: SocketAddr,
@@ -70,8 +70,8 @@ pub enum Anchor {
         tenant: TenantId,
         /// The user of that tenant.
         uid: u32,
-        /// The tenant's descriptor.
-        fd: i32,
+        /// The socket that it was found to hold, and will connect.
+        held: Held,
     },
     /// The daemon connects to a program that listens.
     Called,
@@ -95,6 +95,8 @@ pub struct Asking {
     pub tenant: TenantId,
     /// What it asked.
     pub question: Between,
+    /// The socket that it was found to hold.
+    pub held: Held,
 }
 
 /// A socket that a tenant was found to listen on.

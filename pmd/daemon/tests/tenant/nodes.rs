@@ -199,6 +199,8 @@ pub struct Client {
     pub tenant: Tenant,
     netns: u64,
     questions: u64,
+    /// Asked with in place of the socket that will be connected.
+    own: TcpListener,
 }
 
 impl Client {
@@ -208,6 +210,7 @@ impl Client {
             tenant: Tenant::attach_at(socket),
             netns: netns_of(&own),
             questions: 0,
+            own,
         }
     }
 
@@ -222,7 +225,7 @@ impl Client {
             local_port: port.into(),
             peer_port: to.port().into(),
             // The announcement says which it is.
-            fd: -1,
+            fd: self.own.as_raw_fd(),
             reserved: 0,
         };
         let message = Message::new(kind::REACH, &question);
