@@ -83,6 +83,8 @@ pub enum Due {
     Call(u64),
     /// Callers are let in again.
     Callers,
+    /// Anchors are taken again at this listener.
+    Anchors(usize),
     /// Are tenants still who they were?
     Sweep,
 }

@@ -36,6 +36,8 @@ pub struct Connection {
     pub adopted: bool,
     /// Whether it is read.
     pub inbox: Inbox,
+    /// It has asked a question, and was answered.
+    pub answered: bool,
     /// It is watched until it can be written.
     pub wants_write: bool,
     /// A [`Due::Send`](crate::agenda::Due::Send) is set.

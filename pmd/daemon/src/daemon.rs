@@ -254,6 +254,7 @@ impl Daemon {
             Due::Anchor(ticket) => self.on_anchor_due(ticket),
             Due::Call(ticket) => self.on_call_due(ticket),
             Due::Callers => self.let_callers_in(),
+            Due::Anchors(listener) => self.on_anchors_due(listener),
             Due::Sweep => self.sweep(),
         }
     }
@@ -267,6 +268,7 @@ impl Daemon {
                     connection,
                     received,
                 } => self.on_unpacked(connection, received),
+                Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
                 Found::Socket {
                     tenant,
                     errand,

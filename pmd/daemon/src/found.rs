@@ -6,7 +6,7 @@ use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
 use crate::channel::Received;
-use crate::rights::{Held, NotHeld};
+use crate::rights::{Changed, Held, NotHeld};
 
 /// What a load has found.
 #[derive(Debug)]
@@ -17,6 +17,13 @@ pub enum Found {
         connection: u64,
         /// `None` when it is gone.
         received: io::Result<Option<Received>>,
+    },
+    /// A look at a tenant's process.
+    Process {
+        /// Whose.
+        tenant: TenantId,
+        /// Is it who it was at HELLO?
+        unchanged: Result<(), Changed>,
     },
     /// A look at a socket that a tenant says it holds.
     Socket {

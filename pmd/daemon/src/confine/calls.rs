@@ -55,7 +55,7 @@ const FREE: &[c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
     libc::SYS_recvmmsg,
-    // Waiting: for events, for time, for changes in a models' directory; timers that tell of a turn that takes too long.
+    // Waiting: for events, for time, for changes in a models' directory; timers that interrupt what lingers for a porter.
     // `epoll_create1` and `eventfd2` are for links that are made anew.
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,

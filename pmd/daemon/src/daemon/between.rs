@@ -14,10 +14,10 @@ use tracing::{debug, info, warn};
 use super::streams::STREAM_DESCRIPTORS;
 use super::{Daemon, End};
 use crate::accounts::{Over, Thing};
-use crate::agenda::Due;
+use crate::agenda::{Due, Token};
 use crate::book::{Announced, Conn, Role, Route, TenantId};
 use crate::config::Config;
-use crate::fabric::{Anchor, Asking, Carried, NodeConfig, addresses, follow, octets};
+use crate::fabric::{Anchor, Arrival, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
 use crate::memory::{TenantMap, make_stream_with};
 use crate::rights::{Held, NotHeld, Passport, Rights};
@@ -26,6 +26,8 @@ use serde_json::{Value, json};
 
 /// Time for a program to make its anchor, once it was told where.
 const ANCHOR: Duration = Duration::from_secs(10);
+/// Time until anchors are taken again when there were no descriptors.
+const PAUSE: Duration = Duration::from_millis(20);
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
 
@@ -420,17 +422,22 @@ impl Daemon {
     /// Anchors have come in. Not a byte flows before it is known whose each is: that of the program that was promised a
     /// stream for the socket at the other end.
     pub(super) fn on_anchors(&mut self, listener: usize) {
-        while let Some(arrival) = self
-            .fabric
-            .as_mut()
-            .and_then(|fabric| fabric.arrival(listener))
-        {
-            let from = match arrival {
-                Ok(from) => from,
-                Err(from) => {
+        while let Some(fabric) = &mut self.fabric {
+            let from = match fabric.arrival(listener) {
+                Arrival::From(from) => from,
+                Arrival::Stray(from) => {
                     self.journal.counters.stray += 1;
                     debug!(%from, "a connection to the anchors' port that nobody asked for");
                     continue;
+                }
+                Arrival::None => return,
+                Arrival::Short(error) => {
+                    let what = "programs that go to other nodes have to wait: more descriptors are needed (LimitNOFILE=)";
+                    self.journal.fault(what, 0, &error);
+                    if let Some(listener) = fabric.listener(listener) {
+                        self.agenda.unwatch(listener);
+                    }
+                    return self.agenda.after(PAUSE, Due::Anchors(listener));
                 }
             };
             let tickets = self.fabric.as_ref().map(|fabric| fabric.promised_to(from));
@@ -439,6 +446,22 @@ impl Daemon {
                     self.attach_anchor(ticket, held);
                 }
             }
+        }
+    }
+
+    /// Anchors are taken again.
+    pub(super) fn on_anchors_due(&mut self, listener: usize) {
+        let found = self
+            .fabric
+            .as_ref()
+            .and_then(|fabric| fabric.listener(listener));
+        if let Some(socket) = found
+            && self
+                .agenda
+                .watch(socket, Token::Anchors(listener as u64))
+                .is_err()
+        {
+            self.agenda.after(PAUSE, Due::Anchors(listener));
         }
     }
 

@@ -103,6 +103,12 @@ impl Daemon {
             Some(Connection {
                 tenant: None,
                 inbox: Inbox::Open,
+                answered: true,
+                ..
+            }) => Err(End::HungUp),
+            Some(Connection {
+                tenant: None,
+                inbox: Inbox::Open,
                 ..
             }) => Err(End::Refused {
                 code: refusal::MALFORMED,
@@ -214,6 +220,7 @@ impl Daemon {
             peer: Arc::new(peer),
             adopted,
             inbox: Inbox::Open,
+            answered: false,
             wants_write: false,
             retries: false,
             tenant: None,

@@ -115,6 +115,7 @@ impl Daemon {
             asker.inbox = Inbox::Answering(answering);
             return self.flush(id);
         }
+        asker.answered = true;
         drop(answering);
         self.rewatch(id)?;
         self.flush(id)?;

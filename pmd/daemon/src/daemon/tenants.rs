@@ -18,11 +18,12 @@ use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
 use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received};
 use crate::connections::{Connection, Tenant};
+use crate::found::Found;
 use crate::memory::BadMemory;
+use crate::porters::Owner;
 use crate::rights::{Changed, Rights};
 
-/// Time between two looks whether tenants are who they were, and the tenants looked at in one: who runs another program is
-/// detached soon, also when nobody asks for anything in its name.
+/// Time between two looks whether tenants are who they were, and the tenants looked at in one.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT: usize = 64;
 /// Requests taken from one tenant before others have their turn.
@@ -227,18 +228,45 @@ impl Daemon {
 
     /// A process says HELLO: whatever it was attached as before it ran another program is over.
     fn detach_earlier_programs(&mut self, id: TenantId, pid: i32) {
-        let earlier: Vec<(TenantId, Changed)> = self
-            .connections
-            .attached()
-            .filter(|(other, connection, _)| *other != id && connection.peer.pid == pid)
-            .filter_map(|(other, _, tenant)| Some((other, tenant.passport.check_quickly().err()?)))
-            .collect();
-        for (other, changed) in earlier {
-            self.serve(other, |_| Err(changed.into()));
+        let earlier = self.connections.attached();
+        let earlier =
+            earlier.filter(|(other, connection, _)| *other != id && connection.peer.pid == pid);
+        let earlier: Vec<TenantId> = earlier.map(|(other, ..)| other).collect();
+        for other in earlier {
+            self.have_process_looked_at(other);
         }
     }
 
-    /// Detaches those of the next few tenants that are not who they were.
+    /// Has a porter look whether a tenant is who it was.
+    fn have_process_looked_at(&mut self, tenant: TenantId) {
+        let Some(entry) = self.connections.tenant(tenant) else {
+            return;
+        };
+        let passport = entry.passport.clone();
+        let owner = Owner {
+            uid: passport.peer.uid,
+            connection: tenant,
+        };
+        self.porters.give(owner, move || {
+            Some(Found::Process {
+                tenant,
+                unchanged: passport.check(),
+            })
+        });
+    }
+
+    /// A porter has looked at a tenant's process.
+    pub(super) fn on_process(&mut self, id: TenantId, unchanged: Result<(), Changed>) {
+        if let Err(changed) = unchanged
+            && changed != Changed::Hidden
+        {
+            self.journal.counters.changed += 1;
+            self.serve(id, |_| Err(changed.into()));
+        }
+    }
+
+    /// Has the next few tenants looked at: who is not who it was is detached, also when nobody asks for anything in its
+    /// name.
     pub(super) fn sweep(&mut self) {
         let mut left = match self.swept.take() {
             Some(left) if !left.is_empty() => left,
@@ -248,14 +276,7 @@ impl Daemon {
             return;
         }
         for id in left.drain(..left.len().min(SWEPT)) {
-            let tenant = self.connections.tenant(id);
-            let changed = tenant.and_then(|tenant| tenant.passport.check_quickly().err());
-            if let Some(changed) = changed
-                && changed != Changed::Hidden
-            {
-                self.journal.counters.changed += 1;
-                self.serve(id, |_| Err(changed.into()));
-            }
+            self.have_process_looked_at(id);
         }
         self.swept = Some(left);
         self.agenda.after(SWEEP, Due::Sweep);

@@ -88,6 +88,19 @@ pub enum Anchor {
     },
 }
 
+/// What there is at a listener for anchors.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A connection from an address that a stream is promised for.
+    From(SocketAddr),
+    /// One that nobody was told to make.
+    Stray(SocketAddr),
+    /// Nothing now.
+    None,
+    /// There are no descriptors to take what there is.
+    Short(io::Error),
+}
+
 /// A program that waits for the answer to a REACH.
 #[derive(Debug)]
 pub struct Asking {
@@ -422,16 +435,33 @@ impl Control {
         }
     }
 
-    /// The next connection that has come in at a listener for anchors: the address that it comes from. `Err` for one
-    /// that nobody was told to make.
-    pub fn arrival(&mut self, listener: usize) -> Option<Result<SocketAddr, SocketAddr>> {
-        let (socket, from) = self.listeners.get(listener)?.accept().ok()?;
+    /// The next connection that has come in at a listener for anchors.
+    pub fn arrival(&mut self, listener: usize) -> Arrival {
+        let Some(accepted) = self.listeners.get(listener).map(TcpListener::accept) else {
+            return Arrival::None;
+        };
+        let (socket, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Arrival::None,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => {
+                    return Arrival::Short(error);
+                }
+                // That one was over before it was taken.
+                _ => return Arrival::None,
+            },
+        };
         let to = socket.local_addr().ok();
         let Some(to) = to.filter(|_| self.promised.contains_key(&from)) else {
-            return Some(Err(from));
+            return Arrival::Stray(from);
         };
         self.arrived.insert(from, (socket.into(), to));
-        Some(Ok(from))
+        Arrival::From(from)
+    }
+
+    /// A listener for anchors, to be watched or not.
+    pub fn listener(&self, listener: usize) -> Option<&TcpListener> {
+        self.listeners.get(listener)
     }
 
     /// The streams that are promised to whoever comes from an address, the latest first.
