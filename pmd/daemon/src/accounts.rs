@@ -158,7 +158,7 @@ struct Account {
 pub struct Charge {
     account: Arc<Account>,
     all: Arc<Sums>,
-    limits: Limits,
+    limits: Arc<Limits>,
     amounts: Amounts,
 }
 
@@ -230,7 +230,7 @@ pub struct Statement {
 /// The accounts of all users. See the module's text.
 #[derive(Debug)]
 pub struct Accounts {
-    limits: Limits,
+    limits: Arc<Limits>,
     users: HashMap<u32, Arc<Account>>,
     all: Arc<Sums>,
 }
@@ -242,7 +242,7 @@ impl Accounts {
     /// Nobody has anything.
     pub fn new(limits: Limits) -> Self {
         Accounts {
-            limits,
+            limits: Arc::new(limits),
             users: HashMap::new(),
             all: Arc::default(),
         }
@@ -250,7 +250,7 @@ impl Accounts {
 
     /// From now on these limits count. What is had already stays.
     pub fn set_limits(&mut self, limits: Limits) {
-        self.limits = limits;
+        self.limits = Arc::new(limits);
     }
 
     /// The limits.
@@ -273,7 +273,7 @@ impl Accounts {
         let mut charge = Charge {
             account: account.clone(),
             all: self.all.clone(),
-            limits: self.limits,
+            limits: self.limits.clone(),
             amounts: [0; Thing::ALL.len()],
         };
         for (thing, amount) in wanted {

@@ -156,14 +156,14 @@ impl Channel {
 
     /// The next datagram, unless it brings descriptors.
     pub fn receive(&self) -> io::Result<Receive> {
-        match take(&*self.socket, MsgFlags::MSG_PEEK, 0)? {
+        match take(&self.socket, MsgFlags::MSG_PEEK, 0)? {
             // Nobody else reads, so what is there is what was looked at.
             Taken::Whole(..) => {}
             Taken::CutOff => return Ok(Receive::Descriptors),
             Taken::Nothing => return Ok(Receive::Nothing),
             Taken::Closed => return Ok(Receive::Closed),
         }
-        match take(&*self.socket, MsgFlags::empty(), 0)? {
+        match take(&self.socket, MsgFlags::empty(), 0)? {
             Taken::Whole(bytes, sender, _) => Ok(Receive::Message(Received {
                 bytes,
                 sender,

@@ -192,7 +192,7 @@ impl TenantMap {
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
     /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than [`BLOCK`] bytes
     /// are read.
-    pub fn conns(&self, from: u64) -> io::Result<(Vec<(u32, ConnView)>, Option<u64>)> {
+    pub fn conns(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
         let Some(data) = next_data(&self.file, from.max(START))? else {
@@ -234,6 +234,9 @@ struct Atomics<'a> {
     taken: &'a rdsock_shm::sync::AtomicU32,
     counters: &'a [rdsock_shm::sync::AtomicU64; 16],
 }
+
+/// A record's number, and the record.
+pub type Numbered = (u32, ConnView);
 
 /// A copy of a [`ConnRecord`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
