@@ -1,7 +1,7 @@
 //! The daemon: joins its owners, and is their event loop.
 //!
 //! Each thing has one owner, whose state is its own: the [`Agenda`] what is waited for and due, [`Connections`] who is
-//! connected and attached, the [`Streams`] who holds which stream, the fabric's [`Control`] what leads to other nodes,
+//! connected and attached, the [`Streams`] who holds which stream, the fabric's `Control` what leads to other nodes,
 //! the [`Accounts`] what each user has, the [`Journal`] what was counted and logged. The [`Rights`] decide, [`Porters`]
 //! do what may have to be waited for. The files of this folder say what an event means for them, each for one kind of
 //! event.

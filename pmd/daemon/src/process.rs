@@ -242,7 +242,7 @@ fn parse_mapping(line: &[u8]) -> Option<(u64, FileId)> {
     Some((address, id))
 }
 
-/// The question of [`mapping_at`] (`include/uapi/linux/fs.h`).
+/// Asks which file is mapped at an address (`include/uapi/linux/fs.h`).
 pub const PROCMAP_QUERY: u64 = nix::request_code_readwrite!(b'f', 17, size_of::<ProcmapQuery>());
 
 #[repr(C)]

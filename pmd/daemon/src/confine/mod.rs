@@ -7,7 +7,7 @@
 //!    Capabilities, the bounding set and `no_new_privs` are each thread's own: threads that are made later have them from
 //!    the thread that makes them.
 //! 2. [`Confinement::device_is_open`] between opening the device and starting the poll cores, in the thread that did
-//!    both. Opening takes two capabilities more (see [`capabilities::opening`]). A model makes threads while it is
+//!    both. Opening takes two capabilities more (see `capabilities.rs`). A model makes threads while it is
 //!    opened, and needs neither of the two, so no thread ever has them but this one.
 //! 3. [`Confinement::filter`] when all is set up, before anybody is served. By then there are threads (poll cores, anchors,
 //!    the model's links), so the filter is put on all of them in one step (`SECCOMP_FILTER_FLAG_TSYNC`). Later threads

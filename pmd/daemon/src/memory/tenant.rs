@@ -190,7 +190,7 @@ impl TenantMap {
     }
 
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
-    /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than [`BLOCK`] bytes
+    /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than 4096 bytes
     /// are read.
     pub fn conns(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;

@@ -8,7 +8,7 @@
 //! node, and unmap its memory. If it comes back, it is a new node.
 //!
 //! A link that is missing is made again, whatever has happened to it, to the processes or to the directory: the
-//! thread looks once a second ([`watch`]). When descriptors are short nothing is cut: what needs one waits.
+//! thread looks once a second (`watch.rs`). When descriptors are short nothing is cut: what needs one waits.
 //!
 //! The directory stands for the wire between real devices, and for more: who may connect there can write into
 //! the memory of every node that is linked. It has to belong to the user, with mode 0700; processes of other
