@@ -97,6 +97,8 @@ struct Corner<D> {
     carried: HashSet<u64>,
     /// The user is in `turn`.
     queued: bool,
+    /// How many loads wait.
+    loads: usize,
 }
 
 impl<D> Default for Corner<D> {
@@ -106,6 +108,7 @@ impl<D> Default for Corner<D> {
             ready: VecDeque::new(),
             carried: HashSet::new(),
             queued: false,
+            loads: 0,
         }
     }
 }
@@ -122,6 +125,7 @@ impl<D> Yard<D> {
         let corner = self.users.entry(owner.uid).or_default();
         let queue = corner.waiting.entry(owner.connection).or_default();
         queue.push_back(load);
+        corner.loads += 1;
         self.waiting += 1;
         if queue.len() == 1 && !corner.carried.contains(&owner.connection) {
             corner.ready.push_back(owner.connection);
@@ -150,6 +154,7 @@ impl<D> Yard<D> {
             corner.waiting.remove(&connection);
         }
         corner.carried.insert(connection);
+        corner.loads -= 1;
         self.waiting -= 1;
         self.queue(uid);
         Some((Owner { uid, connection }, load))
@@ -243,6 +248,12 @@ impl<D: Send + 'static> Porters<D> {
         (yard.waiting, carried.sum())
     }
 
+    /// Loads of a user that wait.
+    pub fn waiting_of(&self, uid: u32) -> usize {
+        let yard = self.shared.lock();
+        yard.users.get(&uid).map_or(0, |corner| corner.loads)
+    }
+
     /// A descriptor that a stranger has made: closed by a porter.
     pub fn foreign(&self, owner: Owner, fd: OwnedFd) -> Foreign<D> {
         Foreign {
@@ -332,6 +343,11 @@ impl<D: Send + 'static> Foreign<D> {
         self.owner
     }
 
+    /// It is closed on behalf of somebody else.
+    pub fn give_to(&mut self, owner: Owner) {
+        self.owner = owner;
+    }
+
     /// It counts on this account until it is closed.
     pub fn charge_to(&mut self, charge: Charge) {
         self.charge = Some(charge);
@@ -392,6 +408,7 @@ mod tests {
         assert_eq!(found, [20, 20, 30]);
         assert!(porters.take().is_none());
         assert_eq!(porters.load(), (1, 1));
+        assert_eq!((porters.waiting_of(7), porters.waiting_of(8)), (1, 0));
         end.send(()).unwrap();
         // The loads of one connection are carried in order.
         assert_eq!([fetch(&porters), fetch(&porters)], [1, 10]);

@@ -35,8 +35,14 @@ const PEER_DESCRIPTORS: u64 = 2;
 const RETRY: Duration = Duration::from_millis(20);
 /// Time until callers are let in again when there were no descriptors, or too many wait to be closed.
 const PAUSE: Duration = Duration::from_millis(20);
-/// With so many loads waiting for porters, callers wait, too.
-const LOADS: usize = 4096;
+/// With so many callers that were turned away and are to be closed, others wait, too.
+const TURNED_AWAY: usize = 64;
+/// With so many loads waiting, a user whose limits are reached is not told so: the porters that it has do not come to
+/// that, and who is turned away counts on nobody's account.
+const LOADS: usize = 64;
+/// In place of the user of those who are turned away. Their sockets are closed without being read: so no file that they
+/// have brought can make a porter wait for long.
+const NOBODY: u32 = u32::MAX;
 
 /// Why a control connection ends.
 #[derive(Debug)]
@@ -126,7 +132,7 @@ impl Daemon {
 
     pub(super) fn accept(&mut self) {
         for _ in 0..DATAGRAMS {
-            if self.porters.load().0 > LOADS {
+            if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
                 return self.let_callers_wait();
             }
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -136,7 +142,7 @@ impl Daemon {
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                     let peer = Peer::of(&socket);
                     let owner = Owner {
-                        uid: peer.as_ref().map_or(u32::MAX, |peer| peer.uid),
+                        uid: peer.as_ref().map_or(NOBODY, |peer| peer.uid),
                         connection: self.connections.next_id(),
                     };
                     let socket = self.porters.foreign(owner, socket);
@@ -188,6 +194,14 @@ impl Daemon {
             Err(over) => {
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
+                if self.porters.waiting_of(uid) > LOADS {
+                    let connection = socket.owner().connection;
+                    socket.give_to(Owner {
+                        uid: NOBODY,
+                        connection,
+                    });
+                    return;
+                }
                 refuse(&socket, over);
                 return dismiss(&self.porters, Arc::new(socket));
             }
