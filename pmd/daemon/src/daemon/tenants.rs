@@ -25,6 +25,8 @@ use crate::rights::{Changed, Rights};
 /// detached soon, also when nobody asks for anything in its name.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT: usize = 64;
+/// A process that attaches is looked at for no more of its other connections. An honest one has one.
+const EARLIER: usize = 16;
 /// Requests taken from one tenant before others have their turn.
 const REQUESTS: usize = 64;
 /// With so many unread messages, a tenant's further requests wait.
@@ -224,12 +226,14 @@ impl Daemon {
         self.drain(id)
     }
 
-    /// A process says HELLO: whatever it was attached as before it ran another program is over.
+    /// A process says HELLO: whatever it was attached as before it ran another program is over. Of very many such
+    /// connections, the rest is left to the sweep.
     fn detach_earlier_programs(&mut self, id: TenantId, pid: i32) {
         let earlier: Vec<(TenantId, Changed)> = self
             .connections
             .attached()
             .filter(|(other, connection, _)| *other != id && connection.peer.pid == pid)
+            .take(EARLIER)
             .filter_map(|(other, _, tenant)| Some((other, tenant.passport.check_quickly().err()?)))
             .collect();
         for (other, changed) in earlier {
