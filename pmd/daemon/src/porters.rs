@@ -6,7 +6,7 @@
 //! different ones side by side: who makes a porter wait, waits alone. What a load found is fetched with
 //! [`Porters::take`]; an eventfd tells that there is something.
 //!
-//! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it each millisecond.
+//! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -27,13 +27,15 @@ use nix::unistd::gettid;
 use crate::accounts::Charge;
 
 /// Threads at most.
-pub const MOST: usize = 64;
+pub const MOST: usize = 256;
 /// Threads of one user at most.
 pub const SHARE: usize = 8;
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
-/// A lingering close is interrupted after this time.
+/// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:
+/// their signals together shall cost little.
 const NUDGE: Duration = Duration::from_millis(1);
+const NUDGE_AGAIN: Duration = Duration::from_millis(8);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 const SIGNAL: Signal = Signal::SIGURG;
 
@@ -320,7 +322,10 @@ impl Nudge {
     }
 
     fn start(&mut self) {
-        self.set(Expiration::Interval(NUDGE.into()));
+        self.set(Expiration::IntervalDelayed(
+            NUDGE.into(),
+            NUDGE_AGAIN.into(),
+        ));
     }
 
     fn stop(&mut self) {
