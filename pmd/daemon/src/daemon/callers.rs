@@ -401,9 +401,8 @@ impl Daemon {
             return;
         };
         self.last_use = Instant::now();
-        let socket = connection.channel.socket().clone();
-        self.agenda.unwatch(borrowed(&socket));
-        dismiss(&self.porters, socket);
+        self.agenda.unwatch(borrowed(connection.channel.socket()));
+        connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
         let mut streams = Vec::new();
         if let Some(tenant) = connection.tenant {
@@ -436,9 +435,7 @@ impl Daemon {
         let Some(watched) = self.unwatch(id) else {
             return;
         };
-        for stream in &watched.streams {
-            self.check_stream(*stream);
-        }
+        self.check_streams(&watched.streams);
         let pidfd = watched.peer.pidfd.as_fd();
         if self.waits_for(watched.peer.pid) && self.agenda.watch(pidfd, Token::Process(id)).is_ok()
         {

@@ -385,9 +385,7 @@ impl Daemon {
         self.announcements.forget_all(id);
         let mut streams = self.streams.tenant_gone(id);
         if !alive {
-            for stream in streams.drain(..) {
-                self.check_stream(stream);
-            }
+            self.check_streams(&std::mem::take(&mut streams));
         }
         streams.retain(|id| {
             self.streams
