@@ -205,7 +205,7 @@ impl<D: Send + 'static> Porters<D> {
             shared: Arc::new(shared),
         };
         for _ in 0..KEPT {
-            porters.start()?;
+            porters.shared.start()?;
         }
         Ok(porters)
     }
@@ -214,18 +214,7 @@ impl<D: Send + 'static> Porters<D> {
     pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give(owner, Box::new(load));
-        let wanted = yard.turn.len() > yard.idle && yard.threads < MOST;
-        if wanted && self.start().is_ok() {
-            yard.threads += 1;
-        }
-        drop(yard);
-        self.shared.work.notify_one();
-    }
-
-    fn start(&self) -> io::Result<()> {
-        let shared = self.shared.clone();
-        let porter = thread::Builder::new().name("porter".into());
-        porter.spawn(move || shared.carry()).map(drop)
+        self.shared.find_porter(&mut yard);
     }
 
     /// The next thing that was found.
@@ -273,7 +262,24 @@ impl<D: Send + 'static> Shared<D> {
         self.yard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry(&self) {
+    fn start(self: &Arc<Self>) -> io::Result<()> {
+        let shared = self.clone();
+        let porter = thread::Builder::new().name("porter".into());
+        porter.spawn(move || shared.carry()).map(drop)
+    }
+
+    /// Wakes or starts somebody if a load may be taken up. Who takes one calls this again: so there are as many as can
+    /// be used, however late those that were woken come.
+    fn find_porter(self: &Arc<Self>, yard: &mut Yard<D>) {
+        if yard.turn.len() > yard.idle && yard.threads < MOST && self.start().is_ok() {
+            yard.threads += 1;
+        }
+        if !yard.turn.is_empty() {
+            self.work.notify_one();
+        }
+    }
+
+    fn carry(self: &Arc<Self>) {
         let mut nudge = Nudge::new();
         let mut yard = self.lock();
         loop {
@@ -288,6 +294,7 @@ impl<D: Send + 'static> Shared<D> {
                 yard.idle -= 1;
                 continue;
             };
+            self.find_porter(&mut yard);
             drop(yard);
             nudge.start();
             let found = load();
