@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::rc::Rc;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -86,7 +85,7 @@ pub struct Outgoing {
     /// Its bytes.
     pub bytes: Vec<u8>,
     /// The descriptors beside it.
-    pub fds: Vec<Rc<OwnedFd>>,
+    pub fds: Vec<Arc<OwnedFd>>,
 }
 
 /// What a receive found.
@@ -182,6 +181,11 @@ impl Channel {
         Ok(())
     }
 
+    /// Closes it.
+    pub fn dismiss(self, porters: &Porters<Found>) {
+        dismiss_with(porters, self.socket, self.queue);
+    }
+
     /// Datagrams that wait.
     pub fn queued(&self) -> usize {
         self.queue.len()
@@ -217,6 +221,11 @@ impl Channel {
 /// Closes a control connection when it has no user any more. What is unread is read first: else the other side would be
 /// told ECONNRESET, before it could read why it was refused.
 pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>) {
+    dismiss_with(porters, socket, VecDeque::new());
+}
+
+/// The same, with what was not sent any more: that may be the last to hold a stream's memory.
+fn dismiss_with(porters: &Porters<Found>, socket: Arc<Foreign>, unsent: VecDeque<Outgoing>) {
     // Nothing comes in from now on.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     porters.give(socket.owner(), move || {
@@ -225,6 +234,7 @@ pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>) {
             take(&socket, MsgFlags::empty(), 0),
             Ok(Taken::Whole(..) | Taken::CutOff)
         ) {}
+        drop(unsent);
         None
     });
 }

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::accounts::Charge;
@@ -54,7 +53,7 @@ pub struct Tenant {
     /// Its memory.
     pub map: TenantMap,
     /// Its bell board, to be handed to its peers.
-    pub bells: Rc<OwnedFd>,
+    pub bells: Arc<OwnedFd>,
     /// Who it was at HELLO.
     pub passport: Arc<Passport>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.

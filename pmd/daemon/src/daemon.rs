@@ -235,9 +235,7 @@ impl Daemon {
             Token::Call(ticket) => self.on_call(ticket),
             Token::Process(id) => {
                 if let Some(watched) = self.unwatch(id) {
-                    for stream in watched.streams {
-                        self.check_stream(stream);
-                    }
+                    self.check_streams(&watched.streams);
                 }
                 self.serve(id, |_| Err(End::Exited));
             }

@@ -6,7 +6,7 @@
 //! different ones side by side: who makes a porter wait, waits alone. What a load found is fetched with
 //! [`Porters::take`]; an eventfd tells that there is something.
 //!
-//! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it each millisecond.
+//! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -27,13 +27,15 @@ use nix::unistd::gettid;
 use crate::accounts::Charge;
 
 /// Threads at most.
-pub const MOST: usize = 64;
+pub const MOST: usize = 256;
 /// Threads of one user at most.
 pub const SHARE: usize = 8;
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
-/// A lingering close is interrupted after this time.
+/// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:
+/// their signals together shall cost little.
 const NUDGE: Duration = Duration::from_millis(1);
+const NUDGE_AGAIN: Duration = Duration::from_millis(8);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 const SIGNAL: Signal = Signal::SIGURG;
 
@@ -97,6 +99,8 @@ struct Corner<D> {
     carried: HashSet<u64>,
     /// The user is in `turn`.
     queued: bool,
+    /// How many loads wait.
+    loads: usize,
 }
 
 impl<D> Default for Corner<D> {
@@ -106,6 +110,7 @@ impl<D> Default for Corner<D> {
             ready: VecDeque::new(),
             carried: HashSet::new(),
             queued: false,
+            loads: 0,
         }
     }
 }
@@ -122,6 +127,7 @@ impl<D> Yard<D> {
         let corner = self.users.entry(owner.uid).or_default();
         let queue = corner.waiting.entry(owner.connection).or_default();
         queue.push_back(load);
+        corner.loads += 1;
         self.waiting += 1;
         if queue.len() == 1 && !corner.carried.contains(&owner.connection) {
             corner.ready.push_back(owner.connection);
@@ -150,6 +156,7 @@ impl<D> Yard<D> {
             corner.waiting.remove(&connection);
         }
         corner.carried.insert(connection);
+        corner.loads -= 1;
         self.waiting -= 1;
         self.queue(uid);
         Some((Owner { uid, connection }, load))
@@ -207,7 +214,7 @@ impl<D: Send + 'static> Porters<D> {
     pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give(owner, Box::new(load));
-        self.shared.have_help(&mut yard);
+        self.shared.find_porter(&mut yard);
     }
 
     /// The next thing that was found.
@@ -225,18 +232,17 @@ impl<D: Send + 'static> Porters<D> {
         self.shared.found.as_fd()
     }
 
-    /// Loads of a user that wait.
-    pub fn waiting_of(&self, uid: u32) -> usize {
-        let yard = self.shared.lock();
-        let corner = yard.users.get(&uid);
-        corner.map_or(0, |corner| corner.waiting.values().map(VecDeque::len).sum())
-    }
-
     /// Loads that wait, and loads that are being carried.
     pub fn load(&self) -> (usize, usize) {
         let yard = self.shared.lock();
         let carried = yard.users.values().map(|corner| corner.carried.len());
         (yard.waiting, carried.sum())
+    }
+
+    /// Loads of a user that wait.
+    pub fn waiting_of(&self, uid: u32) -> usize {
+        let yard = self.shared.lock();
+        yard.users.get(&uid).map_or(0, |corner| corner.loads)
     }
 
     /// A descriptor that a stranger has made: closed by a porter.
@@ -262,12 +268,14 @@ impl<D: Send + 'static> Shared<D> {
         porter.spawn(move || shared.carry()).map(drop)
     }
 
-    /// A load waits: has a thread take it up, if there may be one more.
-    fn have_help(self: &Arc<Self>, yard: &mut Yard<D>) {
-        if yard.idle > 0 {
-            self.work.notify_one();
-        } else if yard.threads < MOST && self.start().is_ok() {
+    /// Wakes or starts somebody if a load may be taken up. Who takes one calls this again: so there are as many as can
+    /// be used, however late those that were woken come.
+    fn find_porter(self: &Arc<Self>, yard: &mut Yard<D>) {
+        if yard.turn.len() > yard.idle && yard.threads < MOST && self.start().is_ok() {
             yard.threads += 1;
+        }
+        if !yard.turn.is_empty() {
+            self.work.notify_one();
         }
     }
 
@@ -286,9 +294,7 @@ impl<D: Send + 'static> Shared<D> {
                 yard.idle -= 1;
                 continue;
             };
-            if !yard.turn.is_empty() {
-                self.have_help(&mut yard);
-            }
+            self.find_porter(&mut yard);
             drop(yard);
             nudge.start();
             let found = load();
@@ -323,7 +329,10 @@ impl Nudge {
     }
 
     fn start(&mut self) {
-        self.set(Expiration::Interval(NUDGE.into()));
+        self.set(Expiration::IntervalDelayed(
+            NUDGE.into(),
+            NUDGE_AGAIN.into(),
+        ));
     }
 
     fn stop(&mut self) {
@@ -346,8 +355,8 @@ impl<D: Send + 'static> Foreign<D> {
         self.owner
     }
 
-    /// It is closed on behalf of this one.
-    pub fn belongs_to(&mut self, owner: Owner) {
+    /// It is closed on behalf of somebody else.
+    pub fn give_to(&mut self, owner: Owner) {
         self.owner = owner;
     }
 
@@ -411,6 +420,7 @@ mod tests {
         assert_eq!(found, [20, 20, 30]);
         assert!(porters.take().is_none());
         assert_eq!(porters.load(), (1, 1));
+        assert_eq!((porters.waiting_of(7), porters.waiting_of(8)), (1, 0));
         end.send(()).unwrap();
         // The loads of one connection are carried in order.
         assert_eq!([fetch(&porters), fetch(&porters)], [1, 10]);
@@ -454,10 +464,14 @@ mod tests {
         for connection in 0..2 * SHARE as u64 {
             wait(u32::MAX, connection);
         }
-        assert!(porters.shared.lock().threads <= 2 * SHARE);
+        assert!(porters.shared.lock().threads <= 2 * SHARE + KEPT);
         porters.give(owner(1, 1), || Some(1));
         assert_eq!(fetch(&porters), 1);
-        assert_eq!(porters.load(), (SHARE, SHARE));
+        let end_of_patience = Instant::now() + Duration::from_secs(20);
+        while porters.load() != (SHARE, SHARE) {
+            assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
+            thread::sleep(Duration::from_millis(1));
+        }
         for user in 0..2 * MOST as u32 {
             wait(user, 0);
         }

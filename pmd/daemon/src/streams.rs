@@ -7,7 +7,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,10 +24,10 @@ use crate::memory::{DirectionView, HugePages, StreamFds, make_stream};
 /// A stream's memory and what is needed to hand it out again.
 #[derive(Debug)]
 pub struct Memory {
-    stream: Rc<OwnedFd>,
-    ends: [Rc<OwnedFd>; 2],
+    stream: Arc<OwnedFd>,
+    ends: [Arc<OwnedFd>; 2],
     /// The bell boards of the tenants that announced the two ends.
-    bells: [Rc<OwnedFd>; 2],
+    bells: [Arc<OwnedFd>; 2],
     ring_size: u64,
     /// What it costs its payer. `None` for one to another node, which costs from before it is promoted.
     _charge: Option<Charge>,
@@ -73,7 +72,7 @@ impl Elsewhere {
 
 impl Memory {
     /// An end is handed to another tenant, with this bell board.
-    pub fn hand_anew(&mut self, end: usize, bells: Rc<OwnedFd>) {
+    pub fn hand_anew(&mut self, end: usize, bells: Arc<OwnedFd>) {
         if let Some(place) = self.bells.get_mut(end) {
             *place = bells;
         }
@@ -82,15 +81,15 @@ impl Memory {
     /// From the descriptors of a new stream.
     pub fn new(
         fds: StreamFds,
-        bells: [Rc<OwnedFd>; 2],
+        bells: [Arc<OwnedFd>; 2],
         ring_size: u64,
         charge: Option<Charge>,
         elsewhere: Option<Elsewhere>,
     ) -> Self {
         Memory {
             _charge: charge,
-            stream: Rc::new(fds.stream),
-            ends: fds.ends.map(Rc::new),
+            stream: Arc::new(fds.stream),
+            ends: fds.ends.map(Arc::new),
             bells,
             ring_size,
             huge: fds.huge,
@@ -246,7 +245,7 @@ impl Streams {
         ];
         Some(Outgoing {
             bytes: Message::new(kind::PROMOTE, &promote).as_bytes().to_vec(),
-            fds: fds.map(Rc::clone).to_vec(),
+            fds: fds.map(Arc::clone).to_vec(),
         })
     }
 }

@@ -167,8 +167,9 @@ impl Daemon {
             return;
         };
         fabric.release(ticket);
-        if self.streams.close(ticket).is_some() {
+        if let Some(stream) = self.streams.close(ticket) {
             self.journal.counters.streams_closed += 1;
+            self.give_back(stream);
         }
     }
 

@@ -35,9 +35,14 @@ const PEER_DESCRIPTORS: u64 = 2;
 const RETRY: Duration = Duration::from_millis(20);
 /// Time until callers are let in again when there were no descriptors, or too many wait to be closed.
 const PAUSE: Duration = Duration::from_millis(20);
-/// With so many loads of all users waiting for porters, callers wait, too; with so many of its own, a caller is sent away.
-const LOADS: usize = 65_536;
-const LOADS_OF_USER: usize = 4096;
+/// With so many callers that were turned away and are to be closed, others wait, too.
+const TURNED_AWAY: usize = 64;
+/// With so many loads waiting, a user whose limits are reached is not told so: the porters that it has do not come to
+/// that, and who is turned away counts on nobody's account.
+const LOADS: usize = 64;
+/// In place of the user of those who are turned away. Their sockets are closed without being read: so no file that they
+/// have brought can make a porter wait for long.
+const NOBODY: u32 = u32::MAX;
 /// With so many looks at a tenant's sockets under way, its further messages wait.
 const LOOKS: usize = 64;
 
@@ -135,7 +140,7 @@ impl Daemon {
 
     pub(super) fn accept(&mut self) {
         for _ in 0..DATAGRAMS {
-            if self.porters.load().0 > LOADS {
+            if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
                 return self.let_callers_wait();
             }
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -145,7 +150,7 @@ impl Daemon {
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                     let peer = Peer::of(&socket);
                     let owner = Owner {
-                        uid: peer.as_ref().map_or(u32::MAX, |peer| peer.uid),
+                        uid: peer.as_ref().map_or(NOBODY, |peer| peer.uid),
                         connection: self.connections.next_id(),
                     };
                     let socket = self.porters.foreign(owner, socket);
@@ -192,26 +197,25 @@ impl Daemon {
                 accounts.charge(uid, &[])?,
             ])
         };
-        let busy = self.porters.waiting_of(uid) > LOADS_OF_USER;
-        let charges = match busy {
-            true => Err(Over {
-                thing: Thing::Callers,
-                limit: LOADS_OF_USER as u64,
-                of_all: false,
-            }),
-            false => charge(&mut self.accounts),
-        };
-        let [of_socket, of_caller, unread] = match charges {
+        let [of_socket, of_caller, unread] = match charge(&mut self.accounts) {
             Ok(charges) => charges,
             Err(over) => {
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
+                if self.porters.waiting_of(uid) > LOADS {
+                    let connection = socket.owner().connection;
+                    socket.give_to(Owner {
+                        uid: NOBODY,
+                        connection,
+                    });
+                    return;
+                }
                 refuse(&socket, over);
                 return dismiss(&self.porters, Arc::new(socket));
             }
         };
         socket.charge_to(of_socket);
-        socket.belongs_to(Owner {
+        socket.give_to(Owner {
             uid,
             connection: self.connections.next_id(),
         });
@@ -443,9 +447,8 @@ impl Daemon {
             return;
         };
         self.last_use = Instant::now();
-        let socket = connection.channel.socket().clone();
-        self.agenda.unwatch(borrowed(&socket));
-        dismiss(&self.porters, socket);
+        self.agenda.unwatch(borrowed(connection.channel.socket()));
+        connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
         let mut streams = Vec::new();
         if let Some(tenant) = connection.tenant {
@@ -478,9 +481,7 @@ impl Daemon {
         let Some(watched) = self.unwatch(id) else {
             return;
         };
-        for stream in &watched.streams {
-            self.check_stream(*stream);
-        }
+        self.check_streams(&watched.streams);
         let pidfd = watched.peer.pidfd.as_fd();
         if self.waits_for(watched.peer.pid) && self.agenda.watch(pidfd, Token::Process(id)).is_ok()
         {

@@ -1,7 +1,7 @@
 //! Streams: made, handed out, found again, given back.
 
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdsock_shm::reason::Reason;
@@ -13,11 +13,17 @@ use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
 use crate::memory::rounded;
+use crate::porters::Owner;
 use crate::streams::Memory;
 
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
 const FIRST_LOOK: Duration = Duration::from_millis(50);
 const LAST_LOOK: Duration = Duration::from_secs(30);
+/// Streams that are looked at in a turn when many lose their holders at once, and the time for a portion.
+const PORTION: usize = 64;
+const PORTION_TIME: Duration = Duration::from_millis(4);
+/// Memory is given back on behalf of no connection: one stream of a user after the other.
+const NO_CONNECTION: u64 = 0;
 /// Descriptors of a stream: its memory and two end pages.
 pub(super) const STREAM_DESCRIPTORS: u64 = 3;
 
@@ -35,7 +41,7 @@ impl Daemon {
             self.log_over(over, uid, 0);
             Reason::Limit
         })?;
-        let bells = |end: &Announced| -> Result<Rc<OwnedFd>, Reason> {
+        let bells = |end: &Announced| -> Result<Arc<OwnedFd>, Reason> {
             let tenant = self.connections.tenant(end.conn.tenant);
             Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
         };
@@ -173,9 +179,37 @@ impl Daemon {
             // Its anchor tells the poll core how it ended, and it is closed when the other node knows.
             return;
         }
-        if self.streams.close(id).is_some() {
+        if let Some(stream) = self.streams.close(id) {
             self.journal.counters.streams_closed += 1;
             debug!(stream = id, "closed");
+            self.give_back(stream);
+        }
+    }
+
+    /// Has a porter give a stream's memory back, since whoever is the last to hold it has to take it apart. Until then
+    /// it is on its payer's account.
+    pub(super) fn give_back(&mut self, stream: book::Stream<Memory>) {
+        let owner = Owner {
+            uid: stream.payer,
+            connection: NO_CONNECTION,
+        };
+        self.porters.give(owner, move || {
+            drop(stream);
+            None
+        });
+    }
+
+    /// Holders of these streams are gone. Many are looked at in portions, so that others have their turn between.
+    pub(super) fn check_streams(&mut self, streams: &[u64]) {
+        for (portion, streams) in (0..).zip(streams.chunks(PORTION)) {
+            for stream in streams {
+                if portion == 0 {
+                    self.check_stream(*stream);
+                } else if self.streams.look_after(*stream) {
+                    self.agenda
+                        .after(PORTION_TIME * portion, Due::Stream(*stream, 0));
+                }
+            }
         }
     }
 }

@@ -26,6 +26,8 @@ use crate::rights::{Changed, Rights};
 /// Time between two looks whether tenants are who they were, and the tenants looked at in one.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT: usize = 64;
+/// A process that attaches is looked at for no more of its other connections. An honest one has one.
+const EARLIER: usize = 16;
 /// Requests taken from one tenant before others have their turn.
 const REQUESTS: usize = 64;
 /// With so many unread messages, a tenant's further requests wait.
@@ -226,12 +228,13 @@ impl Daemon {
         self.drain(id)
     }
 
-    /// A process says HELLO: whatever it was attached as before it ran another program is over.
+    /// A process says HELLO: whatever it was attached as before it ran another program is over. Of very many such
+    /// connections, the rest is left to the sweep.
     fn detach_earlier_programs(&mut self, id: TenantId, pid: i32) {
         let earlier = self.connections.attached();
         let earlier =
             earlier.filter(|(other, connection, _)| *other != id && connection.peer.pid == pid);
-        let earlier: Vec<TenantId> = earlier.map(|(other, ..)| other).collect();
+        let earlier: Vec<TenantId> = earlier.take(EARLIER).map(|(other, ..)| other).collect();
         for other in earlier {
             self.have_process_looked_at(other);
         }
@@ -411,9 +414,7 @@ impl Daemon {
         self.announcements.forget_all(id);
         let mut streams = self.streams.tenant_gone(id);
         if !alive {
-            for stream in streams.drain(..) {
-                self.check_stream(stream);
-            }
+            self.check_streams(&std::mem::take(&mut streams));
         }
         streams.retain(|id| {
             self.streams

@@ -29,7 +29,6 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tracing::info;
@@ -154,7 +153,7 @@ pub struct Control {
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
     /// Handed out in place of a peer's bell board; nobody looks at it.
-    board: Rc<OwnedFd>,
+    board: Arc<OwnedFd>,
     /// Streams by ticket.
     pub carried: HashMap<u64, Carried>,
     /// Who waits for which of them to be established.
@@ -243,7 +242,7 @@ impl Control {
             wanted_back,
             giving_back: false,
             listeners,
-            board: Rc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
+            board: Arc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
             carried: HashMap::new(),
             asking: HashMap::new(),
             promised: HashMap::new(),
@@ -369,7 +368,7 @@ impl Control {
     }
 
     /// The board that is handed out in place of a peer's.
-    pub fn board(&self) -> Rc<OwnedFd> {
+    pub fn board(&self) -> Arc<OwnedFd> {
         self.board.clone()
     }
 

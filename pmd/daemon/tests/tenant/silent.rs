@@ -71,11 +71,17 @@ pub struct SilentFile {
 impl SilentFile {
     /// `None` where there is no FUSE, having said so.
     pub fn open(test: &str) -> Option<Self> {
+        Some(Self::open_for(test, |_| ())?.0)
+    }
+
+    /// The same, with something done while the file still answers: no process that has it can be started later.
+    pub fn open_for<T>(test: &str, before: impl FnOnce(i32) -> T) -> Option<(Self, T)> {
         let mut system = FileSystem::start(test, None)?;
         let file = File::options().read(true).write(true).open(system.path());
         let file = ManuallyDrop::new(file.unwrap());
+        let result = before(file.as_raw_fd());
         system.silence();
-        Some(SilentFile { file, system })
+        Some((SilentFile { file, system }, result))
     }
 
     pub fn fd(&self) -> i32 {
