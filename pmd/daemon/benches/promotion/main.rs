@@ -101,8 +101,8 @@ fn beside(mode: &str, alone: Option<&Histogram<u64>>) {
 fn print_turns(stat: &Value) {
     let counters = &stat["counters"];
     println!(
-        "  longest turn of the control thread: {} µs; over 50 ms: {}",
-        counters["longest_turn_us"], counters["long_turns"]
+        "  longest turn of the control thread: {} µs, {} µs of processor time; over 50 ms: {}",
+        counters["longest_turn_us"], counters["longest_turn_cpu_us"], counters["long_turns"]
     );
 }
 
@@ -111,7 +111,7 @@ fn print_done(before: &Value, after: &Value) {
     let counters = after["counters"].as_object().unwrap();
     let grown = counters.iter().filter_map(|(name, value)| {
         let grown = value.as_u64()? - before["counters"][name].as_u64()?;
-        (grown != 0 && name != "longest_turn_us").then(|| format!("{name} {grown}"))
+        (grown != 0 && !name.starts_with("longest")).then(|| format!("{name} {grown}"))
     });
     println!(
         "  counted meanwhile: {}",
