@@ -25,6 +25,9 @@ pub struct Counters {
     pub changed: u64,
     /// Microseconds of the longest turn of the control thread.
     pub longest_turn_us: u64,
+    /// Microseconds of processor time of the turn that took most of it. A longer turn was kept from its processor, or
+    /// waited.
+    pub longest_turn_cpu_us: u64,
     /// Turns of the control thread that took more than 50 ms.
     pub long_turns: u64,
     /// Connections announced.

@@ -316,6 +316,8 @@ impl Daemon {
 /// A turn of the control thread.
 struct Turn {
     start: Instant,
+    /// What the thread had used of its processor.
+    processor: Duration,
     last: Instant,
     longest: (Duration, String),
 }
@@ -328,6 +330,7 @@ impl Turn {
         let now = Instant::now();
         Turn {
             start: now,
+            processor: process::processor_time(),
             last: now,
             longest: (Self::WORTH, String::new()),
         }
@@ -343,6 +346,7 @@ impl Turn {
     }
 
     fn end(self, journal: &mut Journal) {
-        journal.turn(self.start.elapsed(), &self.longest.1);
+        let processor = process::processor_time().saturating_sub(self.processor);
+        journal.turn(self.start.elapsed(), processor, &self.longest.1);
     }
 }

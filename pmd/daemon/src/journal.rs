@@ -34,19 +34,22 @@ impl Journal {
         }
     }
 
-    /// Notes how long a turn of the control thread took, and what took longest in it.
-    pub fn turn(&mut self, took: Duration, longest: &str) {
-        let micros = took.as_micros() as u64;
-        self.counters.longest_turn_us = self.counters.longest_turn_us.max(micros);
+    /// Notes how long a turn of the control thread took, how much processor time that was, and what took longest in it.
+    pub fn turn(&mut self, took: Duration, processor: Duration, longest: &str) {
+        let micros = |time: Duration| time.as_micros() as u64;
+        let counters = &mut self.counters;
+        counters.longest_turn_us = counters.longest_turn_us.max(micros(took));
+        counters.longest_turn_cpu_us = counters.longest_turn_cpu_us.max(micros(processor));
         if took < LONG {
             return;
         }
-        self.counters.long_turns += 1;
+        counters.long_turns += 1;
         if let Some(unsaid) = self.throttle.pass("long turn", 0, Instant::now()) {
             let ms = took.as_millis() as u64;
+            let cpu_ms = processor.as_millis() as u64;
             warn!(
                 ms,
-                longest, unsaid, "a turn of the control thread took long"
+                cpu_ms, longest, unsaid, "a turn of the control thread took long"
             );
         }
     }

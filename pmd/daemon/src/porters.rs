@@ -284,6 +284,13 @@ impl<D: Send + 'static> Shared<D> {
         let mut yard = self.lock();
         loop {
             let Some((owner, load)) = yard.next() else {
+                if nudge.started {
+                    // What was found is on its way, so nobody waits for this.
+                    drop(yard);
+                    nudge.stop();
+                    yard = self.lock();
+                    continue;
+                }
                 if yard.idle >= KEPT {
                     yard.threads -= 1;
                     return;
@@ -298,19 +305,23 @@ impl<D: Send + 'static> Shared<D> {
             drop(yard);
             nudge.start();
             let found = load();
-            nudge.stop();
             yard = self.lock();
             yard.carried(owner);
             if let Some(found) = found {
                 yard.found.push_back(found);
+                drop(yard);
                 let _ = self.found.write(1);
+                yard = self.lock();
             }
         }
     }
 }
 
 /// A timer that interrupts the calls of this thread.
-struct Nudge(Option<Timer>);
+struct Nudge {
+    timer: Option<Timer>,
+    started: bool,
+}
 
 impl Nudge {
     fn new() -> Self {
@@ -319,23 +330,30 @@ impl Nudge {
             thread_id: gettid().as_raw(),
             si_value: 0,
         };
-        Nudge(Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(notify)).ok())
+        Nudge {
+            timer: Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(notify)).ok(),
+            started: false,
+        }
     }
 
     fn set(&mut self, expiration: Expiration) {
-        if let Some(timer) = &mut self.0 {
+        if let Some(timer) = &mut self.timer {
             let _ = timer.set(expiration, TimerSetTimeFlags::empty());
         }
     }
 
+    /// It goes on from one load to the next.
     fn start(&mut self) {
-        self.set(Expiration::IntervalDelayed(
-            NUDGE.into(),
-            NUDGE_AGAIN.into(),
-        ));
+        if !std::mem::replace(&mut self.started, true) {
+            self.set(Expiration::IntervalDelayed(
+                NUDGE.into(),
+                NUDGE_AGAIN.into(),
+            ));
+        }
     }
 
     fn stop(&mut self) {
+        self.started = false;
         self.set(Expiration::OneShot(Duration::ZERO.into()));
     }
 }

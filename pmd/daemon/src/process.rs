@@ -64,6 +64,9 @@ pub struct Identity {
     pub capabilities: [u64; 4],
 }
 
+/// Bytes of `/proc/PID/status` that are read at once: a page, which the kernel fills in one go if the text fits.
+const STATUS: usize = 4096;
+
 impl Peer {
     /// Who made the other end of `socket`. Fails when that process has ended. Quick.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
@@ -105,10 +108,23 @@ impl Peer {
         self.folder.as_ref().ok_or(io::ErrorKind::NotFound.into())
     }
 
-    fn read(&self, name: &str) -> io::Result<String> {
+    /// What `/proc/PID/status` says. One read gets all of it, unless the process has hundreds of groups.
+    fn status(&self) -> io::Result<String> {
+        use std::io::Read;
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let file = openat(self.folder()?, name, flags, Mode::empty())?;
-        io::read_to_string(File::from(file))
+        let mut file = File::from(openat(self.folder()?, "status", flags, Mode::empty())?);
+        let mut text = vec![0; STATUS];
+        let length = loop {
+            match file.read(&mut text) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
+        text.truncate(length);
+        if length == STATUS {
+            file.read_to_end(&mut text)?;
+        }
+        String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// Who it is now. Quick.
@@ -119,40 +135,15 @@ impl Peer {
         Ok(Glance {
             owner: (shown.st_uid, shown.st_gid),
             executable: readlinkat(folder, "exe")?,
-            user_namespace: fstatat(folder, "ns/user", AtFlags::empty())?.st_ino,
+            user_namespace: user_namespace(&readlinkat(folder, "ns/user")?)?,
         })
     }
 
     /// Who it is now, in full.
     pub fn identity(&self) -> io::Result<Identity> {
-        let status = self.read("status")?;
-        let words = |name: &str| -> Vec<&str> {
-            let mut lines = status.lines();
-            let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.map(|line| line.split_whitespace().collect())
-                .unwrap_or_default()
-        };
-        let numbers = |name| -> Option<Vec<u32>> {
-            let words = words(name).into_iter();
-            words.map(|word| word.parse().ok()).collect()
-        };
-        let capabilities =
-            |name| -> Option<u64> { u64::from_str_radix(words(name).first()?, 16).ok() };
-        let parse = || -> Option<Identity> {
-            Some(Identity {
-                glance: self.glance().ok()?,
-                users: numbers("Uid")?.try_into().ok()?,
-                groups: numbers("Gid")?.try_into().ok()?,
-                further_groups: numbers("Groups")?,
-                capabilities: [
-                    capabilities("CapInh")?,
-                    capabilities("CapPrm")?,
-                    capabilities("CapEff")?,
-                    capabilities("CapAmb")?,
-                ],
-            })
-        };
-        parse().ok_or(io::ErrorKind::InvalidData.into())
+        let glance = self.glance()?;
+        let rights = parse_rights(&self.status()?, glance);
+        rights.ok_or(io::ErrorKind::InvalidData.into())
     }
 
     /// Where it has mapped a file; `None` where it has not. It is the program that it runs now which has: `exec` takes
@@ -304,6 +295,51 @@ fn parse_socket(link: &str) -> Option<u64> {
         .strip_suffix(']')?
         .parse()
         .ok()
+}
+
+/// The lines of `/proc/PID/status` about rights, in one pass: it has many others.
+fn parse_rights(status: &str, glance: Glance) -> Option<Identity> {
+    fn numbers(words: &str) -> Option<Vec<u32>> {
+        let words = words.split_ascii_whitespace();
+        words.map(|word| word.parse().ok()).collect()
+    }
+    let hex = |words: &str| u64::from_str_radix(words.trim(), 16).ok();
+    let (mut users, mut groups, mut further_groups) = (None, None, None);
+    let mut capabilities = [None; 4];
+    let names = ["CapInh", "CapPrm", "CapEff", "CapAmb"];
+    for line in status.split('\n') {
+        // All are among the names with one of these letters.
+        if !line.starts_with(['U', 'G', 'C']) {
+            continue;
+        }
+        let (name, words) = line.split_once(':')?;
+        match name {
+            "Uid" => users = numbers(words)?.try_into().ok(),
+            "Gid" => groups = numbers(words)?.try_into().ok(),
+            "Groups" => further_groups = numbers(words),
+            _ => {
+                let place = names.iter().position(|known| *known == name);
+                if let Some(place) = place.and_then(|at| capabilities.get_mut(at)) {
+                    *place = hex(words);
+                }
+            }
+        }
+    }
+    let [inheritable, permitted, effective, ambient] = capabilities;
+    Some(Identity {
+        glance,
+        users: users?,
+        groups: groups?,
+        further_groups: further_groups?,
+        capabilities: [inheritable?, permitted?, effective?, ambient?],
+    })
+}
+
+/// Inode of a user namespace, from the link to it. To look at what it leads to takes many times longer.
+fn user_namespace(link: &std::ffi::OsStr) -> io::Result<u64> {
+    let number = |link: &str| link.strip_prefix("user:[")?.strip_suffix(']')?.parse().ok();
+    let inode = link.to_str().and_then(number);
+    inode.ok_or(io::ErrorKind::InvalidData.into())
 }
 
 /// Inode of a process's network namespace.
