@@ -70,8 +70,9 @@ impl Passport {
     pub fn new(peer: Arc<Peer>, memory: &impl AsFd) -> Result<Self, Changed> {
         let seen = || -> std::io::Result<Option<Seen>> {
             let memory = FileId::of(memory)?;
-            let address = peer.maps(memory)?;
+            // In this order: what has mapped the memory still is what was seen before.
             let identity = peer.identity()?;
+            let address = peer.maps(memory)?;
             Ok(address.map(|address| Seen {
                 identity,
                 memory,

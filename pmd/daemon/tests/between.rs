@@ -1,6 +1,7 @@
 //! Between two nodes: nobody gets what was promised to another, makes the other node wait, or uses up what
 //! others need.
 
+#[macro_use]
 mod tenant;
 
 use std::io::Write;
@@ -20,20 +21,6 @@ use tenant::{Answer, Tenant, request};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
-
-macro_rules! scene {
-    ($name:ident, $body:expr) => {
-        #[test]
-        fn $name() {
-            if let Some(part) = Part::of_this() {
-                return play(&part);
-            }
-            if is_root() {
-                $body(stringify!($name));
-            }
-        }
-    };
-}
 
 fn play(part: &Part) {
     match part.name.as_str() {

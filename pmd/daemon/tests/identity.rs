@@ -1,6 +1,7 @@
 //! Nobody gets the connection of a program that runs with other rights than its own: not by having been
 //! its process before, nor by holding what that process had.
 
+#[macro_use]
 mod tenant;
 
 use std::net::{TcpListener, TcpStream};
@@ -153,20 +154,6 @@ fn program_keeps_its_connection(test: &str, rights: Rights, more: &str) {
     let program = Program::with(rights);
     let path = program.path().display().to_string();
     child_gets_nothing(test, ATTACKER, |port| format!("exec {path} {port} {more}"));
-}
-
-macro_rules! scene {
-    ($name:ident, $body:expr) => {
-        #[test]
-        fn $name() {
-            if let Some(part) = Part::of_this() {
-                return play(&part);
-            }
-            if is_root() {
-                $body(stringify!($name));
-            }
-        }
-    };
 }
 
 scene!(a_set_user_id_program_keeps_its_connection, |test| {

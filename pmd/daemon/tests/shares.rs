@@ -1,5 +1,6 @@
 //! Nobody uses up what others need: memory, time, descriptors. Who is over a limit is told so.
 
+#[macro_use]
 mod tenant;
 
 use std::os::unix::process::CommandExt;
@@ -20,20 +21,6 @@ const MEGABYTES: u64 = 64;
 const WATCH: Duration = Duration::from_secs(8);
 /// Descriptors that the daemon may have.
 const DESCRIPTORS: u64 = 1024;
-
-macro_rules! scene {
-    ($name:ident, $body:expr) => {
-        #[test]
-        fn $name() {
-            if let Some(part) = Part::of_this() {
-                return play(&part);
-            }
-            if is_root() {
-                $body(stringify!($name));
-            }
-        }
-    };
-}
 
 fn play(part: &Part) {
     match part.name.as_str() {

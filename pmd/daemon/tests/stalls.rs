@@ -1,6 +1,7 @@
 //! The control thread never works for long at a time: whatever a user owns much of, ends at once, or changes while the
 //! daemon looks, others are served meanwhile.
 
+#[macro_use]
 mod tenant;
 
 use std::os::fd::AsRawFd;
@@ -30,21 +31,6 @@ const FORKS: usize = 8;
 const TURN: u64 = 50_000;
 /// How long an attack is watched.
 const WATCH: Duration = Duration::from_secs(5);
-
-macro_rules! scene {
-    ($(#[$attribute:meta])* $name:ident, $body:expr) => {
-        #[test]
-        $(#[$attribute])*
-        fn $name() {
-            if let Some(part) = Part::of_this() {
-                return play(&part);
-            }
-            if is_root() {
-                $body(stringify!($name));
-            }
-        }
-    };
-}
 
 fn play(part: &Part) {
     match part.name.as_str() {

@@ -2,6 +2,23 @@
 
 #![allow(dead_code)]
 
+/// A test that only root can run, and that runs itself again, by [`actor`], for each part that another user plays.
+#[allow(unused_macros)]
+macro_rules! scene {
+    ($(#[$attribute:meta])* $name:ident, $body:expr) => {
+        #[test]
+        $(#[$attribute])*
+        fn $name() {
+            if let Some(part) = Part::of_this() {
+                return play(&part);
+            }
+            if is_root() {
+                $body(stringify!($name));
+            }
+        }
+    };
+}
+
 pub mod actor;
 pub mod linger;
 pub mod measure;
