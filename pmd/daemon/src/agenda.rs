@@ -81,6 +81,8 @@ pub enum Due {
     Anchor(u64),
     /// A program that listens must have taken a connection.
     Call(u64),
+    /// Memory for the next streams is to be made.
+    Stock,
     /// Callers are let in again.
     Callers,
     /// Anchors are taken again at this listener.

@@ -44,6 +44,13 @@ pub struct Received {
     pub luggage: Luggage,
 }
 
+impl Received {
+    /// It says nothing but that there is something to look at.
+    pub fn is_kick(&self) -> bool {
+        matches!(parse(&self.bytes), Ok((kind::KICK, _)))
+    }
+}
+
 /// What came beside a message, as a porter has found it.
 #[derive(Debug)]
 pub enum Luggage {

@@ -30,6 +30,8 @@ pub struct Counters {
     pub longest_turn_cpu_us: u64,
     /// Turns of the control thread that took more than 50 ms.
     pub long_turns: u64,
+    /// Control threads that had to wait for a stranger, and were replaced by another one.
+    pub held_up: u64,
     /// Connections announced.
     pub announced: u64,
     /// Announcements that the kernel did not confirm.

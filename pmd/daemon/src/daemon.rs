@@ -39,6 +39,7 @@ use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::porters::Porters;
 use crate::process;
+use crate::relay::{Back, Relay};
 use crate::rights::Rights;
 use crate::streams::Streams;
 
@@ -92,9 +93,12 @@ pub struct Daemon {
     /// The path to other nodes, where one is configured.
     fabric: Option<Control>,
     confinement: Confinement,
+    turn: Turn,
     last_use: Instant,
     started: Instant,
 }
+
+type Baton = Relay<Daemon, Result<(), DaemonError>>;
 
 impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
@@ -120,10 +124,12 @@ impl Daemon {
         for (fd, token) in [
             (endpoint.socket().as_fd(), Token::Listener),
             (signals.as_fd(), Token::Signals),
-            (porters.found(), Token::Found),
         ] {
             agenda.watch(fd, token).map_err(system("epoll"))?;
         }
+        let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        let found = agenda.watch_for(porters.found(), edge, Token::Found);
+        found.map_err(system("epoll"))?;
         let namespaces = Namespaces::new().map_err(system("network namespace"))?;
         let fabric = match &config.fabric {
             Some(fabric) => Some(Control::start(fabric, &mut confinement, &agenda)?),
@@ -150,6 +156,7 @@ impl Daemon {
             streams: Streams::default(),
             fabric,
             confinement,
+            turn: Turn::start(),
             last_use: now,
             started: now,
         })
@@ -162,33 +169,82 @@ impl Daemon {
         if let Err(error) = notify("READY=1") {
             warn!("can't notify the service manager: {error}");
         }
+        self.turn = Turn::start();
+        let end = Relay::start(Box::new(self), Self::leg).map_err(system("control thread"))?;
+        // Threads that are still held up end with the process.
+        let lost = |_| {
+            Err(system("control thread")(io::Error::other(
+                "it has panicked",
+            )))
+        };
+        end.recv().unwrap_or_else(lost)
+    }
+
+    /// Serves until the end, or until another thread goes on.
+    fn leg(mut daemon: Box<Self>, relay: &Baton) -> Option<Result<(), DaemonError>> {
+        daemon.journal.other_thread(process::processor_time());
+        if daemon.porters.take_over() {
+            daemon.journal.counters.held_up += 1;
+        }
+        // The turn of a thread that was held up ends here.
+        daemon.turn.end(&mut daemon.journal);
         loop {
-            let events = self.agenda.wait(self.wait_until());
-            let events = events.map_err(system("epoll"))?;
-            let mut turn = Turn::start();
+            let events = match daemon.agenda.wait(daemon.wait_until()) {
+                Ok(events) => events,
+                Err(error) => return Some(Err(system("epoll")(error))),
+            };
+            daemon.turn = Turn::start();
+            daemon.announcements.forget_what_is_fresh();
             for (token, flags) in events {
-                if self.on_event(token, flags) {
-                    self.stop("signal");
-                    return Ok(());
+                if daemon.on_event(token, flags) {
+                    daemon.stop("signal");
+                    return Some(Ok(()));
                 }
-                turn.did(|| format!("{token:?}"));
+                daemon.turn.did(|| format!("{token:?}"));
             }
-            while let Some(due) = self.agenda.next_due(Instant::now()) {
-                self.on_due(due);
-                turn.did(|| format!("{due:?}"));
+            while let Some(due) = daemon.agenda.next_due(Instant::now()) {
+                daemon.on_due(due);
+                daemon.turn.did(|| format!("{due:?}"));
             }
-            for _ in 0..self.busy.len() {
-                if let Some(id) = self.busy.pop_front() {
-                    self.serve(id, |daemon| daemon.go_on(id));
-                    turn.did(|| format!("requests of connection {id}"));
+            for _ in 0..daemon.busy.len() {
+                if let Some(id) = daemon.busy.pop_front() {
+                    daemon.serve(id, |daemon| daemon.go_on(id));
+                    daemon.turn.did(|| format!("requests of connection {id}"));
                 }
             }
-            turn.end(&mut self.journal);
-            if self.idle_end().is_some_and(|end| end <= Instant::now()) {
-                self.stop("idle");
-                return Ok(());
+            daemon = daemon.look(relay)?;
+            daemon.turn.end(&mut daemon.journal);
+            if daemon.idle_end().is_some_and(|end| end <= Instant::now()) {
+                daemon.stop("idle");
+                return Some(Ok(()));
             }
         }
+    }
+
+    /// Looks that mostly take no time: those that are due now. Their ends make others due, which have to wait until
+    /// somebody else was served. `None` when a look took so long that another thread has gone on.
+    fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
+        for _ in 0..self.porters.quick() {
+            let Some((owner, look)) = self.porters.next_quick() else {
+                break;
+            };
+            let porters = self.porters.clone();
+            match relay.risk(self, look) {
+                Back::Held(daemon, found) => {
+                    self = daemon;
+                    porters.carried();
+                    if let Some(found) = found {
+                        self.on_find(found);
+                    }
+                    self.turn.did(|| format!("a look for {owner:?}"));
+                }
+                Back::Lost(found) => {
+                    porters.come_back(owner, found);
+                    return None;
+                }
+            }
+        }
+        Some(self)
     }
 
     fn stop(&self, why: &str) {
@@ -202,7 +258,7 @@ impl Daemon {
 
     /// `None` when nothing but an event ends the wait.
     fn wait_until(&self) -> Option<Instant> {
-        if self.busy.is_empty() {
+        if self.busy.is_empty() && self.porters.quick() == 0 {
             self.idle_end()
         } else {
             Some(Instant::now())
@@ -254,25 +310,31 @@ impl Daemon {
             Due::Callers => self.let_callers_in(),
             Due::Anchors(listener) => self.on_anchors_due(listener),
             Due::Sweep => self.sweep(),
+            Due::Stock => self
+                .streams
+                .restock(self.config.ring_size, self.config.huge_pages),
         }
     }
 
     /// Porters have found something.
     fn on_found(&mut self) {
-        self.porters.wake();
         while let Some(found) = self.porters.take() {
-            match found {
-                Found::Message {
-                    connection,
-                    received,
-                } => self.on_unpacked(connection, received),
-                Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
-                Found::Socket {
-                    tenant,
-                    errand,
-                    held,
-                } => self.on_look(tenant, errand, held),
-            }
+            self.on_find(found);
+        }
+    }
+
+    fn on_find(&mut self, found: Found) {
+        match found {
+            Found::Message {
+                connection,
+                received,
+            } => self.on_unpacked(connection, received),
+            Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
+            Found::Socket {
+                tenant,
+                errand,
+                held,
+            } => self.on_look(tenant, errand, held),
         }
     }
 
@@ -314,10 +376,9 @@ impl Daemon {
 }
 
 /// A turn of the control thread.
+#[derive(Debug)]
 struct Turn {
     start: Instant,
-    /// What the thread had used of its processor.
-    processor: Duration,
     last: Instant,
     longest: (Duration, String),
 }
@@ -330,7 +391,6 @@ impl Turn {
         let now = Instant::now();
         Turn {
             start: now,
-            processor: process::processor_time(),
             last: now,
             longest: (Self::WORTH, String::new()),
         }
@@ -345,8 +405,11 @@ impl Turn {
         }
     }
 
-    fn end(self, journal: &mut Journal) {
-        let processor = process::processor_time().saturating_sub(self.processor);
-        journal.turn(self.start.elapsed(), processor, &self.longest.1);
+    fn end(&self, journal: &mut Journal) {
+        journal.turn(
+            self.start.elapsed(),
+            process::processor_time(),
+            &self.longest.1,
+        );
     }
 }

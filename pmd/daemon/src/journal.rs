@@ -17,6 +17,8 @@ pub struct Journal {
     /// What is counted.
     pub counters: Counters,
     throttle: Throttle,
+    /// What the control thread had used of its processor when its last turn ended.
+    processor: Duration,
 }
 
 impl Journal {
@@ -34,8 +36,16 @@ impl Journal {
         }
     }
 
-    /// Notes how long a turn of the control thread took, how much processor time that was, and what took longest in it.
+    /// Another thread is the control thread now, which has used so much of its processor before.
+    pub fn other_thread(&mut self, processor: Duration) {
+        self.processor = processor;
+    }
+
+    /// Notes how long a turn of the control thread took, what the thread has used of its processor by now, and what took
+    /// longest in the turn. (Between two turns it sleeps.)
     pub fn turn(&mut self, took: Duration, processor: Duration, longest: &str) {
+        let before = std::mem::replace(&mut self.processor, processor);
+        let processor = processor.saturating_sub(before);
         let micros = |time: Duration| time.as_micros() as u64;
         let counters = &mut self.counters;
         counters.longest_turn_us = counters.longest_turn_us.max(micros(took));

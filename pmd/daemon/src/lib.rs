@@ -32,5 +32,6 @@ pub mod policy;
 pub mod porters;
 pub mod process;
 pub mod queries;
+pub mod relay;
 pub mod rights;
 pub mod streams;

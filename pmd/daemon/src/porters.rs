@@ -6,7 +6,11 @@
 //! different ones side by side: who makes a porter wait, waits alone. What a load found is fetched with
 //! [`Porters::take`]; an eventfd tells that there is something.
 //!
-//! A close that lingers is ended by a signal: while a porter carries a load, a timer interrupts it again and again.
+//! A load may be *quick*, a look that mostly takes some microseconds: less than to hand it over. The control thread carries
+//! it itself ([`Porters::next_quick`]), where another one takes over if it has to wait after all ([the relay](crate::relay)). Who
+//! has made it wait is not trusted again for a minute: a porter carries his loads.
+//!
+//! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -14,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{
@@ -36,10 +40,13 @@ const KEPT: usize = 2;
 /// their signals together shall cost little.
 const NUDGE: Duration = Duration::from_millis(1);
 const NUDGE_AGAIN: Duration = Duration::from_millis(8);
+/// The timer is stopped when there was nothing to carry for this time: to set it for each load costs as much as some loads.
+const REST: Duration = Duration::from_millis(20);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 const SIGNAL: Signal = Signal::SIGURG;
 
-type Load<D> = Box<dyn FnOnce() -> Option<D> + Send>;
+/// Something to do that may have to wait, and what it finds.
+pub type Load<D> = Box<dyn FnOnce() -> Option<D> + Send>;
 
 /// See the module's text. `D` is what loads find.
 #[derive(Debug)]
@@ -59,7 +66,7 @@ struct Shared<D> {
     yard: Mutex<Yard<D>>,
     /// Signalled when a load can be taken up.
     work: Condvar,
-    /// Readable when something was found.
+    /// Written to when something was found. Nobody reads it.
     found: EventFd,
 }
 
@@ -81,6 +88,11 @@ pub struct Owner {
 struct Yard<D> {
     /// What each user has that has any.
     users: HashMap<u32, Corner<D>>,
+    /// Loads that the caller carries itself.
+    quick: VecDeque<(Owner, Load<D>)>,
+    /// The one of them that is being carried, and since when.
+    under_way: Option<(Owner, Instant)>,
+    trust: Trust,
     /// Users of whom a load may be taken up, in turn.
     turn: VecDeque<u32>,
     found: VecDeque<D>,
@@ -122,6 +134,58 @@ impl<D> Corner<D> {
     }
 }
 
+/// Whose quick loads the caller carries itself: theirs who have not made it wait.
+#[derive(Debug, Default)]
+struct Trust {
+    /// Users that made it wait for a little while, and when. The oldest first.
+    late: VecDeque<(u32, Instant)>,
+    /// Users that made it wait until somebody took over.
+    lost: VecDeque<(u32, Instant)>,
+    /// Threads that have to wait still.
+    away: usize,
+}
+
+impl Trust {
+    /// A quick load takes some microseconds. One that took longer than this was late.
+    const QUICK: Duration = Duration::from_millis(1);
+    /// So long is nothing forgotten.
+    const MEMORY: Duration = Duration::from_secs(60);
+    /// Late loads that a user may have within that time: a thread may also have had no core.
+    const LATE: usize = 3;
+    /// With so many lost ones, or threads away, nobody is trusted: one user may be many (`/etc/subuid`).
+    const LOST: usize = 16;
+
+    fn has(&mut self, uid: u32, now: Instant) -> bool {
+        let is_old = |(_, since): &(u32, Instant)| now.duration_since(*since) > Self::MEMORY;
+        for list in [&mut self.late, &mut self.lost] {
+            while list.front().is_some_and(is_old) {
+                list.pop_front();
+            }
+        }
+        let of = |list: &VecDeque<(u32, Instant)>| list.iter().filter(|(of, _)| *of == uid).count();
+        self.lost.len().max(self.away) < Self::LOST
+            && of(&self.lost) == 0
+            && of(&self.late) < Self::LATE
+    }
+
+    /// A load of this user was carried.
+    fn carried(&mut self, uid: u32, took: Duration, now: Instant) {
+        if took > Self::QUICK {
+            // Whoever is late again and again is remembered by the last times.
+            if self.late.len() >= 64 * Self::LATE {
+                self.late.pop_front();
+            }
+            self.late.push_back((uid, now));
+        }
+    }
+
+    /// A load of this user was taken over.
+    fn lost(&mut self, uid: u32, now: Instant) {
+        self.lost.push_back((uid, now));
+        self.away += 1;
+    }
+}
+
 impl<D> Yard<D> {
     fn give(&mut self, owner: Owner, load: Load<D>) {
         let corner = self.users.entry(owner.uid).or_default();
@@ -133,6 +197,19 @@ impl<D> Yard<D> {
             corner.ready.push_back(owner.connection);
         }
         self.queue(owner.uid);
+    }
+
+    /// A load that mostly takes some microseconds: for the caller itself, unless an earlier one is in the way, or its user
+    /// is not trusted.
+    fn give_quick(&mut self, owner: Owner, load: Load<D>) {
+        let corner = self.users.entry(owner.uid).or_default();
+        let first = !corner.carried.contains(&owner.connection)
+            && !corner.waiting.contains_key(&owner.connection);
+        if !first || corner.carried.len() >= SHARE || !self.trust.has(owner.uid, Instant::now()) {
+            return self.give(owner, load);
+        }
+        corner.carried.insert(owner.connection);
+        self.quick.push_back((owner, load));
     }
 
     /// A user gets its turn, if it wants one.
@@ -190,6 +267,9 @@ impl<D: Send + 'static> Porters<D> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
             users: HashMap::new(),
+            quick: VecDeque::new(),
+            under_way: None,
+            trust: Trust::default(),
             turn: VecDeque::new(),
             found: VecDeque::new(),
             waiting: 0,
@@ -214,7 +294,59 @@ impl<D: Send + 'static> Porters<D> {
     pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give(owner, Box::new(load));
-        self.shared.find_porter(&mut yard);
+        self.shared.find_porter(yard);
+    }
+
+    /// The same for a load that mostly takes some microseconds: the caller may have to carry it itself ([`Porters::next_quick`]).
+    pub fn give_quick(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
+        let mut yard = self.shared.lock();
+        yard.give_quick(owner, Box::new(load));
+        self.shared.find_porter(yard);
+    }
+
+    /// How many loads the caller is to carry itself.
+    pub fn quick(&self) -> usize {
+        self.shared.lock().quick.len()
+    }
+
+    /// The next load that the caller is to carry itself. It tells [`Porters::carried`] when it has.
+    pub fn next_quick(&self) -> Option<(Owner, Load<D>)> {
+        let mut yard = self.shared.lock();
+        let (owner, load) = yard.quick.pop_front()?;
+        yard.under_way = Some((owner, Instant::now()));
+        Some((owner, load))
+    }
+
+    /// The load that was last asked for was carried.
+    pub fn carried(&self) {
+        let mut yard = self.shared.lock();
+        if let Some((owner, since)) = yard.under_way.take() {
+            let now = Instant::now();
+            yard.trust.carried(owner.uid, now - since, now);
+            yard.carried(owner);
+        }
+        self.shared.find_porter(yard);
+    }
+
+    /// Who carries the load that was last asked for has to wait, and another thread goes on asking for loads. False when
+    /// there is none.
+    pub fn take_over(&self) -> bool {
+        let mut yard = self.shared.lock();
+        let under_way = yard.under_way.take();
+        if let Some((owner, _)) = under_way {
+            yard.trust.lost(owner.uid, Instant::now());
+        }
+        under_way.is_some()
+    }
+
+    /// Who had to wait comes back, with what it has found.
+    pub fn come_back(&self, owner: Owner, found: Option<D>) {
+        let mut yard = self.shared.lock();
+        yard.trust.away = yard.trust.away.saturating_sub(1);
+        yard.carried(owner);
+        yard.found.extend(found);
+        self.shared.find_porter(yard);
+        let _ = self.shared.found.write(1);
     }
 
     /// The next thing that was found.
@@ -222,12 +354,7 @@ impl<D: Send + 'static> Porters<D> {
         self.shared.lock().found.pop_front()
     }
 
-    /// To be called when [`Porters::found`] is readable, before [`Porters::take`].
-    pub fn wake(&self) {
-        let _ = self.shared.found.read();
-    }
-
-    /// Readable when something was found.
+    /// Becomes readable again whenever something was found: to be watched for edges.
     pub fn found(&self) -> BorrowedFd<'_> {
         self.shared.found.as_fd()
     }
@@ -265,16 +392,24 @@ impl<D: Send + 'static> Shared<D> {
     fn start(self: &Arc<Self>) -> io::Result<()> {
         let shared = self.clone();
         let porter = thread::Builder::new().name("porter".into());
-        porter.spawn(move || shared.carry()).map(drop)
+        porter
+            .spawn(move || {
+                give_way();
+                shared.carry();
+            })
+            .map(drop)
     }
 
     /// Wakes or starts somebody if a load may be taken up. Who takes one calls this again: so there are as many as can
     /// be used, however late those that were woken come.
-    fn find_porter(self: &Arc<Self>, yard: &mut Yard<D>) {
+    fn find_porter(self: &Arc<Self>, mut yard: MutexGuard<'_, Yard<D>>) {
         if yard.turn.len() > yard.idle && yard.threads < MOST && self.start().is_ok() {
             yard.threads += 1;
         }
-        if !yard.turn.is_empty() {
+        let wanted = !yard.turn.is_empty();
+        // Who is woken wants the lock at once, maybe on this core.
+        drop(yard);
+        if wanted {
             self.work.notify_one();
         }
     }
@@ -284,25 +419,26 @@ impl<D: Send + 'static> Shared<D> {
         let mut yard = self.lock();
         loop {
             let Some((owner, load)) = yard.next() else {
-                if nudge.started {
-                    // What was found is on its way, so nobody waits for this.
-                    drop(yard);
-                    nudge.stop();
-                    yard = self.lock();
-                    continue;
-                }
                 if yard.idle >= KEPT {
                     yard.threads -= 1;
                     return;
                 }
                 yard.idle += 1;
-                let woken = self.work.wait(yard);
-                yard = woken.unwrap_or_else(PoisonError::into_inner);
+                if nudge.started {
+                    let woken = self.work.wait_timeout(yard, REST);
+                    let (lock, slept) = woken.unwrap_or_else(PoisonError::into_inner);
+                    yard = lock;
+                    if slept.timed_out() {
+                        nudge.stop();
+                    }
+                } else {
+                    let woken = self.work.wait(yard);
+                    yard = woken.unwrap_or_else(PoisonError::into_inner);
+                }
                 yard.idle -= 1;
                 continue;
             };
-            self.find_porter(&mut yard);
-            drop(yard);
+            self.find_porter(yard);
             nudge.start();
             let found = load();
             yard = self.lock();
@@ -315,6 +451,14 @@ impl<D: Send + 'static> Shared<D> {
             }
         }
     }
+}
+
+/// Has this thread take no core from a running one when it is woken: the control thread, which wakes it, first ends its
+/// turn.
+fn give_way() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters outlive the call; 0 is this thread. Where it fails, porters are in the way a little.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
 }
 
 /// A timer that interrupts the calls of this thread.
@@ -342,7 +486,7 @@ impl Nudge {
         }
     }
 
-    /// It goes on from one load to the next.
+    /// Unless it runs already.
     fn start(&mut self) {
         if !std::mem::replace(&mut self.started, true) {
             self.set(Expiration::IntervalDelayed(
@@ -407,7 +551,6 @@ mod tests {
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
     use std::sync::mpsc::channel;
-    use std::time::Instant;
 
     fn fetch<D: Send + 'static>(porters: &Porters<D>) -> D {
         let end = Instant::now() + Duration::from_secs(20);
@@ -422,6 +565,56 @@ mod tests {
 
     fn owner(uid: u32, connection: u64) -> Owner {
         Owner { uid, connection }
+    }
+
+    #[test]
+    fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
+        let porters = Porters::new().unwrap();
+        let quick = |uid, connection| {
+            porters.give_quick(owner(uid, connection), move || Some(connection));
+            porters.quick()
+        };
+        assert_eq!(quick(7, 1), 1);
+        // Behind the one before, of the same connection, and carried by a porter when that was carried.
+        assert_eq!(quick(7, 1), 1);
+        assert_eq!(porters.load(), (1, 1));
+        let (who, load) = porters.next_quick().unwrap();
+        assert_eq!((who.connection, load()), (1, Some(1)));
+        porters.carried();
+        assert_eq!(fetch(&porters), 1);
+        // This one has to wait: another thread goes on, and trusts its user no more, but others.
+        assert_eq!(quick(7, 2), 1);
+        let (who, load) = porters.next_quick().unwrap();
+        assert!(porters.take_over() && !porters.take_over());
+        assert_eq!((quick(7, 3), fetch(&porters)), (0, 3));
+        assert_eq!(quick(8, 4), 1);
+        porters.come_back(who, load());
+        assert_eq!(fetch(&porters), 2);
+        assert!(porters.next_quick().is_some());
+        porters.carried();
+        assert_eq!(porters.load(), (0, 0));
+    }
+
+    #[test]
+    fn trust_comes_back_with_time() {
+        let mut trust = Trust::default();
+        let start = Instant::now();
+        trust.lost(7, start);
+        assert!(!trust.has(7, start) && trust.has(8, start));
+        for late in 0..Trust::LATE {
+            assert!(trust.has(8, start), "{late} times late");
+            trust.carried(8, 2 * Trust::QUICK, start);
+        }
+        assert!(!trust.has(8, start) && trust.has(9, start));
+        // Many users may be one. While their threads are away, nobody is trusted, and a minute after that.
+        for uid in 100..100 + Trust::LOST as u32 {
+            trust.lost(uid, start);
+        }
+        assert!(!trust.has(9, start));
+        let later = start + 2 * Trust::MEMORY;
+        assert!(!trust.has(9, later));
+        trust.away = 0;
+        assert!(trust.has(9, later) && trust.has(7, later));
     }
 
     #[test]

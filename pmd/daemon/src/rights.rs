@@ -19,7 +19,7 @@ use rdsock_shm::control::Request;
 use rdsock_shm::reason::Reason;
 
 use crate::book::{Announced, Conn, End, Role, Route};
-use crate::diag::{Diag, Listener, cookie_of, is_tcp};
+use crate::diag::{Diag, Listener, cookie_of};
 use crate::namespaces::Namespaces;
 use crate::policy::Policy;
 use crate::process::{
@@ -101,7 +101,7 @@ impl Passport {
     pub fn check(&self) -> Result<(), Changed> {
         let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
         let hidden = |_| self.gone_or(Changed::Hidden);
-        let now = self.peer.identity().map_err(hidden)?;
+        let now = self.peer.identity_since(&seen.identity).map_err(hidden)?;
         same_glance(&seen.identity.glance, &now.glance)?;
         if has_other_rights(&seen.identity, &now) {
             return Err(Changed::Rights);
@@ -211,11 +211,9 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     let peer = &look.passport.peer;
     let (cookie, inode) = match peer.duplicate(look.fd) {
         Ok(duplicate) => {
-            // Nothing else is asked of what turns out to be no socket.
-            let cookie = is_tcp(duplicate.as_fd())
-                .then(|| cookie_of(duplicate.as_fd()))
-                .flatten();
-            let cookie = cookie.ok_or(NotHeld::Socket)?;
+            // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, those are asked who
+            // look for its cookie.
+            let cookie = cookie_of(duplicate.as_fd()).ok_or(NotHeld::Socket)?;
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
         }
@@ -390,7 +388,7 @@ impl Rights {
         let (netns, diag) = located.ok_or(Reason::OtherNamespace)?;
         let found = diag.find(claim.local, claim.peer, claim.cookie)?;
         let found = found.ok_or(Reason::Unverified)?;
-        if found.inode != held.inode || !found.established || !passport.peer.is_alive() {
+        if found.inode != held.inode || !found.established {
             return Err(Reason::Unverified.into());
         }
         Ok(Announced {

@@ -21,6 +21,9 @@ use crate::channel::Outgoing;
 use crate::fabric::octets;
 use crate::memory::{DirectionView, HugePages, StreamFds, make_stream};
 
+/// Streams for which there is memory ahead of time, at most.
+const STOCK: usize = 8;
+
 /// A stream's memory and what is needed to hand it out again.
 #[derive(Debug)]
 pub struct Memory {
@@ -136,6 +139,17 @@ pub struct Streams {
     looked_after: HashSet<u64>,
     next: u64,
     huge: HugeSupply,
+    stock: Vec<Made>,
+    /// The stock is to be filled up.
+    ordered: bool,
+}
+
+/// Memory for a stream, made ahead of time: who is promoted does not wait for it.
+#[derive(Debug)]
+struct Made {
+    id: u64,
+    ring_size: u64,
+    fds: StreamFds,
 }
 
 impl Default for Streams {
@@ -145,6 +159,8 @@ impl Default for Streams {
             looked_after: HashSet::new(),
             next: first_stream(),
             huge: HugeSupply::default(),
+            stock: Vec::new(),
+            ordered: false,
         }
     }
 }
@@ -183,20 +199,51 @@ impl Streams {
         id
     }
 
-    /// Makes the memory of a stream, of huge pages where the policy wants them and they can be had.
+    /// The number and the memory of a new stream, of huge pages where the policy wants them and they can be had.
     pub fn make_memory(
         &mut self,
-        id: u64,
         ring_size: u64,
         policy: HugePages,
-    ) -> io::Result<StreamFds> {
+    ) -> io::Result<(u64, StreamFds)> {
         let now = Instant::now();
         let try_huge = self.huge.wanted(policy, now);
+        // The oldest first. What was made before the configuration changed fits no more.
+        while !try_huge && !self.stock.is_empty() {
+            let made = self.stock.remove(0);
+            if made.ring_size == ring_size {
+                return Ok((made.id, made.fds));
+            }
+        }
+        let id = self.number();
         let fds = make_stream(id, ring_size, try_huge)?;
         if try_huge && !fds.huge {
             self.huge.none_left(policy, now);
         }
-        Ok(fds)
+        Ok((id, fds))
+    }
+
+    /// Streams for which there is memory already.
+    pub fn in_stock(&self) -> usize {
+        self.stock.len()
+    }
+
+    /// True when the stock is to be filled up, once: [`Streams::restock`] is to be called soon.
+    pub fn is_to_be_restocked(&mut self) -> bool {
+        let lacks = self.stock.len() <= STOCK / 2;
+        lacks && !std::mem::replace(&mut self.ordered, true)
+    }
+
+    /// Makes memory for the next streams. Huge pages are not kept in stock.
+    pub fn restock(&mut self, ring_size: u64, policy: HugePages) {
+        self.ordered = false;
+        while self.stock.len() < STOCK && !self.huge.wanted(policy, Instant::now()) {
+            let id = self.number();
+            // Where there are no descriptors now, the next stream says so.
+            let Ok(fds) = make_stream(id, ring_size, false) else {
+                return;
+            };
+            self.stock.push(Made { id, ring_size, fds });
+        }
     }
 
     /// A look at a stream's holders is due. False when it was already.

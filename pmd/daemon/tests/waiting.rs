@@ -3,7 +3,11 @@
 
 mod tenant;
 
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -304,6 +308,68 @@ silent_file!(
         honest.promotion();
     }
 );
+
+/// A process that is in the middle of `exec`, while a file that it closes there does not answer: the kernel lets nobody look
+/// into it until that ends. It has announced a connection just before.
+#[test]
+fn a_process_that_does_not_come_out_of_exec() {
+    if let Some(part) = Part::of_this() {
+        return be_file_system(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let bystander = Bystander::new(&daemon);
+    let mut honest = Honest::new(&daemon);
+    let (mut told, tells) = std::io::pipe().unwrap();
+    let (is_told, mut tell) = std::io::pipe().unwrap();
+    let socket = daemon.socket();
+    let start = |_| {
+        let mut command = Command::new("true");
+        // SAFETY: nothing there rests on other threads.
+        unsafe { command.pre_exec(move || announce_when_told(&socket, &tells, &is_told)) };
+        // Does not come back before the program runs.
+        std::thread::spawn(move || command.status());
+        // The process is there, and attached.
+        told.read_exact(&mut [0]).unwrap();
+    };
+    let Some((file, ())) = SilentFile::open_for("a_process_that_does_not_come_out_of_exec", start)
+    else {
+        return;
+    };
+    daemon.signal(Signal::SIGSTOP);
+    tell.write_all(b".").unwrap();
+    // No look tells how far it is: each would have to wait.
+    std::thread::sleep(Duration::from_millis(500));
+    daemon.signal(Signal::SIGCONT);
+    let longest = bystander.goes_on(&daemon, "a process in exec", WATCH);
+    println!("a process in exec: {longest:?} at most");
+    honest.promotion();
+    assert_eq!(daemon.counter("held_up"), 1);
+    // Who was held up comes back.
+    drop(file);
+    daemon.wait_until("it is not who it was", |stat| {
+        stat["counters"]["changed"] == 1 || stat["counters"]["detached"] != 0
+    });
+    honest.promotion();
+}
+
+/// In a child of this process: attaches, says so, and announces a connection when it is told to.
+fn announce_when_told(
+    socket: &Path,
+    mut says: &PipeWriter,
+    mut told: &PipeReader,
+) -> io::Result<()> {
+    let mut tenant = Tenant::attach_at(socket);
+    says.write_all(b".")?;
+    told.read_exact(&mut [0])?;
+    let (connector, accepted) = tenant::tcp_pair();
+    tenant.announce(1, 1, &connector, 1);
+    // They go with the program that is to come.
+    std::mem::forget((tenant, connector, accepted));
+    Ok(())
+}
 
 /// Whoever has said who it is in time is served, however late the daemon reads it.
 #[test]

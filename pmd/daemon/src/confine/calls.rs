@@ -40,6 +40,7 @@ const FREE: &[c_long] = &[
     // Programs of other users: who they are, and the sockets that they hold. `setns` is below.
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_getfd,
+    libc::SYS_capget,
     // Sockets. Which ones may be made is below.
     libc::SYS_bind,
     libc::SYS_listen,
@@ -91,6 +92,7 @@ const FREE: &[c_long] = &[
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
     libc::SYS_sched_yield,
+    libc::SYS_sched_setscheduler,
     libc::SYS_sched_setaffinity,
     libc::SYS_sched_getaffinity,
     libc::SYS_getcpu,
@@ -270,8 +272,9 @@ fn controls(rules: &mut Rules, device: DeviceKind) -> Result<(), BackendError> {
     let plain = [libc::FIONREAD, libc::TIOCOUTQ, libc::FIONBIO, libc::FIOCLEX];
     let mut asked = one_of(1, &plain)?;
     let of_type = |letter: u8| SeccompRule::new(vec![bits(1, 0xff00, u64::from(letter) << 8)?]);
-    // What a process has mapped at an address.
-    asked.extend(one_of(1, &[crate::process::PROCMAP_QUERY])?);
+    // What a process has mapped at an address, and who it is.
+    use crate::process::{PIDFD_GET_INFO, PROCMAP_QUERY};
+    asked.extend(one_of(1, &[PROCMAP_QUERY, PIDFD_GET_INFO])?);
     if device == DeviceKind::Vfio {
         // VFIO and iommufd share the letter.
         asked.push(of_type(b';')?);

@@ -27,6 +27,8 @@ enum Wanted {
 #[derive(Debug, Default)]
 pub(super) struct Announcements {
     looked_at: HashMap<TenantId, HashMap<u32, (u32, Wanted)>>,
+    /// Those that porters have just brought: they were looked at as late as the one that is matched with them.
+    fresh: Vec<Conn>,
 }
 
 impl Announcements {
@@ -61,6 +63,11 @@ impl Announcements {
         if let Some(records) = self.looked_at.get_mut(&conn.tenant) {
             records.remove(&conn.number);
         }
+    }
+
+    /// Other looks are brought: what was fresh is no more.
+    pub(super) fn forget_what_is_fresh(&mut self) {
+        self.fresh.clear();
     }
 
     /// The tenant has gone.
@@ -149,7 +156,7 @@ impl Daemon {
             uid,
             connection: tenant,
         };
-        self.porters.give(owner, move || {
+        self.porters.give_quick(owner, move || {
             Some(Found::Socket {
                 tenant,
                 errand,
@@ -235,6 +242,7 @@ impl Daemon {
         if held.shared {
             return self.turn_down(conn, Reason::Shared);
         }
+        self.announcements.fresh.push(conn);
         self.find_other_end(announced)
     }
 
@@ -304,6 +312,9 @@ impl Daemon {
         let Some(tenant) = self.connections.tenant(id) else {
             return Ok(false);
         };
+        if self.announcements.fresh.contains(&other.conn) {
+            return Ok(true);
+        }
         match self.rights.still_holds(other, &tenant.passport.clone()) {
             Ok(holds) => Ok(holds),
             Err(Changed::Hidden) => Ok(false),

@@ -276,7 +276,14 @@ impl Daemon {
                 return self.rewatch(id);
             }
             match connection.channel.receive()? {
-                Receive::Message(message) => self.on_message(id, message)?,
+                Receive::Message(message) => {
+                    let last = message.is_kick();
+                    self.on_message(id, message)?;
+                    if last {
+                        // It mostly comes alone. Whatever follows is told of.
+                        return Ok(());
+                    }
+                }
                 Receive::Descriptors => {
                     self.have_unpacked(id);
                     return Ok(());

@@ -250,6 +250,7 @@ impl Daemon {
                 member(text, "counters", &self.journal.counters);
                 member(text, "tenants_now", &self.connections.tenants());
                 member(text, "streams_now", &self.streams.streams().count());
+                member(text, "streams_in_stock", &self.streams.in_stock());
                 member(text, "waiting_now", &self.streams.waiting());
                 let looks = self.connections.attached().map(|(.., tenant)| tenant.looks);
                 member(text, "looks_now", &looks.sum::<usize>());

@@ -24,6 +24,8 @@ const PORTION: usize = 64;
 const PORTION_TIME: Duration = Duration::from_millis(4);
 /// Memory is given back on behalf of no connection: one stream of a user after the other.
 const NO_CONNECTION: u64 = 0;
+/// Memory for further streams is made when those that come together have theirs.
+const RESTOCK: Duration = Duration::from_millis(3);
 /// Descriptors of a stream: its memory and two end pages.
 pub(super) const STREAM_DESCRIPTORS: u64 = 3;
 
@@ -46,11 +48,8 @@ impl Daemon {
             Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
         };
         let bells = [bells(&ends[0])?, bells(&ends[1])?];
-        let id = self.streams.number();
-        let made = self
-            .streams
-            .make_memory(id, ring_size, self.config.huge_pages);
-        let fds = made.map_err(|error| {
+        let made = self.streams.make_memory(ring_size, self.config.huge_pages);
+        let (id, fds) = made.map_err(|error| {
             let what = "can't make a stream's memory";
             self.journal.fault(what, uid, &error);
             Reason::NoMemory
@@ -58,6 +57,9 @@ impl Daemon {
         // Huge pages are whole ones.
         let more = fds.bytes.saturating_sub(rounded(ring_size, 4096));
         charge.more(Thing::Bytes, more).map_err(|_| Reason::Limit)?;
+        if self.streams.is_to_be_restocked() {
+            self.agenda.after(RESTOCK, Due::Stock);
+        }
         self.journal.counters.streams_opened += 1;
         self.journal.counters.streams_huge += u64::from(fds.huge);
         debug!(stream = id, route = ?ends[0].route, "opened");

@@ -151,10 +151,11 @@ impl Daemon {
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     }
 
+    /// Descriptors of the daemon, but for those of streams that are yet to come.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .unwrap()
-            .count()
+        let stock = self.stat()["streams_in_stock"].as_u64().unwrap_or(0) as usize;
+        let all = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        all.count() - 3 * stock
     }
 
     pub fn stat(&self) -> Value {
