@@ -33,4 +33,5 @@ pub mod porters;
 pub mod process;
 pub mod queries;
 pub mod rights;
+pub mod search;
 pub mod streams;

@@ -290,7 +290,7 @@ fn is_alive(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
 }
 
-fn parse_socket(link: &str) -> Option<u64> {
+pub(crate) fn parse_socket(link: &str) -> Option<u64> {
     link.strip_prefix("socket:[")?
         .strip_suffix(']')?
         .parse()
@@ -378,80 +378,10 @@ impl Program {
     }
 }
 
-/// Who else holds a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherHolder {
-    /// Nobody.
-    Nobody,
-    /// This process, or it may: it is a relative of the tenant whose fds can't be looked at.
-    Process(i32),
-    /// Not found out within the time allowed.
-    TooSlow,
-}
-
-/// Looks for a process other than `pid` that holds the socket with this inode, for at most
-/// `allowed` of processor time. Relatives of `pid` come first: they are who inherits. This process, whose many
-/// descriptors are none of a tenant's sockets, is left out.
-pub fn other_holder(pid: i32, inode: u64, allowed: Duration) -> OtherHolder {
-    let end = processor_time() + allowed;
-    let own = std::process::id() as i32;
-    let parent = parent_of(pid);
-    let mut others: Vec<(bool, i32)> = processes()
-        .filter(|other| *other != pid && *other != own)
-        .map(|other| {
-            let its_parent = parent_of(other);
-            let related = Some(other) == parent
-                || its_parent == Some(pid)
-                || (its_parent.is_some() && its_parent == parent && parent != Some(1));
-            (related, other)
-        })
-        .collect();
-    others.sort_by_key(|(related, _)| !related);
-    for (related, other) in others {
-        match holds(other, inode) {
-            Ok(true) => return OtherHolder::Process(other),
-            Ok(false) => {}
-            Err(error) if related && error.kind() == io::ErrorKind::PermissionDenied => {
-                return OtherHolder::Process(other);
-            }
-            Err(_) => {}
-        }
-        if processor_time() > end {
-            return OtherHolder::TooSlow;
-        }
-    }
-    OtherHolder::Nobody
-}
-
 /// What this thread has used of its processor. Unlike the time that passes, it does not grow while
 /// busy programs have the processors.
 pub fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-fn processes() -> impl Iterator<Item = i32> {
-    fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
-/// Parent of a process: the field behind the name and the state in `/proc/PID/stat`.
-fn parent_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok()
-}
-
-fn holds(pid: i32, inode: u64) -> io::Result<bool> {
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let link = fs::read_link(entry?.path()).unwrap_or_default();
-        if link.to_str().and_then(parse_socket) == Some(inode) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// Raises the limits that the daemon may have inherited from whoever started it to what they may
@@ -560,10 +490,9 @@ mod tests {
     #[test]
     fn sockets_are_found_by_their_inode() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let me = std::process::id() as i32;
         let own = own();
         let inode = own.socket_inode(listener.as_raw_fd()).unwrap();
-        assert!(holds(me, inode).unwrap());
+        assert_eq!(inode, nix::sys::stat::fstat(&listener).unwrap().st_ino);
         assert_eq!(own.socket_inode(0x7fff_0000), None);
         let duplicate = own.duplicate(listener.as_raw_fd()).unwrap();
         let duplicate = TcpListener::from(duplicate);
@@ -572,16 +501,6 @@ mod tests {
             listener.local_addr().unwrap()
         );
         assert!(own.duplicate(0x7fff_0000).is_err());
-        let second = Duration::from_secs(1);
-        assert_eq!(other_holder(me, inode, second), OtherHolder::Nobody);
-        let child = std::process::Command::new("sleep").arg("5").spawn();
-        let mut child = child.unwrap();
-        assert_eq!(parent_of(child.id() as i32), Some(me));
-        // Held by this process alone, which does not count.
-        let nobody = other_holder(child.id() as i32, inode, second);
-        assert_eq!(nobody, OtherHolder::Nobody);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]

@@ -10,8 +10,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::geteuid;
@@ -22,9 +21,8 @@ use crate::book::{Announced, Conn, End, Role, Route};
 use crate::diag::{Diag, Listener, cookie_of, is_tcp};
 use crate::namespaces::Namespaces;
 use crate::policy::Policy;
-use crate::process::{
-    FileId, Glance, Identity, OtherHolder, Peer, Program, other_holder, processor_time,
-};
+use crate::process::{FileId, Glance, Identity, Peer, Program};
+use crate::search::{OtherHolder, Searches};
 
 /// Who a tenant was when it said HELLO: this process, with these rights, running the program that has mapped the tenant's
 /// memory.
@@ -180,8 +178,8 @@ pub struct Look {
     pub fd: i32,
     /// `SO_COOKIE` that it says; 0 for whichever the socket has.
     pub cookie: u64,
-    /// Other processes may hold it, too: search them, within this budget.
-    pub search: Option<Arc<Mutex<SearchBudget>>>,
+    /// Other processes may hold it, too: search them, with those of this user.
+    pub search: Option<Arc<Searches>>,
 }
 
 /// A socket that a process was found to hold, while it was who it was at HELLO.
@@ -232,54 +230,14 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     }
     // Behind the look at the socket: so it was this process, as it was, that held it.
     look.passport.check()?;
-    let searched = look.search.as_ref().map(|budget| {
-        let mut budget = budget.lock().unwrap_or_else(PoisonError::into_inner);
-        budget.run(|| other_holder(peer.pid, inode, SEARCH))
-    });
+    let searched = (look.search.as_ref()).map(|searches| searches.other_holder(peer.pid, inode));
     // When in doubt, it is shared: the shim asks again.
-    let shared = searched.is_some_and(|found| found != Some(OtherHolder::Nobody));
+    let shared = searched.is_some_and(|found| found != OtherHolder::Nobody);
     Ok(Held {
         cookie,
         inode,
         shared,
     })
-}
-
-/// Longest search for other holders of one socket, in processor time.
-const SEARCH: Duration = Duration::from_millis(20);
-
-/// Processor time that a user may have spent on searching `/proc`: a tenth of all time.
-#[derive(Debug)]
-pub struct SearchBudget {
-    next: Instant,
-}
-
-impl Default for SearchBudget {
-    fn default() -> Self {
-        let now = Instant::now();
-        SearchBudget {
-            next: now.checked_sub(Self::SAVED).unwrap_or(now),
-        }
-    }
-}
-
-impl SearchBudget {
-    const SHARE: u32 = 10;
-    /// Saved up at most.
-    const SAVED: Duration = Duration::from_secs(1);
-
-    fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
-        let now = Instant::now();
-        if self.next > now {
-            return None;
-        }
-        let before = processor_time();
-        let result = search();
-        let spent = processor_time().saturating_sub(before);
-        let earliest = now.checked_sub(Self::SAVED).unwrap_or(now);
-        self.next = self.next.max(earliest) + spent * Self::SHARE;
-        Some(result)
-    }
 }
 
 /// What an announcement says, with its numbers in range.
@@ -334,7 +292,7 @@ impl Claim {
 pub struct Rights {
     /// The kernel's word on sockets.
     pub namespaces: Namespaces,
-    searches: HashMap<u32, Arc<Mutex<SearchBudget>>>,
+    searches: HashMap<u32, Arc<Searches>>,
 }
 
 impl Rights {
@@ -367,11 +325,11 @@ impl Rights {
         asker == 0 || asker == geteuid().as_raw()
     }
 
-    /// What a user may have spent on searches.
-    pub fn searches_of(&mut self, uid: u32) -> Arc<Mutex<SearchBudget>> {
+    /// The searches of a user.
+    pub fn searches_of(&mut self, uid: u32) -> Arc<Searches> {
         if self.searches.len() >= 4096 {
             self.searches
-                .retain(|_, budget| Arc::strong_count(budget) > 1);
+                .retain(|_, searches| Arc::strong_count(searches) > 1);
         }
         self.searches.entry(uid).or_default().clone()
     }
@@ -559,20 +517,5 @@ mod tests {
         ] {
             assert!(Claim::parse(conn, &lie).is_none(), "{lie:?}");
         }
-    }
-
-    #[test]
-    fn a_search_is_paid_for_by_its_user() {
-        let mut budget = SearchBudget::default();
-        let busy = || {
-            let start = processor_time();
-            while processor_time() - start < Duration::from_millis(150) {}
-        };
-        let start = Instant::now();
-        assert!(budget.run(busy).is_some());
-        // A second was saved up, and ten times as long as the search took has to pass.
-        assert!(budget.next >= start + 10 * Duration::from_millis(150) - SearchBudget::SAVED);
-        budget.next = Instant::now() + Duration::from_secs(600);
-        assert!(budget.run(|| ()).is_none());
     }
 }
