@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use rdsock_shm::control::{Lookup, Message, Request, kind};
+use rdsock_shm::control::{Lookup, Message, NotFound, Request, kind};
 use rdsock_shm::reason::Reason;
 use tracing::debug;
 
@@ -102,7 +102,7 @@ impl Daemon {
             generation: lookup.generation,
         };
         if self.streams.by_cookie(lookup.cookie).is_none() {
-            return self.send(id, Message::empty(kind::NOT_FOUND).into());
+            return self.not_found(conn);
         }
         self.announcements.expect(conn, Wanted::Lookup);
         let socket = (lookup.fd, lookup.cookie);
@@ -339,7 +339,15 @@ impl Daemon {
                 return self.send(conn.tenant, message);
             }
         }
-        self.send(conn.tenant, Message::empty(kind::NOT_FOUND).into())
+        self.not_found(conn)
+    }
+
+    fn not_found(&mut self, conn: Conn) -> Result<(), End> {
+        let answer = NotFound {
+            conn: conn.number,
+            generation: conn.generation,
+        };
+        self.send(conn.tenant, Message::new(kind::NOT_FOUND, &answer).into())
     }
 
     /// A tenant holds the socket of an end, by inheritance: it holds the end, too, if it may.
