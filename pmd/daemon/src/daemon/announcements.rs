@@ -252,22 +252,21 @@ impl Daemon {
     /// When a socket is in no namespace that is known, its process may have moved since it
     /// attached.
     fn follow_netns(&mut self, id: TenantId, cookie: u64) {
-        let Some(connection) = self.connections.get_mut(id) else {
+        let Some(before) = self.connections.tenant(id).map(|tenant| tenant.netns) else {
             return;
         };
-        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
-            return;
-        };
-        let namespaces = &mut self.rights.namespaces;
-        let known = tenant
-            .netns
-            .is_some_and(|own| namespaces.locate(cookie, own).is_some());
-        if known {
+        let namespaces = &self.rights.namespaces;
+        if before.is_some_and(|own| namespaces.locate(cookie, own).is_some()) {
             return;
         }
-        let now = namespaces.enter(pid).ok();
-        if let Some(before) = std::mem::replace(&mut tenant.netns, now) {
-            namespaces.leave(before);
+        let Some(now) = self.enter_netns(id) else {
+            return;
+        };
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.netns = Some(now);
+        }
+        if let Some(before) = before {
+            self.leave_netns(id, before);
         }
     }
 
