@@ -176,7 +176,7 @@ impl Peer {
     }
 
     /// A duplicate of its descriptor `fd`. Where this process may not have one (Yama, a daemon without privilege),
-    /// `EPERM`.
+    /// `EPERM`; where the kernel or a filter does not know the call, `ENOSYS`.
     pub fn duplicate(&self, fd: i32) -> io::Result<OwnedFd> {
         // SAFETY: takes three integers, returns a new fd or -1.
         let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0) };

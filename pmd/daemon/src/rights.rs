@@ -199,6 +199,9 @@ pub enum NotHeld {
     /// It does not.
     #[error("its process does not hold this socket")]
     Socket,
+    /// The daemon may have no duplicates of descriptors, and this is another user's process.
+    #[error("pidfd_getfd is refused, and it is not this daemon's user")]
+    Unseen,
     /// It is not who it was.
     #[error(transparent)]
     Changed(#[from] Changed),
@@ -217,9 +220,12 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
         }
-        // The daemon may not have duplicates of this user's descriptors: it serves itself alone, and its inode names
-        // the socket as well as can be.
-        Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
+        // The daemon may have no duplicates of descriptors. The inode names the socket as well as can be, which will do
+        // for its own user, whose processes are in each other's hands.
+        Err(error) if is_refused(&error) => {
+            if peer.uid != geteuid().as_raw() {
+                return Err(NotHeld::Unseen);
+            }
             let inode = peer.socket_inode(look.fd);
             (look.cookie, inode.ok_or(NotHeld::Socket)?)
         }
@@ -238,6 +244,13 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
         inode,
         shared,
     })
+}
+
+/// By Yama or another security module; by a filter of system calls; by a kernel that does not have the call yet.
+fn is_refused(error: &std::io::Error) -> bool {
+    let refusals = [Errno::EPERM, Errno::EACCES, Errno::ENOSYS];
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.is_some_and(|errno| refusals.contains(&errno))
 }
 
 /// What an announcement says, with its numbers in range.

@@ -189,7 +189,11 @@ impl Daemon {
             (Some(Wanted::Match { claim, ticket }), Ok(held)) => self.find(&claim, ticket, held),
             (Some(Wanted::Match { claim, .. }), Err(error)) => {
                 debug!(?conn, fd = claim.fd, "not verified: {error}");
-                self.not_verified(conn, Reason::Unverified)
+                let reason = match error {
+                    NotHeld::Unseen => Reason::Unseen,
+                    _ => Reason::Unverified,
+                };
+                self.not_verified(conn, reason)
             }
             (Some(Wanted::Lookup), held) => self.inherit_looked_up(conn, held.ok()),
             (Some(Wanted::Hold { stream, end }), held) => {
