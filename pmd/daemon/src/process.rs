@@ -187,7 +187,19 @@ impl Peer {
         Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
     }
 
-    /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. Quick.
+    /// Whether it has something open as `fd`, to be read and written as a socket is. What that is can't be told quickly:
+    /// the kernel takes a reference to a file while it reads the link to it, and who gives the last one back closes the
+    /// file (a socket that lingers, say). Quick.
+    pub fn has_open(&self, fd: i32) -> bool {
+        let both = Mode::S_IRUSR | Mode::S_IWUSR;
+        let found = self.folder().ok().and_then(|folder| {
+            let name = format!("fd/{fd}");
+            fstatat(folder, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).ok()
+        });
+        found.is_some_and(|found| Mode::from_bits_truncate(found.st_mode).contains(both))
+    }
+
+    /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. May wait.
     /// Inodes of sockets have 32 bits: another socket gets the same one after some hours of work.
     pub fn socket_inode(&self, fd: i32) -> Option<u64> {
         let link = readlinkat(self.folder.as_ref()?, format!("fd/{fd}").as_str()).ok()?;
@@ -494,6 +506,8 @@ mod tests {
         let inode = own.socket_inode(listener.as_raw_fd()).unwrap();
         assert_eq!(inode, nix::sys::stat::fstat(&listener).unwrap().st_ino);
         assert_eq!(own.socket_inode(0x7fff_0000), None);
+        assert!(own.has_open(listener.as_raw_fd()) && !own.has_open(0x7fff_0000));
+        assert!(!own.has_open(File::open("/dev/null").unwrap().as_raw_fd()));
         let duplicate = own.duplicate(listener.as_raw_fd()).unwrap();
         let duplicate = TcpListener::from(duplicate);
         assert_eq!(

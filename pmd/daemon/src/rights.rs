@@ -381,7 +381,8 @@ impl Rights {
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the
-    /// same one by its cookie, and the process is who it was.
+    /// same one by its cookie, somebody has it, and the process is who it was, with something open as that descriptor.
+    /// (Who has handed the socket on and closed it has had it all the same, and could have kept it.)
     pub fn still_holds(&self, announced: &Announced, passport: &Passport) -> Result<bool, Changed> {
         passport.check_quickly()?;
         let route = announced.route;
@@ -391,7 +392,7 @@ impl Rights {
         });
         Ok(
             found.is_some_and(|found| found.established && found.inode == announced.inode)
-                && passport.peer.socket_inode(announced.fd) == Some(announced.inode),
+                && passport.peer.has_open(announced.fd),
         )
     }
 
@@ -420,7 +421,7 @@ impl Rights {
     pub fn still_listens(held: Held, fd: i32, passport: &Passport, socket: &Listener) -> bool {
         held.cookie == socket.cookie
             && held.inode == socket.inode
-            && passport.peer.socket_inode(fd) == Some(socket.inode)
+            && passport.peer.has_open(fd)
             && passport.check_quickly().is_ok()
     }
 
