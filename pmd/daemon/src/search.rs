@@ -4,7 +4,7 @@
 //! single holder. That takes long where some process has very many descriptors. So what several programs of a user ask
 //! is searched in one round, which goes on where it stopped with the next question, and each user pays for its own.
 //!
-//! Porters call it, never the control thread. What is read here (`/proc/PID/fd`, the links in it, `/proc/PID/stat`)
+//! Porters call it, never the control thread. What is read here (`/proc/PID/fd`, the links in it, `/proc/PID/status`)
 //! takes no lock that a process holds during `exec`.
 
 use std::collections::{HashMap, HashSet};
@@ -426,11 +426,11 @@ fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Parent of a process: the field behind the name and the state in `/proc/PID/stat`.
+/// Parent of a process. Not from `/proc/PID/stat`, which may have to wait for a process in the middle of `exec`.
 fn parent_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok()
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    parent?.trim().parse().ok()
 }
 
 /// Processor time that a user may have spent on searching `/proc`: a tenth of all time.

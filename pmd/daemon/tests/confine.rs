@@ -387,8 +387,11 @@ fn landlock_hides_the_sockets_of_other_processes() {
         }
         unseen(stranger.pid(), inode)
     });
-    // That a relative has the socket is assumed where its descriptors can't be looked at.
-    assert_eq!(result, Ended::With(0b11101));
+    // The search says in addition that a relative may have the socket, where that is known for one, or nothing yet.
+    assert!(
+        matches!(result, Ended::With(0b11101 | 0b11111)),
+        "{result:?}"
+    );
 }
 
 /// A name in the configuration has libc look for a user: files, sockets of a name service, perhaps a library.
