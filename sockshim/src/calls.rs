@@ -17,11 +17,18 @@ mod sockets;
 mod stdio;
 mod transfer;
 
-pub use descriptors::{close, close_range, copied, dup, dup2, dup3};
-pub use epoll::{epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2, epoll_wait};
+// Older calls, which only this architecture has as system calls.
+#[cfg(target_arch = "x86_64")]
+pub use descriptors::dup2;
+pub use descriptors::{close, close_range, copied, dup, dup3};
+#[cfg(target_arch = "x86_64")]
+pub use epoll::epoll_wait;
+pub use epoll::{epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2};
 pub use files::{sendfile, splice};
 pub use names::{getpeername, getsockname, peer_name};
-pub use poll::{poll, ppoll, pselect, select};
+#[cfg(target_arch = "x86_64")]
+pub use poll::select;
+pub use poll::{poll, ppoll, pselect};
 pub use read_write::{read, readv, write, writev};
 pub use send_recv::{recv, recvfrom, recvmmsg, recvmsg, sendmmsg, sendmsg, sendto};
 pub use sockets::{accept, accept4, connect, listen, shutdown, socket};

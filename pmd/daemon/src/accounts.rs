@@ -9,6 +9,7 @@
 //! packet switches", 1998, with factor 1.)
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -204,6 +205,54 @@ impl Charge {
             self.account.has.give(thing, amount);
             self.all.give(thing, amount);
         }
+    }
+}
+
+impl Charge {
+    /// Gives back all but this much of one thing.
+    pub fn keep_only(&mut self, thing: Thing, amount: u64) {
+        for (other, sum) in Thing::ALL.into_iter().zip(self.amounts) {
+            let kept = if other == thing { amount } else { 0 };
+            self.less(other, sum.saturating_sub(kept));
+        }
+    }
+}
+
+/// A descriptor, and what it costs: whoever has it last, a message that nobody reads say, keeps both.
+#[derive(Debug)]
+pub struct Paid {
+    file: OwnedFd,
+    // Goes behind the descriptor.
+    _charge: Option<Arc<Charge>>,
+}
+
+impl Paid {
+    /// A descriptor on a user's account, maybe one of several of a charge.
+    pub fn new(file: OwnedFd, charge: Arc<Charge>) -> Self {
+        Paid {
+            file,
+            _charge: Some(charge),
+        }
+    }
+
+    /// A descriptor of the daemon's own, or one that is paid for elsewhere.
+    pub fn free(file: OwnedFd) -> Self {
+        Paid {
+            file,
+            _charge: None,
+        }
+    }
+}
+
+impl AsFd for Paid {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl AsRawFd for Paid {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 

@@ -17,7 +17,7 @@ use nix::sys::socket::{
 use rdsock_shm::control::{Hello, Message, from_bytes, kind, parse};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 
-use crate::accounts::{Charge, Over, Thing};
+use crate::accounts::{Charge, Over, Paid, Thing};
 use crate::diag::is_seqpacket;
 use crate::found::Found;
 use crate::memory::{BadMemory, TenantMap, check_bells};
@@ -92,7 +92,7 @@ pub struct Outgoing {
     /// Its bytes.
     pub bytes: Vec<u8>,
     /// The descriptors beside it.
-    pub fds: Vec<Arc<OwnedFd>>,
+    pub fds: Vec<Arc<Paid>>,
 }
 
 /// What a receive found.

@@ -10,7 +10,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, listen, setsockopt, socket, sockopt,
 };
 use nix::unistd::geteuid;
-use rdsock_vfio::socket_file::{self, Obstacle, SocketFile};
+use rdsock_files::{Obstacle, SocketFile};
 
 /// The control socket of a daemon that runs for the whole machine.
 const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
@@ -77,10 +77,10 @@ impl Endpoint {
     pub fn new(path: &Path) -> Result<Self, EndpointError> {
         let root = geteuid().is_root();
         if let Some(dir) = path.parent() {
-            socket_file::make_directory(dir, if root { 0o755 } else { 0o700 })?;
+            rdsock_files::make_directory(dir, if root { 0o755 } else { 0o700 })?;
         }
         // Before a lock file is made beside what may be anything.
-        socket_file::check(path)?;
+        rdsock_files::check(path)?;
         let lock = lock(path)?;
         let socket = new_socket().map_err(failed("can't make a socket for", path))?;
         // Anybody on the machine may attach to a daemon of root's; each is then subject to policy.
@@ -123,7 +123,7 @@ fn lock(socket: &Path) -> Result<Flock<File>, EndpointError> {
     path.push(".lock");
     let path = PathBuf::from(path);
     match Flock::lock(
-        socket_file::open_lock(&path)?,
+        rdsock_files::open_lock(&path)?,
         FlockArg::LockExclusiveNonblock,
     ) {
         Ok(lock) => Ok(lock),

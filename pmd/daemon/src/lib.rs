@@ -34,4 +34,5 @@ pub mod process;
 pub mod queries;
 pub mod relay;
 pub mod rights;
+pub mod search;
 pub mod streams;

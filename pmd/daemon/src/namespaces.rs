@@ -92,6 +92,11 @@ impl Namespaces {
         cookie == home || cookie == 0 || home == 0
     }
 
+    /// Is this the daemon's own namespace, by its inode?
+    pub fn is_home_inode(&self, inode: u64) -> bool {
+        inode == self.home
+    }
+
     /// The netlink socket of the daemon's own namespace.
     pub fn home_diag(&self) -> Option<&Diag> {
         self.diag(self.home)

@@ -209,7 +209,7 @@ impl Peer {
     }
 
     /// A duplicate of its descriptor `fd`. Where this process may not have one (Yama, a daemon without privilege),
-    /// `EPERM`.
+    /// `EPERM`; where the kernel or a filter does not know the call, `ENOSYS`.
     pub fn duplicate(&self, fd: i32) -> io::Result<OwnedFd> {
         // SAFETY: takes three integers, returns a new fd or -1.
         let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0) };
@@ -220,7 +220,19 @@ impl Peer {
         Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
     }
 
-    /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. Quick.
+    /// Whether it has something open as `fd`, to be read and written as a socket is. What that is can't be told quickly:
+    /// the kernel takes a reference to a file while it reads the link to it, and who gives the last one back closes the
+    /// file (a socket that lingers, say). Quick.
+    pub fn has_open(&self, fd: i32) -> bool {
+        let both = Mode::S_IRUSR | Mode::S_IWUSR;
+        let found = self.folder().ok().and_then(|folder| {
+            let name = format!("fd/{fd}");
+            fstatat(folder, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).ok()
+        });
+        found.is_some_and(|found| Mode::from_bits_truncate(found.st_mode).contains(both))
+    }
+
+    /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. May wait.
     /// Inodes of sockets have 32 bits: another socket gets the same one after some hours of work.
     pub fn socket_inode(&self, fd: i32) -> Option<u64> {
         let link = readlinkat(self.folder.as_ref()?, format!("fd/{fd}").as_str()).ok()?;
@@ -378,7 +390,7 @@ fn is_alive(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
 }
 
-fn parse_socket(link: &str) -> Option<u64> {
+pub(crate) fn parse_socket(link: &str) -> Option<u64> {
     link.strip_prefix("socket:[")?
         .strip_suffix(']')?
         .parse()
@@ -474,80 +486,10 @@ impl Program {
     }
 }
 
-/// Who else holds a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherHolder {
-    /// Nobody.
-    Nobody,
-    /// This process, or it may: it is a relative of the tenant whose fds can't be looked at.
-    Process(i32),
-    /// Not found out within the time allowed.
-    TooSlow,
-}
-
-/// Looks for a process other than `pid` that holds the socket with this inode, for at most
-/// `allowed` of processor time. Relatives of `pid` come first: they are who inherits. This process, whose many
-/// descriptors are none of a tenant's sockets, is left out.
-pub fn other_holder(pid: i32, inode: u64, allowed: Duration) -> OtherHolder {
-    let end = processor_time() + allowed;
-    let own = std::process::id() as i32;
-    let parent = parent_of(pid);
-    let mut others: Vec<(bool, i32)> = processes()
-        .filter(|other| *other != pid && *other != own)
-        .map(|other| {
-            let its_parent = parent_of(other);
-            let related = Some(other) == parent
-                || its_parent == Some(pid)
-                || (its_parent.is_some() && its_parent == parent && parent != Some(1));
-            (related, other)
-        })
-        .collect();
-    others.sort_by_key(|(related, _)| !related);
-    for (related, other) in others {
-        match holds(other, inode) {
-            Ok(true) => return OtherHolder::Process(other),
-            Ok(false) => {}
-            Err(error) if related && error.kind() == io::ErrorKind::PermissionDenied => {
-                return OtherHolder::Process(other);
-            }
-            Err(_) => {}
-        }
-        if processor_time() > end {
-            return OtherHolder::TooSlow;
-        }
-    }
-    OtherHolder::Nobody
-}
-
 /// What this thread has used of its processor. Unlike the time that passes, it does not grow while
 /// busy programs have the processors.
 pub fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-fn processes() -> impl Iterator<Item = i32> {
-    fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
-/// Parent of a process: the field behind the name and the state in `/proc/PID/stat`.
-fn parent_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok()
-}
-
-fn holds(pid: i32, inode: u64) -> io::Result<bool> {
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let link = fs::read_link(entry?.path()).unwrap_or_default();
-        if link.to_str().and_then(parse_socket) == Some(inode) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// Raises the limits that the daemon may have inherited from whoever started it to what they may
@@ -669,11 +611,12 @@ mod tests {
     #[test]
     fn sockets_are_found_by_their_inode() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let me = std::process::id() as i32;
         let own = own();
         let inode = own.socket_inode(listener.as_raw_fd()).unwrap();
-        assert!(holds(me, inode).unwrap());
+        assert_eq!(inode, nix::sys::stat::fstat(&listener).unwrap().st_ino);
         assert_eq!(own.socket_inode(0x7fff_0000), None);
+        assert!(own.has_open(listener.as_raw_fd()) && !own.has_open(0x7fff_0000));
+        assert!(!own.has_open(File::open("/dev/null").unwrap().as_raw_fd()));
         let duplicate = own.duplicate(listener.as_raw_fd()).unwrap();
         let duplicate = TcpListener::from(duplicate);
         assert_eq!(
@@ -681,16 +624,6 @@ mod tests {
             listener.local_addr().unwrap()
         );
         assert!(own.duplicate(0x7fff_0000).is_err());
-        let second = Duration::from_secs(1);
-        assert_eq!(other_holder(me, inode, second), OtherHolder::Nobody);
-        let child = std::process::Command::new("sleep").arg("5").spawn();
-        let mut child = child.unwrap();
-        assert_eq!(parent_of(child.id() as i32), Some(me));
-        // Held by this process alone, which does not count.
-        let nobody = other_holder(child.id() as i32, inode, second);
-        assert_eq!(nobody, OtherHolder::Nobody);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]

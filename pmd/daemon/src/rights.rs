@@ -10,8 +10,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::geteuid;
@@ -22,9 +21,8 @@ use crate::book::{Announced, Conn, End, Role, Route};
 use crate::diag::{Diag, Listener, cookie_of};
 use crate::namespaces::Namespaces;
 use crate::policy::Policy;
-use crate::process::{
-    FileId, Glance, Identity, OtherHolder, Peer, Program, other_holder, processor_time,
-};
+use crate::process::{FileId, Glance, Identity, Peer, Program};
+use crate::search::{OtherHolder, Searches};
 
 /// Who a tenant was when it said HELLO: this process, with these rights, running the program that has mapped the tenant's
 /// memory.
@@ -180,8 +178,8 @@ pub struct Look {
     pub fd: i32,
     /// `SO_COOKIE` that it says; 0 for whichever the socket has.
     pub cookie: u64,
-    /// Other processes may hold it, too: search them, within this budget.
-    pub search: Option<Arc<Mutex<SearchBudget>>>,
+    /// Other processes may hold it, too: search them, with those of this user.
+    pub search: Option<Arc<Searches>>,
 }
 
 /// A socket that a process was found to hold, while it was who it was at HELLO.
@@ -201,6 +199,9 @@ pub enum NotHeld {
     /// It does not.
     #[error("its process does not hold this socket")]
     Socket,
+    /// The daemon may have no duplicates of descriptors, and this is another user's process.
+    #[error("pidfd_getfd is refused, and it is not this daemon's user")]
+    Unseen,
     /// It is not who it was.
     #[error(transparent)]
     Changed(#[from] Changed),
@@ -217,9 +218,12 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
         }
-        // The daemon may not have duplicates of this user's descriptors: it serves itself alone, and its inode names
-        // the socket as well as can be.
-        Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
+        // The daemon may have no duplicates of descriptors. The inode names the socket as well as can be, which will do
+        // for its own user, whose processes are in each other's hands.
+        Err(error) if is_refused(&error) => {
+            if peer.uid != geteuid().as_raw() {
+                return Err(NotHeld::Unseen);
+            }
             let inode = peer.socket_inode(look.fd);
             (look.cookie, inode.ok_or(NotHeld::Socket)?)
         }
@@ -230,12 +234,9 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     }
     // Behind the look at the socket: so it was this process, as it was, that held it.
     look.passport.check()?;
-    let searched = look.search.as_ref().map(|budget| {
-        let mut budget = budget.lock().unwrap_or_else(PoisonError::into_inner);
-        budget.run(|| other_holder(peer.pid, inode, SEARCH))
-    });
+    let searched = (look.search.as_ref()).map(|searches| searches.other_holder(peer.pid, inode));
     // When in doubt, it is shared: the shim asks again.
-    let shared = searched.is_some_and(|found| found != Some(OtherHolder::Nobody));
+    let shared = searched.is_some_and(|found| found != OtherHolder::Nobody);
     Ok(Held {
         cookie,
         inode,
@@ -243,41 +244,11 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     })
 }
 
-/// Longest search for other holders of one socket, in processor time.
-const SEARCH: Duration = Duration::from_millis(20);
-
-/// Processor time that a user may have spent on searching `/proc`: a tenth of all time.
-#[derive(Debug)]
-pub struct SearchBudget {
-    next: Instant,
-}
-
-impl Default for SearchBudget {
-    fn default() -> Self {
-        let now = Instant::now();
-        SearchBudget {
-            next: now.checked_sub(Self::SAVED).unwrap_or(now),
-        }
-    }
-}
-
-impl SearchBudget {
-    const SHARE: u32 = 10;
-    /// Saved up at most.
-    const SAVED: Duration = Duration::from_secs(1);
-
-    fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
-        let now = Instant::now();
-        if self.next > now {
-            return None;
-        }
-        let before = processor_time();
-        let result = search();
-        let spent = processor_time().saturating_sub(before);
-        let earliest = now.checked_sub(Self::SAVED).unwrap_or(now);
-        self.next = self.next.max(earliest) + spent * Self::SHARE;
-        Some(result)
-    }
+/// By Yama or another security module; by a filter of system calls; by a kernel that does not have the call yet.
+fn is_refused(error: &std::io::Error) -> bool {
+    let refusals = [Errno::EPERM, Errno::EACCES, Errno::ENOSYS];
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.is_some_and(|errno| refusals.contains(&errno))
 }
 
 /// What an announcement says, with its numbers in range.
@@ -332,7 +303,7 @@ impl Claim {
 pub struct Rights {
     /// The kernel's word on sockets.
     pub namespaces: Namespaces,
-    searches: HashMap<u32, Arc<Mutex<SearchBudget>>>,
+    searches: HashMap<u32, Arc<Searches>>,
 }
 
 impl Rights {
@@ -365,11 +336,11 @@ impl Rights {
         asker == 0 || asker == geteuid().as_raw()
     }
 
-    /// What a user may have spent on searches.
-    pub fn searches_of(&mut self, uid: u32) -> Arc<Mutex<SearchBudget>> {
+    /// The searches of a user.
+    pub fn searches_of(&mut self, uid: u32) -> Arc<Searches> {
         if self.searches.len() >= 4096 {
             self.searches
-                .retain(|_, budget| Arc::strong_count(budget) > 1);
+                .retain(|_, searches| Arc::strong_count(searches) > 1);
         }
         self.searches.entry(uid).or_default().clone()
     }
@@ -408,7 +379,8 @@ impl Rights {
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the
-    /// same one by its cookie, and the process is who it was.
+    /// same one by its cookie, somebody has it, and the process is who it was, with something open as that descriptor.
+    /// (Who has handed the socket on and closed it has had it all the same, and could have kept it.)
     pub fn still_holds(&self, announced: &Announced, passport: &Passport) -> Result<bool, Changed> {
         passport.check_quickly()?;
         let route = announced.route;
@@ -418,7 +390,7 @@ impl Rights {
         });
         Ok(
             found.is_some_and(|found| found.established && found.inode == announced.inode)
-                && passport.peer.socket_inode(announced.fd) == Some(announced.inode),
+                && passport.peer.has_open(announced.fd),
         )
     }
 
@@ -447,7 +419,7 @@ impl Rights {
     pub fn still_listens(held: Held, fd: i32, passport: &Passport, socket: &Listener) -> bool {
         held.cookie == socket.cookie
             && held.inode == socket.inode
-            && passport.peer.socket_inode(fd) == Some(socket.inode)
+            && passport.peer.has_open(fd)
             && passport.check_quickly().is_ok()
     }
 
@@ -557,20 +529,5 @@ mod tests {
         ] {
             assert!(Claim::parse(conn, &lie).is_none(), "{lie:?}");
         }
-    }
-
-    #[test]
-    fn a_search_is_paid_for_by_its_user() {
-        let mut budget = SearchBudget::default();
-        let busy = || {
-            let start = processor_time();
-            while processor_time() - start < Duration::from_millis(150) {}
-        };
-        let start = Instant::now();
-        assert!(budget.run(busy).is_some());
-        // A second was saved up, and ten times as long as the search took has to pass.
-        assert!(budget.next >= start + 10 * Duration::from_millis(150) - SearchBudget::SAVED);
-        budget.next = Instant::now() + Duration::from_secs(600);
-        assert!(budget.run(|| ()).is_none());
     }
 }

@@ -6,7 +6,6 @@ use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +14,7 @@ use rdsock_shm::control::{Message, Promote, kind};
 use rdsock_shm::layout::DATA_OFFSET;
 use tracing::warn;
 
-use crate::accounts::Charge;
+use crate::accounts::{Charge, Paid};
 use crate::book::{Book, Conn, Stream};
 use crate::channel::Outgoing;
 use crate::fabric::octets;
@@ -27,13 +26,11 @@ const STOCK: usize = 8;
 /// A stream's memory and what is needed to hand it out again.
 #[derive(Debug)]
 pub struct Memory {
-    stream: Arc<OwnedFd>,
-    ends: [Arc<OwnedFd>; 2],
+    stream: Arc<Paid>,
+    ends: [Arc<Paid>; 2],
     /// The bell boards of the tenants that announced the two ends.
-    bells: [Arc<OwnedFd>; 2],
+    bells: [Arc<Paid>; 2],
     ring_size: u64,
-    /// What it costs its payer. `None` for one to another node, which costs from before it is promoted.
-    _charge: Option<Charge>,
     /// Made of huge pages.
     pub huge: bool,
     /// Where the other end is, when that is on another node.
@@ -75,24 +72,31 @@ impl Elsewhere {
 
 impl Memory {
     /// An end is handed to another tenant, with this bell board.
-    pub fn hand_anew(&mut self, end: usize, bells: Arc<OwnedFd>) {
+    pub fn hand_anew(&mut self, end: usize, bells: Arc<Paid>) {
         if let Some(place) = self.bells.get_mut(end) {
             *place = bells;
         }
     }
 
-    /// From the descriptors of a new stream.
+    /// From the descriptors of a new stream, and what it costs its payer: `None` for one to another node, which costs
+    /// from before it is promoted.
     pub fn new(
         fds: StreamFds,
-        bells: [Arc<OwnedFd>; 2],
+        bells: [Arc<Paid>; 2],
         ring_size: u64,
         charge: Option<Charge>,
         elsewhere: Option<Elsewhere>,
     ) -> Self {
+        let charge = charge.map(Arc::new);
+        let paid = |file| {
+            Arc::new(match &charge {
+                Some(charge) => Paid::new(file, charge.clone()),
+                None => Paid::free(file),
+            })
+        };
         Memory {
-            _charge: charge,
-            stream: Arc::new(fds.stream),
-            ends: fds.ends.map(Arc::new),
+            stream: paid(fds.stream),
+            ends: fds.ends.map(&paid),
             bells,
             ring_size,
             huge: fds.huge,

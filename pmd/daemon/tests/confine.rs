@@ -14,7 +14,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, geteuid};
 use rdsock_shm::control::kind;
 use rdsockd::confine::{Confine, Confinement, DeviceKind, Filter};
-use rdsockd::process::{OtherHolder, other_holder};
+use rdsockd::search::{OtherHolder, Searches};
 use tenant::{Answer, Daemon, Tenant};
 
 /// Of a user whom nothing else belongs to.
@@ -338,8 +338,10 @@ fn unseen(stranger: i32, inode: u64) -> i32 {
     let mut note = |bit: i32, seen: bool| unseen |= i32::from(!seen) << bit;
     note(0, socket_inode(stranger, 0) == Some(inode));
     let own = std::process::id() as i32;
-    let holder = other_holder(own, inode, Duration::from_secs(5));
-    note(1, holder == OtherHolder::Process(stranger));
+    let searches = Searches::default();
+    let mut asked = (0..100).map(|_| searches.other_holder(own, inode));
+    let holder = asked.find(|found| *found != OtherHolder::NotYet);
+    note(1, holder == Some(OtherHolder::Process(stranger)));
     note(2, fs::metadata(format!("/proc/{stranger}/ns/net")).is_ok());
     note(3, fs::read_link(format!("/proc/{stranger}/exe")).is_ok());
     // SAFETY: both calls take numbers and return one, of a file that is open until this process ends.
@@ -385,7 +387,11 @@ fn landlock_hides_the_sockets_of_other_processes() {
         }
         unseen(stranger.pid(), inode)
     });
-    assert_eq!(result, Ended::With(0b11111));
+    // The search says in addition that a relative may have the socket, where that is known for one, or nothing yet.
+    assert!(
+        matches!(result, Ended::With(0b11101 | 0b11111)),
+        "{result:?}"
+    );
 }
 
 /// A name in the configuration has libc look for a user: files, sockets of a name service, perhaps a library.

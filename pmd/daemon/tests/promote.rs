@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use rdsock_shm::control::{Lookup, Message, Promote, kind, request as what};
+use rdsock_shm::control::{Lookup, Message, NotFound, Promote, from_bytes, kind, request as what};
 use rdsock_shm::layout::{
     BELL_MAGIC, DATA_OFFSET, Direction, END_MAGIC, EndPage, NOT_SWITCHED, Producer, STREAM_MAGIC,
     StreamHeader,
@@ -206,10 +206,12 @@ fn an_inherited_socket_is_found_again() {
     });
     assert_eq!(daemon.stat()["streams_now"], 1);
     let mut server = Tenant::attach(&daemon);
+    let mut generation = 0;
     let mut look = |cookie, fd| {
+        generation += 1;
         let lookup = Lookup {
             conn: 5,
-            generation: 8,
+            generation,
             cookie,
             fd,
             reserved: 0,
@@ -218,15 +220,26 @@ fn an_inherited_socket_is_found_again() {
         server.receive()
     };
     let fd = accepted.as_raw_fd();
-    let not_found = |answer| matches!(answer, Answer::Message(kind::NOT_FOUND, ..));
-    assert!(not_found(look(1, fd)));
-    assert!(not_found(look(cookie(&accepted), connector.as_raw_fd())));
-    assert!(not_found(look(cookie(&accepted), 0)));
+    // Which question it answers is said.
+    let not_found = |answer| match answer {
+        Answer::Message(kind::NOT_FOUND, body, _) => from_bytes(&body),
+        _ => None,
+    };
+    let no = |generation| {
+        Some(NotFound {
+            conn: 5,
+            generation,
+        })
+    };
+    assert_eq!(not_found(look(1, fd)), no(1));
+    let other = look(cookie(&accepted), connector.as_raw_fd());
+    assert_eq!(not_found(other), no(2));
+    assert_eq!(not_found(look(cookie(&accepted), 0)), no(3));
     let Answer::Message(kind::PROMOTE, body, fds) = look(cookie(&accepted), fd) else {
         panic!("not found");
     };
-    let again: Promote = rdsock_shm::control::from_bytes(&body).unwrap();
-    assert_eq!((again.conn, again.generation), (5, 8));
+    let again: Promote = from_bytes(&body).unwrap();
+    assert_eq!((again.conn, again.generation), (5, 4));
     assert_eq!(again.stream_id, first.stream_id);
     check(&again, fds, 1);
     // A socket that has a holder gets no second stream.

@@ -7,11 +7,14 @@ use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use rdsock_shm::control::{Between, Message, Query, Refused, from_bytes, kind, question, refusal};
+use rdsock_shm::control::{
+    Between, Message, Query, Refused, from_bytes, kind, question, refusal, request as what,
+};
 use rdsock_shm::layout::CONN_RECORDS;
+use serde_json::json;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
-use tenant::{Answer, Daemon, Tenant, tcp_pair};
+use tenant::{Answer, Daemon, Tenant, request, tcp_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
@@ -27,6 +30,7 @@ fn play(part: &Part) {
         "crowd" => be_crowd(part),
         "deaf" => be_deaf(part),
         "deaf crowd" => be_deaf_crowd(part),
+        "hermit" => be_hermit(part),
         "hog" => be_hog(part),
         "modest" => be_modest(part),
         other => panic!("no such part: {other}"),
@@ -357,3 +361,132 @@ scene!(three_users_of_streams_leave_a_fourth_one_room, |test| {
     let users = [ATTACKER, ATTACKER + 10, ATTACKER + 11];
     hogs(test, &users, "streams attach connect");
 });
+
+/// Descriptors on all accounts, and those that the daemon has open for tenants.
+fn charged_and_open(daemon: &Daemon, own: usize) -> (u64, usize) {
+    let asks = Tenant::stranger(daemon).unwrap();
+    let stat = daemon.stat();
+    let sum = |user: &serde_json::Value| user["descriptors"].as_u64().unwrap_or(0);
+    let charged = stat["users"].as_array().unwrap().iter().map(sum).sum();
+    let open = daemon.descriptors() - own;
+    drop(asks);
+    (charged, open)
+}
+
+/// Waits until what is open is on an account.
+fn all_is_charged(daemon: &Daemon, own: usize, at_least: u64) {
+    // Who asks is charged while it asks, and is closed behind that.
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (charged, open) = charged_and_open(daemon, own);
+        if charged >= open as u64 && charged >= at_least {
+            return;
+        }
+        assert!(
+            Instant::now() < end,
+            "{open} are open, and {charged} of them are on an account"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_a_tenant_leaves_behind_stays_on_its_account() {
+    let daemon = Daemon::start(SMALL);
+    drop(Tenant::attach(&daemon));
+    daemon.wait_until("all have gone", |stat| stat["tenants"] == json!([]));
+    // What it needs for itself, once it has worked.
+    std::thread::sleep(Duration::from_millis(100));
+    let own = daemon.descriptors();
+    let streams: Vec<_> = (0..20)
+        .map(|_| {
+            let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+            let (connector, accepted) = tcp_pair();
+            client.announce(1, 1, &connector, 1);
+            server.announce(1, 1, &accepted, 0);
+            // The process lives and has the sockets, so the streams stay, with the bells of both.
+            client.promote();
+            server.promote();
+            (connector, accepted)
+        })
+        .collect();
+    daemon.wait_until("all have gone", |stat| stat["tenants"] == json!([]));
+    assert_eq!(daemon.stat()["streams_now"], 20);
+    all_is_charged(&daemon, own, 20 * 5);
+    drop(streams);
+    daemon.wait_until("closed", |stat| stat["streams_now"] == 0);
+    daemon.wait_until("given back", |stat| {
+        let users = stat["users"].as_array().unwrap();
+        // Who asks has something.
+        users
+            .iter()
+            .all(|user| user["descriptors"].as_u64().unwrap_or(0) < 6)
+    });
+}
+
+#[test]
+fn a_message_that_nobody_reads_keeps_its_stream_on_an_account() {
+    let daemon = Daemon::start(SMALL);
+    drop(Tenant::attach(&daemon));
+    daemon.wait_until("all have gone", |stat| stat["tenants"] == json!([]));
+    std::thread::sleep(Duration::from_millis(100));
+    let own = daemon.descriptors();
+    let (mut client, deaf) = (Tenant::attach(&daemon), &mut Tenant::attach(&daemon));
+    let mut promoted = 0;
+    for number in 1..CONN_RECORDS as u32 {
+        let (connector, accepted) = tcp_pair();
+        deaf.announce(number, 1, &accepted, 0);
+        client.announce(number, 1, &connector, 1);
+        match client.receive() {
+            Answer::Message(kind::PROMOTE, ..) => promoted += 1,
+            _ => break,
+        }
+        // The stream is over, and the offer of its other end is still to be read.
+        client.ask_for(&request(what::DECLINED, number, 1));
+        if promoted == 400 {
+            break;
+        }
+    }
+    daemon.wait_until("closed", |stat| stat["streams_now"] == 0);
+    assert!(promoted > 300, "{promoted}");
+    all_is_charged(&daemon, own, 0);
+}
+
+scene!(
+    a_network_namespace_is_on_the_account_of_its_tenants,
+    |test| {
+        let daemon = Daemon::start(SMALL);
+        drop(Tenant::attach(&daemon));
+        daemon.wait_until("all have gone", |stat| stat["tenants"] == json!([]));
+        std::thread::sleep(Duration::from_millis(100));
+        let own = daemon.descriptors();
+        let actors: Vec<Actor> = (0..5)
+            .map(|_| {
+                let actor = Actor::start_with(test, "hermit", &daemon.socket(), |command| {
+                    // SAFETY: system calls between fork and exec.
+                    unsafe {
+                        command.pre_exec(|| {
+                            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+                            Ok(nix::unistd::setresuid(
+                                ATTACKER.into(),
+                                ATTACKER.into(),
+                                ATTACKER.into(),
+                            )?)
+                        })
+                    };
+                });
+                actor.hear("ready");
+                actor
+            })
+            .collect();
+        all_is_charged(&daemon, own, 5 * 6);
+        drop(actors);
+    }
+);
+
+/// Attaches, from a network namespace of its own.
+fn be_hermit(part: &Part) {
+    let _tenant = Tenant::attach_at(&part.socket);
+    say("ready");
+    listen();
+}

@@ -29,7 +29,7 @@ pub mod kind {
     pub const PROMOTE: u16 = 5;
     /// T→D: is this inherited socket a stream? Body: [`super::Lookup`].
     pub const LOOKUP: u16 = 6;
-    /// D→T: answer to LOOKUP: no.
+    /// D→T: answer to LOOKUP: no. Body: [`super::NotFound`].
     pub const NOT_FOUND: u16 = 7;
     /// T→D, fd: one end of a SEQPACKET socket pair: a forked child that may no longer reach the
     /// socket's path asks for a control connection of its own. No body.
@@ -217,6 +217,15 @@ pod! {
         fd: i32,
         /// 0.
         reserved: u32,
+    }
+}
+pod! {
+    /// No stream that this tenant may have belongs to the socket of a LOOKUP.
+    NotFound, 8 {
+        /// The tenant's connection record.
+        conn: u32,
+        /// Its generation; a tenant ignores a stale one.
+        generation: u32,
     }
 }
 pod! {

@@ -107,6 +107,8 @@ coded! {
         NodeRefused = 30, "the other node refused: its policy or a limit";
         /// Between nodes: the daemon has no device, or it has failed.
         NoDevice = 31, "the daemon drives no device: see its log";
+        /// The daemon is kept from duplicates of descriptors, and so knows no socket of another user for sure.
+        Unseen = 32, "the daemon may not look at sockets of other users (pidfd_getfd is refused it: by an old kernel, Yama, or a container's filter)";
     }
 }
 

@@ -24,7 +24,6 @@ mod mapped;
 pub mod model;
 mod sealed;
 pub mod serve;
-pub mod socket_file;
 mod translation;
 pub mod user;
 pub mod vfio;

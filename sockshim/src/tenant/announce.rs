@@ -1,6 +1,6 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
-use super::attach::{attach, is_disabled, note_hang_up};
+use super::attach::{attach, is_as_attached, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -87,6 +87,9 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     make_memory();
     note_hang_up(&guard);
     attach(&guard);
+    if !is_as_attached() {
+        return;
+    }
     if conn
         .phase
         .compare_exchange(phase::KERNEL, phase::ANNOUNCED, AcqRel, Relaxed)

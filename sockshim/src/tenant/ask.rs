@@ -4,7 +4,7 @@
 //! Several threads may ask at once, and whoever reads the control connection reads all that has come:
 //! so who asks takes a place, and answers are put there.
 
-use super::attach::{CONTROL, RETRY_MS, attach, is_disabled};
+use super::attach::{CONTROL, RETRY_MS, attach, is_as_attached, is_disabled};
 use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
@@ -153,7 +153,7 @@ fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
     make_memory();
     attach(&guard);
     let control = CONTROL.load(Relaxed);
-    if control < 0 {
+    if control < 0 || !is_as_attached() {
         return None;
     }
     if take_place(&guard, number, end).is_none() {

@@ -24,6 +24,9 @@ pub(super) const RETRY_MS: u64 = 500;
 const LOOK_MS: u64 = 1000;
 /// and while its greeting is awaited.
 const GREETING_MS: u64 = 20;
+/// Milliseconds between two times that a process attaches anew since its user has changed: the least and the most. One
+/// that has kept its user for longer than the most is followed at once.
+const FOLLOW_MS: [u64; 2] = [1000, 64_000];
 /// Milliseconds for which a daemon is left alone that is at a limit, or found this process not to be who it was: the
 /// least and the most.
 const REFUSED_MS: [u64; 2] = [1000, 64_000];
@@ -36,6 +39,9 @@ pub(super) static TRIED_AT: AtomicU64 = AtomicU64::new(0);
 pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
 /// Effective user and group at HELLO, in the upper and the lower half.
 static ATTACHED_AS: AtomicU64 = AtomicU64::new(0);
+/// When this process last attached anew since its user had changed, and the milliseconds until it may do so again.
+static FOLLOWED_AT: AtomicU64 = AtomicU64::new(0);
+static FOLLOW_PAUSE_MS: AtomicU64 = AtomicU64::new(0);
 /// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
 pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
 /// When it was last looked whether the daemon is there, in ticks.
@@ -148,12 +154,22 @@ pub(super) fn after_fork_in_child() {
     LOOKED_AT.store(0, Relaxed);
     TRIED_AT.store(0, Relaxed);
     AWAITED.store(0, Relaxed);
+    FOLLOWED_AT.store(0, Relaxed);
+    FOLLOW_PAUSE_MS.store(0, Relaxed);
+}
+
+/// True while the process has the user that it attached as: as another one the daemon would turn it away, and it asks for
+/// nothing.
+pub(super) fn is_as_attached() -> bool {
+    ATTACHED_AS.load(Relaxed) == ids()
 }
 
 /// A program that has changed its user since it attached is not who the daemon knows: it attaches anew, through the
-/// connection that it has, since it may no longer reach the socket's path.
+/// connection that it has, since it may no longer reach the socket's path. One that changes it again and again (a file
+/// server that works as the user of each request) stays who it was meanwhile, and is that again when it has changed
+/// back: it attaches anew ever more seldom.
 fn follow_user() {
-    if CONTROL.load(Relaxed) < 0 || ATTACHED_AS.load(Relaxed) == ids() {
+    if CONTROL.load(Relaxed) < 0 || is_as_attached() || !may_follow(clock::nanoseconds()) {
         return;
     }
     let control = CONTROL.swap(-1, AcqRel);
@@ -163,6 +179,22 @@ fn follow_user() {
     }
     detach();
     TRIED_AT.store(0, Relaxed);
+}
+
+/// Is it time to attach anew? Takes the time as that of the next pause's beginning if it is.
+fn may_follow(now: u64) -> bool {
+    const MILLISECOND: u64 = 1_000_000;
+    let [least, most] = FOLLOW_MS;
+    let (before, pause) = (FOLLOWED_AT.load(Relaxed), FOLLOW_PAUSE_MS.load(Relaxed));
+    let since = now.wrapping_sub(before) / MILLISECOND;
+    if before != 0 && since < pause {
+        return false;
+    }
+    let calm = before == 0 || since > 2 * most;
+    let next = if calm { least } else { (pause * 2).min(most) };
+    FOLLOW_PAUSE_MS.store(next, Relaxed);
+    FOLLOWED_AT.store(now.max(1), Relaxed);
+    true
 }
 
 fn ids() -> u64 {

@@ -17,7 +17,7 @@ use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
 
 /// Milliseconds that a program waits for the answer about an inherited connection.
-const LOOKUP_MS: i64 = 1000;
+const LOOKUP_MS: u64 = 1000;
 
 /// Before fork: nothing of the tenant's may be half done. True when the lock was taken.
 pub fn before_fork() -> bool {
@@ -159,15 +159,16 @@ pub fn look_up(index: usize, fd: c_int) {
         reserved: 0,
     };
     if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
-        let end = clock::nanoseconds() + LOOKUP_MS as u64 * 1_000_000;
-        while clock::nanoseconds() < end && held.conn.phase.load(Acquire) == phase::ANNOUNCED {
-            if sys::poll_one(control, libc::POLLIN, LOOKUP_MS) <= 0 {
+        let end = clock::nanoseconds() + LOOKUP_MS * 1_000_000;
+        while held.conn.phase.load(Acquire) == phase::ANNOUNCED {
+            let left = end.saturating_sub(clock::nanoseconds()).div_ceil(1_000_000);
+            if left == 0 || sys::poll_one(control, libc::POLLIN, left as i64) <= 0 {
                 break;
             }
-            // The answer may come together with the one to HELLO.
-            let not_found = Guard::take().is_some_and(|guard| read_messages(&guard));
-            if not_found {
-                break;
+            // The answer may come together with the one to HELLO, and with late ones to earlier questions.
+            match Guard::take() {
+                Some(guard) => read_messages(&guard),
+                None => break,
             }
         }
     }

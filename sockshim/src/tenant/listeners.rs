@@ -1,7 +1,7 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, is_disabled, note_hang_up};
+use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, is_as_attached, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::requests::{blank, put};
@@ -57,7 +57,7 @@ pub(super) fn tell_all(guard: &Guard) {
 
 fn tell(guard: &Guard, index: usize, conn: &Conn) {
     let epoch = EPOCH.load(Relaxed);
-    if conn.epoch.load(Relaxed) == epoch || CONTROL.load(Relaxed) < 0 {
+    if conn.epoch.load(Relaxed) == epoch || CONTROL.load(Relaxed) < 0 || !is_as_attached() {
         return;
     }
     let fd = conn.fd.load(Relaxed);

@@ -9,7 +9,7 @@ use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
-use rdsock_shm::control::{self, Message, Refused, Verdict, kind, refusal};
+use rdsock_shm::control::{self, Message, NotFound, Refused, Verdict, kind, refusal};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
@@ -53,17 +53,15 @@ pub fn look() {
     }
 }
 
-/// Reads all that has come. True when the daemon's "no" to a look-up was among it, which nobody
-/// else will see.
+/// Reads all that has come.
 #[cold]
-pub(super) fn read_messages(guard: &Guard) -> bool {
-    let mut not_found = false;
+pub(super) fn read_messages(guard: &Guard) {
     let Some(memory) = memory() else {
-        return not_found;
+        return;
     };
     let control = CONTROL.load(Relaxed);
     if control < 0 {
-        return not_found;
+        return;
     }
     SEEN.store(memory.header.messages.load(Acquire), Relaxed);
     let mut was_reset = false;
@@ -125,14 +123,31 @@ pub(super) fn read_messages(guard: &Guard) -> bool {
                 }
                 attach::welcomed();
             }
-            kind::NOT_FOUND => not_found = true,
+            kind::NOT_FOUND => {
+                if let Some(not_found) = control::from_bytes(body) {
+                    end_look_up(&not_found);
+                }
+            }
             kind::REFUSED => refused(control::from_bytes(body)),
             _ => {}
         }
         fds_of(fds);
     }
     sys::restore_signals(mask);
-    not_found
+}
+
+/// The daemon's "no" to a look-up: who asked sees it in the connection's phase. One that comes when nobody waits for it
+/// any more is of an older generation, or finds the phase another one.
+fn end_look_up(not_found: &NotFound) {
+    let Some(held) = conn::by_index(not_found.conn as usize) else {
+        return;
+    };
+    let conn = held.conn;
+    if conn.generation.load(Relaxed) == not_found.generation {
+        let _ = conn
+            .phase
+            .compare_exchange(phase::ANNOUNCED, phase::KERNEL, AcqRel, Relaxed);
+    }
 }
 
 /// The daemon does not take this process: not now where a limit is reached, or as who it was, else never.

@@ -5,13 +5,13 @@
 mod stand_in;
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use rdsock_shm::control::request;
 use rdsock_shm::reason::Reason;
 use rdsock_tests::{Folder, Program, Running, place};
-use stand_in::{Manners, Reach, StandIn, bytes};
+use stand_in::{Heard, Manners, Reach, StandIn, bytes};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -379,4 +379,44 @@ fn assert_says_both(output: &str) {
         says("ended before it was accepted") && says("the daemon does not say whose"),
         "{output}"
     );
+}
+
+/// The first of two inherited connections is answered when the program has given up and asks about the second one.
+#[test]
+fn a_late_answer_about_one_inherited_connection_is_none_about_the_next() {
+    let late = Duration::from_millis(500);
+    let ground = Ground::new(Manners {
+        late: Some(late),
+        ..Manners::default()
+    });
+    let started = ground.folder.at("started");
+    let mut running = ground.start(&format!(
+        r#"
+server = socket.create_server(("127.0.0.1", 0))
+# Who is not accepted is connected as long as somebody listens.
+server.set_inheritable(True)
+for _ in range(2):
+    s = socket.create_connection(server.getsockname())
+    os.set_inheritable(s.fileno(), True)
+    globals()[f"kept{{s.fileno()}}"] = s
+os.execvp("sh", ["sh", "-c", "echo > {}"])
+"#,
+        started.display()
+    ));
+    let heard =
+        |what: fn(&Heard) -> bool| ground.stand_in.heard().iter().filter(|h| what(h)).count();
+    let end = Instant::now() + LIMIT;
+    while heard(|heard| matches!(heard, Heard::LookUp)) < 2 {
+        assert!(Instant::now() < end, "{:?}", ground.stand_in.heard());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The answer to the first one is there by then, and the one to the second one is not.
+    std::thread::sleep(late / 2);
+    if heard(|heard| matches!(heard, Heard::Answered)) == 0 {
+        assert!(!started.exists(), "an answer to another question was taken");
+    } else {
+        eprintln!("SKIPPED, NOTHING WAS CHECKED: this machine was too slow");
+    }
+    running.wait(LIMIT);
+    assert!(started.exists());
 }

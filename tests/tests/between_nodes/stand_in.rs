@@ -16,7 +16,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use rdsock_shm::control::{
-    Between, Caller, Message, Pod, Reached, Request, Welcome, from_bytes, kind, parse,
+    Between, Caller, Lookup, Message, NotFound, Pod, Reached, Request, Welcome, from_bytes, kind,
+    parse,
 };
 use rdsock_shm::layout::TenantMemory;
 use rdsock_shm::queue::Taker;
@@ -53,6 +54,8 @@ pub struct Manners {
     pub caller: Option<SocketAddr>,
     /// Whether it answers WHOIS at all.
     pub knows_callers: bool,
+    /// When it answers a LOOKUP: `None`, at once; else the first one when the second one comes, and that after this time.
+    pub late: Option<Duration>,
 }
 
 impl Default for Manners {
@@ -64,6 +67,7 @@ impl Default for Manners {
             local: ["10.98.0.1".parse().unwrap(), "fd00:98::1".parse().unwrap()],
             caller: None,
             knows_callers: true,
+            late: None,
         }
     }
 }
@@ -91,6 +95,9 @@ pub enum Heard {
     Hello,
     Reach(Between),
     WhoIs(Between),
+    LookUp,
+    /// The second LOOKUP was answered.
+    Answered,
     Request(Request),
 }
 
@@ -263,6 +270,7 @@ struct Attended {
     socket: OwnedFd,
     memory: Option<Memory>,
     taker: Taker,
+    unanswered: Option<NotFound>,
 }
 
 fn attend(shared: &Arc<Shared>, socket: OwnedFd) {
@@ -273,6 +281,7 @@ fn attend(shared: &Arc<Shared>, socket: OwnedFd) {
         socket,
         memory: None,
         taker: Taker::new(),
+        unanswered: None,
     };
     std::thread::spawn(move || while attended.step() {});
 }
@@ -346,8 +355,31 @@ impl Attended {
                     self.send(kind::CALLER, &caller);
                 }
             }
-            kind::LOOKUP => self.send_message(&Message::empty(kind::NOT_FOUND)),
+            kind::LOOKUP => {
+                let lookup: Lookup = from_bytes(body).unwrap();
+                self.hear(Heard::LookUp);
+                self.answer_lookup(&manners, &lookup);
+            }
             _ => {}
+        }
+    }
+
+    fn answer_lookup(&mut self, manners: &Manners, lookup: &Lookup) {
+        let answer = NotFound {
+            conn: lookup.conn,
+            generation: lookup.generation,
+        };
+        let Some(late) = manners.late else {
+            return self.send(kind::NOT_FOUND, &answer);
+        };
+        match self.unanswered.replace(answer) {
+            None => {}
+            Some(earlier) => {
+                self.send(kind::NOT_FOUND, &earlier);
+                std::thread::sleep(late);
+                self.hear(Heard::Answered);
+                self.send(kind::NOT_FOUND, &answer);
+            }
         }
     }
 

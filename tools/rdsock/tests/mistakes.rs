@@ -435,7 +435,7 @@ fn a_path_that_names_something_else_is_left_alone() {
         text(&output.stderr)
     };
     let said = run(&file);
-    assert!(said.contains("precious is no socket"), "{said}");
+    assert!(said.contains("precious is a regular file"), "{said}");
     let names = |dir: &Path| fs::read_dir(dir).unwrap().count();
     assert_eq!(names(place.0.path()), 1);
     for (name, log) in [("a", "rdsockd.log"), ("b", "s.sock.start")] {
@@ -444,13 +444,13 @@ fn a_path_that_names_something_else_is_left_alone() {
         symlink(&file, dir.join(log)).unwrap();
         let said = run(&dir.join("s.sock"));
         assert!(
-            said.contains(log) && said.contains("no regular file"),
+            said.contains(log) && said.contains("is a symbolic link"),
             "{said}"
         );
         fs::remove_file(dir.join(log)).unwrap();
         nix::unistd::mkfifo(&dir.join(log), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let said = run(&dir.join("s.sock"));
-        assert!(said.contains(log), "{said}");
+        assert!(said.contains(log) && said.contains("is a FIFO"), "{said}");
     }
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let output = Command::new(beside("rdsockd").unwrap())
@@ -464,4 +464,32 @@ fn a_path_that_names_something_else_is_left_alone() {
     );
     assert_eq!(output.status.signal(), None);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
+}
+
+#[test]
+fn nothing_is_made_behind_somebody_elses_link() {
+    if beside("rdsockd").is_none() {
+        return;
+    }
+    let place = Place::new();
+    let (target, link) = (place.at("target"), place.at("link"));
+    fs::create_dir(&target).unwrap();
+    symlink(&target, &link).unwrap();
+    if std::os::unix::fs::lchown(&link, Some(64001), None).is_err() {
+        return eprintln!("SKIPPED, NOTHING WAS CHECKED: only root can make another user's link");
+    }
+    let socket = link.join("new/run/s.sock");
+    let mut run = place.rdsock();
+    run.env("RDSOCK_SOCKET", &socket)
+        .env("RDSOCK_LIB", harmless_library())
+        .args(["run", "--", "echo", "it ran"]);
+    let output = run.output().unwrap();
+    assert_eq!(text(&output.stdout), "it ran\n", "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("belongs to user 64001"), "{said}");
+    let mut pages = place.rdsock();
+    let output = pages.arg("man").arg(link.join("pages")).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains("belongs to user 64001"), "{said}");
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
 }

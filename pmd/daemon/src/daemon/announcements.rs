@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use rdsock_shm::control::{Lookup, Message, Request, kind};
+use rdsock_shm::control::{Lookup, Message, NotFound, Request, kind};
 use rdsock_shm::reason::Reason;
 use tracing::debug;
 
@@ -109,7 +109,7 @@ impl Daemon {
             generation: lookup.generation,
         };
         if self.streams.by_cookie(lookup.cookie).is_none() {
-            return self.send(id, Message::empty(kind::NOT_FOUND).into());
+            return self.not_found(conn);
         }
         self.announcements.expect(conn, Wanted::Lookup);
         let socket = (lookup.fd, lookup.cookie);
@@ -196,7 +196,11 @@ impl Daemon {
             (Some(Wanted::Match { claim, ticket }), Ok(held)) => self.find(&claim, ticket, held),
             (Some(Wanted::Match { claim, .. }), Err(error)) => {
                 debug!(?conn, fd = claim.fd, "not verified: {error}");
-                self.not_verified(conn, Reason::Unverified)
+                let reason = match error {
+                    NotHeld::Unseen => Reason::Unseen,
+                    _ => Reason::Unverified,
+                };
+                self.not_verified(conn, reason)
             }
             (Some(Wanted::Lookup), held) => self.inherit_looked_up(conn, held.ok()),
             (Some(Wanted::Hold { stream, end }), held) => {
@@ -260,22 +264,21 @@ impl Daemon {
     /// When a socket is in no namespace that is known, its process may have moved since it
     /// attached.
     fn follow_netns(&mut self, id: TenantId, cookie: u64) {
-        let Some(connection) = self.connections.get_mut(id) else {
+        let Some(before) = self.connections.tenant(id).map(|tenant| tenant.netns) else {
             return;
         };
-        let (pid, Some(tenant)) = (connection.peer.pid, connection.tenant.as_mut()) else {
-            return;
-        };
-        let namespaces = &mut self.rights.namespaces;
-        let known = tenant
-            .netns
-            .is_some_and(|own| namespaces.locate(cookie, own).is_some());
-        if known {
+        let namespaces = &self.rights.namespaces;
+        if before.is_some_and(|own| namespaces.locate(cookie, own).is_some()) {
             return;
         }
-        let now = namespaces.enter(pid).ok();
-        if let Some(before) = std::mem::replace(&mut tenant.netns, now) {
-            namespaces.leave(before);
+        let Some(now) = self.enter_netns(id) else {
+            return;
+        };
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.netns = Some(now);
+        }
+        if let Some(before) = before {
+            self.leave_netns(id, before);
         }
     }
 
@@ -350,7 +353,15 @@ impl Daemon {
                 return self.send(conn.tenant, message);
             }
         }
-        self.send(conn.tenant, Message::empty(kind::NOT_FOUND).into())
+        self.not_found(conn)
+    }
+
+    fn not_found(&mut self, conn: Conn) -> Result<(), End> {
+        let answer = NotFound {
+            conn: conn.number,
+            generation: conn.generation,
+        };
+        self.send(conn.tenant, Message::new(kind::NOT_FOUND, &answer).into())
     }
 
     /// A tenant holds the socket of an end, by inheritance: it holds the end, too, if it may.

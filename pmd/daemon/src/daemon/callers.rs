@@ -12,7 +12,7 @@ use rdsock_shm::control::{Message, Refused, kind, refusal};
 use tracing::debug;
 
 use super::Daemon;
-use crate::accounts::{Over, Thing};
+use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, Received, dismiss, unpack};
 use crate::connections::{Connection, Inbox};
@@ -90,6 +90,8 @@ impl From<Over> for End {
 #[derive(Debug)]
 pub(super) struct Watched {
     peer: Arc<Peer>,
+    /// What it still has on its user's account.
+    _charge: Charge,
     /// Streams that nobody else holds: given back at once when it ends.
     pub streams: Vec<u64>,
 }
@@ -464,7 +466,14 @@ impl Daemon {
         }
         let peer = connection.peer;
         if alive && (!streams.is_empty() || self.waits_for(pid)) {
-            self.watched.insert(id, Watched { peer, streams });
+            let mut charge = connection.charge;
+            charge.keep_only(Thing::Descriptors, PEER_DESCRIPTORS);
+            let watched = Watched {
+                peer,
+                _charge: charge,
+                streams,
+            };
+            self.watched.insert(id, watched);
             self.agenda.after(EXEC_GRACE, Due::Watch(id));
         } else {
             self.agenda.unwatch(&peer.pidfd);
@@ -492,8 +501,11 @@ impl Daemon {
         let pidfd = watched.peer.pidfd.as_fd();
         if self.waits_for(watched.peer.pid) && self.agenda.watch(pidfd, Token::Process(id)).is_ok()
         {
-            let (streams, peer) = (Vec::new(), watched.peer);
-            self.watched.insert(id, Watched { peer, streams });
+            let watched = Watched {
+                streams: Vec::new(),
+                ..watched
+            };
+            self.watched.insert(id, watched);
         }
     }
 

@@ -1,6 +1,5 @@
 //! Streams: made, handed out, found again, given back.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
-use crate::accounts::Thing;
+use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
@@ -43,7 +42,7 @@ impl Daemon {
             self.log_over(over, uid, 0);
             Reason::Limit
         })?;
-        let bells = |end: &Announced| -> Result<Arc<OwnedFd>, Reason> {
+        let bells = |end: &Announced| -> Result<Arc<Paid>, Reason> {
             let tenant = self.connections.tenant(end.conn.tenant);
             Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
         };

@@ -13,7 +13,7 @@ use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
-use crate::accounts::Thing;
+use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
 use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received};
@@ -34,8 +34,10 @@ const REQUESTS: usize = 64;
 const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.
 const LOOKS: usize = 16;
-/// Descriptors of a tenant besides those of its connection: memory and bells.
-const TENANT_DESCRIPTORS: u64 = 2;
+/// Descriptors of a tenant besides those of its connection: its memory.
+const TENANT_DESCRIPTORS: u64 = 1;
+/// Its bells, which its streams keep when it has gone.
+const BELLS_DESCRIPTORS: u64 = 1;
 
 fn malformed(cause: &'static str) -> End {
     End::Refused {
@@ -180,6 +182,8 @@ impl Daemon {
             .charge
             .more(Thing::Descriptors, TENANT_DESCRIPTORS)?;
         connection.charge.less(Thing::Callers, 1);
+        let of_bells = [(Thing::Descriptors, BELLS_DESCRIPTORS)];
+        let of_bells = self.accounts.charge(uid, &of_bells)?;
         let Belongings {
             map,
             bells,
@@ -197,11 +201,11 @@ impl Daemon {
             }
         };
         self.detach_earlier_programs(id, pid);
-        let netns = self.rights.namespaces.enter(pid).ok();
+        let netns = self.enter_netns(id);
         debug!(tenant = id, pid, uid, program = program.name, "attached");
         let tenant = Tenant {
             map,
-            bells: bells.into(),
+            bells: Arc::new(Paid::new(bells, Arc::new(of_bells))),
             passport: Arc::new(passport),
             netns,
             program: program.name,
@@ -226,6 +230,35 @@ impl Daemon {
         self.send(id, Message::new(kind::WELCOME, &welcome).into())?;
         // Whatever it put in before the daemon slept on its queue.
         self.drain(id)
+    }
+
+    /// Looks into the network namespace that a process is in. `None` when that can't be entered, or its user has no
+    /// descriptor left for that. Each tenant pays for the socket there, so that whoever stays has paid.
+    pub(super) fn enter_netns(&mut self, id: TenantId) -> Option<u64> {
+        let connection = self.connections.get_mut(id)?;
+        let (pid, uid) = (connection.peer.pid, connection.peer.uid);
+        let netns = self.rights.namespaces.enter(pid).ok()?;
+        if self.rights.namespaces.is_home_inode(netns) {
+            return Some(netns);
+        }
+        match connection.charge.more(Thing::Descriptors, 1) {
+            Ok(()) => Some(netns),
+            Err(over) => {
+                self.rights.namespaces.leave(netns);
+                self.log_over(over, uid, pid);
+                None
+            }
+        }
+    }
+
+    /// A tenant is no longer in a network namespace.
+    pub(super) fn leave_netns(&mut self, id: TenantId, netns: u64) {
+        self.rights.namespaces.leave(netns);
+        if !self.rights.namespaces.is_home_inode(netns)
+            && let Some(connection) = self.connections.get_mut(id)
+        {
+            connection.charge.less(Thing::Descriptors, 1);
+        }
     }
 
     /// A process says HELLO: whatever it was attached as before it ran another program is over. Of very many such

@@ -9,7 +9,7 @@ mod routes;
 pub use config::{Device, FabricConfig, NodeConfig};
 pub use routes::follow;
 
-use crate::accounts::Charge;
+use crate::accounts::{Charge, Paid};
 use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
 use crate::confine::Confinement;
@@ -153,7 +153,7 @@ pub struct Control {
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
     /// Handed out in place of a peer's bell board; nobody looks at it.
-    board: Arc<OwnedFd>,
+    board: Arc<Paid>,
     /// Streams by ticket.
     pub carried: HashMap<u64, Carried>,
     /// Who waits for which of them to be established.
@@ -242,7 +242,9 @@ impl Control {
             wanted_back,
             giving_back: false,
             listeners,
-            board: Arc::new(crate::memory::make_board(size_of::<BellBoard>() as u64)?),
+            board: Arc::new(Paid::free(crate::memory::make_board(
+                size_of::<BellBoard>() as u64,
+            )?)),
             carried: HashMap::new(),
             asking: HashMap::new(),
             promised: HashMap::new(),
@@ -368,7 +370,7 @@ impl Control {
     }
 
     /// The board that is handed out in place of a peer's.
-    pub fn board(&self) -> Arc<OwnedFd> {
+    pub fn board(&self) -> Arc<Paid> {
         self.board.clone()
     }
 

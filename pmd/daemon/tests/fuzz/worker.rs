@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rdsock_shm::control::{
-    Caller, Hello, Message, Promote, Reached, Verdict, from_bytes, kind, parse,
+    Caller, Hello, Message, NotFound, Promote, Reached, Verdict, from_bytes, kind, parse,
 };
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 
@@ -482,7 +482,11 @@ impl Worker {
             }
             kind::REFUSED => self.tally.refused += 1,
             kind::WELCOME => assert!(party.is_some(), "a WELCOME without a HELLO"),
-            kind::NOT_FOUND | kind::ANSWER => {}
+            kind::NOT_FOUND => {
+                let not_found: NotFound = from_bytes(body).expect("the length of NOT_FOUND");
+                assert!(party.is_some(), "an answer to a stranger: {not_found:?}");
+            }
+            kind::ANSWER => {}
             _ => panic!("the daemon sends a message of kind {kind}"),
         }
     }

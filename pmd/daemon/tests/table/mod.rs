@@ -7,8 +7,8 @@
 use std::mem::offset_of;
 
 use rdsock_shm::control::{
-    Between, Caller, Head, Hello, Lookup, Promote, Query, Reached, Refused, Request, Verdict,
-    Welcome, kind, request,
+    Between, Caller, Head, Hello, Lookup, NotFound, Promote, Query, Reached, Refused, Request,
+    Verdict, Welcome, kind, request,
 };
 
 /// A field of a body.
@@ -75,6 +75,7 @@ body!(BETWEEN = Between { question netns local peer local_port peer_port fd rese
 body!(REACHED = Reached { question ticket anchor local anchor_port reason });
 body!(CALLER = Caller { question ticket local peer local_port peer_port });
 body!(LOOKUP = Lookup { conn generation cookie fd reserved });
+body!(NOT_FOUND = NotFound { conn generation });
 body!(VERDICT = Verdict { conn generation reason reserved });
 body!(QUERY = Query { what pid });
 body!(REQUEST = Request {
@@ -102,7 +103,7 @@ pub const MESSAGES: &[Row] = rows! {
     KICK Tenant 0 NONE
     PROMOTE Daemon 3 PROMOTE
     LOOKUP Tenant 0 LOOKUP
-    NOT_FOUND Daemon 0 NONE
+    NOT_FOUND Daemon 0 NOT_FOUND
     ADOPT Tenant 1 NONE
     VERDICT Daemon 0 VERDICT
     QUERY Tool 0 QUERY

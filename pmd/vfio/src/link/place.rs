@@ -15,12 +15,13 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
     socket, sockopt::PeerCredentials,
 };
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, lstat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, lstat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
+use rdsock_files::Obstacle;
 use rdsock_model::sheet::MAX_NODE;
-use std::fs::{DirBuilder, File, TryLockError};
+use std::ffi::OsStr;
+use std::fs::{File, TryLockError};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// A node's place in the directory. Dropping it gives it up.
@@ -58,8 +59,6 @@ pub enum Looked {
 impl Place {
     /// Takes the place of a node, in a directory that is made if it is not there.
     pub fn take(path: &Path, id: u16) -> Result<Self, LinkError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(io("making the directory", path))?;
         let mut place = Place {
             path: path.into(),
             id,
@@ -216,11 +215,14 @@ fn is_own_socket(found: &FileStat) -> bool {
 
 /// Opens the directory, and makes it if it is not there. It must belong to this user, and nobody else may enter it.
 fn enter(path: &Path) -> Result<OwnedFd, LinkError> {
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(io("making the directory", path)(error));
-        }
-        _ => {}
+    let (parent, name) = match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => (parent, name),
+        _ => (path, OsStr::new(".")),
+    };
+    let parent = rdsock_files::open_directory(parent, 0o700).map_err(obstacle(path))?;
+    match mkdirat(&parent, name, Mode::from_bits_truncate(0o700)) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(error) => return Err(errno("making the directory", path)(error)),
     }
     let user = geteuid().as_raw();
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -230,11 +232,12 @@ fn enter(path: &Path) -> Result<OwnedFd, LinkError> {
         owner,
         mode,
     };
-    let dir = match nix::fcntl::open(path, flags, Mode::empty()) {
+    let dir = match openat(&parent, name, flags, Mode::empty()) {
         Ok(dir) => dir,
         // A symbolic link, or no directory at all.
         Err(error @ (Errno::ELOOP | Errno::ENOTDIR)) => {
-            let found = lstat(path).map_err(|_| errno("opening the directory", path)(error))?;
+            let found = fstatat(&parent, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+            let found = found.map_err(|_| errno("opening the directory", path)(error))?;
             return Err(open(found.st_uid, found.st_mode & 0o7777));
         }
         Err(error) => return Err(errno("opening the directory", path)(error)),
@@ -319,4 +322,14 @@ pub fn io<'a>(what: &'static str, path: &'a Path) -> impl Fn(std::io::Error) -> 
 
 fn errno<'a>(what: &'static str, path: &'a Path) -> impl Fn(Errno) -> LinkError + 'a {
     move |source| io(what, path)(source.into())
+}
+
+/// The way to the directory can't be gone. What the system said stays an error of the system, by which a shortage is known.
+fn obstacle(path: &Path) -> impl Fn(Obstacle) -> LinkError + '_ {
+    move |obstacle| {
+        io("making the directory", path)(match obstacle {
+            Obstacle::Io { source, .. } => source,
+            other => std::io::Error::other(other),
+        })
+    }
 }

@@ -10,7 +10,6 @@ mod config_space;
 mod memory;
 mod session;
 
-use crate::socket_file::SocketFile;
 use crate::translation::Translation;
 use crate::user::message::{Header, flag};
 use crate::user::socket::{Broken, Received, receive, send};
@@ -19,6 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
+use rdsock_files::SocketFile;
 use rdsock_model::{Fabric, Function};
 use session::{MOST_DATA, Session};
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,10 +1,9 @@
 //! Starts a daemon for this user, once, however many programs are started at the same time.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, PipeReader};
+use std::fs::File;
+use std::io::{self, PipeReader, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::geteuid;
+use rdsock_files::Obstacle;
 
 use super::find::{Silent, connect_to, user_sockets};
 
@@ -31,15 +31,12 @@ pub enum StartError {
     /// Neither beside this program nor in the path.
     #[error("rdsockd is neither beside rdsock nor in $PATH")]
     NotFound,
-    /// Something else is where a file is to be made or opened.
-    #[error("{} is {}, and stays as it is: name another path, or move it away", .0.display(), .1)]
-    Other(PathBuf, &'static str),
+    /// Something else is where a file is to be made or opened, or on the way there.
+    #[error(transparent)]
+    Obstacle(#[from] Obstacle),
     /// It does not take a caller, or somebody does not come to an end with starting it.
     #[error("{0}")]
     Silent(String),
-    /// The directory is not ours alone.
-    #[error("{0} must be a directory of this user that nobody else can write to")]
-    Directory(PathBuf),
     /// It ended, or does not come up.
     #[error("rdsockd does not come up: see {log}{last}")]
     Failed {
@@ -77,11 +74,15 @@ pub fn find_program() -> Option<PathBuf> {
 
 fn start_at(program: &Path, socket: &Path) -> Result<(), StartError> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
-    make_directory(dir)?;
+    rdsock_files::make_directory(dir, if geteuid().is_root() { 0o755 } else { 0o700 })?;
     let lock_path = with_suffix(socket, ".start");
     // Before files are made beside what may be anything.
-    look_at_socket(socket)?;
-    let lock = open_private(&lock_path)?;
+    match rdsock_files::check(socket) {
+        // Somebody may be starting it, or has just done so.
+        Ok(()) | Err(Obstacle::Served(_)) => {}
+        Err(obstacle) => return Err(obstacle.into()),
+    }
+    let lock = rdsock_files::open_lock(&lock_path)?;
     // Released at the end of this function, or with this process.
     let _lock = take_turn(lock, &lock_path)?;
     match connect_to(socket) {
@@ -93,17 +94,20 @@ fn start_at(program: &Path, socket: &Path) -> Result<(), StartError> {
         Err(_) => {}
     }
     let log_path = dir.join("rdsockd.log");
-    let log = open_private(&log_path)?;
+    let mut log = rdsock_files::open_log(&log_path)?;
     if log.metadata().is_ok_and(|meta| meta.len() > LONG_LOG) {
         log.set_len(0)
             .map_err(|error| StartError::Io("can't cut", log_path.clone(), error))?;
     }
-    let (ready, alive) = spawn(program, socket, log)
+    let (ready, alive) = log
+        .try_clone()
+        .and_then(|log| spawn(program, socket, log))
         .map_err(|error| StartError::Io("can't start", program.to_owned(), error))?;
     if is_up(&ready, &alive) {
         return Ok(());
     }
-    let text = std::fs::read_to_string(&log_path).unwrap_or_default();
+    let mut text = String::new();
+    let _ = log.rewind().and_then(|()| log.read_to_string(&mut text));
     Err(StartError::Failed {
         last: text
             .lines()
@@ -118,45 +122,6 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
     path.push(suffix);
     path.into()
-}
-
-/// What is there is nothing, or a socket.
-fn look_at_socket(path: &Path) -> Result<(), StartError> {
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            Err(StartError::Other(path.to_owned(), "no socket"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Opens a file to append to, or makes it. Like `socket_file::open_lock` of `rdsock-vfio`, on which this tool does not
-/// depend: it is a regular file of this user or root, and no link.
-fn open_private(path: &Path) -> Result<File, StartError> {
-    let opened = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        // A FIFO would wait for a reader.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path);
-    let file = opened.map_err(|error| match std::fs::symlink_metadata(path) {
-        Ok(meta) if !meta.is_file() => StartError::Other(path.to_owned(), "no regular file"),
-        _ => StartError::Io("can't open", path.to_owned(), error),
-    })?;
-    let meta = file
-        .metadata()
-        .map_err(|error| StartError::Io("can't look at", path.to_owned(), error))?;
-    if !meta.is_file() {
-        return Err(StartError::Other(path.to_owned(), "no regular file"));
-    }
-    if meta.uid() != geteuid().as_raw() && meta.uid() != 0 {
-        return Err(StartError::Other(
-            path.to_owned(),
-            "a file of somebody else",
-        ));
-    }
-    Ok(file)
 }
 
 /// Waits, not for ever, until nobody else is starting a daemon.
@@ -178,20 +143,6 @@ fn take_turn(mut lock: File, path: &Path) -> Result<Flock<File>, StartError> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-fn make_directory(dir: &Path) -> Result<(), StartError> {
-    let mode = if geteuid().is_root() { 0o755 } else { 0o700 };
-    let made = DirBuilder::new().recursive(true).mode(mode).create(dir);
-    made.map_err(|error| StartError::Io("can't make the directory", dir.to_owned(), error))?;
-    let meta = std::fs::symlink_metadata(dir)
-        .map_err(|error| StartError::Io("can't look at", dir.to_owned(), error))?;
-    let writable = meta.mode() & 0o022 != 0 && meta.mode() & libc::S_ISVTX == 0;
-    let owned = meta.uid() == geteuid().as_raw() || meta.uid() == 0;
-    if !meta.is_dir() || writable || !owned {
-        return Err(StartError::Directory(dir.to_owned()));
-    }
-    Ok(())
 }
 
 /// Starts the daemon as nobody's child in a session of its own, so that the program that this

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use procfs::net::TcpState;
 use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
+use super::patience::Patience;
 use crate::daemon::MACHINE_SOCKET;
 use crate::run::{Loads, loads_libraries};
 
@@ -41,6 +42,8 @@ pub struct Machine {
     holders: Option<HashMap<u64, Vec<i32>>>,
     namespaces: Option<HashMap<Netns, i32>>,
     addresses: Option<Vec<IpAddr>>,
+    absences: HashMap<i32, Absence>,
+    patience: Patience,
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {
@@ -192,37 +195,71 @@ impl Machine {
 
     /// The processes that have the shim in them and use the daemon at `socket`, attached or not; of
     /// those that may be looked at.
-    pub fn preloaded(&self, socket: &Path) -> Vec<i32> {
-        let belongs = |pid: &i32| {
-            Process::new(*pid).is_ok_and(|process| {
+    pub fn preloaded(&mut self, socket: &Path) -> Preloaded {
+        let socket = socket.to_owned();
+        let belongs = move |pid: i32| {
+            Process::new(pid).is_ok_and(|process| {
                 has_shim(&process) == Some(true)
-                    && daemon_of(&process).is_some_and(|path| is_same(&path, socket))
+                    && daemon_of(&process).is_some_and(|path| is_same(&path, &socket))
             })
         };
-        processes().filter(belongs).collect()
+        let all: Vec<i32> = processes().collect();
+        let (seen, stuck) = self.patience.look_at_each(&all, belongs);
+        let unseen = |pid: &i32| (*pid, Absence::Unseen(STUCK));
+        self.absences.extend(stuck.iter().map(unseen));
+        let mut found: Vec<i32> = seen
+            .into_iter()
+            .filter_map(|(pid, belongs)| belongs.then_some(pid))
+            .collect();
+        found.sort_unstable();
+        Preloaded { found, stuck }
     }
 
     /// Why a process that is not attached is not.
-    pub fn absence(&self, pid: i32) -> Absence {
-        let Ok(process) = Process::new(pid) else {
-            return Absence::Unseen("it has ended");
-        };
-        match has_shim(&process) {
-            None => return Absence::Unseen("it is another user's, or has changed its user"),
-            Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
-            Some(true) => {
-                return match narrow_limits(&process) {
-                    Some(limits) => Absence::Limited(limits),
-                    None => Absence::NotAttached,
-                };
-            }
-            Some(false) => {}
+    pub fn absence(&mut self, pid: i32) -> Absence {
+        let patience = &mut self.patience;
+        let known = self.absences.entry(pid).or_insert_with(|| {
+            let (seen, _) = patience.look_at_each(&[pid], absence);
+            let seen = seen.into_iter().next();
+            seen.map_or(Absence::Unseen(STUCK), |(_, absence)| absence)
+        });
+        known.clone()
+    }
+}
+
+/// What a process does that keeps whoever looks at it waiting.
+const STUCK: &str = "it keeps whoever looks at it waiting (it is starting another program, say, or waits for a file \
+                     that does not answer)";
+
+/// The processes that have the shim in them.
+#[derive(Debug)]
+pub struct Preloaded {
+    /// Those.
+    pub found: Vec<i32>,
+    /// Of these that can't be told, since they keep whoever looks at them waiting.
+    pub stuck: Vec<i32>,
+}
+
+/// May wait for the process.
+fn absence(pid: i32) -> Absence {
+    let Ok(process) = Process::new(pid) else {
+        return Absence::Unseen("it has ended");
+    };
+    match has_shim(&process) {
+        None => return Absence::Unseen("it is another user's, or has changed its user"),
+        Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
+        Some(true) => {
+            return match narrow_limits(&process) {
+                Some(limits) => Absence::Limited(limits),
+                None => Absence::NotAttached,
+            };
         }
-        match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
-            Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
-            Loads::Yes | Loads::Unknown => {
-                Absence::NotPreloaded("it was not started by rdsock run".into())
-            }
+        Some(false) => {}
+    }
+    match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
+        Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
+        Loads::Yes | Loads::Unknown => {
+            Absence::NotPreloaded("it was not started by rdsock run".into())
         }
     }
 }

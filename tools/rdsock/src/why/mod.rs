@@ -3,6 +3,7 @@
 mod explain;
 mod machine;
 mod nodes;
+mod patience;
 mod report;
 mod table;
 

@@ -74,6 +74,8 @@ pub struct Report {
     pub processes: Vec<ProcessLine>,
     /// Their connections.
     pub connections: Vec<ConnectionLine>,
+    /// Processes that keep whoever looks at them waiting: whether they are preloaded is not known.
+    pub not_looked_at: Vec<i32>,
 }
 
 impl Report {
@@ -99,6 +101,7 @@ impl Report {
             daemon: line,
             processes: Vec::new(),
             connections: Vec::new(),
+            not_looked_at: Vec::new(),
         };
         for tenant in tenants
             .iter()
@@ -108,7 +111,14 @@ impl Report {
         }
         let strangers = match (only, daemon) {
             (Some(pid), _) => vec![pid],
-            (None, Some(daemon)) => machine.preloaded(&daemon.path),
+            (None, Some(daemon)) => {
+                let preloaded = machine.preloaded(&daemon.path);
+                report.not_looked_at = preloaded.stuck;
+                report
+                    .not_looked_at
+                    .retain(|pid| !explainer.is_tenant(*pid));
+                preloaded.found
+            }
             (None, None) => Vec::new(),
         };
         for pid in strangers {

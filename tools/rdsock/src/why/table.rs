@@ -16,6 +16,11 @@ pub fn print(report: &Report, pid: Option<i32>) -> Result<(), OutputError> {
             line!("{} ({}): {reason}", process.program, process.pid)?;
         }
     }
+    for pid in &report.not_looked_at {
+        line!(
+            "process {pid} could not be looked at: it keeps whoever looks waiting, and whether it is preloaded is not known"
+        )?;
+    }
     if report.connections.is_empty() {
         return match pid {
             Some(pid) => line!("process {pid} has no TCP connections"),

@@ -1,25 +1,33 @@
-//! Sockets and lock files in the file system: made, replaced and removed without harm to anything else.
+//! Sockets, locks, logs and directories in the file system: made, replaced and removed without harm to anything else.
 //!
-//! The daemon's control socket, the sockets of linked models and those that serve a device all lie at a path that a
-//! person may get wrong, and that somebody else may have put something at. Only a socket that nobody serves, that belongs
-//! to this user or root, and that lies in a directory where nobody else can swap it is ever removed. No link is followed
-//! at the last part of a path, and no file is cut, changed or removed.
+//! The daemon's control socket, what `rdsock run` makes beside it, the sockets of linked models and those that serve a
+//! device all lie at a path that a person may get wrong, and that somebody else may have put something at. Only a socket
+//! that nobody serves, that belongs to this user or root, and that lies in a directory where nobody else can swap it is
+//! ever removed. No link is followed at the last part of a path, none of another user on the way there, and no file is
+//! cut, changed or removed.
 //!
 //! What is looked at and what is removed is the same thing: both go through one open directory.
+//!
+//! This crate knows nothing of rdsock, and has no `unsafe`.
+
+#![forbid(unsafe_code)]
+
+mod way;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, socket, sockopt,
 };
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use way::{Last, enter};
 
 /// Why a path can't be used. Nothing was changed there.
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +106,8 @@ impl Spot {
         // "a/" names the directory a, as far as the system is concerned.
         let name = name.filter(|_| !path.as_os_str().as_encoded_bytes().ends_with(b"/"));
         let name = name.ok_or_else(|| Obstacle::Name(path.to_owned()))?;
-        let parent = directory_of(path);
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = open(parent, flags, Mode::empty());
         Ok(Spot {
-            directory: directory.map_err(failed("can't open the directory", parent))?,
+            directory: enter(directory_of(path), None, Last::Link)?,
             name: name.to_owned(),
             path: path.to_owned(),
         })
@@ -254,13 +259,22 @@ fn remove(spot: &Spot, kind: SockType) -> Result<(), Obstacle> {
 
 /// Opens a file to lock, and makes it if need be. It must be a regular file of ours, and is not changed.
 pub fn open_lock(path: &Path) -> Result<File, Obstacle> {
+    open_file(path, OFlag::O_WRONLY, "can't open the lock file")
+}
+
+/// Opens a file to append to and to read, and makes it if need be. It must be a regular file of ours.
+pub fn open_log(path: &Path) -> Result<File, Obstacle> {
+    open_file(path, OFlag::O_RDWR | OFlag::O_APPEND, "can't open the log")
+}
+
+fn open_file(path: &Path, access: OFlag, what: &'static str) -> Result<File, Obstacle> {
     let spot = Spot::of(path)?;
-    let what = "can't open the lock file";
     loop {
-        let mut flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        // A FIFO would wait for a reader.
+        let mut flags = access | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         match spot.look()? {
             None => flags |= OFlag::O_CREAT | OFlag::O_EXCL,
-            Some(found) => spot.check_lock(&found)?,
+            Some(found) => spot.check_file(&found)?,
         }
         let mode = Mode::S_IRUSR | Mode::S_IWUSR;
         match openat(&spot.directory, spot.name.as_os_str(), flags, mode) {
@@ -268,7 +282,7 @@ pub fn open_lock(path: &Path) -> Result<File, Obstacle> {
             Err(Errno::EEXIST | Errno::ENOENT) => {}
             Err(errno) => return Err(failed(what, path)(errno)),
             Ok(file) => {
-                spot.check_lock(&fstat(&file).map_err(failed(what, path))?)?;
+                spot.check_file(&fstat(&file).map_err(failed(what, path))?)?;
                 return Ok(file.into());
             }
         }
@@ -276,7 +290,7 @@ pub fn open_lock(path: &Path) -> Result<File, Obstacle> {
 }
 
 impl Spot {
-    fn check_lock(&self, found: &FileStat) -> Result<(), Obstacle> {
+    fn check_file(&self, found: &FileStat) -> Result<(), Obstacle> {
         if kind(found) != SFlag::S_IFREG {
             return Err(self.other(name_of(found)));
         }
@@ -355,76 +369,34 @@ impl Drop for SocketFile {
     }
 }
 
-/// Makes a directory, and those above it that are missing, and checks that nobody else can swap what is in it. No link
-/// of another user is followed on the way to what is made.
-pub fn make_directory(dir: &Path, mode: u32) -> Result<(), Obstacle> {
-    let dir = directory_of_socket(dir);
-    let mut missing: Vec<&OsStr> = Vec::new();
-    let mut there = dir;
-    while matches!(std::fs::symlink_metadata(there), Err(error) if error.kind() == io::ErrorKind::NotFound)
-    {
-        let (Some(name), Some(_)) = (there.file_name(), there.parent()) else {
-            break;
-        };
-        missing.push(name);
-        there = directory_of(there);
-    }
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let what = "can't make the directory";
+/// Makes a directory, and those above it that are missing, and checks that nobody else can swap what is in it. Returns
+/// it, open as a place to start from (`O_PATH`).
+pub fn make_directory(dir: &Path, mode: u32) -> Result<OwnedFd, Obstacle> {
     // The last part may not be a link, whoever made it: the directory is the one that was named.
-    let no_follow = match missing.is_empty() {
-        true => OFlag::O_NOFOLLOW,
-        false => {
-            check_links(there)?;
-            OFlag::empty()
-        }
-    };
-    let mut now = match open(there, flags | no_follow, Mode::empty()) {
-        Err(Errno::ENOTDIR | Errno::ELOOP) => return Err(Obstacle::Directory(there.to_owned())),
-        opened => opened.map_err(failed(what, dir))?,
-    };
-    for name in missing.into_iter().rev() {
-        match mkdirat(&now, name, Mode::from_bits_truncate(mode)) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(errno) => return Err(failed(what, dir)(errno)),
-        }
-        now = openat(&now, name, flags | OFlag::O_NOFOLLOW, Mode::empty())
-            .map_err(failed(what, dir))?;
-    }
-    let found = fstat(now.as_fd()).map_err(failed("can't look at", dir))?;
+    let made = enter(dir, Some(mode), Last::Itself)?;
+    let found = fstat(&made).map_err(failed("can't look at", dir))?;
     match is_ours_alone(&found) {
-        true => Ok(()),
+        true => Ok(made),
         false => Err(Obstacle::Directory(dir.to_owned())),
     }
 }
 
-fn directory_of_socket(dir: &Path) -> &Path {
-    match dir.as_os_str().is_empty() {
-        true => Path::new("."),
-        false => dir,
-    }
+/// Opens a directory as a place to start from (`O_PATH`), and makes it and those above it that are missing. It may be
+/// anybody's.
+pub fn open_directory(dir: &Path, mode: u32) -> Result<OwnedFd, Obstacle> {
+    enter(dir, Some(mode), Last::Link)
 }
 
-/// Checks that each link on the way to a directory belongs to this user or root.
-fn check_links(dir: &Path) -> Result<(), Obstacle> {
-    let mut way = PathBuf::new();
-    for part in dir.components() {
-        way.push(part);
-        if part == Component::RootDir || part == Component::CurDir {
-            continue;
-        }
-        let found = std::fs::symlink_metadata(&way).map_err(|source| Obstacle::Io {
-            what: "can't look at",
-            path: way.clone(),
-            source,
-        })?;
-        let ours = found.uid() == geteuid().as_raw() || found.uid() == 0;
-        if found.is_symlink() && !ours {
-            return Err(Obstacle::Foreign {
-                path: way,
-                owner: found.uid(),
-            });
-        }
+/// Makes a directory that is not there yet in one that is open, and opens it as a place to start from (`O_PATH`).
+pub fn make_fresh(within: &OwnedFd, name: &str, mode: u32) -> Result<OwnedFd, Obstacle> {
+    let path = Path::new(name);
+    let what = "can't make the directory";
+    mkdirat(within, name, Mode::from_bits_truncate(mode)).map_err(failed(what, path))?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let made = openat(within, name, flags, Mode::empty()).map_err(failed(what, path))?;
+    let found = fstat(&made).map_err(failed("can't look at", path))?;
+    match is_ours_alone(&found) {
+        true => Ok(made),
+        false => Err(Obstacle::Directory(path.to_owned())),
     }
-    Ok(())
 }

@@ -1,0 +1,628 @@
+//! Searches all processes for other holders of a socket: a program that has forked says that its socket may be shared.
+//!
+//! Whoever had a socket may have handed it to any process, so all are looked at, and only then is it said to have a
+//! single holder. That takes long where some process has very many descriptors. So what several programs of a user ask
+//! is searched in one round, which goes on where it stopped with the next question, and each user pays for its own.
+//!
+//! Porters call it, never the control thread. What is read here (`/proc/PID/fd`, the links in it, `/proc/PID/status`)
+//! takes no lock that a process holds during `exec`.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, ReadDir};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirEntryExt;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, readlinkat};
+use nix::sys::stat::Mode;
+
+use crate::process::{parse_socket, processor_time};
+
+/// Longest that one question has the search go on, in processor time.
+const STEP: Duration = Duration::from_millis(20);
+/// How long what a round has found is kept for who asked.
+const KEPT: Duration = Duration::from_secs(10);
+/// Questions of a user that may wait for a round.
+const MOST_ASKED: usize = 1024;
+
+/// Who else holds a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherHolder {
+    /// Nobody.
+    Nobody,
+    /// This process, or it may: it is a relative of the tenant whose fds can't be looked at.
+    Process(i32),
+    /// Not found out yet: asked again, the search goes on.
+    NotYet,
+}
+
+/// A process that holds a socket asks who else does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Question {
+    pid: i32,
+    inode: u64,
+}
+
+/// The searches of one user.
+#[derive(Debug, Default)]
+pub struct Searches {
+    /// For the next round. Locked for a moment only.
+    asked: Mutex<HashSet<Question>>,
+    /// Locked by the porter that searches.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    budget: Budget,
+    round: Option<Round>,
+    finished: HashMap<Question, Finished>,
+}
+
+/// What a round that looked at all processes has found.
+#[derive(Debug)]
+struct Finished {
+    when: Instant,
+    holders: Vec<i32>,
+    looked_at: Arc<HashSet<ProcessId>>,
+}
+
+impl Searches {
+    /// Searches for a process other than `pid` that holds the socket with this inode, as long as the user has time for
+    /// it. This process, whose many descriptors are none of a tenant's sockets, is left out.
+    pub fn other_holder(&self, pid: i32, inode: u64) -> OtherHolder {
+        let question = Question { pid, inode };
+        {
+            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            if asked.len() < MOST_ASKED {
+                asked.insert(question);
+            }
+        }
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Another porter searches for this user: this one has other things to do.
+            Err(TryLockError::WouldBlock) => return OtherHolder::NotYet,
+        };
+        let found = state.answer(question, &self.asked);
+        if found != OtherHolder::NotYet {
+            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            asked.remove(&question);
+        }
+        found
+    }
+}
+
+impl State {
+    fn answer(&mut self, question: Question, asked: &Mutex<HashSet<Question>>) -> OtherHolder {
+        let State {
+            budget,
+            round,
+            finished,
+        } = self;
+        let run = || {
+            let end = processor_time() + STEP;
+            finished.retain(|_, finished| finished.when.elapsed() < KEPT);
+            let runs = round
+                .as_ref()
+                .is_some_and(|round| round.asked.contains(&question));
+            if runs || finished.contains_key(&question) {
+                // It needs no further round.
+                let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+                asked.remove(&question);
+            }
+            loop {
+                if let Some(known) = finished.remove(&question) {
+                    return known.verdict(question, end).unwrap_or_else(|| {
+                        finished.insert(question, known);
+                        OtherHolder::NotYet
+                    });
+                }
+                let current = round.get_or_insert_with(|| {
+                    let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+                    Round::new(std::mem::take(&mut *asked))
+                });
+                let done = current.run(end);
+                if let Some(holder) = current.other_holder(question) {
+                    current.asked.remove(&question);
+                    return OtherHolder::Process(holder);
+                }
+                if !done {
+                    return OtherHolder::NotYet;
+                }
+                if let Some(done) = round.take() {
+                    done.finish(finished);
+                }
+            }
+        };
+        budget.run(run).unwrap_or(OtherHolder::NotYet)
+    }
+}
+
+impl Finished {
+    /// `None` where it can't be told now.
+    fn verdict(&self, question: Question, end: Duration) -> Option<OtherHolder> {
+        if let Some(holder) = self.holders.iter().find(|pid| **pid != question.pid) {
+            return Some(OtherHolder::Process(*holder));
+        }
+        // Who has come since may have it from this very process.
+        let mut newcomers = Round::new(HashSet::from([question]));
+        newcomers.to_go.retain(|id| !self.looked_at.contains(id));
+        match newcomers.run(end) {
+            true => Some(match newcomers.other_holder(question) {
+                Some(holder) => OtherHolder::Process(holder),
+                None => OtherHolder::Nobody,
+            }),
+            false => None,
+        }
+    }
+}
+
+/// A process: its id, and the number of its folder in `/proc`. A later process with the same id has another folder. (A
+/// folder may get another number, too; then its process is looked at again.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct ProcessId {
+    pid: i32,
+    folder: u64,
+}
+
+/// One look at all processes, for all who asked before it began.
+#[derive(Debug)]
+struct Round {
+    asked: HashSet<Question>,
+    inodes: HashSet<u64>,
+    /// The next one last.
+    to_go: Vec<ProcessId>,
+    looked_at: HashSet<ProcessId>,
+    current: Option<(i32, Descriptors)>,
+    /// Who holds what was asked for.
+    holders: HashMap<u64, Vec<i32>>,
+    /// Who may not be looked at.
+    hidden: Vec<Hidden>,
+}
+
+#[derive(Debug)]
+struct Hidden {
+    pid: i32,
+    parent: Option<i32>,
+}
+
+impl Round {
+    fn new(asked: HashSet<Question>) -> Self {
+        let mut first: HashSet<i32> = HashSet::new();
+        // It is an order only, and has to take less time than it saves.
+        for question in asked.iter().take(16) {
+            first.extend(relatives(question.pid));
+        }
+        let mut to_go: Vec<ProcessId> = processes().collect();
+        to_go.sort_by_key(|id| first.contains(&id.pid));
+        Round {
+            inodes: asked.iter().map(|question| question.inode).collect(),
+            asked,
+            to_go,
+            looked_at: HashSet::new(),
+            current: None,
+            holders: HashMap::new(),
+            hidden: Vec::new(),
+        }
+    }
+
+    /// True when all processes have been looked at.
+    fn run(&mut self, end: Duration) -> bool {
+        let own = std::process::id() as i32;
+        loop {
+            if let Some((pid, descriptors)) = &mut self.current {
+                match descriptors.look(end, &self.inodes) {
+                    Look::Found(inode) => {
+                        let holders = self.holders.entry(inode).or_default();
+                        // Two are enough: one of them is another one than who asks.
+                        if holders.len() < 2 && !holders.contains(pid) {
+                            holders.push(*pid);
+                        }
+                        continue;
+                    }
+                    Look::Later => return false,
+                    Look::All => self.current = None,
+                    Look::Hidden => {
+                        let (pid, parent) = (*pid, parent_of(*pid));
+                        self.hidden.push(Hidden { pid, parent });
+                        self.current = None;
+                    }
+                }
+            }
+            if processor_time() > end {
+                return false;
+            }
+            let Some(next) = self.to_go.pop() else {
+                return true;
+            };
+            self.looked_at.insert(next);
+            if next.pid != own {
+                self.current = Some((next.pid, Descriptors::new(next.pid)));
+            }
+        }
+    }
+
+    /// Another holder, as far as is known.
+    fn other_holder(&self, question: Question) -> Option<i32> {
+        if !self.asked.contains(&question) {
+            return None;
+        }
+        let holders = self.holders.get(&question.inode).into_iter().flatten();
+        if let Some(holder) = holders.copied().find(|pid| *pid != question.pid) {
+            return Some(holder);
+        }
+        if self.hidden.is_empty() {
+            return None;
+        }
+        // Relatives are who inherits.
+        let parent = parent_of(question.pid);
+        // Those of the first process are anybody's.
+        let family = parent.filter(|parent| *parent > 1);
+        let is_relative = |other: &&Hidden| {
+            let related = Some(other.pid) == parent
+                || other.parent == Some(question.pid)
+                || (family.is_some() && other.parent == family);
+            related && other.pid != question.pid
+        };
+        self.hidden.iter().find(is_relative).map(|other| other.pid)
+    }
+
+    fn finish(self, finished: &mut HashMap<Question, Finished>) {
+        let looked_at = Arc::new(self.looked_at.clone());
+        for question in &self.asked {
+            let mut holders = self.holders.get(&question.inode).cloned();
+            if let (None, Some(hidden)) = (&holders, self.other_holder(*question)) {
+                holders = Some(vec![hidden]);
+            }
+            let known = Finished {
+                when: Instant::now(),
+                holders: holders.unwrap_or_default(),
+                looked_at: looked_at.clone(),
+            };
+            finished.insert(*question, known);
+        }
+    }
+}
+
+/// What came of a look at descriptors.
+enum Look {
+    /// The socket with this inode is among them.
+    Found(u64),
+    /// No time is left, or no descriptors of our own.
+    Later,
+    /// That were all.
+    All,
+    /// They may not be looked at.
+    Hidden,
+}
+
+/// The descriptors of a process, on the way through them.
+#[derive(Debug)]
+struct Descriptors {
+    pid: i32,
+    /// Folders that are still to be opened.
+    folders: Vec<String>,
+    open: Option<(OwnedFd, ReadDir)>,
+    any: bool,
+}
+
+impl Descriptors {
+    fn new(pid: i32) -> Self {
+        Descriptors {
+            pid,
+            folders: vec![format!("/proc/{pid}/fd")],
+            open: None,
+            any: false,
+        }
+    }
+
+    /// Looks for one that is asked for.
+    fn look(&mut self, end: Duration, inodes: &HashSet<u64>) -> Look {
+        loop {
+            if let Some((folder, entries)) = &mut self.open {
+                for (count, entry) in entries.by_ref().enumerate() {
+                    self.any = true;
+                    let entry = match entry {
+                        Ok(entry) => entry,
+                        // It has ended.
+                        Err(_) => break,
+                    };
+                    match readlinkat(&*folder, entry.file_name().as_os_str()) {
+                        Ok(link) => {
+                            let inode = link.to_str().and_then(parse_socket);
+                            if let Some(inode) = inode.filter(|inode| inodes.contains(inode)) {
+                                return Look::Found(inode);
+                            }
+                        }
+                        Err(Errno::EACCES | Errno::EPERM) => return Look::Hidden,
+                        // It was closed.
+                        Err(_) => {}
+                    }
+                    if count % 64 == 63 && processor_time() > end {
+                        return Look::Later;
+                    }
+                }
+                self.open = None;
+                self.go_to_threads();
+            }
+            let Some(folder) = self.folders.pop() else {
+                return Look::All;
+            };
+            match open_folder(&folder) {
+                Ok(open) => self.open = Some(open),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    return Look::Hidden;
+                }
+                Err(error) if is_shortage(&error) => {
+                    self.folders.push(folder);
+                    return Look::Later;
+                }
+                // It has ended.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// A process whose first thread has ended shows none, though others hold them.
+    fn go_to_threads(&mut self) {
+        if std::mem::replace(&mut self.any, true) {
+            return;
+        }
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid));
+        let threads = threads.into_iter().flatten().flatten();
+        self.folders
+            .extend(threads.filter_map(|thread| Some(format!("{}/fd", thread.path().to_str()?))));
+    }
+}
+
+fn open_folder(path: &str) -> io::Result<(OwnedFd, ReadDir)> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let folder = open(path, flags, Mode::empty())?;
+    Ok((folder, fs::read_dir(path)?))
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [libc::EMFILE, libc::ENFILE, libc::ENOMEM];
+    error
+        .raw_os_error()
+        .is_some_and(|errno| shortages.contains(&errno))
+}
+
+fn processes() -> impl Iterator<Item = ProcessId> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        Some(ProcessId {
+            pid: entry.file_name().to_str()?.parse().ok()?,
+            folder: entry.ino(),
+        })
+    })
+}
+
+/// Parent, children and siblings of a process, as far as the kernel lists them.
+fn relatives(pid: i32) -> Vec<i32> {
+    let parent = parent_of(pid);
+    let of = [Some(pid), parent.filter(|parent| *parent > 1)];
+    let mut relatives: Vec<i32> = of.into_iter().flatten().flat_map(children).collect();
+    relatives.extend(parent);
+    relatives
+}
+
+/// Children of the first threads of a process.
+fn children(pid: i32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten().take(32);
+    let lists =
+        threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            list.split_ascii_whitespace()
+                .filter_map(|word| word.parse().ok())
+                .collect::<Vec<i32>>()
+        })
+        .collect()
+}
+
+/// Parent of a process. Not from `/proc/PID/stat`, which may have to wait for a process in the middle of `exec`.
+fn parent_of(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    parent?.trim().parse().ok()
+}
+
+/// Processor time that a user may have spent on searching `/proc`: a tenth of all time.
+#[derive(Debug)]
+struct Budget {
+    next: Instant,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        let now = Instant::now();
+        Budget {
+            next: now.checked_sub(Self::SAVED).unwrap_or(now),
+        }
+    }
+}
+
+impl Budget {
+    const SHARE: u32 = 10;
+    /// Saved up at most.
+    const SAVED: Duration = Duration::from_secs(1);
+
+    fn run<T>(&mut self, search: impl FnOnce() -> T) -> Option<T> {
+        let now = Instant::now();
+        if self.next > now {
+            return None;
+        }
+        let before = processor_time();
+        let result = search();
+        let spent = processor_time().saturating_sub(before);
+        let earliest = now.checked_sub(Self::SAVED).unwrap_or(now);
+        self.next = self.next.max(earliest) + spent * Self::SHARE;
+        Some(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command};
+
+    fn listener() -> (TcpListener, u64) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let inode = nix::sys::stat::fstat(&listener).unwrap().st_ino;
+        (listener, inode)
+    }
+
+    /// A process that sleeps, with this descriptor and so many others.
+    fn sleeper(inherits: Option<i32>, many: i32) -> Child {
+        let mut command = Command::new("sleep");
+        // SAFETY: system calls between fork and exec.
+        let command = unsafe {
+            command.arg("100").pre_exec(move || {
+                if let Some(fd) = inherits {
+                    libc::fcntl(fd, libc::F_SETFD, 0);
+                }
+                for fd in 0..many {
+                    libc::dup2(0, 100 + fd);
+                }
+                Ok(())
+            })
+        };
+        command.spawn().unwrap()
+    }
+
+    fn end(mut child: Child) {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn ask_on(searches: &Searches, pid: i32, inode: u64) -> (OtherHolder, u32) {
+        for times in 0.. {
+            let found = searches.other_holder(pid, inode);
+            if found != OtherHolder::NotYet {
+                return (found, times);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn who_else_holds_a_socket_is_found() {
+        let (listener, inode) = listener();
+        let me = std::process::id() as i32;
+        let child = sleeper(None, 0);
+        let its = child.id() as i32;
+        assert_eq!(parent_of(its), Some(me));
+        // Held by this process alone, which does not count.
+        let searches = Searches::default();
+        assert_eq!(ask_on(&searches, its, inode).0, OtherHolder::Nobody);
+        let heir = sleeper(Some(listener.as_raw_fd()), 0);
+        let found = OtherHolder::Process(heir.id() as i32);
+        assert_eq!(ask_on(&searches, its, inode).0, found);
+        // Who holds it is not another holder.
+        assert_eq!(
+            ask_on(&searches, heir.id() as i32, inode).0,
+            OtherHolder::Nobody
+        );
+        end(heir);
+        assert_eq!(ask_on(&searches, its, inode).0, OtherHolder::Nobody);
+        end(child);
+    }
+
+    /// No single step would come to an end.
+    #[test]
+    fn very_many_descriptors_make_it_longer_and_no_more() {
+        let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+        let many = limit.unwrap().1.min(20_000) as i32 - 200;
+        crate::process::raise_limits();
+        let full: Vec<Child> = (0..4).map(|_| sleeper(None, many)).collect();
+        let (listener, inode) = listener();
+        let searches = Searches::default();
+        let (found, times) = ask_on(&searches, 1, inode);
+        assert_eq!(found, OtherHolder::Nobody);
+        assert!(
+            times > 0,
+            "the processes have too few descriptors for this test"
+        );
+        // Several who ask have one round.
+        let (_other, second) = self::listener();
+        assert_eq!(searches.other_holder(1, inode), OtherHolder::NotYet);
+        assert_eq!(searches.other_holder(1, second), OtherHolder::NotYet);
+        ask_on(&searches, 1, inode);
+        ask_on(&searches, 1, second);
+        let state = searches.state.lock().unwrap();
+        assert!(state.finished.is_empty() && searches.asked.lock().unwrap().is_empty());
+        drop((state, listener));
+        full.into_iter().for_each(end);
+    }
+
+    /// It was looked at before, or did not run yet, when the one who asks handed the socket on.
+    #[test]
+    fn who_came_while_it_was_searched_is_seen() {
+        let (listener, inode) = listener();
+        let question = Question { pid: 1, inode };
+        let mut round = Round::new(HashSet::from([question]));
+        let later = processor_time() + Duration::from_secs(60);
+        assert!(round.run(later));
+        let mut finished = HashMap::new();
+        round.finish(&mut finished);
+        let finished = finished.remove(&question).unwrap();
+        assert_eq!(finished.verdict(question, later), Some(OtherHolder::Nobody));
+        let heir = sleeper(Some(listener.as_raw_fd()), 0);
+        let found = OtherHolder::Process(heir.id() as i32);
+        assert_eq!(finished.verdict(question, later), Some(found));
+        end(heir);
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_is_looked_at() {
+        let (listener, inode) = listener();
+        let script = "import os,threading,time,ctypes\n\
+                      threading.Thread(target=time.sleep,args=(100,)).start()\n\
+                      ctypes.CDLL(None).pthread_exit(None)";
+        let fd = listener.as_raw_fd();
+        let mut command = Command::new("python3");
+        // SAFETY: one system call between fork and exec.
+        let command = unsafe {
+            command.args(["-c", script]).pre_exec(move || {
+                libc::fcntl(fd, libc::F_SETFD, 0);
+                Ok(())
+            })
+        };
+        let Ok(child) = command.spawn() else {
+            return eprintln!("SKIPPED, NOTHING WAS CHECKED: there is no python3");
+        };
+        let pid = child.id() as i32;
+        let is_empty = || fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|dir| dir.count() == 0);
+        while !is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let found = ask_on(&Searches::default(), 1, inode).0;
+        assert_eq!(found, OtherHolder::Process(pid));
+        end(child);
+    }
+
+    #[test]
+    fn a_search_is_paid_for_by_its_user() {
+        let mut budget = Budget::default();
+        let busy = || {
+            let start = processor_time();
+            while processor_time() - start < Duration::from_millis(150) {}
+        };
+        let start = Instant::now();
+        assert!(budget.run(busy).is_some());
+        // A second was saved up, and ten times as long as the search took has to pass.
+        assert!(budget.next >= start + 10 * Duration::from_millis(150) - Budget::SAVED);
+        budget.next = Instant::now() + Duration::from_secs(600);
+        assert!(budget.run(|| ()).is_none());
+    }
+}
