@@ -268,6 +268,24 @@ pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {
     (!(-4095..=0).contains(&at)).then_some(at as *mut u8)
 }
 
+/// Maps `len` bytes of a file shared and writable in the place of what is mapped there, in one step. False when the kernel
+/// refuses; then what was there still is.
+///
+/// # Safety
+/// `at` is a mapping of `len` bytes of this process's own, and what uses it may find what the file holds.
+pub unsafe fn map_over(at: *mut u8, fd: c_int, len: usize) -> bool {
+    let mapped = syscall!(
+        SYS_mmap,
+        at,
+        len,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_FIXED,
+        fd,
+        0
+    );
+    mapped == at as isize
+}
+
 /// # Safety
 /// Nothing uses the mapping any more.
 pub unsafe fn unmap(at: *mut u8, len: usize) {
@@ -407,6 +425,12 @@ pub unsafe fn pread(fd: c_int, buf: *mut u8, len: usize, offset: Option<i64>) ->
         Some(offset) => syscall!(SYS_pread64, fd, buf, len, offset),
         None => syscall!(SYS_read, fd, buf, len),
     }
+}
+
+/// # Safety
+/// `buf` is valid for reads of `len` bytes.
+pub unsafe fn pwrite(fd: c_int, buf: *const u8, len: usize, offset: usize) -> isize {
+    syscall!(SYS_pwrite64, fd, buf, len, offset)
 }
 
 /// # Safety

@@ -360,7 +360,9 @@ fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belong
         }
     }
     let [memory, bells] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| BadMemory::Number)?;
-    let (map, bells) = (TenantMap::new(memory)?, check_bells(bells)?);
+    // The bells first: memory that was sealed can't be brought again.
+    let bells = check_bells(bells)?;
+    let map = TenantMap::new(memory)?;
     let passport = Passport::new(peer.clone(), map.file())?;
     Ok(Box::new(Belongings {
         map,

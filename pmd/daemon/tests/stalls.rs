@@ -4,6 +4,7 @@
 #[macro_use]
 mod tenant;
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
 use rdsock_shm::control::{Message, kind};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
@@ -39,6 +41,7 @@ fn play(part: &Part) {
         "silent" => be_silent(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
+        "early puncher" => be_early_puncher(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -77,18 +80,18 @@ fn attack(test: &str, part: &str) {
         std::thread::sleep(Duration::from_millis(2));
     }
     let turn = daemon.counter("longest_turn_us");
+    let processor = daemon.counter("longest_turn_cpu_us");
     println!(
-        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us"
+        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us, of {processor} us \
+         of processor time"
     );
     assert!(slowest < bystander.most, "{slowest:?} for a promotion");
     assert!(turn < most, "a turn of {turn} us");
 }
 
-/// Attached, with the memory of another one.
-fn attach_with(part: &Part, first: &Tenant) -> Option<Tenant> {
+/// Attached once more.
+fn attach(part: &Part) -> Option<Tenant> {
     let mut more = Tenant::at(&part.socket)?;
-    more.memory.tenant = first.memory.tenant.try_clone().unwrap();
-    more.memory.bells = first.memory.bells.try_clone().unwrap();
     more.hello();
     matches!(more.receive(), Answer::Message(..)).then_some(more)
 }
@@ -100,12 +103,11 @@ scene!(a_process_that_attaches_again_and_again, |test| {
 /// Attaches thousands of times, and then attaches and leaves as fast as it can.
 fn be_many_tenants(part: &Part) {
     raise_descriptors();
-    let first = Tenant::attach_at(&part.socket);
     let mut held = Vec::new();
     while held.len() < TENANTS
-        && let Some(more) = attach_with(part, &first)
+        && let Some(more) = attach(part)
     {
-        held.push(more.socket);
+        held.push(more);
     }
     say(&format!("{} attached", held.len()));
     say("ready");
@@ -114,7 +116,7 @@ fn be_many_tenants(part: &Part) {
         for _ in 0..16 {
             scope.spawn(|| {
                 loop {
-                    attach_with(part, &first);
+                    attach(part);
                 }
             });
         }
@@ -247,18 +249,16 @@ fn eight_users_whose_files_do_not_answer_leave_a_porter() {
     println!("{:?}", honest.promotion());
 }
 
-scene!(
-    #[ignore = "known: docs/threat-model.md says why"]
-    holes_in_the_memory_of_a_tenant,
-    |test| {
-        attack(test, "puncher");
-    }
-);
+scene!(holes_in_the_memory_of_a_tenant, |test| {
+    attack(test, "puncher");
+});
 
-/// Maps its memory many times over, and makes holes in it without end, while the daemon reads its queue.
-fn be_puncher(part: &Part) {
-    let tenant = Tenant::attach_at(&part.socket);
-    let file = &tenant.memory.tenant;
+scene!(holes_in_memory_while_it_is_handed_over, |test| {
+    attack(test, "early puncher");
+});
+
+/// Maps memory many times over, in this process and in children, which are returned.
+fn map_often(file: &File) -> Vec<Pid> {
     for _ in 0..MAPPINGS {
         // SAFETY: a new mapping, that nobody uses.
         let at = unsafe {
@@ -275,26 +275,39 @@ fn be_puncher(part: &Part) {
             break;
         }
     }
-    for _ in 0..FORKS {
+    let child = |_| {
         // SAFETY: the child makes two system calls.
-        unsafe {
-            if libc::fork() == 0 {
+        match unsafe { libc::fork() } {
+            0 => unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 loop {
                     libc::pause();
                 }
-            }
+            },
+            child => Pid::from_raw(child),
         }
-    }
+    };
+    (0..FORKS).map(child).collect()
+}
+
+/// A hole where the queue is.
+fn punch(file: &File) -> nix::Result<()> {
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, how, 0, 1 << 20)
+}
+
+/// Maps its memory many times over, and makes holes in it without end, while the daemon reads its queue.
+fn be_puncher(part: &Part) {
+    let tenant = Tenant::attach_at(&part.socket);
+    let file = &tenant.memory.tenant;
+    map_often(file);
     say("ready");
     listen();
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 loop {
-                    let how =
-                        FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                    let _ = fallocate(file, how, 0, 1 << 20);
+                    let _ = punch(file);
                 }
             });
         }
@@ -302,4 +315,41 @@ fn be_puncher(part: &Part) {
             tenant.kick();
         }
     });
+}
+
+/// The same with ever new memory, that the daemon is given while holes are made in it.
+fn be_early_puncher(part: &Part) {
+    say("ready");
+    listen();
+    loop {
+        // In a process of its own, so that its mappings are gone afterwards.
+        // SAFETY: no other thread is there, so the child may do what it likes.
+        match unsafe { libc::fork() } {
+            0 => {
+                punch_and_attach(part);
+                std::process::exit(0);
+            }
+            child => {
+                let _ = nix::sys::wait::waitpid(Pid::from_raw(child), None);
+            }
+        }
+    }
+}
+
+fn punch_and_attach(part: &Part) {
+    let mut tenant = Tenant::at(&part.socket).unwrap();
+    let file = tenant.memory.tenant.try_clone().unwrap();
+    let children = map_often(&file);
+    for _ in 0..8 {
+        let file = file.try_clone().unwrap();
+        std::thread::spawn(move || while punch(&file).is_ok() {});
+    }
+    // Some wait for each other by then.
+    std::thread::sleep(Duration::from_millis(100));
+    tenant.hello();
+    tenant.receive_within(Duration::from_secs(10));
+    for child in children {
+        let _ = nix::sys::signal::kill(child, nix::sys::signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(child, None);
+    }
 }

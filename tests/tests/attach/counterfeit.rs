@@ -239,6 +239,11 @@ impl Attachment {
         }
     }
 
+    /// Which memory it has handed over.
+    pub fn memory_inode(&self) -> u64 {
+        nix::sys::stat::fstat(&self.fds[0]).unwrap().st_ino
+    }
+
     /// The seals of the memory that it has handed over.
     pub fn seals(&self) -> Vec<i32> {
         let seals = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_GET_SEALS).unwrap();

@@ -240,16 +240,20 @@ impl Daemon {
         }
     }
 
+    fn owner_of(id: TenantId, tenant: &Tenant) -> Owner {
+        Owner {
+            uid: tenant.passport.peer.uid,
+            connection: id,
+        }
+    }
+
     /// Has a porter look whether a tenant is who it was.
     fn have_process_looked_at(&mut self, tenant: TenantId) {
         let Some(entry) = self.connections.tenant(tenant) else {
             return;
         };
         let passport = entry.passport.clone();
-        let owner = Owner {
-            uid: passport.peer.uid,
-            connection: tenant,
-        };
+        let owner = Self::owner_of(tenant, entry);
         self.porters.give(owner, move || {
             Some(Found::Process {
                 tenant,
@@ -406,6 +410,11 @@ impl Daemon {
     /// are returned, to be looked at later.
     pub(super) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
         self.journal.counters.detached += 1;
+        let (owner, map) = (Self::owner_of(id, &tenant), tenant.map);
+        self.porters.give(owner, move || {
+            drop(map);
+            None
+        });
         if let Some(netns) = tenant.netns {
             self.rights.namespaces.leave(netns);
         }
@@ -432,6 +441,10 @@ fn bad_memory(error: BadMemory) -> End {
         cause: match error {
             BadMemory::Kind => "its memory is not a memfd of ordinary pages",
             BadMemory::Seals => "its memory is not sealed against shrinking and growing",
+            BadMemory::SealedAlready => {
+                "its memory is sealed already, so the daemon can't map it and seal it against holes: each HELLO needs new \
+                 memory, without F_SEAL_SEAL and F_SEAL_FUTURE_WRITE"
+            }
             BadMemory::Size { .. } => "its memory has a wrong size",
             BadMemory::Number => "HELLO takes two fds",
             BadMemory::Identity => "its memory has a wrong magic or version",

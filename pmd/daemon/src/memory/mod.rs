@@ -3,6 +3,7 @@
 //! The only module of the daemon that maps memory. Whatever a tenant can write is reached
 //! through atomics, or read through the file, never through plain references.
 
+mod sealed;
 mod stream;
 mod tenant;
 

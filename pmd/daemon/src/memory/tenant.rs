@@ -6,7 +6,6 @@ use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use rdsock_shm::control::Request;
@@ -17,6 +16,7 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
+use super::sealed::Sealed;
 use super::{u32_at, u64_at};
 
 /// Bytes of the connection records that are read at once.
@@ -31,6 +31,10 @@ pub enum BadMemory {
     /// It could shrink, which would kill the daemon, or grow, or can't be written.
     #[error("not sealed with F_SEAL_SHRINK and F_SEAL_GROW, or sealed against writing")]
     Seals,
+    /// The daemon can't both map it to be written and seal it against holes: it is sealed against that already, or was
+    /// while the daemon mapped it.
+    #[error("sealed with F_SEAL_SEAL or F_SEAL_FUTURE_WRITE before the daemon could do that")]
+    SealedAlready,
     /// Another size than this version's.
     #[error("{found} bytes, expected {expected}")]
     Size {
@@ -52,15 +56,17 @@ pub enum BadMemory {
 
 /// Checks that an fd is a memfd of ordinary pages that keeps its size, with `expected` bytes. The seals are asked for
 /// first: nothing but shared memory has any, and nothing else is looked at, since a look could wait for its owner.
-fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
+pub(super) fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
     let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|_| BadMemory::Kind)?;
     if fstatfs(fd).map_err(io::Error::from)?.filesystem_type() != TMPFS_MAGIC {
         return Err(BadMemory::Kind);
     }
-    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
     let fixed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-    if seals & fixed != fixed || seals & unwritable != 0 {
+    if seals & fixed != fixed || seals & libc::F_SEAL_WRITE != 0 {
         return Err(BadMemory::Seals);
+    }
+    if seals & libc::F_SEAL_FUTURE_WRITE != 0 {
+        return Err(BadMemory::SealedAlready);
     }
     let found = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as u64;
     if found != expected {
@@ -93,33 +99,28 @@ pub fn check_bells(fd: OwnedFd) -> Result<OwnedFd, BadMemory> {
     Ok(file.into())
 }
 
-/// A tenant's memory. Of what is mapped, the connection records are read through the file, on demand.
+/// A tenant's memory, in which nobody makes holes. Of what is mapped, the connection records are read through the file, on demand.
 #[derive(Debug)]
 pub struct TenantMap {
-    map: MmapRaw,
-    file: File,
+    map: Sealed,
     taker: Taker,
 }
 
 impl TenantMap {
-    /// Checks and maps.
+    /// Checks, maps and seals. May wait for the tenant: for a porter.
     pub fn new(fd: OwnedFd) -> Result<Self, BadMemory> {
         check_memfd(fd.as_fd(), size_of::<TenantMemory>() as u64)?;
         let file = File::from(fd);
         check_identity(&file, TENANT_MAGIC, size_of::<TenantMemory>())?;
-        let map = MmapOptions::new()
-            .len(size_of::<TenantMemory>())
-            .map_raw(&file)?;
         Ok(TenantMap {
-            map,
-            file,
+            map: Sealed::new(file, size_of::<TenantMemory>())?,
             taker: Taker::new(),
         })
     }
 
     /// The memory's file.
     pub fn file(&self) -> &File {
-        &self.file
+        self.map.file()
     }
 
     fn memory(&self) -> *const TenantMemory {
@@ -195,13 +196,13 @@ impl TenantMap {
     pub fn conns(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
-        let Some(data) = next_data(&self.file, from.max(START))? else {
+        let Some(data) = next_data(self.file(), from.max(START))? else {
             return Ok((Vec::new(), None));
         };
         // Blocks start at record boundaries, so that no record is torn between two.
         let at = data - (data - START) % RECORD;
         let mut block = [0; BLOCK];
-        let len = self.file.read_at(&mut block, at)?;
+        let len = self.file().read_at(&mut block, at)?;
         let (records, _) = block
             .get(..len)
             .unwrap_or(&[])

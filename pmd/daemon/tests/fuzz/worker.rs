@@ -159,7 +159,8 @@ impl Worker {
         if used && !self.dice.once_in(8) {
             return;
         }
-        if !used && self.parties[number].is_worn() {
+        let party = &self.parties[number];
+        if !used && (party.is_worn() || party.memory.is_sealed()) {
             self.parties[number] = Party::new();
         } else if !used {
             self.parties[number].rewind();

@@ -209,7 +209,7 @@ impl Machine {
         };
         match has_shim(&process) {
             None => return Absence::Unseen("it is another user's, or has changed its user"),
-            Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
+            Some(true) if has_bells(&process) => return Absence::LeftBehind,
             Some(true) => {
                 return match narrow_limits(&process) {
                     Some(limits) => Absence::Limited(limits),
@@ -291,14 +291,14 @@ fn has_shim(process: &Process) -> Option<bool> {
     Some(maps.iter().any(|map| is_shim(&map.pathname)))
 }
 
-/// True when a process holds a tenant's memory, as it does from its first attempt to attach. A forked
+/// True when a process holds a bell board, as it does from its first attempt to attach. A forked
 /// child has its parent's mapped, but not open.
-fn has_tenant_memory(process: &Process) -> bool {
-    let is_memory = |fd: procfs::process::FDInfo| match fd.target {
-        FDTarget::MemFD(name) => name.starts_with("rdsock-tenant"),
+fn has_bells(process: &Process) -> bool {
+    let is_board = |fd: procfs::process::FDInfo| match fd.target {
+        FDTarget::MemFD(name) => name.starts_with("rdsock-bells"),
         _ => false,
     };
-    process.fd().is_ok_and(|fds| fds.flatten().any(is_memory))
+    process.fd().is_ok_and(|fds| fds.flatten().any(is_board))
 }
 
 /// Where the shim in a process looks for its daemon.
