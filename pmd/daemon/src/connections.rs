@@ -2,13 +2,12 @@
 //! say and are told is the daemon's.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::accounts::Charge;
 use crate::book::TenantId;
 use crate::channel::Channel;
-use crate::memory::TenantMap;
+use crate::memory::{Bells, TenantMap};
 use crate::process::Peer;
 use crate::queries::Answering;
 use crate::rights::Passport;
@@ -53,7 +52,7 @@ pub struct Tenant {
     /// Its memory.
     pub map: TenantMap,
     /// Its bell board, to be handed to its peers.
-    pub bells: Arc<OwnedFd>,
+    pub bells: Bells,
     /// Who it was at HELLO.
     pub passport: Arc<Passport>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.

@@ -194,6 +194,7 @@ pub(super) fn attach(guard: &Guard) {
     // SAFETY: the lock is held.
     unsafe { *PUTTER.0.get() = Putter::new() };
     let fds = [memory_fd, MEMFDS[1].load(Relaxed)];
+    let has_board = usize::from(fds[1] >= 0);
     let hello = Hello {
         memory_size: size_of::<TenantMemory>() as u64,
         bell_size: size_of::<BellBoard>() as u64,
@@ -201,7 +202,11 @@ pub(super) fn attach(guard: &Guard) {
     SEEN.store(0, Relaxed);
     AWAITED.store(1, Relaxed);
     ATTACHED_AS.store(ids(), Relaxed);
-    let sent = send_with(fd, &Message::new(kind::HELLO, &hello), &fds);
+    let sent = send_with(
+        fd,
+        &Message::new(kind::HELLO, &hello),
+        fds.get(..1 + has_board).unwrap_or(&fds),
+    );
     handed_over();
     CONTROL.store(fd, Release);
     if sent < 0 {

@@ -10,8 +10,7 @@ use super::lock::Guard;
 use crate::{conn, sys};
 use libc::c_int;
 use rdsock_shm::layout::{
-    BELL_MAGIC, BELLS, Bell, BellBoard, ConnRecord, Counter, TENANT_MAGIC, TenantHeader,
-    TenantMemory, VERSION,
+    BELLS, Bell, BellBoard, ConnRecord, Counter, TENANT_MAGIC, TenantHeader, TenantMemory, VERSION,
 };
 use std::mem::{offset_of, size_of};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
@@ -82,29 +81,27 @@ pub(super) fn make_memory() {
         REFUSED.store(1, Relaxed);
         return;
     }
-    let Some(board_fd) = make_file(c"rdsock-bells", size_of::<BellBoard>(), FIXED | SEALED) else {
-        return;
-    };
-    let Some(board) = sys::map(board_fd, size_of::<BellBoard>()) else {
-        close_hidden(board_fd);
-        return;
-    };
-    let Some(memory) = sys::map(-1, size_of::<TenantMemory>()) else {
-        // SAFETY: just mapped, and nobody has seen it.
-        unsafe { sys::unmap(board, size_of::<BellBoard>()) };
-        close_hidden(board_fd);
-        return;
-    };
-    let board = board.cast::<BellBoard>();
-    // SAFETY: a fresh mapping of this size, that nobody else knows yet.
-    unsafe {
-        (*board).magic = BELL_MAGIC;
-        (*board).version = VERSION;
-        (*board).size = size_of::<BellBoard>() as u32;
+    if let Some(memory) = sys::map(-1, size_of::<TenantMemory>()) {
+        MEMORY.store(memory.cast(), Release);
     }
-    MEMFDS[1].store(board_fd, Relaxed);
-    BOARD.store(board, Release);
-    MEMORY.store(memory.cast(), Release);
+}
+
+/// The first daemon has sent a bell board. It stays for as long as the process runs: peers of any time ring it, and
+/// each further daemon is given it. False when there is one already, or it is none: the descriptor is the caller's then.
+pub(super) fn take_board(_guard: &Guard, fd: c_int) -> bool {
+    const SIZE: usize = size_of::<BellBoard>();
+    if !BOARD.load(Relaxed).is_null()
+        || !sys::cannot_shrink(fd)
+        || sys::file_size(fd) != Some(SIZE as u64)
+    {
+        return false;
+    }
+    let Some(board) = sys::map(fd, SIZE) else {
+        return false;
+    };
+    MEMFDS[1].store(hide(fd), Relaxed);
+    BOARD.store(board.cast(), Release);
+    true
 }
 
 /// Puts new memory in the place of the old one, for a daemon that is about to be told of it: what is known of
@@ -117,7 +114,7 @@ pub(super) fn make_memory() {
 /// missing.
 pub(super) fn renew(_guard: &Guard) -> Option<c_int> {
     let memory = memory()?;
-    let fd = make_file(c"rdsock-tenant", size_of::<TenantMemory>(), FIXED)?;
+    let fd = make_file(c"rdsock-tenant", size_of::<TenantMemory>())?;
     let identity = Identity {
         magic: TENANT_MAGIC,
         version: VERSION,
@@ -171,12 +168,10 @@ fn write_all<T>(fd: c_int, from: *const T, len: usize, offset: usize) -> bool {
     unsafe { sys::pwrite(fd, from.cast(), len, offset) == len as isize }
 }
 
-/// The daemon takes nothing that could change its size under it, and needs nothing to grow.
+/// The daemon takes nothing that could change its size under it. The other seals are its own to add.
 const FIXED: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-/// Nor are there other seals later.
-const SEALED: c_int = libc::F_SEAL_SEAL;
 
-fn make_file(name: &std::ffi::CStr, size: usize, seals: c_int) -> Option<c_int> {
+fn make_file(name: &std::ffi::CStr, size: usize) -> Option<c_int> {
     // To grow a file beyond this limit would raise SIGXFSZ.
     if sys::limit_of(libc::RLIMIT_FSIZE) < size as u64 {
         return None;
@@ -187,7 +182,7 @@ fn make_file(name: &std::ffi::CStr, size: usize, seals: c_int) -> Option<c_int> 
     }
     let fd = hide(fd);
     let is_sealed =
-        sys::ftruncate(fd, size) == 0 && sys::fcntl(fd, libc::F_ADD_SEALS, seals as usize) == 0;
+        sys::ftruncate(fd, size) == 0 && sys::fcntl(fd, libc::F_ADD_SEALS, FIXED as usize) == 0;
     if !is_sealed {
         close_hidden(fd);
         return None;

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         ["hold", at, count, seconds] => hold(address(at), number(count), number(seconds)),
         _ => {
             eprintln!(
-                "usage: churn AT THREADS SECONDS | serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS | tick AT HOW | child AT HOW | \
+                "usage: serve AT | churn AT THREADS SECONDS | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS | tick AT HOW | child AT HOW | \
                  close AT HOW"
             );
             ExitCode::from(2)

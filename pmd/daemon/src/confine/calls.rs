@@ -270,6 +270,9 @@ fn controls(rules: &mut Rules, device: DeviceKind) -> Result<(), BackendError> {
     let plain = [libc::FIONREAD, libc::TIOCOUTQ, libc::FIONBIO, libc::FIOCLEX];
     let mut asked = one_of(1, &plain)?;
     let of_type = |letter: u8| SeccompRule::new(vec![bits(1, 0xff00, u64::from(letter) << 8)?]);
+    // Memory in which nobody makes holes, and whether some is.
+    let flags = [libc::FS_IOC_GETFLAGS, libc::FS_IOC_SETFLAGS];
+    asked.extend(one_of(1, &flags)?);
     // What a process has mapped at an address.
     asked.extend(one_of(1, &[crate::process::PROCMAP_QUERY])?);
     if device == DeviceKind::Vfio {

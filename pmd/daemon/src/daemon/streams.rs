@@ -43,7 +43,7 @@ impl Daemon {
         })?;
         let bells = |end: &Announced| -> Result<Arc<OwnedFd>, Reason> {
             let tenant = self.connections.tenant(end.conn.tenant);
-            Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
+            Ok(tenant.ok_or(Reason::Unverified)?.bells.board.clone())
         };
         let bells = [bells(&ends[0])?, bells(&ends[1])?];
         let id = self.streams.number();

@@ -199,9 +199,10 @@ impl Daemon {
         self.detach_earlier_programs(id, pid);
         let netns = self.rights.namespaces.enter(pid).ok();
         debug!(tenant = id, pid, uid, program = program.name, "attached");
+        let board = bells.is_new.then(|| bells.board.clone());
         let tenant = Tenant {
             map,
-            bells: bells.into(),
+            bells,
             passport: Arc::new(passport),
             netns,
             program: program.name,
@@ -223,7 +224,9 @@ impl Daemon {
             answer_us: answer.unwrap_or_default().as_micros() as u32,
             reserved: 0,
         };
-        self.send(id, Message::new(kind::WELCOME, &welcome).into())?;
+        let mut welcome = Outgoing::from(Message::new(kind::WELCOME, &welcome));
+        welcome.fds.extend(board);
+        self.send(id, welcome)?;
         // Whatever it put in before the daemon slept on its queue.
         self.drain(id)
     }
@@ -446,7 +449,7 @@ fn bad_memory(error: BadMemory) -> End {
                  memory, without F_SEAL_SEAL and F_SEAL_FUTURE_WRITE"
             }
             BadMemory::Size { .. } => "its memory has a wrong size",
-            BadMemory::Number => "HELLO takes two fds",
+            BadMemory::Number => "HELLO takes one or two fds",
             BadMemory::Identity => "its memory has a wrong magic or version",
             BadMemory::Io(_) => "its memory can't be mapped",
         },

@@ -5,6 +5,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -16,7 +17,9 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
+use super::make_board;
 use super::sealed::Sealed;
+use super::whole::{can_be_whole, is_whole};
 use super::{u32_at, u64_at};
 
 /// Bytes of the connection records that are read at once.
@@ -43,8 +46,8 @@ pub enum BadMemory {
         /// Bytes that it must have.
         expected: u64,
     },
-    /// Not two descriptors.
-    #[error("HELLO takes two descriptors")]
+    /// Not one or two descriptors.
+    #[error("HELLO takes one or two descriptors")]
     Number,
     /// Magic or version is wrong.
     #[error("wrong magic or version")]
@@ -91,15 +94,43 @@ fn check_identity(file: &File, magic: u64, size: usize) -> Result<(), BadMemory>
     }
 }
 
-/// Checks a tenant's bell board. The daemon never maps it: it only hands it to the tenant's peers.
-pub fn check_bells(fd: OwnedFd) -> Result<OwnedFd, BadMemory> {
-    check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
-    let file = File::from(fd);
-    check_identity(&file, BELL_MAGIC, size_of::<BellBoard>())?;
-    Ok(file.into())
+/// A tenant's bell board, to be handed to its peers.
+#[derive(Debug)]
+pub struct Bells {
+    /// The board.
+    pub board: Arc<OwnedFd>,
+    /// Nobody can stall a poll core that rings them: no holes are made in the board, or only by a program of the daemon's own
+    /// user, since it is not root.
+    pub may_be_rung: bool,
+    /// The daemon has made it now: the tenant is to be sent it.
+    pub is_new: bool,
 }
 
-/// A tenant's memory, in which nobody makes holes. Of what is mapped, the connection records are read through the file, on demand.
+impl Bells {
+    /// For a tenant that has none yet.
+    pub fn make() -> io::Result<Self> {
+        Ok(Bells {
+            board: Arc::new(make_board()?),
+            may_be_rung: true,
+            is_new: true,
+        })
+    }
+
+    /// Checks those that a tenant has, from a daemon before this one, or made by itself.
+    pub fn check(fd: OwnedFd) -> Result<Self, BadMemory> {
+        check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
+        let file = File::from(fd);
+        check_identity(&file, BELL_MAGIC, size_of::<BellBoard>())?;
+        Ok(Bells {
+            may_be_rung: is_whole(&file) || !can_be_whole(),
+            board: Arc::new(file.into()),
+            is_new: false,
+        })
+    }
+}
+
+/// A tenant's memory, in which nobody makes holes. Of what is mapped, the connection records are read through the file,
+/// on demand.
 #[derive(Debug)]
 pub struct TenantMap {
     map: Sealed,
