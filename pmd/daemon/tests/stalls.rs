@@ -42,7 +42,7 @@ fn play(part: &Part) {
         "silent" => be_silent(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
-        "early puncher" => be_early_puncher(part),
+        "early puncher" => be_often(part, punch_and_attach),
         other => panic!("no such part: {other}"),
     }
 }
@@ -323,8 +323,8 @@ fn be_puncher(part: &Part) {
     });
 }
 
-/// The same with ever new memory, that the daemon is given while holes are made in it.
-fn be_early_puncher(part: &Part) {
+/// Does something again and again, with ever new memory.
+fn be_often(part: &Part, what: fn(&Part)) {
     say("ready");
     listen();
     loop {
@@ -332,7 +332,7 @@ fn be_early_puncher(part: &Part) {
         // SAFETY: no other thread is there, so the child may do what it likes.
         match unsafe { libc::fork() } {
             0 => {
-                punch_and_attach(part);
+                what(part);
                 std::process::exit(0);
             }
             child => {
@@ -342,6 +342,14 @@ fn be_early_puncher(part: &Part) {
     }
 }
 
+fn end_all(children: Vec<Pid>) {
+    for child in children {
+        let _ = nix::sys::signal::kill(child, nix::sys::signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(child, None);
+    }
+}
+
+/// The daemon is given memory while holes are made in it.
 fn punch_and_attach(part: &Part) {
     let mut tenant = Tenant::at(&part.socket).unwrap();
     let file = tenant.memory.tenant.try_clone().unwrap();
@@ -354,8 +362,5 @@ fn punch_and_attach(part: &Part) {
     std::thread::sleep(Duration::from_millis(100));
     tenant.hello();
     tenant.receive_within(Duration::from_secs(10));
-    for child in children {
-        let _ = nix::sys::signal::kill(child, nix::sys::signal::SIGKILL);
-        let _ = nix::sys::wait::waitpid(child, None);
-    }
+    end_all(children);
 }

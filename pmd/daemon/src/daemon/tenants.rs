@@ -34,8 +34,8 @@ const REQUESTS: usize = 64;
 const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.
 const LOOKS: usize = 16;
-/// Descriptors of a tenant besides those of its connection: memory and bells.
-const TENANT_DESCRIPTORS: u64 = 2;
+/// Descriptors of a tenant besides those of its connection: memory, the pipe that keeps its pages where they are, bells.
+const TENANT_DESCRIPTORS: u64 = 3;
 
 fn malformed(cause: &'static str) -> End {
     End::Refused {

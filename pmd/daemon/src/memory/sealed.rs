@@ -5,17 +5,23 @@
 //! `F_SEAL_FUTURE_WRITE` the kernel makes none any more. It allows no new mapping to be written, either, so the daemon can't ask for
 //! a file that is sealed already: it maps it first, and seals it then.
 //!
+//! Likewise, who has a file mapped can have its pages *collapsed* into a huge one (`MADV_COLLAPSE`), and they are locked while
+//! all mappings of theirs are taken away. The kernel leaves that, at once, where a page is in use by somebody it does not know. So
+//! [`Sealed`] uses one of each two megabytes: it lies in a pipe that nobody reads.
+//!
 //! [`Sealed::new`] may have to wait for a hole that is being made, so a porter calls it. The control thread gets a
 //! [`Sealed`] or nothing.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::unistd::pipe2;
 
-use super::BadMemory;
+use super::{BadMemory, HUGE_PAGE};
 
 /// Against holes, and so that nothing is sealed later: a mapping that is there could not be made useless by that, but the
 /// daemon need not rely on it.
@@ -26,6 +32,8 @@ const SEALS: SealFlag = SealFlag::F_SEAL_FUTURE_WRITE.union(SealFlag::F_SEAL_SEA
 pub(super) struct Sealed {
     map: MmapRaw,
     file: File,
+    /// Keeps its pages from being collapsed.
+    _used: OwnedFd,
 }
 
 impl Sealed {
@@ -43,7 +51,11 @@ impl Sealed {
             Err(error) => return Err(io::Error::from(error).into()),
         }
         match seals_of(&file)?.contains(SEALS) {
-            true => Ok(Sealed { map, file }),
+            true => Ok(Sealed {
+                _used: use_pages(&map)?,
+                map,
+                file,
+            }),
             false => Err(BadMemory::SealedAlready),
         }
     }
@@ -59,6 +71,24 @@ impl Sealed {
     }
 }
 
+/// A pipe that holds a page of each part of a mapping that could become a huge page.
+fn use_pages(map: &MmapRaw) -> io::Result<OwnedFd> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    for at in (0..map.len()).step_by(HUGE_PAGE as usize) {
+        let byte = libc::iovec {
+            // SAFETY: within the mapping.
+            iov_base: unsafe { map.as_mut_ptr().add(at) }.cast(),
+            iov_len: 1,
+        };
+        // SAFETY: the byte is in the mapping; the pipe refers to its page, and nothing ever reads it.
+        let used = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const byte, 1, 0) };
+        if used != 1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(read)
+}
+
 fn seals_of(file: &File) -> io::Result<SealFlag> {
     let seals = fcntl(file, FcntlArg::F_GET_SEALS)?;
     Ok(SealFlag::from_bits_retain(seals))
@@ -69,6 +99,8 @@ mod tests {
     use super::*;
     use nix::fcntl::{FallocateFlags, fallocate};
     use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     const LEN: usize = 8192;
 
@@ -100,6 +132,52 @@ mod tests {
         unsafe {
             tenants.as_mut_ptr().add(5000).write_volatile(7);
             assert_eq!(sealed.as_ptr().add(5000).read_volatile(), 7);
+        }
+    }
+
+    /// As far as the system collapses memory at all.
+    #[test]
+    fn its_pages_are_not_collapsed() {
+        const HUGE: usize = HUGE_PAGE as usize;
+        const MADV_COLLAPSE: i32 = 25;
+        let collapse = |file: &File| {
+            let room = MmapOptions::new().len(2 * HUGE).map_anon().unwrap();
+            let at = (room.as_ptr() as usize).next_multiple_of(HUGE) as *mut libc::c_void;
+            let (protect, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
+            // SAFETY: within room of this function's own, that nobody refers to.
+            unsafe {
+                assert_eq!(
+                    libc::mmap(at, HUGE, protect, flags, file.as_raw_fd(), 0),
+                    at
+                );
+                match libc::madvise(at, HUGE, MADV_COLLAPSE) {
+                    0 => Ok(()),
+                    _ => Err(Errno::last()),
+                }
+            }
+        };
+        let make = || {
+            let file = memory(SealFlag::empty());
+            file.set_len(HUGE as u64).unwrap();
+            let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+            fcntl(&file, FcntlArg::F_ADD_SEALS(fixed)).unwrap();
+            file.write_all_at(&[1; HUGE], 0).unwrap();
+            file
+        };
+        // What was just written may not be on the kernel's lists yet.
+        let (mut tries, free) = (0, make());
+        while collapse(&free) == Err(Errno::EAGAIN) && tries < 100 {
+            tries += 1;
+        }
+        if let Err(error) = collapse(&free) {
+            let mut stderr = std::io::stderr();
+            let why = format!("SKIPPED, NOTHING WAS CHECKED: no memory is collapsed here: {error}");
+            return writeln!(stderr, "{why}").unwrap();
+        }
+        let file = make();
+        let _sealed = Sealed::new(file.try_clone().unwrap(), HUGE).unwrap();
+        for _ in 0..100 {
+            assert_eq!(collapse(&file), Err(Errno::EAGAIN));
         }
     }
 
