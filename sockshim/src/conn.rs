@@ -12,7 +12,7 @@ use libc::c_int;
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*, fence};
 
 /// fds that the table covers; higher ones are never accelerated.
 pub const FDS: usize = 1 << 20;
@@ -136,6 +136,8 @@ pub struct Conn {
     pub names: Names,
     /// A [`Reason`].
     pub reason: AtomicU32,
+    /// A [`State`], as it was last told.
+    state: AtomicU32,
     /// The program's own TCP_NODELAY (bit 0) and TCP_CORK (bit 1): the anchor of a stream always
     /// has the first and never the second, so that wake bytes leave at once.
     pub options: AtomicU32,
@@ -218,14 +220,40 @@ impl Conn {
 
     /// Records state and reason, for `rdsock why`.
     pub fn tell(&self, index: usize, state: State, reason: Reason) {
+        self.state.store(state as u32, Relaxed);
         self.reason.store(reason as u32, Relaxed);
-        if let Some(record) = crate::tenant::record(index) {
-            record.state.store(state as u32, Relaxed);
-            record.reason.store(reason as u32, Relaxed);
-            record
-                .generation
-                .store(self.generation.load(Relaxed), Relaxed);
-            record.fd.store(self.fd.load(Relaxed), Relaxed);
+        self.show(index);
+    }
+
+    /// Writes the record, from what is known here.
+    ///
+    /// The record may be that of new memory, by the time that it is written ([`show_all`]), or be written by several threads
+    /// at once: so who has written it looks whether it has written what is true by now. Who changes something does so before it
+    /// writes the record, so the last one to look sees all that was changed.
+    fn show(&self, index: usize) {
+        const TIMES: usize = 16;
+        let words = || {
+            [
+                self.state.load(Relaxed),
+                self.reason.load(Relaxed),
+                self.generation.load(Relaxed),
+                self.fd.load(Relaxed) as u32,
+            ]
+        };
+        for _ in 0..TIMES {
+            let Some(record) = crate::tenant::record(index) else {
+                return;
+            };
+            let now = words();
+            let [state, reason, generation, fd] = now;
+            record.state.store(state, Release);
+            record.reason.store(reason, Release);
+            record.generation.store(generation, Release);
+            record.fd.store(fd as i32, Release);
+            fence(SeqCst);
+            if words() == now {
+                return;
+            }
         }
     }
 }
@@ -505,9 +533,7 @@ pub fn let_go(fd: c_int, kind: Kind) {
             let held = Use { conn, index };
             if conn.fd.load(Relaxed) == fd {
                 conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
-                if let Some(record) = crate::tenant::record(index) {
-                    record.fd.store(conn.fd.load(Relaxed), Relaxed);
-                }
+                conn.show(index);
             }
             if conn.refs.fetch_sub(1, SeqCst) == 1 {
                 crate::epoll::forget(conn);
@@ -551,10 +577,9 @@ fn free(index: usize, conn: &Conn) {
         return;
     }
     let phase = conn.phase.swap(phase::NEVER, AcqRel);
-    if let Some(record) = crate::tenant::record(index) {
-        record.fd.store(-1, Relaxed);
-        record.state.store(State::Kernel as u32, Relaxed);
-    }
+    conn.fd.store(-1, Relaxed);
+    conn.state.store(State::Kernel as u32, Relaxed);
+    conn.show(index);
     match phase {
         phase::ANNOUNCED => crate::tenant::withdraw(index, conn),
         phase::MAPPED => {
@@ -568,10 +593,23 @@ fn free(index: usize, conn: &Conn) {
     conn.occupied.store(0, Release);
 }
 
+/// One more than the highest connection number ever used.
+pub fn high() -> usize {
+    CONNS.min(HIGH.load(Relaxed) as usize)
+}
+
+/// Writes all records again: the memory that they lie in has just been exchanged.
+pub fn show_all() {
+    for index in 0..high() {
+        if let Some(conn) = at(index) {
+            conn.show(index);
+        }
+    }
+}
+
 /// Calls `found` with each connection that has an fd.
 pub fn each(mut found: impl FnMut(usize, &'static Conn)) {
-    let high = HIGH.load(Relaxed) as usize;
-    for index in 0..CONNS.min(high) {
+    for index in 0..high() {
         if let Some(conn) = at(index)
             && conn.refs.load(Acquire) != 0
         {

@@ -251,21 +251,27 @@ pub fn cannot_shrink(fd: c_int) -> bool {
 /// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes that cost
 /// nothing until they are touched. `None` when the kernel refuses.
 pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {
+    let at = map_at(std::ptr::null_mut(), 0, fd, len);
+    (!(-4095..=0).contains(&at)).then_some(at as *mut u8)
+}
+
+/// Maps what [`map`] would in the place of what is mapped there, in one step. False when the kernel refuses; then what was
+/// there still is.
+///
+/// # Safety
+/// `at` is a mapping of `len` bytes of this process's own, and what uses it may find the new bytes there.
+pub unsafe fn map_over(at: *mut u8, fd: c_int, len: usize) -> bool {
+    map_at(at, libc::MAP_FIXED, fd, len) == at as isize
+}
+
+fn map_at(at: *mut u8, more: c_int, fd: c_int, len: usize) -> isize {
     let flags = if fd < 0 {
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
     } else {
         libc::MAP_SHARED
     };
-    let at = syscall!(
-        SYS_mmap,
-        0,
-        len,
-        libc::PROT_READ | libc::PROT_WRITE,
-        flags,
-        fd,
-        0
-    );
-    (!(-4095..=0).contains(&at)).then_some(at as *mut u8)
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    syscall!(SYS_mmap, at, len, protection, flags | more, fd, 0)
 }
 
 /// # Safety
@@ -407,6 +413,12 @@ pub unsafe fn pread(fd: c_int, buf: *mut u8, len: usize, offset: Option<i64>) ->
         Some(offset) => syscall!(SYS_pread64, fd, buf, len, offset),
         None => syscall!(SYS_read, fd, buf, len),
     }
+}
+
+/// # Safety
+/// `buf` is valid for reads of `len` bytes.
+pub unsafe fn pwrite(fd: c_int, buf: *const u8, len: usize, offset: usize) -> isize {
+    syscall!(SYS_pwrite64, fd, buf, len, offset)
 }
 
 /// # Safety

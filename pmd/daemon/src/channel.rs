@@ -20,7 +20,7 @@ use rdsock_shm::layout::{BellBoard, TenantMemory};
 use crate::accounts::{Charge, Over, Paid, Thing};
 use crate::diag::is_seqpacket;
 use crate::found::Found;
-use crate::memory::{BadMemory, TenantMap, check_bells};
+use crate::memory::{BadMemory, Bells, TenantMap};
 use crate::porters::{self, Owner, Porters};
 use crate::process::Peer;
 use crate::rights::{Changed, Passport};
@@ -81,7 +81,7 @@ pub struct Belongings {
     /// Its memory.
     pub map: TenantMap,
     /// Its bell board.
-    pub bells: OwnedFd,
+    pub bells: Bells,
     /// Who it is.
     pub passport: Passport,
 }
@@ -366,8 +366,16 @@ fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belong
             return Err(BadMemory::Size { found, expected }.into());
         }
     }
-    let [memory, bells] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| BadMemory::Number)?;
-    let (map, bells) = (TenantMap::new(memory)?, check_bells(bells)?);
+    let mut fds = fds.into_iter();
+    let (Some(memory), bells, None) = (fds.next(), fds.next(), fds.next()) else {
+        return Err(BadMemory::Number.into());
+    };
+    // The bells first: memory that was sealed can't be brought again.
+    let bells = match bells {
+        Some(bells) => Bells::check(bells)?,
+        None => Bells::make().map_err(BadMemory::from)?,
+    };
+    let map = TenantMap::new(memory)?;
     let passport = Passport::new(peer.clone(), map.file())?;
     Ok(Box::new(Belongings {
         map,

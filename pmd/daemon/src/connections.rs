@@ -53,6 +53,8 @@ pub struct Tenant {
     pub map: TenantMap,
     /// Its bell board, to be handed to its peers.
     pub bells: Arc<Paid>,
+    /// Poll cores may ring them: see [`Bells`](crate::memory::Bells).
+    pub may_be_rung: bool,
     /// Who it was at HELLO.
     pub passport: Arc<Passport>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.

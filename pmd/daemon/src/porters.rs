@@ -43,7 +43,7 @@ const NUDGE_AGAIN: Duration = Duration::from_millis(8);
 /// The timer is stopped when there was nothing to carry for this time: to set it for each load costs as much as some loads.
 const REST: Duration = Duration::from_millis(20);
 /// The signal that interrupts. Nothing else in the daemon uses it.
-const SIGNAL: Signal = Signal::SIGURG;
+pub const SIGNAL: Signal = Signal::SIGURG;
 
 /// Something to do that may have to wait, and what it finds.
 pub type Load<D> = Box<dyn FnOnce() -> Option<D> + Send>;

@@ -4,7 +4,7 @@
 //! hand each look to another thread costs more than the look, where cores are asleep. So the control thread looks itself,
 //! and lays the baton (all that it works on) down meanwhile. A *stand-in* watches: it picks the baton up where a look has
 //! to wait, and is the control thread from then on. Who comes back late finds the baton gone, brings what it has found
-//! as a porter does, and ends.
+//! as a porter does, and ends. Until then it is interrupted by signals, again and again.
 //!
 //! Only `daemon.rs` calls this. It knows nothing of what the baton is, nor of looks.
 
@@ -21,6 +21,9 @@ use nix::unistd::gettid;
 const PATIENCE: Duration = Duration::from_millis(2);
 /// After so many looks at an idle relay it sleeps until it is called.
 const IDLE: u32 = 16;
+
+/// The signal that interrupts, as it does porters.
+const NUDGE: i32 = crate::porters::SIGNAL as i32;
 
 /// What the control thread does with the baton, until it ends or has lost the baton (`None`).
 type Leg<B, E> = fn(Box<B>, &Relay<B, E>) -> Option<E>;
@@ -59,6 +62,8 @@ struct Place<B> {
     thread: i32,
     /// A stand-in looks now and then.
     watched: bool,
+    /// Threads that have lost the baton, and have not come back.
+    away: Vec<i32>,
 }
 
 /// What became of the baton while its thread looked away.
@@ -79,6 +84,7 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
             times: 0,
             thread: 0,
             watched: false,
+            away: Vec::new(),
         };
         let shared = Shared {
             place: Mutex::new(place),
@@ -107,7 +113,10 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
         let result = work();
         match self.shared.pick_up(times) {
             Some(baton) => Back::Held(baton, result),
-            None => Back::Lost(result),
+            None => {
+                self.shared.come_back();
+                Back::Lost(result)
+            }
         }
     }
 
@@ -156,8 +165,35 @@ impl<B> Shared<B> {
         (place.times == times).then(|| place.baton.take())?
     }
 
+    /// As a stand-in: the baton that has lain there since it was laid down for the so-manieth time.
+    fn take_over(&self, times: u64) -> Option<Box<B>> {
+        let mut place = self.lock();
+        let baton = (place.times == times).then(|| place.baton.take())??;
+        let thread = place.thread;
+        place.away.push(thread);
+        Some(baton)
+    }
+
+    /// Nobody could go on with it.
     fn give_back(&self, baton: Box<B>) {
-        self.lock().baton = Some(baton);
+        let mut place = self.lock();
+        place.baton = Some(baton);
+        place.away.pop();
+    }
+
+    /// This thread has lost the baton, and waits no more.
+    fn come_back(&self) {
+        let own = gettid().as_raw();
+        self.lock().away.retain(|thread| *thread != own);
+    }
+
+    /// What a signal can interrupt, ends: closing a socket that lingers, say.
+    fn nudge(&self) {
+        // Under the lock: none of these threads can end meanwhile.
+        for thread in &self.lock().away {
+            // SAFETY: a signal to a thread of this process, which has a handler for it.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), *thread, NUDGE) };
+        }
     }
 
     /// Looks now and then, until a baton has lain for long.
@@ -165,7 +201,7 @@ impl<B> Shared<B> {
         let (mut idle, mut seen) = (0, 0);
         loop {
             let mut place = self.lock();
-            if idle >= IDLE {
+            if idle >= IDLE && place.away.is_empty() {
                 place.watched = false;
             }
             while !place.watched {
@@ -180,11 +216,12 @@ impl<B> Shared<B> {
             if lies
                 && times == seen
                 && !is_running(thread)
-                && let Some(baton) = self.pick_up(times)
+                && let Some(baton) = self.take_over(times)
             {
                 return baton;
             }
             seen = times;
+            self.nudge();
             thread::sleep(PATIENCE);
         }
     }

@@ -10,6 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
@@ -217,6 +219,26 @@ scene!(a_promise_is_not_for_who_takes_the_port, |test| {
             !server.receives("stolen", Duration::from_millis(500)),
             "bytes of another user go over a stream that was promised to the victim"
         );
+    }
+});
+
+// A poll core carries the streams of all users, and waits where a hole is being made in one.
+scene!(nobody_makes_holes_where_a_poll_core_looks, |_| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let reached = client.reach(bound.port, server.address());
+    let _anchor = client.go(bound, &reached).unwrap();
+    let (promote, fds) = client.tenant.promote();
+    assert_eq!((promote.node, fds.len()), (2, 3));
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    for fd in &fds {
+        assert_eq!(fallocate(fd, how, 0, 4096), Err(Errno::EPERM));
+        let map = memmap2::MmapOptions::new().map_raw(fd).unwrap();
+        // SAFETY: the mapping has a page, and nothing in it is referred to.
+        let removed = unsafe { libc::madvise(map.as_mut_ptr().cast(), 4096, libc::MADV_REMOVE) };
+        assert_eq!((removed, Errno::last()), (-1, Errno::EPERM));
     }
 });
 

@@ -58,6 +58,7 @@ fn threads(pid: i32) -> Vec<(String, Status)> {
 const DAC_READ_SEARCH: u64 = 1 << 2;
 const SYS_PTRACE: u64 = 1 << 19;
 const SYS_ADMIN: u64 = 1 << 21;
+const LINUX_IMMUTABLE: u64 = 1 << 9;
 
 /// With links to other nodes, so that there are threads.
 fn with_a_model(extra: &str) -> (tempfile::TempDir, Daemon) {
@@ -84,7 +85,7 @@ fn every_thread_is_confined() {
     let (_fabric, daemon) = with_a_model("");
     // Answered, so it serves.
     let stat = daemon.stat();
-    let needed = DAC_READ_SEARCH | SYS_PTRACE | SYS_ADMIN;
+    let needed = DAC_READ_SEARCH | SYS_PTRACE | SYS_ADMIN | LINUX_IMMUTABLE;
     let own = Status::of("/proc/self/status");
     let kept = needed & own.capabilities("CapPrm");
     let threads = threads(daemon.pid());

@@ -8,7 +8,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use nix::fcntl::SealFlag;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -93,7 +94,6 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
     let ok = (right.tenant.as_raw_fd(), right.bells.as_raw_fd());
     let cases: Vec<(Hello, Vec<RawFd>)> = vec![
         (hello(memory, bells), vec![]),
-        (hello(memory, bells), vec![ok.0]),
         (hello(memory, bells), vec![ok.0, ok.1, ok.1]),
         (hello(memory, bells), vec![unsealed.as_raw_fd(), ok.1]),
         (hello(memory, bells), vec![growing.as_raw_fd(), ok.1]),
@@ -118,6 +118,121 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
     }
     assert_eq!(daemon.counter("bad_memory"), count);
     still_serves(&daemon);
+}
+
+/// A daemon that says in a file what it refuses, and the file.
+fn daemon_that_logs() -> (Daemon, tempfile::NamedTempFile) {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let stderr = log.reopen().unwrap();
+    let daemon = Daemon::start_with(SMALL, |command| {
+        command.stderr(stderr);
+    });
+    (daemon, log)
+}
+
+#[test]
+fn memory_that_the_daemon_can_not_seal_is_refused() {
+    let (daemon, log) = daemon_that_logs();
+    let refused = |tenant: &mut Tenant| {
+        tenant.hello();
+        assert_eq!(tenant.refused().code, refusal::MEMORY);
+    };
+    let seals = [
+        SealFlag::F_SEAL_SEAL,
+        SealFlag::F_SEAL_FUTURE_WRITE,
+        SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_FUTURE_WRITE,
+    ];
+    for seals in seals {
+        let mut tenant = Tenant::stranger(&daemon).unwrap();
+        fcntl(&tenant.memory.tenant, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        refused(&mut tenant);
+    }
+    // That of a tenant is sealed, so nobody brings it again.
+    let first = Tenant::attach(&daemon);
+    let mut second = Tenant::stranger(&daemon).unwrap();
+    second.memory.tenant = first.memory.tenant.try_clone().unwrap();
+    refused(&mut second);
+    assert_eq!(daemon.counter("bad_memory"), 4);
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    assert!(log.contains("its memory is sealed already"), "{log}");
+    assert!(log.contains("each HELLO needs new memory"), "{log}");
+    still_serves(&daemon);
+}
+
+/// What the daemon touches has no holes, and still is the tenant's to write.
+#[test]
+fn nobody_makes_holes_in_the_memory_of_a_tenant() {
+    let daemon = Daemon::start(SMALL);
+    let mut tenant = Tenant::attach(&daemon);
+    let (file, map) = (&tenant.memory.tenant, &tenant.memory.map);
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    assert_eq!(fallocate(file, how, 0, 4096), Err(Errno::EPERM));
+    // SAFETY: the mapping has a page, and nothing in it is referred to.
+    let removed = unsafe { libc::madvise(map.as_mut_ptr().cast(), 4096, libc::MADV_REMOVE) };
+    assert_eq!((removed, Errno::last()), (-1, Errno::EPERM));
+    assert!(memmap2::MmapOptions::new().map_raw(file).is_err());
+    let sealed = SealFlag::F_SEAL_SEAL;
+    assert_eq!(
+        fcntl(file, FcntlArg::F_ADD_SEALS(sealed)),
+        Err(Errno::EPERM)
+    );
+    // Its requests are read.
+    let (connector, _accepted) = tcp_pair();
+    tenant.announce(1, 1, &connector, 1);
+    daemon.wait_until("it was heard", |stat| stat["counters"]["announced"] == 1);
+}
+
+/// A tenant that has no bell board is sent one, to be mapped by anybody, in which nobody makes holes.
+#[test]
+fn a_board_of_the_daemons_has_no_holes() {
+    let daemon = Daemon::start(SMALL);
+    let tenant = Tenant::stranger(&daemon).unwrap();
+    let hello = Hello {
+        memory_size: size_of::<TenantMemory>() as u64,
+        bell_size: size_of::<BellBoard>() as u64,
+    };
+    let memory = [tenant.memory.tenant.as_raw_fd()];
+    tenant.send(Message::new(kind::HELLO, &hello).as_bytes(), &memory);
+    let mut tenant = tenant;
+    let board = match tenant.receive() {
+        Answer::Message(kind::WELCOME, _, mut fds) if fds.len() == 1 => fds.pop().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let map = memmap2::MmapOptions::new().map_raw(&board).unwrap();
+    assert_eq!(map.len(), size_of::<BellBoard>());
+    // It is taken back, by this daemon or the next one.
+    let mut again = Tenant::stranger(&daemon).unwrap();
+    again.memory.bells = board.try_clone().unwrap().into();
+    again.hello();
+    match again.receive() {
+        Answer::Message(kind::WELCOME, _, fds) => assert!(fds.is_empty()),
+        other => panic!("{other:?}"),
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return tenant::actor::skipped("needs root to make memory without holes");
+    }
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    assert_eq!(fallocate(&board, how, 0, 4096), Err(Errno::EPERM));
+}
+
+/// Nor does the memory of a stream, which its two programs and those that they turn into map.
+#[test]
+fn the_memory_of_a_stream_has_no_holes() {
+    let daemon = Daemon::start(SMALL);
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let (connector, accepted) = tcp_pair();
+    client.announce(1, 1, &connector, 1);
+    server.announce(1, 1, &accepted, 0);
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    for tenant in [&mut client, &mut server] {
+        let (_, fds) = tenant.promote();
+        for fd in &fds[..2] {
+            memmap2::MmapOptions::new().map_raw(fd).unwrap();
+            if nix::unistd::geteuid().is_root() {
+                assert_eq!(fallocate(fd, how, 0, 4096), Err(Errno::EPERM));
+            }
+        }
+    }
 }
 
 #[test]

@@ -537,7 +537,10 @@ impl Liar {
         for at in 0..right.len() {
             let mut fewer = right.clone();
             fewer.remove(at);
-            lies.push(fewer);
+            // Who has no bell board yet brings none.
+            if row.kind != kind::HELLO || at == 0 {
+                lies.push(fewer);
+            }
             for other in others.iter().chain(&right) {
                 let mut wrong = right.clone();
                 wrong[at] = *other;

@@ -4,13 +4,16 @@
 #[macro_use]
 mod tenant;
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
 use rdsock_shm::control::{Message, kind};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
@@ -39,6 +42,7 @@ fn play(part: &Part) {
         "silent" => be_silent(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
+        "early puncher" => be_often(part, punch_and_attach),
         other => panic!("no such part: {other}"),
     }
 }
@@ -48,12 +52,16 @@ fn raise_descriptors() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
+/// Two attacks at once are more than this machine has to offer.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// Attacks in a row that have to stall the daemon before they are believed to: one may fall into a time when the machine
 /// has no core for it.
 const ATTACKS: usize = 3;
 
 /// An actor does something when it is told. Others are served meanwhile.
 fn attack(test: &str, part: &str) {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let stalled = (0..ATTACKS).map_while(|_| attack_once(test, part).err());
     let stalled: Vec<String> = stalled.collect();
     assert!(stalled.len() < ATTACKS, "each time: {stalled:?}");
@@ -87,8 +95,10 @@ fn attack_once(test: &str, part: &str) -> Result<(), String> {
         std::thread::sleep(Duration::from_millis(2));
     }
     let turn = daemon.counter("longest_turn_us");
+    let processor = daemon.counter("longest_turn_cpu_us");
     println!(
-        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us"
+        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us, of {processor} us \
+         of processor time"
     );
     if slowest >= bystander.most {
         return Err(format!("{slowest:?} for a promotion"));
@@ -99,11 +109,9 @@ fn attack_once(test: &str, part: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Attached, with the memory of another one.
-fn attach_with(part: &Part, first: &Tenant) -> Option<Tenant> {
+/// Attached once more.
+fn attach(part: &Part) -> Option<Tenant> {
     let mut more = Tenant::at(&part.socket)?;
-    more.memory.tenant = first.memory.tenant.try_clone().unwrap();
-    more.memory.bells = first.memory.bells.try_clone().unwrap();
     more.hello();
     matches!(more.receive(), Answer::Message(..)).then_some(more)
 }
@@ -115,12 +123,11 @@ scene!(a_process_that_attaches_again_and_again, |test| {
 /// Attaches thousands of times, and then attaches and leaves as fast as it can.
 fn be_many_tenants(part: &Part) {
     raise_descriptors();
-    let first = Tenant::attach_at(&part.socket);
     let mut held = Vec::new();
     while held.len() < TENANTS
-        && let Some(more) = attach_with(part, &first)
+        && let Some(more) = attach(part)
     {
-        held.push(more.socket);
+        held.push(more);
     }
     say(&format!("{} attached", held.len()));
     say("ready");
@@ -129,7 +136,7 @@ fn be_many_tenants(part: &Part) {
         for _ in 0..16 {
             scope.spawn(|| {
                 loop {
-                    attach_with(part, &first);
+                    attach(part);
                 }
             });
         }
@@ -262,18 +269,16 @@ fn eight_users_whose_files_do_not_answer_leave_a_porter() {
     println!("{:?}", honest.promotion());
 }
 
-scene!(
-    #[ignore = "known: docs/threat-model.md says why"]
-    holes_in_the_memory_of_a_tenant,
-    |test| {
-        attack(test, "puncher");
-    }
-);
+scene!(holes_in_the_memory_of_a_tenant, |test| {
+    attack(test, "puncher");
+});
 
-/// Maps its memory many times over, and makes holes in it without end, while the daemon reads its queue.
-fn be_puncher(part: &Part) {
-    let tenant = Tenant::attach_at(&part.socket);
-    let file = &tenant.memory.tenant;
+scene!(holes_in_memory_while_it_is_handed_over, |test| {
+    attack(test, "early puncher");
+});
+
+/// Maps memory many times over, in this process and in children, which are returned.
+fn map_often(file: &File) -> Vec<Pid> {
     for _ in 0..MAPPINGS {
         // SAFETY: a new mapping, that nobody uses.
         let at = unsafe {
@@ -290,26 +295,40 @@ fn be_puncher(part: &Part) {
             break;
         }
     }
-    for _ in 0..FORKS {
+    let child = |_| {
         // SAFETY: the child makes two system calls.
         unsafe {
-            if libc::fork() == 0 {
+            let child = libc::fork();
+            if child == 0 {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 loop {
                     libc::pause();
                 }
             }
+            Pid::from_raw(child)
         }
-    }
+    };
+    (0..FORKS).map(child).collect()
+}
+
+/// A hole where the queue is.
+fn punch(file: &File) -> nix::Result<()> {
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, how, 0, 1 << 20)
+}
+
+/// Maps its memory many times over, and makes holes in it without end, while the daemon reads its queue.
+fn be_puncher(part: &Part) {
+    let tenant = Tenant::attach_at(&part.socket);
+    let file = &tenant.memory.tenant;
+    map_often(file);
     say("ready");
     listen();
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 loop {
-                    let how =
-                        FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                    let _ = fallocate(file, how, 0, 1 << 20);
+                    let _ = punch(file);
                 }
             });
         }
@@ -317,4 +336,46 @@ fn be_puncher(part: &Part) {
             tenant.kick();
         }
     });
+}
+
+/// Does something again and again, with ever new memory.
+fn be_often(part: &Part, what: fn(&Part)) {
+    say("ready");
+    listen();
+    loop {
+        // In a process of its own, so that its mappings are gone afterwards.
+        // SAFETY: no other thread is there, so the child may do what it likes.
+        match unsafe { libc::fork() } {
+            0 => {
+                what(part);
+                std::process::exit(0);
+            }
+            child => {
+                let _ = nix::sys::wait::waitpid(Pid::from_raw(child), None);
+            }
+        }
+    }
+}
+
+fn end_all(children: Vec<Pid>) {
+    for child in children {
+        let _ = nix::sys::signal::kill(child, nix::sys::signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(child, None);
+    }
+}
+
+/// The daemon is given memory while holes are made in it.
+fn punch_and_attach(part: &Part) {
+    let mut tenant = Tenant::at(&part.socket).unwrap();
+    let file = tenant.memory.tenant.try_clone().unwrap();
+    let children = map_often(&file);
+    for _ in 0..8 {
+        let file = file.try_clone().unwrap();
+        std::thread::spawn(move || while punch(&file).is_ok() {});
+    }
+    // Some wait for each other by then.
+    std::thread::sleep(Duration::from_millis(100));
+    tenant.hello();
+    tenant.receive_within(Duration::from_secs(10));
+    end_all(children);
 }

@@ -69,7 +69,7 @@ impl Drop for Slot {
 }
 
 impl StreamMemory {
-    /// Maps a stream's memfd (sealed against shrinking, of [`stream_bytes`] bytes) at a place in the
+    /// Maps a stream's memfd (sealed against shrinking, of [`stream_bytes`] bytes, in which nobody makes holes) at a place in the
     /// window of its node.
     pub fn new(
         file: &impl AsFd,
@@ -202,7 +202,8 @@ pub struct Board {
 }
 
 impl Board {
-    /// Maps a board that was found to be one (a memfd of its size, sealed against shrinking).
+    /// Maps a board that was found to be one (a memfd of its size, sealed against shrinking), in which nobody makes holes: a
+    /// poll core that touched one would wait.
     pub fn new(file: &impl AsFd) -> io::Result<Self> {
         let map = MmapOptions::new()
             .len(size_of::<BellBoard>())

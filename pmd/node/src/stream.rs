@@ -129,9 +129,9 @@ impl NodeStream {
         stream
     }
 
-    /// A program is handed the stream, with this bell board.
-    pub fn set_board(&self, board: Board) {
-        *self.board.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(board));
+    /// A program is handed the stream, with this bell board. Without one it gets a wake byte in place of each bell.
+    pub fn set_board(&self, board: Option<Board>) {
+        *self.board.lock().unwrap_or_else(PoisonError::into_inner) = board.map(Arc::new);
     }
 
     fn board(&self) -> Option<Arc<Board>> {

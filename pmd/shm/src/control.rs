@@ -17,9 +17,9 @@ pub const FABRIC_SOURCE_V4: [u8; 4] = [127, 82, 68, 83];
 
 /// Kinds of message. The direction is in the name's comment: T tenant, D daemon, C tool.
 pub mod kind {
-    /// T→D, fds: tenant memory, bell board. Body: [`super::Hello`].
+    /// T→D, fds: new tenant memory, and the bell board where it has one from an earlier daemon. Body: [`super::Hello`].
     pub const HELLO: u16 = 1;
-    /// D→T. Body: [`super::Welcome`].
+    /// D→T, fd: a bell board, where HELLO brought none. Body: [`super::Welcome`].
     pub const WELCOME: u16 = 2;
     /// D→any: refused, the connection is closed behind it. Body: [`super::Refused`].
     pub const REFUSED: u16 = 3;
@@ -88,7 +88,7 @@ pod! {
     Hello, 16 {
         /// Bytes of the tenant memory.
         memory_size: u64,
-        /// Bytes of the bell board.
+        /// Bytes of a bell board.
         bell_size: u64,
     }
 }

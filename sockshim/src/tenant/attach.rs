@@ -4,7 +4,7 @@
 use super::hidden::{close_hidden, hide};
 use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
-use super::memory::{MEMFDS, MEMORY, make_memory, memory};
+use super::memory::{MEMFDS, MEMORY, handed_over, make_memory, memory, renew};
 use super::messages::{SEEN, read_messages, send_with};
 use super::requests::PUTTER;
 use crate::conn::{self, Conn, Kind, phase};
@@ -211,28 +211,35 @@ pub(super) fn attach(guard: &Guard) {
         return;
     }
     TRIED_AT.store(now, Relaxed);
-    let Some(memory) = memory() else { return };
+    if memory().is_none() {
+        return;
+    }
     let Some(fd) = adopted().or_else(connected) else {
         return;
     };
     let fd = hide(fd);
-    let fds = [MEMFDS[0].load(Relaxed), MEMFDS[1].load(Relaxed)];
+    // A fresh start for the queue and the routes: requests that an earlier daemon did not take are
+    // void, and what it wrote as well.
+    let Some(memory_fd) = renew(guard) else {
+        return close_hidden(fd);
+    };
+    // SAFETY: the lock is held.
+    unsafe { *PUTTER.0.get() = Putter::new() };
+    let fds = [memory_fd, MEMFDS[1].load(Relaxed)];
+    let has_board = usize::from(fds[1] >= 0);
     let hello = Hello {
         memory_size: size_of::<TenantMemory>() as u64,
         bell_size: size_of::<BellBoard>() as u64,
     };
-    // A fresh start for the queue and the routes: requests that an earlier daemon did not take are
-    // void, and what it wrote as well.
-    // SAFETY: the lock is held.
-    unsafe { *PUTTER.0.get() = Putter::new() };
-    for slot in &memory.queue {
-        slot.sequence.store(0, Relaxed);
-    }
-    memory.routes.set(&[]);
-    SEEN.store(memory.header.messages.load(Relaxed), Relaxed);
+    SEEN.store(0, Relaxed);
     AWAITED.store(1, Relaxed);
     ATTACHED_AS.store(ids(), Relaxed);
-    let sent = send_with(fd, &Message::new(kind::HELLO, &hello), &fds);
+    let sent = send_with(
+        fd,
+        &Message::new(kind::HELLO, &hello),
+        fds.get(..1 + has_board).unwrap_or(&fds),
+    );
+    handed_over();
     CONTROL.store(fd, Release);
     if sent < 0 {
         // A daemon that takes nobody says so before it hangs up.

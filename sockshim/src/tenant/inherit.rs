@@ -12,6 +12,7 @@ use crate::conn::{self, phase};
 use crate::{clock, process, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};
+use rdsock_shm::layout::TenantMemory;
 use rdsock_shm::lock::{self, Taken};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
@@ -90,8 +91,13 @@ pub fn after_fork_in_child() {
             close_hidden(fd);
         }
     }
-    // The mappings are the parent's; they stay, since streams of the parent's may ring its bells.
-    MEMORY.store(std::ptr::null_mut(), Relaxed);
+    // The mappings are the parent's. The bells stay, since streams of the parent's may ring them. In the place of its memory
+    // comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
+    let memory = MEMORY.swap(std::ptr::null_mut(), Relaxed);
+    if !memory.is_null() {
+        // SAFETY: the parent's memory, of this size, and all that is written there now is of no use.
+        unsafe { sys::map_over(memory.cast(), -1, size_of::<TenantMemory>()) };
+    }
     BOARD.store(std::ptr::null_mut(), Relaxed);
     BELLS_IN_USE.store(0, Relaxed);
     attach::after_fork_in_child();

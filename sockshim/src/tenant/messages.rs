@@ -4,7 +4,7 @@
 use super::ask::{self, Answer, deliver};
 use super::attach::{self, AWAITED, CONTROL, detach, disable, refused_for_now};
 use super::lock::Guard;
-use super::memory::memory;
+use super::memory::{memory, take_board};
 use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
@@ -122,6 +122,10 @@ pub(super) fn read_messages(guard: &Guard) {
                     ask::welcomed(&welcome);
                 }
                 attach::welcomed();
+                let [board, ..] = fds;
+                if board >= 0 && take_board(guard, board) {
+                    continue;
+                }
             }
             kind::NOT_FOUND => {
                 if let Some(not_found) = control::from_bytes(body) {

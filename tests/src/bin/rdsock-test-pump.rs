@@ -9,6 +9,8 @@
 //!   in this way: `recv`, `poll` or `epoll`.
 //! - `child AT HOW` has a child use its connection, which is made by `vfork` or `clone` without libc's
 //!   knowledge, and uses it itself after SIGUSR1.
+//! - `churn AT THREADS SECONDS` has threads open connections, use them and close most of them, for so long. Then it keeps
+//!   what is open and waits.
 //! - `close AT HOW` closes a connection that is registered with epoll, once a byte has come, and says how
 //!   many events come then: by `close`, `dup2` or `close_range`, or by `close` with a `fork`ed child that has it too.
 //!
@@ -32,11 +34,12 @@ fn main() -> ExitCode {
         ["send", at, megabytes, rate] => send(address(at), number(megabytes) << 20, number(rate)),
         ["tick", at, how] => tick(address(at), how),
         ["child", at, how] => child(address(at), how),
+        ["churn", at, threads, seconds] => churn(address(at), number(threads), number(seconds)),
         ["close", at, how] => close(address(at), how),
         ["hold", at, count, seconds] => hold(address(at), number(count), number(seconds)),
         _ => {
             eprintln!(
-                "usage: serve AT | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS | tick AT HOW | child AT HOW | \
+                "usage: serve AT | churn AT THREADS SECONDS | send AT MEGABYTES MB_PER_S | hold AT COUNT SECONDS | tick AT HOW | child AT HOW | \
                  close AT HOW"
             );
             ExitCode::from(2)
@@ -183,6 +186,39 @@ fn hold(at: SocketAddr, count: u64, seconds: u64) -> ExitCode {
     std::thread::sleep(Duration::from_secs(seconds));
     talk(&mut connections, 99);
     println!("done {count}");
+    ExitCode::SUCCESS
+}
+
+fn churn(at: SocketAddr, threads: u64, seconds: u64) -> ExitCode {
+    /// Of so many connections one is kept, in the place of an older one.
+    const KEPT: u64 = 4;
+    const PLACES: u64 = 16;
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let work = move || {
+        let mut kept: Vec<TcpStream> = Vec::new();
+        for round in 0.. {
+            if Instant::now() >= end {
+                break;
+            }
+            let mut one = [connect(at)];
+            for number in 0..5 {
+                talk(&mut one, number);
+            }
+            let [one] = one;
+            let place = (round / KEPT % PLACES) as usize;
+            match round % KEPT {
+                0 if place < kept.len() => kept[place] = one,
+                0 => kept.push(one),
+                _ => {}
+            }
+        }
+        kept
+    };
+    let threads: Vec<_> = (0..threads).map(|_| std::thread::spawn(work)).collect();
+    let threads = threads.into_iter().map(|thread| thread.join());
+    let kept: Vec<Vec<TcpStream>> = threads.map(|kept| kept.expect("it ends")).collect();
+    println!("settled with {}", kept.iter().map(Vec::len).sum::<usize>());
+    std::thread::sleep(Duration::from_secs(60));
     ExitCode::SUCCESS
 }
 

@@ -83,6 +83,9 @@ const FREE: &[c_long] = &[
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_memfd_create,
+    // A page of a tenant's memory is put into a pipe, so that the kernel leaves it where it is.
+    libc::SYS_pipe2,
+    libc::SYS_vmsplice,
     libc::SYS_mbind,
     libc::SYS_set_mempolicy,
     libc::SYS_get_mempolicy,
@@ -272,6 +275,9 @@ fn controls(rules: &mut Rules, device: DeviceKind) -> Result<(), BackendError> {
     let plain = [libc::FIONREAD, libc::TIOCOUTQ, libc::FIONBIO, libc::FIOCLEX];
     let mut asked = one_of(1, &plain)?;
     let of_type = |letter: u8| SeccompRule::new(vec![bits(1, 0xff00, u64::from(letter) << 8)?]);
+    // Memory in which nobody makes holes, and whether some is.
+    let flags = [libc::FS_IOC_GETFLAGS, libc::FS_IOC_SETFLAGS];
+    asked.extend(one_of(1, &flags)?);
     // What a process has mapped at an address, and who it is.
     use crate::process::{PIDFD_GET_INFO, PROCMAP_QUERY};
     asked.extend(one_of(1, &[PROCMAP_QUERY, PIDFD_GET_INFO])?);

@@ -16,6 +16,8 @@ pub fn serving(device: DeviceKind) -> CapsHashSet {
         // `setns` into the network namespaces of containers. And descriptors on their way to a program that does not read
         // them count against a limit of the user (root), which this lifts.
         Capability::CAP_SYS_ADMIN,
+        // Memory that programs are handed is made immutable, so that none of them can stall a poll core by making holes in it.
+        Capability::CAP_LINUX_IMMUTABLE,
     ]);
     if device == DeviceKind::Vfio {
         // The memory of each stream is locked, beyond RLIMIT_MEMLOCK where that is low.

@@ -156,13 +156,18 @@ impl Daemon {
             uid,
             connection: tenant,
         };
-        self.porters.give_quick(owner, move || {
+        let load = move || {
             Some(Found::Socket {
                 tenant,
                 errand,
                 held: look(&question),
             })
-        });
+        };
+        // A search takes long.
+        match searched {
+            true => self.porters.give(owner, load),
+            false => self.porters.give_quick(owner, load),
+        }
     }
 
     /// A porter has looked at a socket.

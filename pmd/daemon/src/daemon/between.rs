@@ -535,8 +535,11 @@ impl Daemon {
 
     fn try_promote(&mut self, announced: Announced, ticket: u64) -> Result<(), Reason> {
         let tenant = self.connections.tenant(announced.conn.tenant);
-        let bells = tenant.map(|tenant| tenant.bells.clone());
-        let bells = bells.ok_or(Reason::Unverified)?;
+        let tenant = tenant.ok_or(Reason::Unverified)?;
+        // Without them it gets a wake byte each time.
+        let own_board = tenant.may_be_rung.then(|| Board::new(&tenant.bells));
+        let own_board = own_board.transpose().map_err(|_| Reason::NoMemory)?;
+        let bells = tenant.bells.clone();
         let fabric = self.fabric.as_mut().ok_or(Reason::NoDevice)?;
         let board = fabric.board();
         let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;
@@ -549,7 +552,6 @@ impl Daemon {
             } if names == (local, peer) => (cookie, inode),
             _ => return Err(Reason::Unverified),
         };
-        let own_board = Board::new(&bells).map_err(|_| Reason::NoMemory)?;
         let fds = carried.fds.take();
         if fds.is_none() && carried.mapped {
             // Somebody has the stream of this very socket.

@@ -34,8 +34,8 @@ const REQUESTS: usize = 64;
 const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.
 const LOOKS: usize = 16;
-/// Descriptors of a tenant besides those of its connection: its memory.
-const TENANT_DESCRIPTORS: u64 = 1;
+/// Descriptors of a tenant besides those of its connection: its memory, and the pipe that keeps its pages where they are.
+const TENANT_DESCRIPTORS: u64 = 2;
 /// Its bells, which its streams keep when it has gone.
 const BELLS_DESCRIPTORS: u64 = 1;
 
@@ -203,9 +203,11 @@ impl Daemon {
         self.detach_earlier_programs(id, pid);
         let netns = self.enter_netns(id);
         debug!(tenant = id, pid, uid, program = program.name, "attached");
+        let board = Arc::new(Paid::new(bells.board, Arc::new(of_bells)));
         let tenant = Tenant {
             map,
-            bells: Arc::new(Paid::new(bells, Arc::new(of_bells))),
+            bells: board.clone(),
+            may_be_rung: bells.may_be_rung,
             passport: Arc::new(passport),
             netns,
             program: program.name,
@@ -227,7 +229,9 @@ impl Daemon {
             answer_us: answer.unwrap_or_default().as_micros() as u32,
             reserved: 0,
         };
-        self.send(id, Message::new(kind::WELCOME, &welcome).into())?;
+        let mut welcome = Outgoing::from(Message::new(kind::WELCOME, &welcome));
+        welcome.fds.extend(bells.is_new.then_some(board));
+        self.send(id, welcome)?;
         // Whatever it put in before the daemon slept on its queue.
         self.drain(id)
     }
@@ -273,16 +277,20 @@ impl Daemon {
         }
     }
 
+    fn owner_of(id: TenantId, tenant: &Tenant) -> Owner {
+        Owner {
+            uid: tenant.passport.peer.uid,
+            connection: id,
+        }
+    }
+
     /// Has a porter look whether a tenant is who it was.
     fn have_process_looked_at(&mut self, tenant: TenantId) {
         let Some(entry) = self.connections.tenant(tenant) else {
             return;
         };
         let passport = entry.passport.clone();
-        let owner = Owner {
-            uid: passport.peer.uid,
-            connection: tenant,
-        };
+        let owner = Self::owner_of(tenant, entry);
         self.porters.give(owner, move || {
             Some(Found::Process {
                 tenant,
@@ -439,6 +447,11 @@ impl Daemon {
     /// are returned, to be looked at later.
     pub(super) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
         self.journal.counters.detached += 1;
+        let (owner, map) = (Self::owner_of(id, &tenant), tenant.map);
+        self.porters.give(owner, move || {
+            drop(map);
+            None
+        });
         if let Some(netns) = tenant.netns {
             self.rights.namespaces.leave(netns);
         }
@@ -465,8 +478,12 @@ fn bad_memory(error: BadMemory) -> End {
         cause: match error {
             BadMemory::Kind => "its memory is not a memfd of ordinary pages",
             BadMemory::Seals => "its memory is not sealed against shrinking and growing",
+            BadMemory::SealedAlready => {
+                "its memory is sealed already, so the daemon can't map it and seal it against holes: each HELLO needs new \
+                 memory, without F_SEAL_SEAL and F_SEAL_FUTURE_WRITE"
+            }
             BadMemory::Size { .. } => "its memory has a wrong size",
-            BadMemory::Number => "HELLO takes two fds",
+            BadMemory::Number => "HELLO takes one or two fds",
             BadMemory::Identity => "its memory has a wrong magic or version",
             BadMemory::Io(_) => "its memory can't be mapped",
         },

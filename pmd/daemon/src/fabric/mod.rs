@@ -13,7 +13,7 @@ use crate::accounts::{Charge, Paid};
 use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
 use crate::confine::Confinement;
-use crate::memory::StreamFds;
+use crate::memory::{StreamFds, can_be_whole};
 use crate::rights::Held;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
@@ -22,7 +22,6 @@ use rdsock_proto::Count;
 use rdsock_rde::Management;
 use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
-use rdsock_shm::layout::BellBoard;
 use rdsock_vfio::{BusError, EventFd, EventFlags};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
@@ -200,6 +199,12 @@ impl Control {
             resume_timeout: RESUME,
             epoch: epoch(),
         };
+        if nix::unistd::geteuid().is_root() && !can_be_whole() {
+            warn!(
+                "any user's program can stall the poll cores by making holes in the memory of its streams: the daemon \
+                 needs CAP_LINUX_IMMUTABLE and Linux 6.1 to keep it from that"
+            );
+        }
         let mut listeners = Vec::new();
         for address in [
             IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -242,9 +247,7 @@ impl Control {
             wanted_back,
             giving_back: false,
             listeners,
-            board: Arc::new(Paid::free(crate::memory::make_board(
-                size_of::<BellBoard>() as u64,
-            )?)),
+            board: Arc::new(Paid::free(crate::memory::make_board()?)),
             carried: HashMap::new(),
             asking: HashMap::new(),
             promised: HashMap::new(),

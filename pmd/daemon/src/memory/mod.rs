@@ -3,14 +3,17 @@
 //! The only module of the daemon that maps memory. Whatever a tenant can write is reached
 //! through atomics, or read through the file, never through plain references.
 
+mod sealed;
 mod stream;
 mod tenant;
+mod whole;
 
 pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_board, make_stream, make_stream_with,
     rounded,
 };
-pub use tenant::{BadMemory, ConnView, TenantMap, check_bells};
+pub use tenant::{BadMemory, Bells, ConnView, TenantMap};
+pub use whole::can_be_whole;
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes

@@ -10,10 +10,11 @@ use memmap2::MmapOptions;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rdsock_shm::layout::{
-    DATA_OFFSET, Direction, END_MAGIC, EndPage, NOT_SWITCHED, Producer, STREAM_MAGIC, StreamHeader,
-    VERSION, stream_bytes,
+    BELL_MAGIC, BellBoard, DATA_OFFSET, Direction, END_MAGIC, EndPage, NOT_SWITCHED, Producer,
+    STREAM_MAGIC, StreamHeader, VERSION, stream_bytes,
 };
 
+use super::whole::make_whole;
 use super::{u32_at, u64_at};
 
 /// Bytes of a huge page.
@@ -79,9 +80,14 @@ pub fn make_stream_with(stream_id: u64, ring_size: u64, bytes: u64) -> io::Resul
     })
 }
 
-/// Makes a bell board that nobody looks at.
-pub fn make_board(bytes: u64) -> io::Result<OwnedFd> {
-    let file = memfd(c"rdsock-bells", MFdFlags::empty(), bytes)?;
+/// Makes a bell board.
+pub fn make_board() -> io::Result<OwnedFd> {
+    let size = size_of::<BellBoard>();
+    let file = memfd(c"rdsock-bells", MFdFlags::empty(), size as u64)?;
+    let mut start = Vec::from(BELL_MAGIC.to_ne_bytes());
+    start.extend(VERSION.to_ne_bytes());
+    start.extend((size as u32).to_ne_bytes());
+    file.write_all_at(&start, 0)?;
     seal(&file)?;
     Ok(file.into())
 }
@@ -124,9 +130,11 @@ fn memfd(name: &std::ffi::CStr, flags: MFdFlags, bytes: u64) -> io::Result<File>
     Ok(file)
 }
 
+/// It keeps its size, and has no holes made in it where that can be had.
 fn seal(file: &File) -> io::Result<()> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
+    make_whole(file);
     Ok(())
 }
 

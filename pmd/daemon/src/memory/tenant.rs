@@ -6,7 +6,6 @@ use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use rdsock_shm::control::Request;
@@ -17,6 +16,9 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
+use super::make_board;
+use super::sealed::Sealed;
+use super::whole::{can_be_whole, is_whole};
 use super::{u32_at, u64_at};
 
 /// Bytes of the connection records that are read at once.
@@ -31,6 +33,10 @@ pub enum BadMemory {
     /// It could shrink, which would kill the daemon, or grow, or can't be written.
     #[error("not sealed with F_SEAL_SHRINK and F_SEAL_GROW, or sealed against writing")]
     Seals,
+    /// The daemon can't both map it to be written and seal it against holes: it is sealed against that already, or was
+    /// while the daemon mapped it.
+    #[error("sealed with F_SEAL_SEAL or F_SEAL_FUTURE_WRITE before the daemon could do that")]
+    SealedAlready,
     /// Another size than this version's.
     #[error("{found} bytes, expected {expected}")]
     Size {
@@ -39,8 +45,8 @@ pub enum BadMemory {
         /// Bytes that it must have.
         expected: u64,
     },
-    /// Not two descriptors.
-    #[error("HELLO takes two descriptors")]
+    /// Not one or two descriptors.
+    #[error("HELLO takes one or two descriptors")]
     Number,
     /// Magic or version is wrong.
     #[error("wrong magic or version")]
@@ -52,15 +58,17 @@ pub enum BadMemory {
 
 /// Checks that an fd is a memfd of ordinary pages that keeps its size, with `expected` bytes. The seals are asked for
 /// first: nothing but shared memory has any, and nothing else is looked at, since a look could wait for its owner.
-fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
+pub(super) fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
     let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|_| BadMemory::Kind)?;
     if fstatfs(fd).map_err(io::Error::from)?.filesystem_type() != TMPFS_MAGIC {
         return Err(BadMemory::Kind);
     }
-    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
     let fixed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-    if seals & fixed != fixed || seals & unwritable != 0 {
+    if seals & fixed != fixed || seals & libc::F_SEAL_WRITE != 0 {
         return Err(BadMemory::Seals);
+    }
+    if seals & libc::F_SEAL_FUTURE_WRITE != 0 {
+        return Err(BadMemory::SealedAlready);
     }
     let found = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as u64;
     if found != expected {
@@ -85,41 +93,64 @@ fn check_identity(file: &File, magic: u64, size: usize) -> Result<(), BadMemory>
     }
 }
 
-/// Checks a tenant's bell board. The daemon never maps it: it only hands it to the tenant's peers.
-pub fn check_bells(fd: OwnedFd) -> Result<OwnedFd, BadMemory> {
-    check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
-    let file = File::from(fd);
-    check_identity(&file, BELL_MAGIC, size_of::<BellBoard>())?;
-    Ok(file.into())
+/// A tenant's bell board, to be handed to its peers.
+#[derive(Debug)]
+pub struct Bells {
+    /// The board.
+    pub board: OwnedFd,
+    /// Nobody can stall a poll core that rings them: no holes are made in the board, or only by a program of the daemon's own
+    /// user, since it is not root.
+    pub may_be_rung: bool,
+    /// The daemon has made it now: the tenant is to be sent it.
+    pub is_new: bool,
 }
 
-/// A tenant's memory. Of what is mapped, the connection records are read through the file, on demand.
+impl Bells {
+    /// For a tenant that has none yet.
+    pub fn make() -> io::Result<Self> {
+        Ok(Bells {
+            board: make_board()?,
+            may_be_rung: true,
+            is_new: true,
+        })
+    }
+
+    /// Checks those that a tenant has, from a daemon before this one, or made by itself.
+    pub fn check(fd: OwnedFd) -> Result<Self, BadMemory> {
+        check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
+        let file = File::from(fd);
+        check_identity(&file, BELL_MAGIC, size_of::<BellBoard>())?;
+        Ok(Bells {
+            may_be_rung: is_whole(&file) || !can_be_whole(),
+            board: file.into(),
+            is_new: false,
+        })
+    }
+}
+
+/// A tenant's memory, in which nobody makes holes. Of what is mapped, the connection records are read through the file,
+/// on demand.
 #[derive(Debug)]
 pub struct TenantMap {
-    map: MmapRaw,
-    file: File,
+    map: Sealed,
     taker: Taker,
 }
 
 impl TenantMap {
-    /// Checks and maps.
+    /// Checks, maps and seals. May wait for the tenant: for a porter.
     pub fn new(fd: OwnedFd) -> Result<Self, BadMemory> {
         check_memfd(fd.as_fd(), size_of::<TenantMemory>() as u64)?;
         let file = File::from(fd);
         check_identity(&file, TENANT_MAGIC, size_of::<TenantMemory>())?;
-        let map = MmapOptions::new()
-            .len(size_of::<TenantMemory>())
-            .map_raw(&file)?;
         Ok(TenantMap {
-            map,
-            file,
+            map: Sealed::new(file, size_of::<TenantMemory>())?,
             taker: Taker::new(),
         })
     }
 
     /// The memory's file.
     pub fn file(&self) -> &File {
-        &self.file
+        self.map.file()
     }
 
     fn memory(&self) -> *const TenantMemory {
@@ -195,13 +226,13 @@ impl TenantMap {
     pub fn conns(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
-        let Some(data) = next_data(&self.file, from.max(START))? else {
+        let Some(data) = next_data(self.file(), from.max(START))? else {
             return Ok((Vec::new(), None));
         };
         // Blocks start at record boundaries, so that no record is torn between two.
         let at = data - (data - START) % RECORD;
         let mut block = [0; BLOCK];
-        let len = self.file.read_at(&mut block, at)?;
+        let len = self.file().read_at(&mut block, at)?;
         let (records, _) = block
             .get(..len)
             .unwrap_or(&[])

@@ -159,7 +159,8 @@ impl Worker {
         if used && !self.dice.once_in(8) {
             return;
         }
-        if !used && self.parties[number].is_worn() {
+        let party = &self.parties[number];
+        if !used && (party.is_worn() || party.memory.is_sealed()) {
             self.parties[number] = Party::new();
         } else if !used {
             self.parties[number].rewind();
@@ -452,7 +453,12 @@ impl Worker {
     /// A message names only what was asked for.
     fn check(&mut self, party: Option<usize>, bytes: &[u8], fds: Vec<OwnedFd>) {
         let (kind, body) = parse(bytes).expect("the daemon sends messages only");
-        assert!(kind == kind::PROMOTE || fds.is_empty(), "fds beside {kind}");
+        let most = match kind {
+            kind::PROMOTE => 3,
+            kind::WELCOME => 1,
+            _ => 0,
+        };
+        assert!(fds.len() <= most, "{} fds beside {kind}", fds.len());
         let party = party.map(|party| &self.parties[party]);
         let known = |party: &Party, conn, generation| {
             party.scribbled || party.claims(conn, generation).is_some()

@@ -234,6 +234,12 @@ impl Memory {
         }
     }
 
+    /// A daemon has it, and no other one takes it.
+    pub fn is_sealed(&self) -> bool {
+        let seals = fcntl(&self.tenant, FcntlArg::F_GET_SEALS).unwrap();
+        seals & libc::F_SEAL_FUTURE_WRITE != 0
+    }
+
     fn memory(&self) -> &TenantMemory {
         // SAFETY: the mapping has this size, and the test reads nothing but its atomics.
         unsafe { &*self.map.as_ptr().cast() }

@@ -328,14 +328,15 @@ fn has_shim(process: &Process) -> Option<bool> {
     Some(maps.iter().any(|map| is_shim(&map.pathname)))
 }
 
-/// True when a process holds a tenant's memory, as it does from its first attempt to attach. A forked
-/// child has its parent's mapped, but not open.
+/// True when a process has a tenant's memory mapped, as it does once it has found a daemon. A forked child has done away
+/// with its parent's.
 fn has_tenant_memory(process: &Process) -> bool {
-    let is_memory = |fd: procfs::process::FDInfo| match fd.target {
-        FDTarget::MemFD(name) => name.starts_with("rdsock-tenant"),
+    let is_memory = |path: &MMapPath| match path {
+        MMapPath::Path(path) => path.to_string_lossy().starts_with("/memfd:rdsock-tenant"),
         _ => false,
     };
-    process.fd().is_ok_and(|fds| fds.flatten().any(is_memory))
+    let maps = process.maps();
+    maps.is_ok_and(|maps| maps.iter().any(|map| is_memory(&map.pathname)))
 }
 
 /// Where the shim in a process looks for its daemon.
