@@ -8,6 +8,8 @@
 //! - [`Anchor`] is the kernel's connection under it, [`Process`] the process that it lives in. Waking
 //!   (`signal`, `drain`, `wait_fd`) stands apart from bytes (`send`, `peek`, `take`), so that something
 //!   else may carry tokens later.
+//! - [`Tokens`] and [`send_token`] are the counting of tokens alone, for the daemon's end of a stream to another node, whose bytes
+//!   go another way.
 //! - [`State`] is what the words say, read once and checked: one value for each direction. Questions
 //!   (readiness, what comes next) are functions of it and change nothing.
 //! - Acting is a step of its own, in the order of a stream's life: [`End::promote`]; `try_switch` and
@@ -39,7 +41,8 @@ pub use half::{Receiving, Sending};
 pub use receive::{How, Received};
 pub use send::{Counted, Sent, Way};
 pub use sleep::{PATIENCE_MS, Sleeper};
-pub use state::{Incoming, Kernel, Outgoing, Peer, State, Then, Told, bit};
+pub use state::{Ahead, Incoming, Kernel, Outgoing, Peer, State, Then, Told, bit};
+pub use token::{Tokens, send_token, take_ask};
 
 use crate::layout::{BELLS, Bell, Direction, EndPage, RxState, TxState};
 use crate::ring::RingMemory;

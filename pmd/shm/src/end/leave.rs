@@ -14,6 +14,7 @@
 //! number of tokens once no RINGING stands in its own requests, because DEMOTED beside them
 //! forbids further ones.
 
+use super::token::send_token;
 use super::{Anchor, End, Got, PATIENCE_MS, Process, Receiving, Sending, Shut, Until};
 use crate::layout::{Counter, NOT_SWITCHED, anchor, mark, phase, want};
 use crate::reason::Reason;
@@ -269,7 +270,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             // it gets what it has not read, and needs no mark.
             match end.begin_ringing(peer) {
                 Ok(()) => {
-                    end.send_counted(|| {
+                    send_token(producer, &end.socket, || {
                         producer.mark.fetch_or(mark::END, SeqCst);
                     });
                     wake::rung(peer);

@@ -1,7 +1,7 @@
 //! Receiving: off the anchor up to the switch, off the ring, and off the anchor again behind it.
 
 use super::state::{Then, then};
-use super::{Anchor, Buffers, End, Got, MOST, Process, Receiving, Take};
+use super::{Ahead, Anchor, Buffers, End, Got, MOST, Process, Receiving, Take};
 use crate::layout::{NOT_SWITCHED, anchor, mark, phase};
 use crate::reason::Reason;
 use crate::ring::Receiver;
@@ -357,23 +357,23 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         } else {
             (u64::MAX, false)
         };
-        let switch_at = Receiver::switch_at(end.incoming());
-        match switch_at {
-            Some(at) if at == position => {
-                self.receiver.switch(at);
+        let ahead = Ahead::of(producer, position);
+        match ahead {
+            Ahead::Ring => {
+                self.receiver.switch(position);
                 rx.phase.store(phase::RING, Release);
                 return Took::Again;
             }
-            Some(at) if at < position => {
+            Ahead::Impossible => {
                 end.reset(Reason::Violation);
                 return Took::Again;
             }
-            Some(at) => limit = limit.min((at - position).min(MOST as u64) as usize),
-            None if ended => {
+            Ahead::Unswitched if ended => {
                 self.incoming_ended();
                 return Took::Left;
             }
-            None => limit = limit.min(ready.min(MOST as u64) as usize),
+            Ahead::Unswitched => limit = limit.min(ready.min(MOST as u64) as usize),
+            Ahead::Anchor(bytes) => limit = limit.min(bytes.min(MOST as u64) as usize),
         }
         if producer.mark.load(Acquire) & mark::RESET != 0 {
             end.reset(Reason::PeerReset);
@@ -395,10 +395,9 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if total != 0 {
             if !how.peek {
                 rx.tail.store(position + total, Relaxed);
-            } else if let Some(at) = switch_at
+            } else if ahead == Ahead::Anchor(total)
                 // What may come behind the ring's end is not looked at: tokens may lie before it.
-                && at == position + total
-                && let Ok(Some(available)) = self.receiver.available_from(at)
+                && let Ok(Some(available)) = self.receiver.available_from(position + total)
             {
                 self.copy_from_ring(available, to, how, done);
             }

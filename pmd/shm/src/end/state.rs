@@ -5,7 +5,7 @@
 //! never contradict the whole.
 
 use super::Shared;
-use crate::layout::{NOT_SWITCHED, anchor, mark, phase, want};
+use crate::layout::{NOT_SWITCHED, Producer, anchor, mark, phase, want};
 use crate::sync::Ordering::*;
 
 /// What comes behind the bytes that are in the incoming ring now.
@@ -36,6 +36,32 @@ pub(super) fn then(marks: u32, shut: bool) -> Then {
         Then::End
     } else {
         Then::More
+    }
+}
+
+/// What stands between a receiver's position on the anchor and the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// Nothing: the ring comes next.
+    Ring,
+    /// So many bytes of the anchor.
+    Anchor(u64),
+    /// Bytes of the anchor, without end: the other end has not switched.
+    Unswitched,
+    /// The other end says that it switched before bytes that it has sent: a violation.
+    Impossible,
+}
+
+impl Ahead {
+    /// Of a receiver that has taken the bytes up to `position` off the anchor.
+    #[inline]
+    pub fn of(producer: &Producer, position: u64) -> Self {
+        match producer.switch_at.load(Acquire) {
+            NOT_SWITCHED => Ahead::Unswitched,
+            at if at == position => Ahead::Ring,
+            at if at < position => Ahead::Impossible,
+            at => Ahead::Anchor(at - position),
+        }
     }
 }
 
@@ -325,20 +351,23 @@ impl Incoming {
                 None => Incoming::Impossible,
             },
             phase::DEMOTED => Incoming::Kernel,
-            phase::ANCHOR | phase::SWITCHING => match producer.switch_at.load(Acquire) {
-                NOT_SWITCHED => Incoming::Anchor {
-                    switched: None,
+            phase::ANCHOR | phase::SWITCHING => {
+                let before = match Ahead::of(producer, tail) {
+                    Ahead::Ring => 0,
+                    Ahead::Unswitched => {
+                        return Incoming::Anchor {
+                            switched: None,
+                            then,
+                        };
+                    }
+                    Ahead::Anchor(bytes) => bytes,
+                    Ahead::Impossible => return Incoming::Impossible,
+                };
+                in_ring(tail + before).map_or(Incoming::Impossible, |bytes| Incoming::Anchor {
+                    switched: Some((before, bytes)),
                     then,
-                },
-                at if at < tail => Incoming::Impossible,
-                at => match in_ring(at) {
-                    Some(bytes) => Incoming::Anchor {
-                        switched: Some((at - tail, bytes)),
-                        then,
-                    },
-                    None => Incoming::Impossible,
-                },
-            },
+                })
+            }
             _ => Incoming::Broken,
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{Anchor, Drained, End, Got, Process, Receiving};
 use crate::bell::{self, Place};
-use crate::layout::{Ask, Counter, anchor, mark, phase, want};
+use crate::layout::{Ask, Counter, Producer, anchor, mark, phase, want};
 use crate::reason::Reason;
 use crate::sync::{AtomicU32, Ordering::*};
 use crate::wake;
@@ -10,33 +10,99 @@ use crate::wake;
 /// Receives without a sleep after which a receiver is hot: see [`crate::wake`].
 const HOT_AFTER: u32 = if cfg!(loom) { 3 } else { 256 };
 
+/// The tokens that come to an end: counted by the other end before each is sent, and by this one when it is taken. Only
+/// as many are taken as were counted, since behind them may come data.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    sent: &'a AtomicU32,
+    taken: &'a AtomicU32,
+}
+
+impl<'a> Tokens<'a> {
+    /// Those that this producer's end sends, of which so many were `taken`.
+    #[inline]
+    pub fn new(producer: &'a Producer, taken: &'a AtomicU32) -> Self {
+        Tokens {
+            sent: &producer.wakes,
+            taken,
+        }
+    }
+
+    /// Tokens that the other end has sent (or is sending) and that are still on the anchor.
+    #[inline]
+    pub fn outstanding(&self) -> u32 {
+        self.sent
+            .load(Acquire)
+            .wrapping_sub(self.taken.load(Relaxed))
+    }
+
+    /// Takes off the anchor what was counted and has arrived. What ended that: `Nothing` where all is well.
+    pub fn take(&self, anchor: &impl Anchor) -> Drained {
+        let mut most = self.outstanding();
+        while most != 0 && most <= i32::MAX as u32 {
+            let drained = anchor.drain(most);
+            match drained {
+                Drained::Tokens(count) => {
+                    self.taken.fetch_add(count, Relaxed);
+                    most = most.saturating_sub(count);
+                }
+                Drained::Foreign(count) => {
+                    self.taken.fetch_add(count, Relaxed);
+                    return drained;
+                }
+                ended => return ended,
+            }
+        }
+        Drained::Nothing
+    }
+}
+
+/// Takes what the other end asked, after a publication, and rings the bell that it names by `ring`, which says whether somebody
+/// sleeps on it (`None`: there is no such bell). The bits that the other end had set, and whether it is to get a token;
+/// where it had set BELL or WAKE, [`wake::rung`] comes behind that.
+pub fn take_ask(ask: &Ask, ring: impl FnOnce(Place) -> Option<bool>) -> (u32, bool) {
+    let taken = wake::take(&ask.want);
+    if taken & (want::BELL | want::WAKE) == 0 || taken & (want::DEMOTED | want::CLOSED) != 0 {
+        return (taken, false);
+    }
+    let mut token = taken & want::WAKE != 0;
+    if taken & want::BELL != 0 {
+        // Without a place on the board only a token is left.
+        token |= Place::from_word(ask.place.load(Acquire))
+            .and_then(ring)
+            .unwrap_or(true);
+    }
+    (taken, token)
+}
+
+/// Counts one token, does `between`, and sends it.
+pub fn send_token(producer: &Producer, anchor: &impl Anchor, between: impl FnOnce()) {
+    producer.wakes.fetch_add(1, AcqRel);
+    between();
+    if !anchor.signal() {
+        // Not sent: the anchor is full of tokens that nobody took, or broken. Either wakes
+        // the other end as well.
+        producer.wakes.fetch_sub(1, AcqRel);
+    }
+}
+
 impl<S: Anchor + Process> End<'_, S> {
     /// Answers what the other end asked, after a publication: rings its bell, sends its token. The bits that the other
     /// end had set. Called with the sending half held, once that is on the ring.
     #[cold]
     pub fn answer(&self, ask: &Ask) -> u32 {
-        let taken = wake::take(&ask.want);
-        if taken & (want::BELL | want::WAKE) != 0 && taken & (want::DEMOTED | want::CLOSED) == 0 {
-            let mut wake = taken & want::WAKE != 0;
-            if taken & want::BELL != 0 {
-                wake |= self.ring_bell(ask);
-            }
-            if wake {
-                self.send_token();
-            }
+        let (taken, token) = take_ask(ask, |place| {
+            let bell = self.shared.bell(place.bell)?;
+            self.socket.count(Counter::Bells);
+            Some(bell::ring(bell, place.bit))
+        });
+        if token {
+            self.send_token();
+        }
+        if taken & (want::BELL | want::WAKE) != 0 {
             wake::rung(&ask.want);
         }
         taken
-    }
-
-    /// Rings the asker's bell; true when it wants a token as well. Without a place on the board only that is left.
-    fn ring_bell(&self, ask: &Ask) -> bool {
-        let place = Place::from_word(ask.place.load(Acquire));
-        let bell = place.and_then(|place| Some((self.shared.bell(place.bell)?, place.bit)));
-        bell.is_none_or(|(bell, bit)| {
-            self.socket.count(Counter::Bells);
-            bell::ring(bell, bit)
-        })
     }
 
     /// Asks the other end for a sign of bytes; the caller looks once more after this.
@@ -85,19 +151,7 @@ impl<S: Anchor + Process> End<'_, S> {
     /// Sends one token, counted before it goes.
     fn send_token(&self) {
         self.socket.count(Counter::Wakes);
-        self.send_counted(|| {});
-    }
-
-    /// Counts one token, does `between`, and sends it.
-    pub(super) fn send_counted(&self, between: impl FnOnce()) {
-        let wakes = &self.out().producer.wakes;
-        wakes.fetch_add(1, AcqRel);
-        between();
-        if !self.socket.signal() {
-            // Not sent: the anchor is full of tokens that nobody took, or broken. Either wakes
-            // the other end as well.
-            wakes.fetch_sub(1, AcqRel);
-        }
+        send_token(&self.out().producer, &self.socket, || {});
     }
 
     /// Breaks the stream: both ends report ECONNRESET.
@@ -147,10 +201,14 @@ impl<S: Anchor + Process> End<'_, S> {
         self.rx().anchor.fetch_or(bits, AcqRel);
     }
 
-    /// Tokens that the other end has sent (or is sending) and that are still on the anchor.
+    #[inline]
+    fn tokens(&self) -> Tokens<'_> {
+        Tokens::new(&self.incoming().producer, &self.rx().drained)
+    }
+
+    /// See [`Tokens::outstanding`].
     pub fn outstanding(&self) -> u32 {
-        let sent = self.incoming().producer.wakes.load(Acquire);
-        sent.wrapping_sub(self.rx().drained.load(Relaxed))
+        self.tokens().outstanding()
     }
 
     /// Looks what the anchor has to say, where the ring is what comes next: an end or an error is noted, bytes that
@@ -181,21 +239,12 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
 
     /// Takes tokens off the anchor, whoever sleeps.
     pub(super) fn drain_all(&self) {
-        let mut most = self.outstanding();
-        while most != 0 && most <= i32::MAX as u32 {
-            let drained = self.end.socket.drain(most);
-            match drained {
-                Drained::Tokens(count) | Drained::Foreign(count) => {
-                    most = most.saturating_sub(count);
-                    self.end.rx().drained.fetch_add(count, Relaxed);
-                    if matches!(drained, Drained::Foreign(_)) {
-                        return self.end.reset(Reason::Bypass);
-                    }
-                }
-                Drained::Nothing => return,
-                Drained::End => return self.end.note_end(false),
-                Drained::Error => return self.end.note_end(true),
-            }
+        let end = self.end;
+        match end.tokens().take(&end.socket) {
+            Drained::Nothing | Drained::Tokens(_) => {}
+            Drained::Foreign(_) => end.reset(Reason::Bypass),
+            Drained::End => end.note_end(false),
+            Drained::Error => end.note_end(true),
         }
     }
 

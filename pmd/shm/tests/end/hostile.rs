@@ -91,7 +91,7 @@ proptest! {
                 Step::Write { word, value } => {
                     write(attacker.shared.out(), attacker.shared.incoming(), word, value);
                 }
-                Step::Slip(len) => one.slip(&vec![0xA5; len]),
+                Step::Slip(len) => one.slip(&vec![rdsock_shm::wake::WAKE_BYTE; len]),
                 Step::Send(len) => {
                     victim.send(&vec![7; len]);
                 }
