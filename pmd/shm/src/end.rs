@@ -50,13 +50,13 @@ use crate::ring::RingMemory;
 /// What an end has mapped.
 #[derive(Debug)]
 pub struct Shared {
-    /// Two of them.
-    directions: *const Direction,
+    out: *const Direction,
+    incoming: *const Direction,
     page: *const EndPage,
     /// [`BELLS`] of them, the other end's; null where there is no board.
     bells: *const Bell,
-    rings: [RingMemory; 2],
-    me: usize,
+    ring_out: RingMemory,
+    ring_in: RingMemory,
 }
 
 // SAFETY: all that is behind the pointers is atomic, or a ring, which is used under its half's lock.
@@ -74,18 +74,26 @@ impl Shared {
         rings: [RingMemory; 2],
         end: u32,
     ) -> Self {
+        let second = directions.wrapping_add(1);
+        let [ring, second_ring] = rings;
+        let (out, incoming, ring_out, ring_in) = if end & 1 == 0 {
+            (directions, second, ring, second_ring)
+        } else {
+            (second, directions, second_ring, ring)
+        };
         Shared {
-            directions,
+            out,
+            incoming,
             page,
             bells,
-            rings,
-            me: (end & 1) as usize,
+            ring_out,
+            ring_in,
         }
     }
 
     /// Where all of it lies, as `new` was told: directions, page, bells.
     pub fn places(&self) -> (*const Direction, *const EndPage, *const Bell) {
-        (self.directions, self.page, self.bells)
+        (self.out.min(self.incoming), self.page, self.bells)
     }
 
     /// State of this end, shared by the processes that hold it.
@@ -99,14 +107,14 @@ impl Shared {
     #[inline]
     pub fn out(&self) -> &Direction {
         // SAFETY: valid, see `new`; every field of a Direction is atomic.
-        unsafe { &*self.directions.add(self.me) }
+        unsafe { &*self.out }
     }
 
     /// The direction that this end consumes.
     #[inline]
     pub fn incoming(&self) -> &Direction {
         // SAFETY: as above.
-        unsafe { &*self.directions.add(1 - self.me) }
+        unsafe { &*self.incoming }
     }
 
     /// The sending half's state.
@@ -121,28 +129,15 @@ impl Shared {
         &self.page().rx
     }
 
-    #[inline]
-    fn ring_out(&self) -> RingMemory {
-        let [zero, one] = self.rings;
-        if self.me == 0 { zero } else { one }
-    }
-
-    #[inline]
-    fn ring_in(&self) -> RingMemory {
-        let [zero, one] = self.rings;
-        if self.me == 0 { one } else { zero }
-    }
-
     /// Bytes of each ring.
     #[inline]
     pub fn ring_size(&self) -> u64 {
-        let [zero, _] = self.rings;
-        zero.size()
+        self.ring_out.size()
     }
 
     /// Which end this is.
     pub fn end_number(&self) -> u32 {
-        self.me as u32
+        u32::from(self.out > self.incoming)
     }
 
     /// One of the other end's bells.

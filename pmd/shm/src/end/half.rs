@@ -18,7 +18,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         let sender = Sender::new(
             self.tx(),
             self.out(),
-            self.shared.ring_out(),
+            self.shared.ring_out,
             taken == Taken::Nested,
         );
         if recovered {
@@ -38,7 +38,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         let receiver = Receiver::new(
             self.rx(),
             self.incoming(),
-            self.shared.ring_in(),
+            self.shared.ring_in,
             taken == Taken::Nested,
         );
         Receiving {
