@@ -101,7 +101,8 @@ pub fn ask(end: &End<'_>, events: i16, how: u32) {
     if events & (IN | POLLRDHUP) != 0 {
         end.ask_for_bytes(how);
     }
-    if events & OUT != 0 && end.shared.tx().phase.load(Relaxed) == phase::RING {
+    // Also before the direction has moved to its ring, which it may do with any send: whoever asks now may not ask again then.
+    if events & OUT != 0 && end.shared.tx().phase.load(Relaxed) != phase::DEMOTED {
         end.ask_for_space(how);
     }
 }

@@ -26,12 +26,12 @@ static void read_by_edges(int set, int fd, size_t size)
     EQ(done, size);
 }
 
-/* A set with many connections, each with an edge for what comes. */
-static int edges(struct duo *all)
+/* A set with many connections, each with an edge for what comes, and for `more`. */
+static int edges(struct duo *all, uint32_t more)
 {
     int set = (int)MUST(epoll_create1(EPOLL_CLOEXEC));
     for (int i = 0; i < MANY; i++) {
-        struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.fd = all[i].fd};
+        struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET | more, .data.fd = all[i].fd};
         set_nonblock(all[i].fd, true);
         MUST(epoll_ctl(set, EPOLL_CTL_ADD, all[i].fd, &event));
     }
@@ -46,9 +46,8 @@ static void open_many(struct duo *all, int flags)
 }
 
 /* A library that moves a connection in the middle may do so with any call, after some that have made it worth while. */
-CASE(short_receive_while_it_moves)
+static void open_movable(struct duo *all)
 {
-    struct duo all[MANY];
     open_many(all, COLD);
     for (int i = 0; i < MANY; i++)
         for (int turn = 0; turn < 4; turn++) {
@@ -58,6 +57,12 @@ CASE(short_receive_while_it_moves)
             P_WANT(&all[i], "answer");
         }
     nanosleep(&(struct timespec){0, 300000000}, NULL);
+}
+
+CASE(short_receive_while_it_moves)
+{
+    struct duo all[MANY];
+    open_movable(all);
     for (int i = 0; i < MANY; i++) {
         struct duo *d = &all[i];
         char got[64];
@@ -106,7 +111,7 @@ CASE(short_receive_by_edges)
 {
     struct duo all[MANY];
     open_many(all, 0);
-    int set = edges(all);
+    int set = edges(all, 0);
     struct duo *d = &all[MANY - 1];
     for (int i = 0; i < 5; i++) {
         p_start(d, do_send_pattern, 900000);
@@ -118,6 +123,49 @@ CASE(short_receive_by_edges)
     p_send(d, "cde");
     read_by_edges(set, d->fd, 5);
 }
+
+static void wait_for_room(int set, int fd)
+{
+    struct epoll_event event;
+    do
+        EQ(epoll_wait(set, &event, 1, 10000), 1);
+    while (event.data.fd != fd || !(event.events & EPOLLOUT));
+}
+
+/* A program that waits for room is told of it, wherever the bytes have gone meanwhile. */
+static void send_by_edges(bool full_first)
+{
+    enum { ALL = 30000000 };
+    struct duo all[MANY];
+    open_movable(all);
+    int set = edges(all, EPOLLOUT);
+    struct duo *d = &all[MANY - 1];
+    static char block[1 << 16];
+    struct epoll_event event;
+    while (epoll_wait(set, &event, 1, 100) > 0)
+        ;
+    size_t done = 0;
+    ssize_t n;
+    while (full_first && (n = send(d->fd, block, sizeof block, 0)) > 0)
+        done += (size_t)n;
+    p_send(d, "x"); /* calls here and there, with which it may move */
+    while (epoll_wait(set, &event, 1, 100) > 0)
+        ;
+    WANT(d->fd, "x");
+    p_start(d, do_discard, 0);
+    nanosleep(&(struct timespec){0, 50000000}, NULL);
+    for (bool is_told = !full_first; done < ALL; is_told = false) {
+        if (!is_told)
+            wait_for_room(set, d->fd);
+        while (done < ALL && (n = send(d->fd, block, sizeof block, 0)) > 0)
+            done += (size_t)n;
+    }
+    MUST(shutdown(d->fd, SHUT_WR));
+    EQ(p_finish(d), 0);
+}
+
+CASE(room_by_edges_while_it_moves, .seconds = 60) { send_by_edges(false); }
+CASE(room_by_edges_while_it_is_full, .seconds = 60) { send_by_edges(true); }
 
 /* A pipe that has room has taken all that was there. */
 CASE(short_splice)
