@@ -28,6 +28,7 @@ mod anchor;
 mod buffers;
 mod half;
 mod leave;
+mod quick;
 mod receive;
 mod send;
 mod sleep;
