@@ -5,7 +5,7 @@
 //! the caches.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use rdsock_benches::{Stream, bell, request};
+use rdsock_benches::{Ends, Stream, bell, request};
 use rdsock_shm::layout::want;
 use rdsock_shm::{bell as bells, wake};
 use std::hint::black_box;
@@ -17,7 +17,7 @@ const SIZES: [usize; 3] = [64, 4096, 65536];
 fn ring(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ring");
     for size in SIZES {
-        let stream = Stream::new(1 << 20);
+        let (stream, ends) = (Stream::new(1 << 20), Ends::new(1 << 20));
         let (from, mut to) = (vec![7; size], vec![0; size]);
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_with_input(BenchmarkId::new("send+receive", size), &size, |bench, _| {
@@ -27,12 +27,12 @@ fn ring(criterion: &mut Criterion) {
             });
         });
         group.bench_with_input(
-            BenchmarkId::new("send+receive, locked", size),
+            BenchmarkId::new("send+receive, ends", size),
             &size,
             |bench, _| {
                 bench.iter(|| {
-                    black_box(stream.send_and_look(black_box(&from)));
-                    black_box(stream.receive_locked(black_box(&mut to)));
+                    black_box(ends.send(black_box(&from)));
+                    black_box(ends.receive(black_box(&mut to)));
                 });
             },
         );

@@ -1,7 +1,7 @@
 //! Sends and receives 64 bytes `rounds` times, for `tests/cost.rs` to count the instructions:
-//! `ring_cost bare|shim ROUNDS`.
+//! `ring_cost bare|ends ROUNDS`.
 
-use rdsock_benches::Stream;
+use rdsock_benches::{Ends, Stream};
 use std::hint::black_box;
 
 fn main() {
@@ -11,13 +11,13 @@ fn main() {
         .next()
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(1000);
-    let stream = Stream::new(1 << 16);
+    let (stream, ends) = (Stream::new(1 << 16), Ends::new(1 << 16));
     let (from, mut to) = ([7_u8; 64], [0_u8; 64]);
     for _ in 0..rounds {
-        let (sent, got) = if how == "shim" {
+        let (sent, got) = if how == "ends" {
             (
-                stream.send_and_look(black_box(&from)),
-                stream.receive_locked(black_box(&mut to)),
+                ends.send(black_box(&from)),
+                ends.receive(black_box(&mut to)),
             )
         } else {
             (

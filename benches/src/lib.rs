@@ -1,10 +1,11 @@
-//! What the benchmarks measure: one direction of a stream in private memory, used as the shim uses
-//! it. `cargo bench -p rdsock-benches` measures time; `tests/cost.rs` counts instructions.
+//! What the benchmarks measure: one direction of a stream in private memory ([`Stream`]), and both ends of one as they ship
+//! ([`Ends`]). `cargo bench -p rdsock-benches` measures time; `tests/cost.rs` counts instructions.
 
+mod ends;
+
+pub use ends::Ends;
 use rdsock_shm::layout::{Ask, Bell, Direction, RxState, TxState};
-use rdsock_shm::lock::{self, Owner};
 use rdsock_shm::ring::{Receiver, RingMemory, Sender};
-use rdsock_shm::wake;
 
 /// One direction, both halves of it.
 pub struct Stream {
@@ -26,8 +27,6 @@ impl std::fmt::Debug for Stream {
         write!(f, "Stream of {} bytes", self.memory.len() * 8)
     }
 }
-
-const ME: Owner = Owner::new(1, 16);
 
 impl Stream {
     /// A stream on rings of `size` bytes, a power of two.
@@ -84,32 +83,6 @@ impl Stream {
         receiver.consume(available, len as u64);
         receiver.publish();
         len
-    }
-
-    /// Sends as the shim does while both ends are awake: under the lock, and with a look at what
-    /// the other end wants.
-    #[inline]
-    pub fn send_and_look(&self, bytes: &[u8]) -> usize {
-        let Ok(taken) = lock::try_take(&self.tx.lock, ME) else {
-            return 0;
-        };
-        let sent = self.send(bytes);
-        if wake::asked(&self.wire.bytes) != 0 {
-            wake::take(&self.wire.bytes.want);
-        }
-        lock::release(&self.tx.lock, taken);
-        sent
-    }
-
-    /// Receives as the shim does, under the lock.
-    #[inline]
-    pub fn receive_locked(&self, bytes: &mut [u8]) -> usize {
-        let Ok(taken) = lock::try_take(&self.rx.lock, ME) else {
-            return 0;
-        };
-        let got = self.receive(bytes);
-        lock::release(&self.rx.lock, taken);
-        got
     }
 }
 

@@ -1,7 +1,7 @@
 //! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
 //!
 //! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
-//! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
+//! `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
 //! sleep as they end the kernel's; `demote.rs` goes back to the kernel; `tenant` talks to the
 //! daemon; `process.rs` follows fork and exec. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
@@ -13,6 +13,7 @@ mod calls;
 mod clock;
 mod conn;
 mod demote;
+mod end;
 mod epoll;
 mod io;
 mod names;

@@ -11,7 +11,7 @@ const SIOCOUTQNSD: c_ulong = 0x894B;
 
 fn note_nonblocking(held: &Use, on: bool) {
     if let Some(stream) = held.conn.stream() {
-        stream.end().nonblock.store(u32::from(on), Relaxed);
+        stream.page().nonblock.store(u32::from(on), Relaxed);
     }
 }
 
@@ -65,8 +65,8 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_i
         && !sys::is_bad_pointer(arg as *const c_void)
     {
         let value = match request {
-            libc::FIONREAD => io::unread(stream, fd),
-            libc::TIOCOUTQ | SIOCOUTQNSD => io::unsent(stream, fd),
+            libc::FIONREAD => io::unread(&stream.at(&held, fd)),
+            libc::TIOCOUTQ | SIOCOUTQNSD => io::unsent(&stream.at(&held, fd)),
             _ => None,
         };
         if let Some(value) = value {
@@ -217,7 +217,7 @@ pub unsafe extern "C" fn getsockopt(
             .iter()
             .zip(&mut bytes)
             .for_each(|(from, to)| *to = *from);
-        let error = io::take_error(stream, fd, c_int::from_ne_bytes(bytes));
+        let error = io::take_error(&stream.at(&held, fd), c_int::from_ne_bytes(bytes));
         let bytes = error.to_ne_bytes();
         stored
             .iter_mut()

@@ -1,7 +1,7 @@
 //! `poll`, `select` and their kin over any mix of fds.
 
 use crate::conn::{self, Kind, Use};
-use crate::stream::Stream;
+use crate::end::End;
 use crate::{clock, demote, epoll, io, ready, real, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
@@ -399,7 +399,7 @@ impl Work<'_> {
                 };
                 let waits = from.events & (ready::IN | ready::OUT | POLLRDHUP) != 0;
                 (to.events, in_steps) = if waits {
-                    let (events, steps) = enter_stream(stream, from)?;
+                    let (events, steps) = enter_stream(&stream.at(&held, from.fd), from)?;
                     (events, in_steps | steps)
                 } else {
                     (from.events & POLLPRI, in_steps)
@@ -434,7 +434,7 @@ impl Work<'_> {
                         held.conn.look.store(1, Relaxed);
                     }
                     if let Some(stream) = held.conn.stream().filter(|_| counted) {
-                        drop(wait::Sleeper::remembered(stream));
+                        drop(wait::Sleeper::remembered(stream, wait::own_name()));
                     }
                 }
             }
@@ -444,12 +444,13 @@ impl Work<'_> {
 
 /// Counts a sleeper in at a stream and asks it for a sign. What the kernel is asked about its
 /// anchor, and true when that would not wait; `None` when others must look first.
-fn enter_stream(stream: &Stream, entry: &pollfd) -> Option<(i16, bool)> {
-    crate::io::settle_switch(stream);
+fn enter_stream(end: &End<'_>, entry: &pollfd) -> Option<(i16, bool)> {
+    let stream = end.shared;
+    end.settle_switch();
     // Left again in `leave`, whatever happens.
-    std::mem::forget(wait::Sleeper::enter(stream, entry.fd)?);
+    std::mem::forget(wait::Sleeper::enter(end)?);
     let receives = stream.rx().phase.load(Relaxed);
-    ready::ask(stream, entry.events, want::WAKE);
+    ready::ask(end, entry.events, want::WAKE);
     let sends = stream.tx().phase.load(Relaxed);
     let mut events = entry.events & (POLLRDHUP | POLLPRI);
     if sends != phase::RING {

@@ -232,7 +232,7 @@ fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
     } else if let Some(stream) = held.conn.stream()
         && is_foreign()
     {
-        stream.end().holders.fetch_add(1, AcqRel);
+        stream.page().holders.fetch_add(1, AcqRel);
     }
 }
 
@@ -547,7 +547,7 @@ fn before_spawn(loads_shim: bool) {
             if let Some(stream) = held.conn.stream()
                 && demote::is_on_rings(stream)
             {
-                stream.end().holders.fetch_add(1, AcqRel);
+                stream.page().holders.fetch_add(1, AcqRel);
             }
         }
     }

@@ -97,18 +97,6 @@ pub unsafe fn send_raw(fd: c_int, buf: *const u8, len: usize, flags: c_int) -> i
     syscall!(SYS_sendto, fd, buf, len, flags, 0, 0)
 }
 
-pub fn send_now(fd: c_int, buf: &[u8]) -> isize {
-    // SAFETY: a slice is valid for its length.
-    unsafe {
-        send_raw(
-            fd,
-            buf.as_ptr(),
-            buf.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
-    }
-}
-
 /// # Safety
 /// `msg` points to a valid message header.
 pub unsafe fn sendmsg(fd: c_int, msg: *const libc::msghdr, flags: c_int) -> isize {
@@ -425,6 +413,17 @@ pub unsafe fn pwrite(fd: c_int, buf: *const u8, len: usize, offset: usize) -> is
 /// `buf` is valid for reads of `len` bytes.
 pub unsafe fn write(fd: c_int, buf: *const u8, len: usize) -> isize {
     syscall!(SYS_write, fd, buf, len)
+}
+
+/// Sends from a file, from `offset` on, which is moved, or from the file's own position.
+pub fn sendfile(to: c_int, file: c_int, offset: Option<&mut i64>, len: usize) -> isize {
+    let offset = offset.map_or(std::ptr::null_mut(), std::ptr::from_mut);
+    syscall!(SYS_sendfile, to, file, offset, len)
+}
+
+/// Moves bytes between a pipe and something else.
+pub fn splice(from: c_int, to: c_int, len: usize, flags: u32) -> isize {
+    syscall!(SYS_splice, from, 0, to, 0, len, flags)
 }
 
 /// Opens a path read-only, for looking at a program before exec.

@@ -4,11 +4,12 @@
 
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
-use crate::stream::Stream;
+use crate::end::End;
 use crate::{real, signals, sys, tenant};
 use libc::c_int;
-use rdsock_shm::layout::{Counter, phase, want};
-use rdsock_shm::wake;
+pub use rdsock_shm::end::Sleeper;
+use rdsock_shm::end::{Anchor, Process, Shared};
+use rdsock_shm::layout::{Counter, want};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 /// Best [`Conn::spin_score`].
@@ -118,7 +119,7 @@ const OWED_PER_RING: u64 = 8;
 /// Bytes were put into a stream's ring: where a poll core takes them from there, and shares this core,
 /// it gets its turn as soon as this process waits.
 #[inline]
-pub fn owe(stream: &Stream) {
+pub fn owe(stream: &Shared) {
     let core = stream.out().bytes.core.load(Relaxed);
     if core != 0 {
         owe_to(core);
@@ -132,13 +133,15 @@ fn owe_to(core: u32) {
     }
 }
 
-/// Bytes were taken off a stream's ring, up to position `tail`.
+/// Bytes were taken off a stream's ring.
 #[inline]
-pub fn owe_for_space(conn: &Conn, stream: &Stream, tail: u64) {
+pub fn owe_for_space(conn: &Conn, stream: &Shared) {
     conn.misses.store(0, Relaxed);
-    if stream.out().bytes.core.load(Relaxed) != 0
-        && tail.wrapping_sub(conn.owed_at.load(Relaxed)) >= stream.ring_size() / OWED_PER_RING
-    {
+    if stream.out().bytes.core.load(Relaxed) == 0 {
+        return;
+    }
+    let tail = stream.rx().tail.load(Relaxed);
+    if tail.wrapping_sub(conn.owed_at.load(Relaxed)) >= stream.ring_size() / OWED_PER_RING {
         conn.owed_at.store(tail, Relaxed);
         owe(stream);
     }
@@ -161,7 +164,7 @@ fn give_core_to_owed() -> bool {
 
 /// A receive that does not wait has found nothing. True when a poll core had its turn: look again.
 #[inline]
-pub fn missed(conn: &Conn, stream: &Stream) -> bool {
+pub fn missed(conn: &Conn, stream: &Shared) -> bool {
     let core = stream.out().bytes.core.load(Relaxed);
     if core == 0 {
         return false;
@@ -180,129 +183,9 @@ pub fn is_still(held: &Use, fd: c_int) -> bool {
     conn::kind(fd) == Kind::Conn(held.index)
 }
 
-/// Something for a receiver to look at: bytes, a mark, an end, or a phase that is not the ring's.
-#[inline]
-pub fn receivable(stream: &Stream) -> bool {
-    stream.has_bytes()
-        || stream.incoming().producer.mark.load(Acquire) != 0
-        || stream.rx().shut.load(Relaxed) != 0
-        || stream.rx().anchor.load(Relaxed) != 0
-        || stream.rx().phase.load(Relaxed) != phase::RING
-}
-
-/// No more bytes will come on the ring.
-pub fn has_ended(stream: &Stream) -> bool {
-    stream.incoming().producer.mark.load(Acquire) != 0
-        || stream.rx().shut.load(Relaxed) != 0
-        || stream.rx().anchor.load(Relaxed) != 0
-}
-
-/// Something for a sender to look at.
-#[inline]
-pub fn sendable(stream: &Stream, enough: u64) -> bool {
-    let head = stream.tx().head.load(Relaxed) & !(1 << 63);
-    let tail = stream.out().consumer.tail.load(Acquire);
-    stream.ring_size().saturating_sub(head.saturating_sub(tail)) >= enough
-        || stream.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0
-        || stream.tx().shut.load(Relaxed) != 0
-        || stream.rx().anchor.load(Relaxed) != 0
-        || stream.tx().phase.load(Relaxed) != phase::RING
-}
-
-/// Milliseconds in which whoever was woken has looked, as a rule.
-pub const PATIENCE_MS: u32 = 100;
-
-/// A sleeper on a stream's anchor, for bytes or for space.
-///
-/// All of an end's sleepers sleep on one fd, and a wake byte ends the sleep of each of them, as long
-/// as it lies there. Whoever is counted was so before the bytes that are there now came, or is
-/// about to look, and stays counted until it has looked. So only one that finds nobody counted
-/// takes them off; one that finds both others and bytes gives way, until those have looked.
-///
-/// On a busy machine that can take any time: a thread that was woken may wait long for a core. Those
-/// that never look were killed or cancelled in their sleep, and are found by their names.
-#[derive(Debug)]
-pub struct Sleeper<'a> {
-    stream: &'a Stream,
-    /// Its entry in the stream's table, or 0.
-    name: u64,
-}
-
-impl<'a> Sleeper<'a> {
-    /// Clears the anchor of wake bytes and counts the caller in, who asks the other end for a sign
-    /// and looks for what it waits for after this. `None`: [`give_way`] and look again.
-    pub fn enter(stream: &'a Stream, fd: c_int) -> Option<Self> {
-        let guard = stream.lock_rx();
-        guard.drain(fd);
-        let others = stream.rx().waiters.fetch_add(1, SeqCst);
-        let mut sleeper = Sleeper { stream, name: 0 };
-        if others != 0 && guard.outstanding() != 0 {
-            if !are_late(stream) {
-                return None;
-            }
-            forget_ended(stream);
-            if stream.rx().waiters.load(SeqCst) > 1 {
-                drop(guard);
-                drop(sleeper);
-                // Not for ever at full speed.
-                sys::poll_one(-1, 0, 1);
-                return None;
-            }
-            // For one of this thread's own further up the stack, in whose sleep a handler runs.
-            stream.ask_for_bytes(want::WAKE);
-            wake::ask(&stream.out().space.want, want::WAKE);
-            guard.drain_all(fd);
-        }
-        // Named when counted: who is killed in between is waited for, and nobody is taken for dead.
-        let name = own_name();
-        let enter = |entry: &AtomicU64| entry.compare_exchange(0, name, SeqCst, Relaxed).is_ok();
-        if stream.rx().sleepers.iter().any(enter) {
-            sleeper.name = name;
-        }
-        Some(sleeper)
-    }
-
-    /// The sleeper that was counted in and forgotten.
-    pub fn remembered(stream: &'a Stream) -> Self {
-        let name = own_name();
-        Sleeper { stream, name }
-    }
-}
-
-/// True when the wake bytes that are on the anchor have been there for long.
-fn are_late(stream: &Stream) -> bool {
-    let rx = stream.rx();
-    let now = (clock::nanoseconds() / 1_000_000) as u32;
-    let noted = rx.gave_way.load(Relaxed);
-    let drained = rx.drained.load(Relaxed);
-    if noted as u32 != drained || noted == 0 {
-        rx.gave_way
-            .store(u64::from(now) << 32 | u64::from(drained), Relaxed);
-        return false;
-    }
-    now.wrapping_sub((noted >> 32) as u32) > PATIENCE_MS
-}
-
-/// Counts those sleepers out that have ended in their sleep; and this thread's own, since it is here.
-fn forget_ended(stream: &Stream) {
-    let me = own_name();
-    for entry in &stream.rx().sleepers {
-        let name = entry.load(SeqCst);
-        let has_ended = name != 0 && !sys::is_thread_alive((name >> 32) as u32, name as u32);
-        if (has_ended || name == me) && entry.compare_exchange(name, 0, SeqCst, Relaxed).is_ok() {
-            count_out(stream);
-        }
-    }
-}
-
-/// Process and thread, as they stand in the table of sleepers.
-fn own_name() -> u64 {
+/// Process and thread, as they stand in a stream's table of sleepers.
+pub fn own_name() -> u64 {
     u64::from(sys::getpid()) << 32 | u64::from(sys::gettid())
-}
-
-fn count_out(stream: &Stream) {
-    let less = |count: u32| count.checked_sub(1);
-    let _ = stream.rx().waiters.fetch_update(SeqCst, SeqCst, less);
 }
 
 /// Lets others run, who are awake and about to look.
@@ -310,99 +193,53 @@ pub fn give_way() {
     sys::sched_yield();
 }
 
-impl Drop for Sleeper<'_> {
-    fn drop(&mut self) {
-        let mut entries = self.stream.rx().sleepers.iter();
-        let leave = |entry: &AtomicU64| {
-            entry
-                .compare_exchange(self.name, 0, SeqCst, Relaxed)
-                .is_ok()
-        };
-        // Whose entry is gone was counted out by somebody else.
-        if self.name == 0 || entries.any(leave) {
-            count_out(self.stream);
-        }
-    }
+/// Sleeps on a stream, counted in as a sleeper: asks for a sign, and sleeps by `sleep` unless `is_ready` by then. An error is
+/// negated.
+fn sleep(
+    end: &End<'_>,
+    held: &Use,
+    ask: impl FnOnce(),
+    is_ready: impl FnOnce() -> bool,
+    sleep: impl FnOnce(c_int) -> isize,
+) -> Result<(), isize> {
+    let fd = end.socket.wait_fd();
+    let Some(sleeper) = Sleeper::enter(end) else {
+        end.socket.give_way();
+        return finish(end, held, 1);
+    };
+    crate::epoll::kick_all(held.conn);
+    ask();
+    let result = if is_ready() { 1 } else { sleep(fd) };
+    drop(sleeper);
+    finish(end, held, result)
 }
 
 /// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
-pub fn for_more(held: &Use, stream: &Stream, fd: c_int, position: u64) -> Result<(), isize> {
+pub fn for_more(end: &End<'_>, held: &Use, position: u64) -> Result<(), isize> {
     tenant::stay_attached();
-    let Some(sleeper) = Sleeper::enter(stream, fd) else {
-        give_way();
-        return finish(held, stream, fd, 1);
-    };
-    stream.ask_for_bytes(want::WAKE);
-    let result = if stream.has_bytes_after(position) || has_ended(stream) {
-        1
-    } else {
-        peek(fd)
-    };
-    drop(sleeper);
-    finish(held, stream, fd, result)
+    let is_ready = || end.shared.has_bytes_after(position) || end.shared.has_ended();
+    sleep(end, held, || end.ask_for_bytes(want::WAKE), is_ready, peek)
 }
 
-/// Sleeps until bytes may be there. An error is negated.
-pub fn for_bytes(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+/// Sleeps until bytes may be there, on the ring or before the switch on the anchor.
+pub fn for_bytes(end: &End<'_>, held: &Use) -> Result<(), isize> {
     tenant::stay_attached();
-    let Some(sleeper) = Sleeper::enter(stream, fd) else {
-        give_way();
-        return finish(held, stream, fd, 1);
-    };
-    crate::epoll::kick_all(held.conn);
-    stream.ask_for_bytes(want::WAKE);
-    let result = if receivable(stream) { 1 } else { peek(fd) };
-    drop(sleeper);
-    finish(held, stream, fd, result)
+    let is_ready = || end.shared.may_receive();
+    sleep(end, held, || end.ask_for_bytes(want::WAKE), is_ready, peek)
 }
 
-/// Sleeps until the anchor has something, while bytes may still come on it.
-pub fn for_anchor(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
+/// Sleeps until space may be there.
+pub fn for_space(end: &End<'_>, held: &Use) -> Result<(), isize> {
     tenant::stay_attached();
-    let Some(sleeper) = Sleeper::enter(stream, fd) else {
-        give_way();
-        return finish(held, stream, fd, 1);
-    };
-    stream.ask_for_bytes(want::WAKE);
-    let switched =
-        stream.incoming().producer.switch_at.load(Acquire) == stream.rx().tail.load(Relaxed);
-    let result = if switched || has_ended(stream) || !is_switching(stream) {
-        1
-    } else {
-        peek(fd)
-    };
-    drop(sleeper);
-    finish(held, stream, fd, result)
-}
-
-/// True while bytes of the ring come behind some on the anchor.
-pub fn is_switching(stream: &Stream) -> bool {
-    stream.rx().phase.load(Relaxed) == phase::SWITCHING
-}
-
-/// Sleeps until space may be there. An error is negated.
-pub fn for_space(held: &Use, stream: &Stream, fd: c_int) -> Result<(), isize> {
-    tenant::stay_attached();
-    let enough = stream.ring_size() / 3;
-    crate::io::settle_switch(stream);
-    if stream.rx().phase.load(Acquire) == phase::SWITCHING && sys::poll_one(fd, libc::POLLIN, 0) > 0
-    {
+    let stream = end.shared;
+    end.settle_switch();
+    if stream.is_switching() && sys::poll_one(end.socket.wait_fd(), libc::POLLIN, 0) > 0 {
         // Unread bytes are still on the anchor, so it cannot be slept on.
-        return finish(held, stream, fd, sleep_until(-1, Some(1)));
+        return finish(end, held, sleep_until(-1, Some(1)));
     }
-    let Some(sleeper) = Sleeper::enter(stream, fd) else {
-        give_way();
-        return finish(held, stream, fd, 1);
-    };
-    crate::epoll::kick_all(held.conn);
-    wake::ask(&stream.out().space.want, want::WAKE);
-    let result = if sendable(stream, enough) {
-        1
-    } else {
-        sleep_for_send(held, fd)
-    };
-    drop(sleeper);
-    finish(held, stream, fd, result)
+    let is_ready = || stream.is_sendable(stream.ring_size() / 3);
+    let wait = |fd| sleep_for_send(held, fd);
+    sleep(end, held, || end.ask_for_space(want::WAKE), is_ready, wait)
 }
 
 /// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
@@ -469,14 +306,14 @@ fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     }
 }
 
-fn finish(held: &Use, stream: &Stream, fd: c_int, result: isize) -> Result<(), isize> {
+fn finish(end: &End<'_>, held: &Use, result: isize) -> Result<(), isize> {
     held.conn.look.store(1, Relaxed);
-    if !is_still(held, fd) {
+    if !is_still(held, end.socket.wait_fd()) {
         return Err(-(libc::EBADF as isize));
     }
     match -result as c_int {
         libc::EINTR | libc::EAGAIN | libc::EBADF => return Err(result),
-        _ if result <= 0 => stream.note_end(result < 0),
+        _ if result <= 0 => end.note_end(result < 0),
         _ => {}
     }
     Ok(())
@@ -515,6 +352,6 @@ pub fn let_gather(conn: &Conn, found: u64, look: impl FnOnce() -> u64) {
 }
 
 /// Spins for bytes on behalf of a connection.
-pub fn spin_for_bytes(conn: &Conn, stream: &Stream) -> bool {
-    spin(&conn.spin_score, || receivable(stream))
+pub fn spin_for_bytes(conn: &Conn, stream: &Shared) -> bool {
+    !stream.is_switching() && spin(&conn.spin_score, || stream.is_receivable())
 }

@@ -4,20 +4,19 @@
 
 use crate::mail::{Look, Mail, Waker};
 use crate::memory::{Area, STAGING};
+use crate::socket::Socket;
 use crate::stream::{NONE, NodeStream, seen, todo};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt, shutdown, sockopt};
-use rdsock_shm::layout::{NOT_SWITCHED, mark};
+use rdsock_shm::end::{Ahead, Anchor as _, Drained, Got, Shut, Tokens, send_token};
+use rdsock_shm::layout::mark;
 use rdsock_shm::wake;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// What the shim sends as a wake byte.
-const WAKE_BYTE: u8 = 0xA5;
 /// The event of the thread's own waker; no ticket has this number.
 const WAKER: u64 = 0;
 /// Events taken at once.
@@ -99,13 +98,13 @@ enum Writing {
 #[derive(Debug)]
 struct Anchor {
     stream: Arc<NodeStream>,
-    socket: OwnedFd,
+    socket: Socket,
     reading: Reading,
     writing: Writing,
     /// Position after the last byte taken off the anchor.
     received: u64,
-    /// Wake bytes taken off the anchor.
-    drained: u32,
+    /// Tokens taken off the anchor.
+    drained: AtomicU32,
     watches: EpollFlags,
     /// Epoll reports it.
     watched: bool,
@@ -181,11 +180,11 @@ impl Anchors {
             return self.core.put(&stream);
         }
         let anchor = Anchor {
-            socket,
+            socket: Socket(socket),
             reading: Reading::Anchor,
             writing: Writing::Anchor,
             received: 0,
-            drained: 0,
+            drained: AtomicU32::new(0),
             watches,
             watched: true,
             broken: false,
@@ -305,7 +304,7 @@ impl Anchor {
     /// The program has ended its ring, and the poll core has not come to that end yet.
     fn waits_for_end(&self) -> bool {
         self.reading == Reading::Ring
-            && self.outstanding() == 0
+            && self.tokens().outstanding() == 0
             && self.has_ended_ring()
             && self.stream.resumes_at.load(Ordering::Acquire) == NONE
     }
@@ -314,10 +313,9 @@ impl Anchor {
         self.stream.out().producer.mark.load(Ordering::Acquire) & mark::END != 0
     }
 
-    /// Wake bytes that were counted and not taken.
-    fn outstanding(&self) -> u32 {
-        let sent = self.stream.out().producer.wakes.load(Ordering::Acquire);
-        sent.wrapping_sub(self.drained)
+    /// What the program has sent to wake this end.
+    fn tokens(&self) -> Tokens<'_> {
+        Tokens::new(&self.stream.out().producer, &self.drained)
     }
 
     /// Takes what there is off the anchor.
@@ -325,7 +323,7 @@ impl Anchor {
         while !self.broken {
             let went_on = match self.reading {
                 Reading::Anchor | Reading::Again => self.read_bytes(),
-                Reading::Ring => self.read_wakes(),
+                Reading::Ring => self.read_tokens(),
                 Reading::Ended => false,
             };
             if !went_on {
@@ -337,25 +335,24 @@ impl Anchor {
     fn read_bytes(&mut self) -> bool {
         // First how much there is, then whether the program has switched: what was there before
         // the switch is data.
-        let unread = match unread(&self.socket) {
-            Ok(unread) => unread,
-            Err(_) => {
-                self.fail("its socket does not say what there is to read");
-                return false;
-            }
+        let Some(unread) = self.socket.unread() else {
+            self.fail("its socket does not say what there is to read");
+            return false;
         };
         let mut most = self.staging_room();
         if self.reading == Reading::Anchor {
-            let switch_at = self.stream.out().producer.switch_at.load(Ordering::Acquire);
-            if switch_at == self.received {
-                self.reading = Reading::Ring;
-                return true;
+            match Ahead::of(&self.stream.out().producer, self.received) {
+                Ahead::Ring => {
+                    self.reading = Reading::Ring;
+                    return true;
+                }
+                Ahead::Anchor(bytes) => most = most.min(bytes),
+                Ahead::Unswitched => {}
+                Ahead::Impossible => {
+                    self.fail("it says that it switched before bytes that it has sent");
+                    return false;
+                }
             }
-            if switch_at != NOT_SWITCHED && switch_at < self.received {
-                self.fail("it says that it switched before bytes that it has sent");
-                return false;
-            }
-            most = most.min(switch_at - self.received);
         }
         if most == 0 {
             return false;
@@ -377,20 +374,31 @@ impl Anchor {
         }
     }
 
-    /// Nothing has come, or the end has. A byte that comes meanwhile is left there: it may be a wake byte, sent
+    /// Nothing has come, or the end has. A byte that comes meanwhile is left there: it may be a token, sent
     /// behind a switch.
     fn look_for_end(&mut self) -> bool {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
-        match recv(self.socket.as_raw_fd(), &mut [0], flags) {
-            Ok(0) => self.end_of_file(),
-            Ok(_) => true,
-            Err(errno) => self.failed(&errno.into()),
+        match self.socket.peek() {
+            Got::End => self.end_of_file(),
+            Got::Bytes(_) => true,
+            Got::Nothing => false,
+            Got::Error(error) => self.failed(&io::Error::from_raw_os_error(error)),
         }
     }
 
-    fn read_wakes(&mut self) -> bool {
-        let outstanding = self.outstanding();
-        if outstanding == 0 && self.has_ended_ring() {
+    fn read_tokens(&mut self) -> bool {
+        match self.tokens().take(&self.socket) {
+            Drained::Tokens(_) | Drained::Nothing => {}
+            Drained::Foreign(_) => {
+                self.fail("a byte that is no token");
+                return false;
+            }
+            Drained::End => return self.end_of_file(),
+            Drained::Error => return self.end_behind_tokens(),
+        }
+        if self.tokens().outstanding() != 0 {
+            return false;
+        }
+        if self.has_ended_ring() {
             let resumes_at = self.stream.resumes_at.load(Ordering::Acquire);
             if resumes_at == NONE {
                 return false;
@@ -400,34 +408,26 @@ impl Anchor {
             self.reading = Reading::Again;
             return true;
         }
-        // Never more than were counted: behind them may come data.
-        let mut bytes = [0; 64];
-        let most = (outstanding as usize).clamp(1, bytes.len());
-        let peek = if outstanding == 0 {
-            MsgFlags::MSG_PEEK
-        } else {
-            MsgFlags::empty()
-        };
-        let flags = MsgFlags::MSG_DONTWAIT | peek;
-        match recv(self.socket.as_raw_fd(), &mut bytes[..most], flags) {
-            Ok(0) => self.end_of_file(),
-            Ok(got) if outstanding != 0 => {
-                self.drained = self.drained.wrapping_add(got as u32);
-                if bytes[..got].iter().any(|byte| *byte != WAKE_BYTE) {
-                    self.fail("a byte that is no wake byte");
-                }
-                true
-            }
-            Ok(_) => {
+        match self.socket.peek() {
+            Got::End => self.end_of_file(),
+            Got::Nothing => false,
+            Got::Error(_) => self.end_behind_tokens(),
+            Got::Bytes(_) => {
                 // Somebody went past the shim, unless it was counted or ended meanwhile.
-                let explained = self.outstanding() != 0 || self.has_ended_ring();
+                let explained = self.tokens().outstanding() != 0 || self.has_ended_ring();
                 if !explained {
                     self.fail("a byte that was not counted");
                 }
                 explained
             }
-            Err(errno) => self.failed(&errno.into()),
         }
+    }
+
+    /// The kernel of a program that has gone resets the connection for unread tokens. Whether it left bytes unread, the ring
+    /// tells.
+    fn end_behind_tokens(&mut self) -> bool {
+        self.hung_up = true;
+        self.end_of_file()
     }
 
     fn end_of_file(&mut self) -> bool {
@@ -442,12 +442,7 @@ impl Anchor {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EAGAIN) => false,
             Some(Errno::EINTR) => true,
-            // The kernel of a program that has gone resets the connection for unread wake bytes.
-            // Whether it left bytes unread, the ring tells.
-            _ if self.reading == Reading::Ring => {
-                self.hung_up = true;
-                self.end_of_file()
-            }
+            _ if self.reading == Reading::Ring => self.end_behind_tokens(),
             _ => {
                 self.fail("its socket has an error");
                 false
@@ -477,8 +472,7 @@ impl Anchor {
             if arrived <= given {
                 if self.stream.ends_at.load(Ordering::SeqCst) == given {
                     self.writing = Writing::Ended;
-                    // It fails when the program has reset the connection, which is seen elsewhere.
-                    let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
+                    self.socket.shut(Shut::Sending);
                 }
                 return;
             }
@@ -550,12 +544,7 @@ impl Anchor {
         }
         let incoming = self.stream.incoming();
         if self.writing == Writing::Ring {
-            incoming.producer.wakes.fetch_add(1, Ordering::AcqRel);
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            let fd = self.socket.as_raw_fd();
-            if nix::sys::socket::send(fd, &[WAKE_BYTE], flags) != Ok(1) {
-                incoming.producer.wakes.fetch_sub(1, Ordering::AcqRel);
-            }
+            send_token(&incoming.producer, &self.socket, || {});
         }
         if what & todo::WAKE_BYTES != 0 {
             wake::rung(&incoming.bytes.want);
@@ -569,22 +558,6 @@ impl Anchor {
     fn reset(&mut self) {
         let producer = &self.stream.incoming().producer;
         producer.mark.fetch_or(mark::RESET, Ordering::AcqRel);
-        let linger = libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        };
-        // Closing then sends RST. If it can't be set, the program sees the mark all the same.
-        let _ = setsockopt(&self.socket, sockopt::Linger, &linger);
-    }
-}
-
-/// Bytes that can be read from a socket.
-fn unread(socket: &OwnedFd) -> io::Result<u64> {
-    let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes an int.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) };
-    match result {
-        0 => Ok(count.max(0) as u64),
-        _ => Err(io::Error::last_os_error()),
+        self.socket.break_at_close();
     }
 }

@@ -21,6 +21,7 @@ mod core;
 mod live;
 pub mod mail;
 pub mod memory;
+mod socket;
 mod stages;
 mod station;
 pub mod stream;

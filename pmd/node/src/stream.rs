@@ -5,7 +5,7 @@
 //! anchor, in the ring and between the nodes alike.
 
 use crate::memory::{Board, StreamMemory};
-use rdsock_shm::bell::Place;
+use rdsock_shm::end::take_ask;
 use rdsock_shm::layout::{Ask, Direction, mark, want};
 use rdsock_shm::wake;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -178,22 +178,11 @@ impl NodeStream {
 
     #[cold]
     fn take(&self, ask: &Ask) -> bool {
-        let taken = wake::take(&ask.want);
-        if taken & (want::BELL | want::WAKE) == 0 {
-            return false;
-        }
-        let mut byte = taken & want::WAKE != 0;
-        if taken & want::BELL != 0 {
-            let place = Place::from_word(ask.place.load(Ordering::Acquire));
-            byte |= match (place, self.board()) {
-                (Some(place), Some(board)) => board.ring(place),
-                _ => true,
-            };
-        }
-        if !byte {
+        let (taken, token) = take_ask(ask, |place| Some(self.board()?.ring(place)));
+        if !token && taken & (want::BELL | want::WAKE) != 0 {
             wake::rung(&ask.want);
         }
-        byte
+        token
     }
 
     /// Marks the end of what comes in, for a program on its ring.

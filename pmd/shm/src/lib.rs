@@ -6,6 +6,7 @@
 
 pub mod bell;
 pub mod control;
+pub mod end;
 pub mod layout;
 pub mod lock;
 pub mod queue;

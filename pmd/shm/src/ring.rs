@@ -24,6 +24,12 @@ pub struct Violation;
 /// Set in [`TxState::head`] while the sender moves its origin.
 const REWINDING: u64 = 1 << 63;
 
+/// The position that [`TxState::head`] holds.
+#[inline]
+pub(crate) const fn position(head: u64) -> u64 {
+    head & !REWINDING
+}
+
 /// Bytes after which a sender looks whether the ring is empty, to start at offset 0 again.
 pub const REWIND_AFTER: u64 = if cfg!(loom) { 4 } else { 2048 };
 
@@ -248,7 +254,7 @@ impl<'a> Sender<'a> {
 
     /// Free bytes, looked up afresh.
     pub fn space(&self) -> Result<u64, Violation> {
-        let head = self.own.head.load(Ordering::Relaxed) & !REWINDING;
+        let head = position(self.own.head.load(Ordering::Relaxed));
         let tail = self.refresh(head)?;
         Ok(self.ring.size().saturating_sub(head - tail))
     }
@@ -304,9 +310,8 @@ impl<'a> Sender<'a> {
     }
 
     fn finish_rewind(&self, head: u64) {
-        let position = head & !REWINDING;
-        self.own.origin.store(position, Ordering::Relaxed);
-        swap_if(&self.own.head, head, position);
+        self.own.origin.store(position(head), Ordering::Relaxed);
+        swap_if(&self.own.head, head, position(head));
     }
 
     /// Copies into reserved space, `skip` bytes after its start.
@@ -377,26 +382,32 @@ impl<'a> Sender<'a> {
 
     /// The position after the last reserved byte.
     pub fn head(&self) -> u64 {
-        self.own.head.load(Ordering::Relaxed) & !REWINDING
+        position(self.own.head.load(Ordering::Relaxed))
     }
 
-    /// A published piece from position `from` on, to send it again elsewhere: contiguous, empty
-    /// at `head`. A violation when `from` is not in the ring.
-    #[cfg(not(loom))]
-    pub fn published(&self, from: u64) -> Result<(*const u8, usize), Violation> {
+    /// Gives `send` a piece of what was published from position `from` on, to send it again elsewhere: contiguous;
+    /// nothing at `head`. A violation when `from` is not in the ring.
+    pub fn with_published<T>(
+        &self,
+        from: u64,
+        send: impl FnOnce(*const u8, usize) -> T,
+    ) -> Result<Option<T>, Violation> {
         let (offset, len) = self.published_at(from)?;
-        let (start, len) = self.ring.piece(offset, len);
-        Ok((start, len))
-    }
-
-    /// As above, all of it and copied.
-    #[cfg(loom)]
-    pub fn published(&self, from: u64) -> Result<Vec<u8>, Violation> {
-        let (offset, len) = self.published_at(from)?;
-        let mut bytes = vec![0; len as usize];
-        // SAFETY: the buffer has `len` bytes.
-        unsafe { self.ring.read(offset, bytes.as_mut_ptr(), bytes.len()) };
-        Ok(bytes)
+        if len == 0 {
+            return Ok(None);
+        }
+        #[cfg(not(loom))]
+        {
+            let (start, len) = self.ring.piece(offset, len);
+            Ok(Some(send(start, len)))
+        }
+        #[cfg(loom)]
+        {
+            let mut bytes = vec![0; len as usize];
+            // SAFETY: the buffer has `len` bytes.
+            unsafe { self.ring.read(offset, bytes.as_mut_ptr(), bytes.len()) };
+            Ok(Some(send(bytes.as_ptr(), bytes.len())))
+        }
     }
 
     /// Offset and length of what was published from position `from` on.
@@ -489,6 +500,17 @@ impl<'a> Receiver<'a> {
     pub fn available_now(&self) -> Result<Option<Available>, Violation> {
         self.refresh(self.own.tail.load(Ordering::Relaxed))?;
         self.available()
+    }
+
+    /// What lies in the ring from position `at` on, before this half begins to read there.
+    pub fn available_from(&self, at: u64) -> Result<Option<Available>, Violation> {
+        let producer = &self.wire.producer;
+        let len = producer.head.load(Ordering::Acquire).wrapping_sub(at);
+        if len > self.ring.size() {
+            return Err(Violation);
+        }
+        let offset = at.wrapping_sub(producer.origin.load(Ordering::Relaxed));
+        Ok((len != 0).then_some(Available { at, len, offset }))
     }
 
     /// Copies out of available bytes, `skip` bytes after their start.

@@ -23,6 +23,10 @@
 use crate::layout::{Ask, want};
 use crate::sync::{AtomicU32, Ordering, fence};
 
+/// The byte on the anchor that wakes the other end. Any other byte on the anchor of a direction that has switched was
+/// sent behind the shim's back.
+pub static WAKE_BYTE: u8 = 0xA5;
+
 /// Asks: sets `bits`, and orders that before whatever the caller looks at next.
 #[inline]
 pub fn ask(word: &AtomicU32, bits: u32) {

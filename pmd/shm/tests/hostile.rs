@@ -201,7 +201,7 @@ proptest! {
                     continue;
                 }
                 Step::Stop(from) => {
-                    if let Ok((start, len)) = sender.published(*from) {
+                    if let Ok(Some((start, len))) = sender.with_published(*from, |start, len| (start, len)) {
                         let first = bench.memory.as_ptr().wrapping_add(MARGIN);
                         let end = first.wrapping_add(RING as usize);
                         prop_assert!(start >= first && start.wrapping_add(len) <= end);

@@ -100,7 +100,11 @@ pub unsafe extern "C" fn sendto(
 pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: arguments pass through; a header is only read when it is not null.
     unsafe {
-        let in_kernel = || real::recvmsg(fd, msg, flags);
+        let is_kernels = std::cell::Cell::new(false);
+        let in_kernel = || {
+            is_kernels.set(true);
+            real::recvmsg(fd, msg, flags)
+        };
         if conn::kind(fd) == Kind::Other {
             let result = in_kernel();
             if result >= 0 && (*msg).msg_controllen != 0 {
@@ -114,9 +118,8 @@ pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> s
             return in_kernel();
         }
         let result = receive(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
-        if result >= 0
-            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some_and(demote::is_on_rings))
-        {
+        // Bytes of the ring come alone, whatever the stream has become meanwhile.
+        if result >= 0 && !is_kernels.get() {
             let header = &mut *msg;
             header.msg_namelen = 0;
             header.msg_controllen = 0;

@@ -92,7 +92,7 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     if let Some(held) = conn::of(fd)
         && let Some(stream) = held.conn.stream()
     {
-        stream.reset(fd, Reason::Call);
+        stream.at(&held, fd).reset(Reason::Call);
     }
     if let Some(held) = conn::of(fd) {
         // The socket stays open, and with it what is registered in the program's epoll instances.

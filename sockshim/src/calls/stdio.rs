@@ -4,7 +4,7 @@
 use super::read_write::write;
 use super::transfer::one;
 use crate::conn::{self, Kind, Use};
-use crate::io::{self, Buffers, Outcome};
+use crate::io::{self, Outcome};
 use crate::stream::Stream;
 use crate::{demote, real, sys};
 use libc::{c_int, size_t};
@@ -43,7 +43,7 @@ unsafe extern "C" {
 
 /// Puts what is in the ring into a stdio stream's buffer.
 fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
-    let Some(unread) = io::unread(stream, fd).filter(|unread| *unread > 0) else {
+    let Some(unread) = io::unread(&stream.at(held, fd)).filter(|unread| *unread > 0) else {
         return;
     };
     let Some(bytes) = sys::map(-1, unread as usize) else {
@@ -52,7 +52,7 @@ fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
     let part = one(bytes.cast(), unread as usize);
     // SAFETY: the mapping has room for what is asked; it is unmapped when nobody uses it.
     unsafe {
-        if let Ok(buffers) = Buffers::new(&part, 1, 0)
+        if let Ok(buffers) = io::buffers(&part, 1, 0)
             && let Outcome::Done(got) = io::recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT)
             && got > 0
         {

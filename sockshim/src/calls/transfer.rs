@@ -2,7 +2,7 @@
 //! kernel, and counted there, so that no stream is set up meanwhile.
 
 use crate::conn::{self, Use, phase};
-use crate::io::{self, Buffers, InKernel, Outcome};
+use crate::io::{self, InKernel, Outcome};
 use crate::stream::Stream;
 use crate::{demote, signals, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
@@ -23,7 +23,7 @@ pub(super) enum Moves {
     },
 }
 
-type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
+type StreamCall<'a> = &'a dyn for<'s> Fn(&'s Use, &'s Stream) -> Outcome<'s>;
 
 /// A call that moves bytes: on the stream when there is one, else in the kernel, counted in so that
 /// no stream is set up meanwhile.
@@ -162,7 +162,7 @@ pub(super) unsafe fn receive(
     }
     let on_stream = |held: &Use, stream: &Stream| -> isize {
         // SAFETY: the caller vouches for the entries.
-        match unsafe { Buffers::new(parts, count, flags) } {
+        match unsafe { io::buffers(parts, count, flags) } {
             Ok(buffers) => match io::recv(held, stream, fd, &buffers, flags) {
                 Outcome::Done(result) => result,
                 Outcome::Kernel(_) => isize::MIN,
@@ -199,7 +199,7 @@ pub(super) unsafe fn transmit(
         fd,
         Moves::Out,
         // SAFETY: the caller vouches for the entries.
-        &|held, stream| match unsafe { Buffers::new(parts, count, flags) } {
+        &|held, stream| match unsafe { io::buffers(parts, count, flags) } {
             Ok(buffers) => io::send(held, stream, fd, &buffers, flags),
             Err(error) => Outcome::Done(error),
         },

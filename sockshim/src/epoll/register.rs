@@ -4,11 +4,13 @@ use super::moves::{demoted, is_on_rings, lift, promoted};
 use super::report::Snapshot;
 use super::*;
 use crate::conn::{Use, born};
+use crate::end::End;
 use crate::{demote, ready};
 use libc::{
     EPOLL_CTL_MOD, EPOLLERR, EPOLLEXCLUSIVE, EPOLLHUP, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLWAKEUP,
 };
 use rdsock_shm::bell;
+use rdsock_shm::end::Shared;
 use rdsock_shm::layout::want;
 use rdsock_shm::reason::Reason;
 
@@ -414,12 +416,13 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
     let space = stream.out().space.place.swap(place, AcqRel);
     if place == 0 && (bytes != 0 || space != 0) {
         // Whoever waits for the bell there was, or sleeps, is told by a byte from now on.
-        ready::ask(stream, ready::IN | ready::OUT, want::WAKE);
+        let end = stream.at(held, held.conn.fd.load(Relaxed));
+        ready::ask(&end, ready::IN | ready::OUT, want::WAKE);
     }
 }
 
 /// How a stream is to tell that it has something: by bell, where it has a place on this one.
-pub(super) fn how(state: &State, bit: usize, stream: &crate::stream::Stream) -> u32 {
+pub(super) fn how(state: &State, bit: usize, stream: &Shared) -> u32 {
     let place = stream.incoming().bytes.place.load(Relaxed);
     match state.bell {
         Some((number, _)) if place == (bell::Place { bell: number, bit }).to_word() => want::BELL,
@@ -438,6 +441,6 @@ pub(super) fn inner_event(events: u32, bit: usize) -> epoll_event {
 }
 
 /// Asks for a sign when what a registration names comes.
-pub(super) fn ask(state: &State, bit: usize, stream: &crate::stream::Stream, events: u32) {
-    ready::ask(stream, events as i16, how(state, bit, stream));
+pub(super) fn ask(state: &State, bit: usize, end: &End<'_>, events: u32) {
+    ready::ask(end, events as i16, how(state, bit, end.shared));
 }

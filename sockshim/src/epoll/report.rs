@@ -336,6 +336,7 @@ fn of_stream(
 ) -> Option<i16> {
     let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
+    let end = stream.at(held, fd);
     if has_left(stream) {
         // Following it changes this very registration: done without the lock, see `follow_leavers`.
         held.conn.look.store(1, Relaxed);
@@ -353,7 +354,7 @@ fn of_stream(
     if seen == 0 && !look.few {
         // Whoever publishes from now on rings; look once more after that is said.
         state.unmark(bit);
-        register::ask(state, bit, stream, slot.events);
+        register::ask(state, bit, &end, slot.events);
         before = Snapshot::of(stream);
         seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
         if seen != 0 {
@@ -364,7 +365,7 @@ fn of_stream(
         return None;
     }
     if look.others && !look.peek {
-        register::ask(state, bit, stream, slot.events);
+        register::ask(state, bit, &end, slot.events);
     }
     if slot.events & EPOLLET as u32 == 0 {
         return Some(seen);
@@ -386,7 +387,7 @@ fn of_stream(
     let events = slot.events;
     if !look.few {
         state.unmark(bit);
-        register::ask(state, bit, stream, events);
+        register::ask(state, bit, &end, events);
         // What came since the snapshot was taken must be found now: only what comes later rings.
         if Snapshot::of(stream) != before
             || ready::of(held, stream, fd, interest, false) != Some(seen)

@@ -244,7 +244,8 @@ fn ask(state: &mut State, bit: usize, by_byte: bool) {
                 } else {
                     way(state, bit, stream)
                 };
-                ready::ask(stream, slot.events as i16, how);
+                let end = stream.at(&held, slot.number);
+                ready::ask(&end, slot.events as i16, how);
             }
         }
         Kind::Epoll(index) => {

@@ -1,58 +1,92 @@
 //! From files and pipes onto a stream, and from a stream into a pipe.
 
-use super::send::{Way, wait_for_space, way_out};
+use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
-use crate::demote;
-use rdsock_shm::layout::{phase, want};
+use rdsock_shm::end::{MOST, Way};
+use rdsock_shm::layout::phase;
 use rdsock_shm::reason::Reason;
-use rdsock_shm::wake;
+
+/// Bytes that are read into the ring before they are published.
+const PIECE: u64 = 64 * 1024;
+
+/// What bytes are read from.
+#[derive(Clone, Copy, PartialEq)]
+enum Source {
+    File,
+    Pipe,
+}
 
 /// `sendfile` onto a stream: the file is read straight into the ring. `offset` is where to read,
 /// and is moved; without one the file's own position is used.
 pub fn send_file<'a>(
-    held: &Use,
+    held: &'a Use,
     stream: &'a Stream,
     fd: c_int,
     file: c_int,
+    offset: Option<&mut i64>,
+    count: usize,
+) -> Outcome<'a> {
+    read_in(held, stream, fd, (Source::File, file), offset, count)
+}
+
+fn read_in<'a>(
+    held: &'a Use,
+    stream: &'a Stream,
+    fd: c_int,
+    (source, file): (Source, c_int),
     mut offset: Option<&mut i64>,
     count: usize,
 ) -> Outcome<'a> {
+    let end = stream.at(held, fd);
     let mut done = 0_usize;
     let count = count.min(MOST);
     loop {
-        let guard = stream.lock_tx(fd);
-        match way_out(held, stream, &guard, fd) {
+        let half = end.lock_tx();
+        match half.way() {
             Way::Ring => {}
-            Way::Kernel(_) if done != 0 => return Outcome::Done(done as isize),
-            Way::Kernel(counted) => return Outcome::Kernel(counted),
-            Way::Error(_) if done != 0 => return Outcome::Done(done as isize),
-            Way::Error(error) => {
-                drop(guard);
-                return Outcome::Done(if error == PIPE { broken_pipe(0) } else { error });
+            Way::Kernel(counted) if done == 0 => return Outcome::Kernel(counted),
+            Way::Kernel(counted) => {
+                drop(half);
+                let rest = count - done;
+                let sent = match source {
+                    Source::File => sys::sendfile(fd, file, offset.as_deref_mut(), rest),
+                    Source::Pipe => sys::splice(file, fd, rest, libc::SPLICE_F_NONBLOCK),
+                };
+                if counted.is_some() {
+                    drop(counted);
+                    end.after_kernel_send();
+                }
+                return Outcome::Done(done as isize + sent.max(0));
             }
+            Way::Pipe | Way::Broken if done != 0 => return Outcome::Done(done as isize),
+            Way::Pipe => {
+                drop(half);
+                return Outcome::Done(broken_pipe(0));
+            }
+            Way::Broken => return Outcome::Done(BROKEN),
         }
         let (mut full, mut stop) = (false, None);
         while done < count && stop.is_none() && stream.tx().phase.load(Relaxed) == phase::RING {
-            let space = match guard.sender.reserve(((count - done) as u64).min(CHUNK * 4)) {
+            let space = match half.sender.reserve(((count - done) as u64).min(PIECE)) {
                 Ok(Some(space)) => space,
                 Ok(None) => {
                     full = true;
                     break;
                 }
                 Err(_) => {
-                    stream.reset(fd, Reason::Violation);
+                    end.reset(Reason::Violation);
                     return Outcome::Done(if done == 0 { BROKEN } else { done as isize });
                 }
             };
-            let (at, len) = guard.sender.piece(space);
+            let (at, len) = half.sender.piece(space);
             // SAFETY: the piece is reserved space of the ring.
             let got = unsafe { sys::pread(file, at, len, offset.as_ref().map(|at| **at)) };
             let used = got.max(0) as u64;
-            if used != space.len && !guard.sender.give_back(space, used) {
+            if used != space.len && !half.sender.give_back(space, used) {
                 // Only a handler that sent in the middle of this brings us here: its bytes lie
                 // behind a gap that cannot be closed.
-                stream.reset(fd, Reason::Call);
+                end.reset(Reason::Call);
                 return Outcome::Done(BROKEN);
             }
             if let Some(offset) = offset.as_deref_mut() {
@@ -62,29 +96,22 @@ pub fn send_file<'a>(
             if got <= 0 {
                 stop = Some(got);
             }
-            guard.sender.publish();
-            if wake::asked(&stream.out().bytes) != 0 {
-                demote::after_answer(
-                    held,
-                    stream,
-                    &guard,
-                    fd,
-                    stream.answer(fd, &stream.out().bytes),
-                );
-            }
+            half.publish();
         }
-        let wants = stream.out().bytes.want.load(Acquire);
-        if full && wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
-            demote::after_answer(held, stream, &guard, fd, wants);
+        if full {
+            half.follow_wants();
         }
-        drop(guard);
+        drop(half);
         match stop {
             Some(error) if error < 0 && done == 0 => return Outcome::Done(error),
             Some(_) => return Outcome::Done(done as isize),
             None if done == count => return Outcome::Done(done as isize),
             None => {}
         }
-        if full && let Err(error) = wait_for_space(held, stream, fd, 0) {
+        if full
+            && stream.tx().phase.load(Relaxed) == phase::RING
+            && let Err(error) = wait_for_space(&end, held, 0)
+        {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
     }
@@ -92,7 +119,7 @@ pub fn send_file<'a>(
 
 /// `splice` from a pipe onto a stream: what the pipe holds now is read straight into the ring.
 pub fn splice_in<'a>(
-    held: &Use,
+    held: &'a Use,
     stream: &'a Stream,
     fd: c_int,
     pipe: c_int,
@@ -100,7 +127,7 @@ pub fn splice_in<'a>(
     wait: bool,
 ) -> Outcome<'a> {
     if stream.tx().phase.load(Acquire) != phase::RING {
-        match send_file(held, stream, fd, pipe, None, 0) {
+        match read_in(held, stream, fd, (Source::Pipe, pipe), None, 0) {
             Outcome::Done(0) => {}
             other => return other,
         }
@@ -109,7 +136,10 @@ pub fn splice_in<'a>(
         match sys::ioctl_int(pipe, libc::FIONREAD) {
             None => return Outcome::Done(-(libc::EINVAL as isize)),
             Some(0) => {}
-            Some(ready) => return send_file(held, stream, fd, pipe, None, len.min(ready as usize)),
+            Some(ready) => {
+                let len = len.min(ready as usize);
+                return read_in(held, stream, fd, (Source::Pipe, pipe), None, len);
+            }
         }
         let nonblocking =
             !wait || sys::fcntl(pipe, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0;
@@ -130,9 +160,9 @@ pub fn splice_in<'a>(
 /// Bytes that a pipe takes without blocking once it is writable.
 const PIPE_PIECE: usize = 4096;
 
-/// `splice` from a stream into a pipe: a piece that the pipe has room for.
+/// `splice` from a stream into a pipe: as much as is there and the pipe has room for.
 pub fn splice_out<'a>(
-    held: &Use,
+    held: &'a Use,
     stream: &'a Stream,
     fd: c_int,
     pipe: c_int,
@@ -145,18 +175,46 @@ pub fn splice_out<'a>(
     ) {
         return Outcome::Kernel(None);
     }
+    let mut done = 0;
+    loop {
+        // It waits for the first byte, and for room for that.
+        match splice_piece(held, stream, fd, pipe, len - done, wait && done == 0) {
+            Outcome::Done(moved) if moved > 0 => done += moved as usize,
+            outcome if done == 0 => return outcome,
+            Outcome::Done(_) => return Outcome::Done(done as isize),
+            Outcome::Kernel(_) => {
+                let moved = sys::splice(fd, pipe, len - done, libc::SPLICE_F_NONBLOCK);
+                return Outcome::Done(done as isize + moved.max(0));
+            }
+        }
+        if done >= len {
+            return Outcome::Done(done as isize);
+        }
+    }
+}
+
+fn splice_piece<'a>(
+    held: &'a Use,
+    stream: &'a Stream,
+    fd: c_int,
+    pipe: c_int,
+    len: usize,
+    wait: bool,
+) -> Outcome<'a> {
     let mut bytes = [0_u8; PIPE_PIECE];
-    let part = iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: len.min(PIPE_PIECE),
+    let start = bytes.as_mut_ptr();
+    let part = |len: usize| iovec {
+        iov_base: start.cast(),
+        iov_len: len,
     };
+    let wanted = part(len.min(PIPE_PIECE));
     // SAFETY: one entry that describes the local buffer.
-    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+    let Ok(room) = (unsafe { buffers(&wanted, 1, 0) }) else {
         return Outcome::Done(AGAIN);
     };
     let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
     // Wait for bytes first, then for room, then move them.
-    let ready = match recv(held, stream, fd, &buffers, libc::MSG_PEEK | flags) {
+    let ready = match recv(held, stream, fd, &room, libc::MSG_PEEK | flags) {
         Outcome::Done(ready) if ready > 0 => ready as usize,
         other => return other,
     };
@@ -169,18 +227,15 @@ pub fn splice_out<'a>(
             return Outcome::Done(if seen < 0 { seen } else { AGAIN });
         }
     }
-    let part = iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: ready,
-    };
+    let found = part(ready);
     // SAFETY: as above.
-    let Ok(buffers) = (unsafe { Buffers::new(&part, 1, 0) }) else {
+    let Ok(found) = (unsafe { buffers(&found, 1, 0) }) else {
         return Outcome::Done(AGAIN);
     };
-    match recv(held, stream, fd, &buffers, libc::MSG_DONTWAIT) {
+    match recv(held, stream, fd, &found, libc::MSG_DONTWAIT) {
         Outcome::Done(got) if got > 0 => {
             // SAFETY: `got` bytes of the local buffer are filled.
-            Outcome::Done(unsafe { sys::write(pipe, bytes.as_ptr(), got as usize) })
+            Outcome::Done(unsafe { sys::write(pipe, start, got as usize) })
         }
         other => other,
     }

@@ -28,7 +28,7 @@ pub fn before_fork() -> bool {
     note_shared(&guard);
     conn::each(|_, conn| {
         if let Some(stream) = conn.stream() {
-            stream.end().holders.fetch_add(1, AcqRel);
+            stream.page().holders.fetch_add(1, AcqRel);
         }
     });
     std::mem::forget(guard);

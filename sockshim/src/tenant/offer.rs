@@ -8,12 +8,11 @@ use super::memory::{count, record};
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
-use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::control::{Promote, Request, request};
-use rdsock_shm::layout::{self, Counter};
+use rdsock_shm::layout::Counter;
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
 
@@ -77,7 +76,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
         };
         return;
     }
-    match install(conn, &offer.promote, offer.fds) {
+    match install(held, &offer.promote, offer.fds) {
         Ok(stream) => {
             crate::epoll::begin_mapping();
             // SAFETY: the phase is INSTALLING, set above.
@@ -135,7 +134,8 @@ fn take_names(conn: &Conn, promote: &Promote) {
 }
 
 /// Maps a stream, and makes the receiving half ready: the other end may switch from then on.
-fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Reason> {
+fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Reason> {
+    let conn = held.conn;
     let fd = conn.fd.load(Relaxed);
     let stream = Stream::map(
         fds,
@@ -145,62 +145,22 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
         promote.stream_id,
     )
     .ok_or(Reason::NoMemory)?;
-    if stream.end().installed.load(Acquire) != 0 {
+    let end = stream.at(held, fd);
+    let is_ready = if stream.page().installed.load(Acquire) != 0 {
         // Inherited over exec: everything stands in the end page.
-        stream.free_own_locks();
-        stream
-            .out()
-            .producer
-            .barriers
-            .store(stream::has_barriers(), Relaxed);
-        own_options(conn, fd);
-        return Ok(stream);
+        end.free_own_locks(stream::pid());
+        end.note_barriers();
+        true
+    } else {
+        let flags = sys::fcntl(fd, libc::F_GETFL, 0);
+        end.promote(flags & libc::O_NONBLOCK as isize != 0)
+    };
+    if !is_ready {
+        stream.unmap();
+        return Err(Reason::NotQuiet);
     }
-    match make_ready(conn, &stream, fd) {
-        Some(()) => Ok(stream),
-        None => {
-            stream.unmap();
-            Err(Reason::NotQuiet)
-        }
-    }
-}
-
-/// Finds the position of the receiving half, and publishes that it is ready.
-fn make_ready(conn: &Conn, stream: &Stream, fd: c_int) -> Option<()> {
-    if TcpInfo::of(fd)?.state != TcpInfo::ESTABLISHED {
-        return None;
-    }
-    let position = settle(fd)?;
     own_options(conn, fd);
-    let flags = sys::fcntl(fd, libc::F_GETFL, 0);
-    let nonblocking = flags & libc::O_NONBLOCK as isize != 0;
-    let end = stream.end();
-    end.installed.store(1, Release);
-    end.nonblock.store(u32::from(nonblocking), Relaxed);
-    stream.rx().tail.store(position, Relaxed);
-    stream.rx().phase.store(layout::phase::SWITCHING, Release);
-    // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
-    let incoming = stream.incoming();
-    incoming.bytes.want.fetch_or(layout::want::WAKE, SeqCst);
-    stream
-        .out()
-        .producer
-        .barriers
-        .store(stream::has_barriers(), Relaxed);
-    incoming.consumer.ready.store(1, Release);
-    Some(())
-}
-
-/// The receive position, read until it stands still for the length of two calls.
-fn settle(fd: c_int) -> Option<u64> {
-    for _ in 0..1000 {
-        let before = TcpInfo::of(fd)?.received;
-        let unread = sys::ioctl_int(fd, libc::FIONREAD)? as u64;
-        if TcpInfo::of(fd)?.received == before {
-            return before.checked_sub(unread);
-        }
-    }
-    None
+    Ok(stream)
 }
 
 /// The anchor sends single bytes from now on, which must leave at once.

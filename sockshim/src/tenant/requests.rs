@@ -76,7 +76,7 @@ pub fn withdraw(index: usize, conn: &Conn) {
 
 /// This process no longer holds a stream.
 pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) {
-    stream.end().holders.fetch_sub(1, AcqRel);
+    stream.page().holders.fetch_sub(1, AcqRel);
     if let Some(guard) = Guard::take() {
         put(
             &guard,

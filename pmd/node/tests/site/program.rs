@@ -6,13 +6,12 @@ use rdsock_node::memory::stream_bytes;
 use rdsock_shm::layout::{DATA_OFFSET, Direction, RxState, StreamHeader, TxState, mark, want};
 use rdsock_shm::ring::{Receiver, RingMemory, Sender};
 use rdsock_shm::wake;
+use rdsock_shm::wake::WAKE_BYTE;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::Ordering::*;
 use std::time::Instant;
-
-const WAKE_BYTE: u8 = 0xA5;
 
 pub struct Program {
     map: MmapRaw,

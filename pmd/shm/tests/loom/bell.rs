@@ -1,6 +1,6 @@
 //! Bells: no bit is lost, and no sleeper.
 
-use crate::model::{Anchor, check};
+use crate::model::{Pipe, check};
 use loom::thread;
 use rdsock_shm::bell::{end_sleep, is_rung, ring, start_sleep, take};
 use rdsock_shm::layout::Bell;
@@ -9,13 +9,13 @@ use std::sync::Arc;
 struct Board {
     bell: Bell,
     /// The anchor that the epoll instance sleeps on.
-    anchor: Anchor,
+    anchor: Pipe,
 }
 
 fn board() -> Arc<Board> {
     Arc::new(Board {
         bell: Bell::default(),
-        anchor: Anchor::new(),
+        anchor: Pipe::new(),
     })
 }
 

@@ -101,6 +101,24 @@ fn space_is_told_by_an_end_that_has_not_switched() {
     });
 }
 
+/// A program may ask for space before its direction has moved, and not again when it has.
+#[test]
+fn space_that_was_asked_for_before_the_switch_is_told() {
+    check(2, || {
+        let [sender, receiver] = connection(8);
+        map(&sender);
+        map(&receiver);
+        sender.asks_for_space();
+        let writing = thread::spawn(move || {
+            sender.send(&[7; 9]);
+            sender
+        });
+        assert_eq!(receiver.receive_all(9), [7; 9]);
+        let sender = writing.join().unwrap();
+        assert_eq!(sender.receives().unread(), u64::from(sender.outstanding()));
+    });
+}
+
 #[test]
 fn space_is_told_amid_a_kernel_send() {
     check(1, || {

@@ -1,12 +1,5 @@
-//! What the loom tests are made of: the kernel's side of a connection as a byte pipe, and one end
-//! of a stream in memory that loom watches.
-//!
-//! The algorithms that mix shared memory with system calls live in `sockshim/src`; the steps are
-//! stated again here, with the system calls played by [`Anchor`], and each names the function it
-//! follows. A change there is a change here.
-//!
-//! loom takes sequentially consistent loads and stores for acquire and release ones. Where the
-//! shim relies on their order, the model puts the fence that the processor has in any case.
+//! What the loom tests are made of: the kernel's side of a connection as a pipe of bytes, and the memory of a stream, which
+//! loom watches. What an end does with both is the code that ships, `rdsock_shm::end`.
 
 #![allow(dead_code)]
 
@@ -75,7 +68,7 @@ pub fn direction() -> Direction {
 }
 
 /// One direction of a TCP connection: a FIFO of bytes with an end, as the kernel keeps it.
-pub struct Anchor {
+pub struct Pipe {
     state: Mutex<Kernel>,
     arrived: Condvar,
 }
@@ -88,15 +81,15 @@ struct Kernel {
 
 /// What a receive call gives.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Got {
+pub enum Given {
     Bytes(Vec<u8>),
     Nothing,
     End,
 }
 
-impl Anchor {
+impl Pipe {
     pub fn new() -> Self {
-        Anchor {
+        Pipe {
             state: Mutex::new(Kernel {
                 bytes: VecDeque::new(),
                 sent: 0,
@@ -138,24 +131,30 @@ impl Anchor {
     }
 
     /// `recv(MSG_DONTWAIT)` of at most `most` bytes.
-    pub fn receive(&self, most: u64) -> Got {
+    pub fn receive(&self, most: u64) -> Given {
         let mut state = self.state.lock().unwrap();
         let most = (most as usize).min(state.bytes.len());
         match most {
-            0 if state.ended && state.bytes.is_empty() => Got::End,
-            0 => Got::Nothing,
-            _ => Got::Bytes(state.bytes.drain(..most).collect()),
+            0 if state.ended && state.bytes.is_empty() => Given::End,
+            0 => Given::Nothing,
+            _ => Given::Bytes(state.bytes.drain(..most).collect()),
         }
     }
 
-    /// `recv(MSG_DONTWAIT | MSG_PEEK)` of one byte, or `poll(POLLIN)` without a wait.
-    pub fn look(&self) -> Got {
+    /// `recv(MSG_DONTWAIT | MSG_PEEK)` of at most `most` bytes, or `poll(POLLIN)` without a wait.
+    pub fn look(&self, most: usize) -> Given {
         let state = self.state.lock().unwrap();
-        match state.bytes.front() {
-            Some(byte) => Got::Bytes(vec![*byte]),
-            None if state.ended => Got::End,
-            None => Got::Nothing,
+        let bytes: Vec<u8> = state.bytes.iter().copied().take(most).collect();
+        match bytes.len() {
+            0 if state.ended => Given::End,
+            0 => Given::Nothing,
+            _ => Given::Bytes(bytes),
         }
+    }
+
+    /// True behind the end.
+    pub fn has_ended(&self) -> bool {
+        self.state.lock().unwrap().ended
     }
 
     /// `recv(MSG_PEEK)` of one byte, blocking, or `poll(POLLIN)`. False at the end.
@@ -168,7 +167,7 @@ impl Anchor {
     }
 }
 
-/// `stream::take`: takes a half's lock, whoever has it.
+/// Takes a lock, whoever has it.
 pub fn take(word: &AtomicU64, me: Owner) -> Taken {
     loop {
         match lock::try_take(word, me) {

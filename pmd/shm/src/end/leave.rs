@@ -1,0 +1,354 @@
+//! Leaving the rings: what rings cannot carry goes back to the kernel, at an exact position.
+//!
+//! Each direction is ended by its sender: it marks END at its head, and everything after that goes
+//! over the anchor. The receiver reads the ring up to the mark, takes the counted tokens off
+//! the anchor, and reads the anchor from then on. An end that [leaves](End::leave) ends its own direction and
+//! asks the other end (LEAVE) to end the other one with its next call.
+//!
+//! An end that must be the kernel's at once ([`End::abandon`]: exec, passing the fd, stdio) also says
+//! where it stopped reading (DEMOTED); the other end sends what lies behind that again, on the
+//! anchor.
+//!
+//! No token may come after END, since the receiver could not tell it from data: the sender
+//! counts one last one before it marks, and sends it after. An abandoner knows the other end's
+//! number of tokens once no RINGING stands in its own requests, because DEMOTED beside them
+//! forbids further ones.
+
+use super::token::send_token;
+use super::{Anchor, End, Got, PATIENCE_MS, Process, Receiving, Sending, Shut, Until};
+use crate::layout::{Counter, NOT_SWITCHED, anchor, mark, phase, want};
+use crate::reason::Reason;
+use crate::sync::{AtomicU32, Ordering::*, model_fence};
+use crate::wake;
+
+/// Milliseconds that a token which was counted may take to arrive.
+const IN_FLIGHT_MS: u32 = 1000;
+/// Milliseconds that a close waits for tokens on their way.
+const CLOSING_MS: u32 = 100;
+/// Milliseconds that the other end may take from deciding on a token to having sent it.
+const RINGING_MS: u32 = 5000;
+
+impl<'a, S: Anchor + Process> End<'a, S> {
+    /// ECONNRESET of a reset stream is reported by a send if no call has reported it yet: true then.
+    pub fn take_send_error(&self) -> bool {
+        let before = self.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel);
+        before & (anchor::SEND_ERROR | anchor::ERROR) == 0
+    }
+
+    /// ECONNRESET of a reset stream is reported once by a receive: true for the first.
+    pub(super) fn take_reset_error(&self) -> bool {
+        let reported = anchor::ERROR | anchor::EOF;
+        self.rx().anchor.fetch_or(reported, AcqRel) & anchor::ERROR == 0
+    }
+
+    /// The words in which this end asks the other one for something.
+    fn requests(&self) -> [&'a AtomicU32; 2] {
+        [&self.incoming().bytes.want, &self.out().space.want]
+    }
+
+    /// The other end has left: gives it what it did not read, and ends this direction as well.
+    pub fn follow(&self) {
+        let half = self.lock_tx();
+        if half.is_nested() {
+            return;
+        }
+        match self.tx().phase.load(Acquire) {
+            phase::RING if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
+                half.send_again();
+            }
+            phase::RING | phase::ANCHOR => half.end_sending(),
+            _ => {}
+        }
+        drop(half);
+        self.finished(Reason::PeerDemoted);
+    }
+
+    /// Takes note when both directions are the anchor's.
+    pub fn finished(&self, reason: Reason) {
+        if !self.shared.is_on_rings()
+            && !self.shared.is_reset()
+            && self.page().reason.swap(reason as u32, AcqRel) == 0
+        {
+            self.socket.count(Counter::Demoted);
+            self.socket.left(reason);
+        }
+    }
+
+    /// Takes the end of the incoming ring, if that is where the receiver stands.
+    pub fn settle_incoming(&self) {
+        let half = self.lock_rx();
+        let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        let unswitched = self.incoming().producer.switch_at.load(Acquire) == NOT_SWITCHED;
+        let is_there = match self.rx().phase.load(Acquire) {
+            phase::RING => !self.shared.has_bytes(),
+            phase::SWITCHING => unswitched,
+            _ => false,
+        };
+        if ended && !half.is_nested() && is_there {
+            half.incoming_ended();
+        }
+        drop(half);
+        self.finished(Reason::PeerDemoted);
+    }
+
+    /// Leaves the rings: what is sent from now on goes over the anchor, and what comes
+    /// does so once the other end has followed.
+    pub fn leave(&self) {
+        let half = self.lock_tx();
+        if !half.is_nested() {
+            half.end_sending();
+        }
+    }
+
+    /// Leaves the rings so that the kernel has every byte from now on, whoever reads. What was in the
+    /// ring and not read comes once the other end makes its next call. False when that can't be: then the
+    /// stream is to be reset. The caller blocks signals.
+    pub fn abandon(&self) -> bool {
+        let sending = self.lock_tx();
+        let receiving = self.lock_rx();
+        if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0
+            && self.tx().phase.load(Acquire) == phase::RING
+        {
+            sending.send_again();
+        }
+        let position = self.rx().tail.load(Relaxed);
+        self.incoming().consumer.stop.store(position, Release);
+        for request in self.requests() {
+            request.fetch_or(want::DEMOTED, SeqCst);
+        }
+        if !self.wait_for_ringing(RINGING_MS) {
+            return false;
+        }
+        sending.end_sending();
+        if self.rx().phase.load(Acquire) == phase::DEMOTED {
+            return true;
+        }
+        let switched = self.incoming().producer.switch_at.load(Acquire);
+        let quiet = receiving.outstanding() == 0
+            || switched == position
+            || self.rx().phase.load(Relaxed) == phase::RING;
+        // The end is marked by a sender that has not seen DEMOTED, and will not send again.
+        let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        let unread =
+            switched != NOT_SWITCHED && self.shared.has_bytes_after(position.max(switched));
+        if !quiet || ended && unread || !receiving.take_last_tokens(IN_FLIGHT_MS) {
+            return false;
+        }
+        self.rx().phase.store(phase::DEMOTED, Release);
+        true
+    }
+
+    /// Waits until the other end has sent the tokens that it has decided on. False when it takes too long.
+    fn wait_for_ringing(&self, ms: u32) -> bool {
+        let start = self.socket.milliseconds();
+        for request in self.requests() {
+            while request.load(Acquire) & want::RINGING != 0 {
+                if self.socket.milliseconds() - start > u64::from(ms) {
+                    return false;
+                }
+                self.socket.give_way();
+            }
+        }
+        true
+    }
+
+    /// The program ends its direction (`SHUT_WR`). False when it is the kernel's from now on, since it
+    /// was not on the ring: then the end has left.
+    pub fn shut_sending(&self) -> bool {
+        let half = self.lock_tx();
+        if self.tx().phase.load(Acquire) == phase::ANCHOR {
+            half.try_switch();
+        }
+        match self.tx().phase.load(Acquire) {
+            phase::RING => {
+                self.tx().shut.store(1, Release);
+                half.sender.publish();
+                self.out().producer.mark.fetch_or(mark::FIN, SeqCst);
+                if wake::asked(&self.out().bytes) != 0 {
+                    half.after_answer(self.answer(&self.out().bytes));
+                }
+                true
+            }
+            phase::DEMOTED => {
+                self.socket.shut(Shut::Sending);
+                true
+            }
+            _ => {
+                // Not switched: the FIN goes behind the bytes on the anchor. No token can
+                // follow it, so the other end must not depend on one.
+                self.tx().shut.store(1, Release);
+                half.end_sending();
+                false
+            }
+        }
+    }
+
+    /// The program wants nothing more (`SHUT_RD`).
+    pub fn shut_receiving(&self) {
+        self.rx().shut.store(1, Release);
+        // The kernel's own mark wakes whoever sleeps on the anchor, in any process.
+        self.socket.shut(Shut::Receiving);
+    }
+
+    /// The last descriptor is about to be closed, or with `breaks` the connection is to be broken by that.
+    pub fn close(&self, breaks: bool) {
+        if self.shared.peer_has_left() {
+            self.follow();
+        }
+        let producer = &self.out().producer;
+        if breaks || self.shared.has_unread_ring() {
+            // TCP answers a close with unread bytes with a reset.
+            self.socket.break_at_close();
+            producer.mark.fetch_or(mark::RESET, AcqRel);
+        } else if self.tx().phase.load(Acquire) == phase::RING {
+            producer.mark.fetch_or(mark::FIN, AcqRel);
+        }
+        for request in self.requests() {
+            request.fetch_or(want::CLOSED, SeqCst);
+        }
+        // The kernel would answer a close with unread tokens with a reset as well, and one that
+        // comes later; and would drop what it has not sent yet.
+        self.settle_switch();
+        self.wait_for_ringing(CLOSING_MS);
+        if self.rx().phase.load(Acquire) == phase::RING {
+            self.lock_rx().take_last_tokens(CLOSING_MS);
+        }
+    }
+}
+
+impl<S: Anchor + Process> Sending<'_, '_, S> {
+    /// What a sender does after it has answered: the other end may have left, or closed.
+    #[cold]
+    pub fn after_answer(&self, taken: u32) {
+        let end = self.end;
+        // A nested sender leaves it to the outer one, whose bytes come first.
+        if end.tx().phase.load(Acquire) != phase::RING || self.is_nested() {
+            return;
+        }
+        if taken & want::DEMOTED != 0 {
+            self.send_again();
+        } else if taken & want::CLOSED != 0 {
+            // Before its kernel says so.
+            end.settle_reset();
+            if end.shared.is_reset() {
+                return;
+            }
+            // Nobody will read the ring. What the kernel says of a send to a closed connection is
+            // provoked with one byte, and is right from the next call on.
+            end.socket.signal();
+            end.tx().phase.store(phase::DEMOTED, Release);
+            end.socket.look_later();
+        } else if taken & want::LEAVE != 0 {
+            self.end_sending();
+        }
+    }
+
+    /// Ends this end's own direction: the ring at its head, the rest on the anchor. A direction that
+    /// has not moved to its ring does so first, where it can: a token may follow then, for an end
+    /// that sleeps for space and has to hear of this. While a thread is inside a kernel send, it is
+    /// left to that one, when it comes back.
+    pub(super) fn end_sending(&self) {
+        let end = self.end;
+        let (tx, producer) = (end.tx(), &end.out().producer);
+        let before = tx.phase.load(Acquire);
+        if before != phase::RING && before != phase::ANCHOR {
+            return;
+        }
+        for request in end.requests() {
+            request.fetch_or(want::LEAVE, SeqCst);
+        }
+        model_fence();
+        let shut = tx.shut.load(Relaxed) != 0;
+        if before == phase::ANCHOR && !shut && tx.in_kernel.load(SeqCst) != 0 {
+            return;
+        }
+        let peer = &end.out().bytes.want;
+        let closed = peer.load(Acquire) & want::CLOSED != 0;
+        if before == phase::RING || !closed && self.try_switch() {
+            self.sender.publish();
+            // The last token, unless the other end has gone to the kernel and would read it: then
+            // it gets what it has not read, and needs no mark.
+            match end.begin_ringing(peer) {
+                Ok(()) => {
+                    send_token(producer, &end.socket, || {
+                        producer.mark.fetch_or(mark::END, SeqCst);
+                    });
+                    wake::rung(peer);
+                }
+                Err(wants) if wants & want::DEMOTED != 0 => return self.send_again(),
+                // It has closed, and what it sent before is still to be read here.
+                Err(_) => {
+                    producer.mark.fetch_or(mark::END, SeqCst);
+                }
+            }
+        } else {
+            // The other end is not ready, and sees LEAVE when it is; or it is the kernel's.
+            producer.mark.fetch_or(mark::END, SeqCst);
+        }
+        self.hand_over();
+    }
+
+    /// The direction is the anchor's for ever.
+    fn hand_over(&self) {
+        let tx = self.end.tx();
+        tx.phase.store(phase::DEMOTED, Release);
+        if tx.shut.load(Relaxed) != 0 {
+            self.end.socket.shut(Shut::Sending);
+        }
+    }
+
+    /// Sends on the anchor what the other end left in the ring; this direction is the anchor's then.
+    fn send_again(&self) {
+        let end = self.end;
+        let stop = end.out().consumer.stop.load(Acquire);
+        let mut from = stop.max(end.out().producer.switch_at.load(Relaxed));
+        loop {
+            // SAFETY: the ring's memory is mapped as long as the stream.
+            let send = |at, len| unsafe { end.socket.send(at, len) };
+            match self.sender.with_published(from, send) {
+                Err(_) => return end.reset(Reason::Violation),
+                Ok(None) => break,
+                Ok(Some(Got::Bytes(sent))) => from += sent as u64,
+                Ok(Some(Got::Nothing)) => {
+                    end.socket.wait(Until::Room, IN_FLIGHT_MS);
+                }
+                Ok(Some(Got::End | Got::Error(_))) => break,
+            }
+        }
+        self.hand_over();
+    }
+}
+
+impl<S: Anchor + Process> Receiving<'_, '_, S> {
+    /// The ring has been read to its end: takes the last tokens off the anchor. They end the sleep
+    /// of others, who may look first, which they do without the lock.
+    pub(super) fn incoming_ended(&self) {
+        let (end, rx) = (self.end, self.end.rx());
+        let start = end.socket.milliseconds();
+        while self.outstanding() != 0
+            && rx.waiters.load(SeqCst) != 0
+            && end.socket.milliseconds() - start < u64::from(PATIENCE_MS)
+        {
+            end.socket.give_way();
+        }
+        if self.take_last_tokens(IN_FLIGHT_MS) {
+            rx.phase.store(phase::DEMOTED, Release);
+        } else {
+            end.reset(Reason::NotQuiet);
+        }
+    }
+
+    /// Takes all counted tokens, also those on their way. False when one does not come.
+    fn take_last_tokens(&self, ms: u32) -> bool {
+        for _ in 0..64 {
+            self.drain_all();
+            if self.outstanding() == 0 {
+                return true;
+            }
+            if !self.end.socket.wait(Until::Bytes, ms) {
+                return self.outstanding() == 0;
+            }
+        }
+        false
+    }
+}

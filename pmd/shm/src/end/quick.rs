@@ -1,0 +1,132 @@
+//! Quick questions: single words of a stream, for a caller that spins, and for a step that is about to act. They change
+//! nothing, and take no lock. The whole is [`super::State`].
+
+use super::{Peer, Shared};
+use crate::layout::{phase, want};
+use crate::sync::Ordering::*;
+
+impl Shared {
+    /// A look at the incoming ring without its lock: bytes, or a violation.
+    #[inline]
+    pub fn has_bytes(&self) -> bool {
+        self.incoming().producer.head.load(Acquire) != self.rx().tail.load(Relaxed)
+    }
+
+    /// True when the producer has published bytes behind `position`.
+    pub fn has_bytes_after(&self, position: u64) -> bool {
+        self.incoming().producer.head.load(Acquire) > position
+    }
+
+    /// True while bytes of the ring stand before whatever comes on the anchor.
+    pub fn has_unread_ring(&self) -> bool {
+        self.rx().phase.load(Relaxed) == phase::RING && self.has_bytes()
+    }
+
+    /// True while the other end has not taken everything off the outgoing ring.
+    pub fn has_unread(&self) -> bool {
+        self.out().consumer.tail.load(Acquire) != self.tx().head.load(Relaxed)
+    }
+
+    /// True when either direction is, or may yet go, on a ring.
+    pub fn is_on_rings(&self) -> bool {
+        self.tx().phase.load(Acquire) != phase::DEMOTED
+            || self.rx().phase.load(Acquire) != phase::DEMOTED
+    }
+
+    /// True when neither direction is on the anchor.
+    pub fn is_all_on_rings(&self) -> bool {
+        self.rx().phase.load(Relaxed) == phase::RING && self.tx().phase.load(Relaxed) == phase::RING
+    }
+
+    /// True once the stream was reset.
+    pub fn is_reset(&self) -> bool {
+        self.rx().phase.load(Acquire) == phase::RESET
+    }
+
+    /// True while the anchor's end is [`super::End::note_end`]'s to judge: what the kernel says of it may come from
+    /// tokens.
+    pub fn judges_end(&self) -> bool {
+        self.tx().phase.load(Acquire) == phase::RING
+            && matches!(
+                self.rx().phase.load(Acquire),
+                phase::RING | phase::SWITCHING
+            )
+    }
+
+    /// True while bytes of the ring come behind some on the anchor.
+    pub fn is_switching(&self) -> bool {
+        self.rx().phase.load(Relaxed) == phase::SWITCHING
+    }
+
+    /// Something for a receiver to look at: bytes, a mark, an end, or a phase that is not the ring's.
+    #[inline]
+    pub fn is_receivable(&self) -> bool {
+        self.has_bytes() || self.has_ended() || self.rx().phase.load(Relaxed) != phase::RING
+    }
+
+    /// Something for a receiver to look at that sleeps on the anchor: as above, and before the switch what the anchor does
+    /// not tell.
+    pub fn may_receive(&self) -> bool {
+        if !self.is_switching() {
+            return self.is_receivable();
+        }
+        self.incoming().producer.switch_at.load(Acquire) == self.rx().tail.load(Relaxed)
+            || self.has_ended()
+    }
+
+    /// No more bytes will come on the ring.
+    #[inline]
+    pub fn has_ended(&self) -> bool {
+        self.incoming().producer.mark.load(Acquire) != 0
+            || self.rx().shut.load(Relaxed) != 0
+            || self.rx().anchor.load(Relaxed) != 0
+    }
+
+    /// Something for a sender to look at: so much space, a peer that has left, or an end.
+    #[inline]
+    pub fn is_sendable(&self, enough: u64) -> bool {
+        self.space() >= enough
+            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED | want::LEAVE)
+                != 0
+            || self.tx().shut.load(Relaxed) != 0
+            || self.rx().anchor.load(Relaxed) != 0
+            || self.tx().phase.load(Relaxed) != phase::RING
+    }
+
+    /// Room in the outgoing ring, without its lock; none where the other end wrote what cannot be.
+    #[inline]
+    pub(super) fn space(&self) -> u64 {
+        let head = crate::ring::position(self.tx().head.load(Relaxed));
+        let tail = self.out().consumer.tail.load(Acquire);
+        self.ring_size().saturating_sub(head.saturating_sub(tail))
+    }
+
+    pub(super) fn peer(&self) -> Peer {
+        let wants = self.out().bytes.want.load(Relaxed);
+        if wants & want::DEMOTED != 0 {
+            Peer::Abandoned
+        } else if wants & want::CLOSED != 0 {
+            Peer::Closed
+        } else if wants & want::LEAVE != 0 {
+            Peer::Leaves
+        } else {
+            Peer::Reads
+        }
+    }
+
+    /// This end has left, and its own direction may not have ended yet.
+    pub fn is_leaving(&self) -> bool {
+        self.incoming().bytes.want.load(Acquire) & want::LEAVE != 0
+    }
+
+    /// True when the other end has asked to leave, so that a caller who only looks must follow.
+    pub fn peer_has_left(&self) -> bool {
+        self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE) != 0
+            && match self.tx().phase.load(Relaxed) {
+                phase::RING => true,
+                // Else the thread that is inside a kernel send does what is left.
+                phase::ANCHOR => !self.is_leaving() || self.tx().in_kernel.load(Relaxed) == 0,
+                _ => false,
+            }
+    }
+}

@@ -1,0 +1,458 @@
+//! Receiving: off the anchor up to the switch, off the ring, and off the anchor again behind it.
+
+use super::state::{Then, then};
+use super::{Ahead, Anchor, Buffers, End, Got, MOST, Process, Receiving, Take};
+use crate::layout::{NOT_SWITCHED, anchor, mark, phase};
+use crate::reason::Reason;
+use crate::ring::Receiver;
+use crate::sync::Ordering::*;
+use crate::wake;
+
+/// Bytes taken off the ring before that is published, so that the other end writes while this one reads.
+const PIECE: u64 = if cfg!(loom) { 4 } else { 256 * 1024 };
+
+/// How a program receives.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// The bytes stay (`MSG_PEEK`).
+    pub peek: bool,
+    /// The bytes are thrown away (`MSG_TRUNC`).
+    pub discard: bool,
+    /// The call wants all that it has room for (`MSG_WAITALL`), and may wait for it.
+    pub whole: bool,
+}
+
+/// What became of a step of receiving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// The call has what it wants, or all that is there now.
+    Bytes,
+    /// More is wanted and may come: ask for it, look again, sleep.
+    Nothing,
+    /// As `Nothing`, for a call that wants bytes beyond this position and takes none.
+    Few(u64),
+    /// End of file.
+    End,
+    /// An error number.
+    Error(i32),
+    /// The rest is to be received on the anchor, by the caller.
+    Kernel,
+}
+
+/// What one attempt to receive gave.
+enum Took {
+    /// Bytes were added.
+    Some,
+    /// Nothing is there, and more may come.
+    Nothing,
+    /// Fewer bytes than the call waits for are there, up to this position.
+    Few(u64),
+    /// Something changed: look again.
+    Again,
+    /// End of file.
+    End,
+    /// The other end has left the rings.
+    Left,
+    /// An error number.
+    Error(i32),
+}
+
+impl<S: Anchor + Process> End<'_, S> {
+    /// Receives to `done` and on, as much as is there. Never waits.
+    #[inline]
+    pub fn receive(&self, to: &Buffers, how: How, done: &mut usize) -> Received {
+        let mut answer = false;
+        let received = self.receive_all(to, how, done, &mut answer);
+        if self.rx().space_due.load(Relaxed) != 0 {
+            self.rx().space_due.store(0, Relaxed);
+            answer = true;
+        }
+        // On the anchor: an answer may have had to wait until this end's own direction can move.
+        if answer
+            || self.tx().phase.load(Relaxed) == phase::ANCHOR
+                && self.incoming().space.want.load(Relaxed) != 0
+        {
+            self.after_kernel_send();
+        }
+        received
+    }
+
+    /// `answer` is true on return when the producer may wait for space and was not told yet.
+    #[inline]
+    fn receive_all(&self, to: &Buffers, how: How, done: &mut usize, answer: &mut bool) -> Received {
+        loop {
+            if *answer {
+                *answer = false;
+                self.answer_space();
+            }
+            let half = self.lock_rx();
+            let took = match self.rx().phase.load(Acquire) {
+                phase::RING => half.take(to, how, done, answer),
+                phase::SWITCHING => half.take_switching(to, how, done),
+                phase::RESET if *done != 0 => Took::Some,
+                phase::RESET if self.take_reset_error() => Took::Error(libc::ECONNRESET),
+                phase::RESET => Took::End,
+                _ if *done == 0 => return Received::Kernel,
+                _ => return half.take_rest(to, how, done),
+            };
+            return match took {
+                Took::Some if *done == to.total => Received::Bytes,
+                Took::Some if half.goes_on(how) => continue,
+                Took::Some | Took::Nothing if *done != 0 && !how.whole => Received::Bytes,
+                Took::Some if how.peek => Received::Bytes,
+                Took::Some if self.shared.is_reset() => Received::Bytes,
+                Took::Some | Took::Again => continue,
+                Took::Nothing => Received::Nothing,
+                Took::Few(position) => Received::Few(position),
+                Took::Left => {
+                    drop(half);
+                    self.follow();
+                    continue;
+                }
+                Took::End | Took::Error(_) if *done != 0 => Received::Bytes,
+                Took::End => Received::End,
+                Took::Error(error) => Received::Error(error),
+            };
+        }
+    }
+
+    /// The error that the program asks for (`SO_ERROR`), once: where the kernel has just told `kernel`, and told this end of
+    /// others when that looked.
+    pub fn take_error(&self, kernel: i32) -> i32 {
+        self.settle_reset();
+        let marks = self.incoming().producer.mark.load(Acquire);
+        let is_pending = if self.shared.is_reset() {
+            self.take_reset_error()
+        } else {
+            let judged =
+                kernel == libc::ECONNRESET && self.shared.judges_end() && marks & mark::RESET == 0;
+            if judged && self.rx().anchor.load(Acquire) == 0 {
+                self.note_end(true);
+            }
+            let pending = self.rx().anchor.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0;
+            if !pending && !judged {
+                return kernel;
+            }
+            pending
+        };
+        if is_pending { libc::ECONNRESET } else { 0 }
+    }
+
+    /// Bytes that can be received now (`FIONREAD`). `None`: ask the kernel.
+    pub fn unread(&self) -> Option<u64> {
+        let half = self.lock_rx();
+        let position = self.rx().tail.load(Relaxed);
+        match self.rx().phase.load(Acquire) {
+            phase::RING => {
+                let available = half.receiver.available_now().ok()?;
+                let in_ring = available.map_or(0, |available| available.len);
+                if self.incoming().producer.mark.load(Acquire) & mark::END == 0 {
+                    return Some(in_ring);
+                }
+                // The rest lies behind the tokens.
+                let on_anchor = self.socket.unread()?;
+                Some(in_ring + on_anchor.saturating_sub(u64::from(half.outstanding())))
+            }
+            phase::SWITCHING => {
+                let on_anchor = self.socket.unread()?;
+                Some(match Receiver::switch_at(self.incoming()) {
+                    None => on_anchor,
+                    Some(at) => {
+                        let head = self.incoming().producer.head.load(Acquire);
+                        on_anchor.min(at.saturating_sub(position))
+                            + head.saturating_sub(at).min(self.shared.ring_size())
+                    }
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
+impl<S: Anchor + Process> Receiving<'_, '_, S> {
+    #[inline]
+    fn take(&self, to: &Buffers, how: How, done: &mut usize, answer: &mut bool) -> Took {
+        let (end, receiver) = (self.end, &self.receiver);
+        let wanted = (to.total - *done) as u64;
+        // The producer's line is read once: each look takes it away from the producer.
+        let cached = end
+            .rx()
+            .seen_head
+            .load(Relaxed)
+            .wrapping_sub(end.rx().tail.load(Relaxed));
+        let mut available = match if cached >= wanted {
+            receiver.available()
+        } else {
+            receiver.available_now()
+        } {
+            Ok(Some(available)) => available,
+            Ok(None) => return self.take_end(),
+            Err(_) => {
+                end.reset(Reason::Violation);
+                return Took::Again;
+            }
+        };
+        if available.len < wanted {
+            end.socket.gather(available.len, || {
+                if let Ok(Some(now)) = receiver.available_now() {
+                    available = now;
+                }
+                available.len
+            });
+        }
+        if how.peek {
+            return self.peek_ring(available, to, how, done);
+        }
+        let len = wanted.min(available.len).min(PIECE);
+        if !how.discard {
+            to.each(*done, len as usize, |at, len, skip| {
+                // SAFETY: the program's buffer, as long as it says.
+                unsafe { receiver.copy(available, skip, at, len) }
+            });
+        }
+        if !receiver.consume(available, len) {
+            return Took::Again;
+        }
+        if receiver.publish() && wake::asked(&end.incoming().space) != 0 {
+            *answer = true;
+        }
+        *done += len as usize;
+        Took::Some
+    }
+
+    /// True when something comes behind what was just taken that a receive goes on with: the rest of the ring, the
+    /// ring behind the anchor, or the anchor behind the ring.
+    #[inline]
+    fn goes_on(&self, how: How) -> bool {
+        let (rx, producer) = (self.end.rx(), &self.end.incoming().producer);
+        if how.peek {
+            return false;
+        }
+        match rx.phase.load(Relaxed) {
+            phase::RING => {
+                rx.seen_head.load(Relaxed) != rx.tail.load(Relaxed)
+                    || producer.mark.load(Acquire) & mark::END != 0
+            }
+            phase::SWITCHING => producer.switch_at.load(Acquire) == rx.tail.load(Relaxed),
+            _ => false,
+        }
+    }
+
+    /// Copies what the ring has, and what stands behind its end on the anchor.
+    fn peek_ring(
+        &self,
+        available: crate::ring::Available,
+        to: &Buffers,
+        how: How,
+        done: &mut usize,
+    ) -> Took {
+        let shared = self.end.shared;
+        let wanted = (to.total - *done) as u64;
+        if how.whole && available.len < wanted.min(shared.ring_size()) && !shared.has_ended() {
+            return Took::Few(available.at + available.len);
+        }
+        self.copy_from_ring(available, to, how, done);
+        let ended = self.end.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        if ended && *done != to.total && !shared.has_bytes_after(available.at + available.len) {
+            self.drain();
+            if self.outstanding() == 0 && !self.end.socket.is_at_mark() {
+                self.take_anchor(to, *done, to.total - *done, how, done);
+            }
+        }
+        Took::Some
+    }
+
+    fn copy_from_ring(
+        &self,
+        available: crate::ring::Available,
+        to: &Buffers,
+        how: How,
+        done: &mut usize,
+    ) {
+        let len = ((to.total - *done) as u64).min(available.len);
+        if !how.discard {
+            to.each(*done, len as usize, |at, len, skip| {
+                // SAFETY: the program's buffer, as long as it says.
+                unsafe { self.receiver.copy(available, skip, at, len) }
+            });
+        }
+        *done += len as usize;
+    }
+
+    /// The ring is empty: has the direction ended?
+    fn take_end(&self) -> Took {
+        let end = self.end;
+        // The anchor's end comes after the marks, so it is looked at first.
+        let seen = end.rx().anchor.load(Acquire);
+        let marks = end.incoming().producer.mark.load(Acquire);
+        let shut = end.rx().shut.load(Relaxed) != 0;
+        if marks == 0 && seen == 0 && !shut {
+            return Took::Nothing;
+        }
+        // Marks, and the anchor's end, come after the last byte: look for that once more.
+        match self.receiver.available_now() {
+            Ok(Some(_)) => return Took::Again,
+            Ok(None) => {}
+            Err(_) => {
+                end.reset(Reason::Violation);
+                return Took::Again;
+            }
+        }
+        match then(marks, shut) {
+            Then::Reset => {
+                end.reset(Reason::PeerReset);
+                Took::Again
+            }
+            Then::Anchor { .. } => {
+                self.incoming_ended();
+                Took::Left
+            }
+            Then::End => Took::End,
+            Then::More => self.anchor_end(),
+        }
+    }
+
+    /// The anchor has ended while it was read, unless the other end has switched meanwhile: then the
+    /// rest is on the ring.
+    fn anchor_end_unless_switched(&self, before: u64) -> Took {
+        if self.end.incoming().producer.switch_at.load(Acquire) != before {
+            return Took::Again;
+        }
+        self.anchor_end()
+    }
+
+    /// The anchor has ended: with the error that a look at it has taken, if there was one.
+    fn anchor_end(&self) -> Took {
+        let seen = self.end.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+        if seen & anchor::ERROR != 0 {
+            return Took::Error(libc::ECONNRESET);
+        }
+        Took::End
+    }
+
+    /// The kernel reports an error of the anchor. It resets a connection for tokens that its end has
+    /// not read, which the program must not see; unless the other end has broken it, and has said so before.
+    fn anchor_error(&self, before: u64, error: i32) -> Took {
+        if error != libc::ECONNRESET {
+            return Took::Error(error);
+        }
+        if self.end.incoming().producer.mark.load(Acquire) & mark::RESET != 0 {
+            return Took::Again;
+        }
+        self.end.note_end(true);
+        self.anchor_end_unless_switched(before)
+    }
+
+    /// Receives on the anchor what was sent there before the other end switched.
+    fn take_switching(&self, to: &Buffers, how: How, done: &mut usize) -> Took {
+        let (end, rx) = (self.end, self.end.rx());
+        let producer = &end.incoming().producer;
+        let position = rx.tail.load(Relaxed);
+        let mut limit = to.total - *done;
+        let before = producer.switch_at.load(Acquire);
+        let (ready, ended) = if before == NOT_SWITCHED {
+            // What is on the anchor now is the program's, unless the other end switches meanwhile.
+            let ready = end.socket.unread().unwrap_or(0);
+            (ready, producer.mark.load(Acquire) & mark::END != 0)
+        } else {
+            (u64::MAX, false)
+        };
+        let ahead = Ahead::of(producer, position);
+        match ahead {
+            Ahead::Ring => {
+                self.receiver.switch(position);
+                rx.phase.store(phase::RING, Release);
+                return Took::Again;
+            }
+            Ahead::Impossible => {
+                end.reset(Reason::Violation);
+                return Took::Again;
+            }
+            Ahead::Unswitched if ended => {
+                self.incoming_ended();
+                return Took::Left;
+            }
+            Ahead::Unswitched => limit = limit.min(ready.min(MOST as u64) as usize),
+            Ahead::Anchor(bytes) => limit = limit.min(bytes.min(MOST as u64) as usize),
+        }
+        if producer.mark.load(Acquire) & mark::RESET != 0 {
+            end.reset(Reason::PeerReset);
+            return Took::Again;
+        }
+        if limit == 0 {
+            // A look, that takes nothing, tells the end and errors.
+            return match end.socket.peek() {
+                Got::End => self.anchor_end_unless_switched(before),
+                Got::Nothing => Took::Nothing,
+                Got::Error(error) => self.anchor_error(before, error),
+                Got::Bytes(_) if to.total == *done => Took::Some,
+                Got::Bytes(_) => Took::Again,
+            };
+        }
+        let start = *done;
+        let stop = self.take_anchor(to, start, limit, how, done);
+        let total = (*done - start) as u64;
+        if total != 0 {
+            if !how.peek {
+                rx.tail.store(position + total, Relaxed);
+            } else if ahead == Ahead::Anchor(total)
+                // What may come behind the ring's end is not looked at: tokens may lie before it.
+                && let Ok(Some(available)) = self.receiver.available_from(position + total)
+            {
+                self.copy_from_ring(available, to, how, done);
+            }
+            return Took::Some;
+        }
+        match stop {
+            Some(Got::End) => self.anchor_end_unless_switched(before),
+            Some(Got::Error(error)) => self.anchor_error(before, error),
+            _ => Took::Nothing,
+        }
+    }
+
+    /// Takes up to `limit` bytes off the anchor, to the place behind `from` bytes. What stopped it.
+    fn take_anchor(
+        &self,
+        to: &Buffers,
+        from: usize,
+        limit: usize,
+        how: How,
+        done: &mut usize,
+    ) -> Option<Got> {
+        let take = match (how.peek, how.discard) {
+            (false, false) => Take::Into,
+            (true, false) => Take::Peek,
+            (false, true) => Take::Discard,
+            (true, true) => Take::Count,
+        };
+        let mut stop = None;
+        to.each(from, limit, |at, len, _| {
+            if stop.is_some() {
+                return;
+            }
+            // SAFETY: the program's buffer, as long as it says.
+            let got = unsafe { self.end.socket.take(at, len, take) };
+            if let Got::Bytes(got) = got {
+                *done += got;
+            }
+            // A second look would find the same bytes again.
+            if got != Got::Bytes(len) || how.peek {
+                stop = Some(got);
+            }
+        });
+        stop
+    }
+
+    /// The ring was read to its end, and what stands behind it on the anchor belongs to the same call.
+    fn take_rest(&self, to: &Buffers, how: How, done: &mut usize) -> Received {
+        // A look has seen what is there, and a receive ends before urgent data.
+        if how.peek || self.end.socket.is_at_mark() {
+            return Received::Bytes;
+        }
+        self.take_anchor(to, *done, to.total - *done, how, done);
+        if how.whole && *done != to.total {
+            return Received::Kernel;
+        }
+        Received::Bytes
+    }
+}

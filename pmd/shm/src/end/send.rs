@@ -1,0 +1,204 @@
+//! Sending: which way the bytes go, and onto the ring as many as fit.
+
+use super::{Anchor, Buffers, End, Process, Sending};
+use crate::layout::{phase, want};
+use crate::reason::Reason;
+use crate::ring::Violation;
+use crate::sync::{AtomicU32, Ordering::*, model_fence};
+use crate::wake;
+
+/// Bytes copied before they are published, so that the other end reads while this one writes.
+pub(super) const CHUNK: u64 = 16 * 1024;
+
+/// A counter that is one higher while somebody is inside a kernel call.
+#[derive(Debug)]
+pub struct Counted<'a>(&'a AtomicU32);
+
+impl<'a> Counted<'a> {
+    /// Counts one in.
+    pub fn enter(counter: &'a AtomicU32) -> Self {
+        counter.fetch_add(1, SeqCst);
+        model_fence();
+        Counted(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+        model_fence();
+    }
+}
+
+/// Where a sender's bytes go.
+#[derive(Debug)]
+pub enum Way<'a> {
+    /// Onto the ring.
+    Ring,
+    /// To the anchor, by the caller, while this counts it in; then it calls [`End::after_kernel_send`].
+    Kernel(Option<Counted<'a>>),
+    /// Nowhere: EPIPE.
+    Pipe,
+    /// Nowhere: ECONNRESET, which is told once.
+    Broken,
+}
+
+/// What became of a step of sending.
+#[derive(Debug)]
+pub enum Sent<'a> {
+    /// Everything is on the ring.
+    All,
+    /// The ring is full: ask for space, look again, sleep.
+    Full,
+    /// The rest is the anchor's, see [`Way::Kernel`].
+    Kernel(Option<Counted<'a>>),
+    /// EPIPE.
+    Pipe,
+    /// ECONNRESET.
+    Broken,
+}
+
+impl<'a, S: Anchor + Process> End<'a, S> {
+    /// Sends from `done` on, as much as fits; moves the direction to the ring if it can. Never waits.
+    #[inline]
+    pub fn send(&self, from: &Buffers, done: &mut usize) -> Sent<'a> {
+        loop {
+            let half = self.lock_tx();
+            match half.way() {
+                Way::Ring => {}
+                Way::Kernel(counted) => return Sent::Kernel(counted),
+                Way::Pipe => return Sent::Pipe,
+                Way::Broken => return Sent::Broken,
+            }
+            if half.fill(from, done).is_err() {
+                self.reset(Reason::Violation);
+                self.take_send_error();
+                return Sent::Broken;
+            }
+            if *done == from.total {
+                return Sent::All;
+            }
+            half.follow_wants();
+            drop(half);
+            if self.tx().phase.load(Relaxed) == phase::RING {
+                return Sent::Full;
+            }
+        }
+    }
+
+    /// Tells the producer of what comes in, which waits for space, that there is some. A token may only be sent on
+    /// a direction that has left the anchor, so this one must switch first; when another thread is in
+    /// a kernel send, that one looks again when it is done.
+    pub fn answer_space(&self) {
+        let half = self.lock_tx();
+        let on_ring = match self.tx().phase.load(Acquire) {
+            phase::RING => true,
+            phase::ANCHOR => half.try_switch(),
+            _ => false,
+        };
+        // Under the lock: no token may follow the mark that ends this direction.
+        if on_ring {
+            self.answer(&self.incoming().space);
+        }
+    }
+
+    /// After a kernel send that was counted: what had to wait for it.
+    pub fn after_kernel_send(&self) {
+        if self.shared.is_leaving() && self.tx().phase.load(Acquire) == phase::ANCHOR {
+            let half = self.lock_tx();
+            if !half.is_nested() {
+                half.end_sending();
+            }
+        }
+        if self.rx().phase.load(Acquire) == phase::RING
+            && wake::asked(&self.incoming().space) & (want::WAKE | want::BELL) != 0
+        {
+            self.answer_space();
+        }
+    }
+
+    /// Bytes on the ring that the other end has not received. `None`: ask the kernel.
+    pub fn unsent(&self) -> Option<u64> {
+        let half = self.lock_tx();
+        if self.tx().phase.load(Acquire) != phase::RING {
+            return None;
+        }
+        let space = half.sender.space().ok()?;
+        Some(self.shared.ring_size() - space)
+    }
+}
+
+impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
+    /// Finds the way out, and moves the direction on where it is due.
+    #[inline]
+    pub fn way(&self) -> Way<'a> {
+        let tx = self.end.tx();
+        if tx.shut.load(Relaxed) != 0 {
+            return Way::Pipe;
+        }
+        match tx.phase.load(Acquire) {
+            phase::RING => Way::Ring,
+            _ => self.way_off_the_ring(),
+        }
+    }
+
+    #[cold]
+    fn way_off_the_ring(&self) -> Way<'a> {
+        let end = self.end;
+        let tx = end.tx();
+        if tx.phase.load(Acquire) == phase::ANCHOR {
+            if end.shared.is_leaving() {
+                self.end_sending();
+            } else {
+                self.try_switch();
+            }
+        }
+        match tx.phase.load(Acquire) {
+            phase::RING => Way::Ring,
+            phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
+            phase::RESET if end.take_send_error() => Way::Broken,
+            phase::RESET => Way::Pipe,
+            _ => Way::Kernel(None),
+        }
+    }
+
+    /// Copies as much as fits, and tells the other end. `Err`: it wrote nonsense.
+    #[inline]
+    fn fill(&self, from: &Buffers, done: &mut usize) -> Result<(), Violation> {
+        let sender = &self.sender;
+        while *done < from.total {
+            let Some(space) = sender.reserve(((from.total - *done) as u64).min(CHUNK))? else {
+                return Ok(());
+            };
+            from.each(*done, space.len as usize, |at, len, skip| {
+                // SAFETY: the program's buffer, as long as it says.
+                unsafe { sender.fill(space, skip, at, len) }
+            });
+            *done += space.len as usize;
+            if !self.publish() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes what was filled, and answers the other end if it asks. False when the direction has left the ring then.
+    #[inline]
+    pub fn publish(&self) -> bool {
+        let end = self.end;
+        self.sender.publish();
+        if wake::asked(&end.out().bytes) == 0 {
+            return true;
+        }
+        self.after_answer(end.answer(&end.out().bytes));
+        end.tx().phase.load(Relaxed) == phase::RING
+    }
+
+    /// The ring is full: looks whether the other end has left or closed, who then takes nothing more.
+    pub fn follow_wants(&self) {
+        let wants = self.end.out().bytes.want.load(Acquire);
+        if wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
+            self.after_answer(wants);
+        }
+    }
+}

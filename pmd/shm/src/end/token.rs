@@ -1,0 +1,277 @@
+//! Tokens on the anchor: sending one to a sleeper, taking them off, and what else a look there finds.
+
+use super::{Anchor, Drained, End, Got, Process, Receiving};
+use crate::bell::{self, Place};
+use crate::layout::{Ask, Counter, Producer, anchor, mark, phase, want};
+use crate::reason::Reason;
+use crate::sync::{AtomicU32, Ordering::*};
+use crate::wake;
+
+/// Receives without a sleep after which a receiver is hot: see [`crate::wake`].
+const HOT_AFTER: u32 = if cfg!(loom) { 3 } else { 256 };
+
+/// The tokens that come to an end: counted by the other end before each is sent, and by this one when it is taken. Only
+/// as many are taken as were counted, since behind them may come data.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    sent: &'a AtomicU32,
+    taken: &'a AtomicU32,
+}
+
+impl<'a> Tokens<'a> {
+    /// Those that this producer's end sends, of which so many were `taken`.
+    #[inline]
+    pub fn new(producer: &'a Producer, taken: &'a AtomicU32) -> Self {
+        Tokens {
+            sent: &producer.wakes,
+            taken,
+        }
+    }
+
+    /// Tokens that the other end has sent (or is sending) and that are still on the anchor.
+    #[inline]
+    pub fn outstanding(&self) -> u32 {
+        self.sent
+            .load(Acquire)
+            .wrapping_sub(self.taken.load(Relaxed))
+    }
+
+    /// Takes off the anchor what was counted and has arrived. What ended that: `Nothing` where all is well.
+    pub fn take(&self, anchor: &impl Anchor) -> Drained {
+        let mut most = self.outstanding();
+        while most != 0 && most <= i32::MAX as u32 {
+            let drained = anchor.drain(most);
+            match drained {
+                Drained::Tokens(count) => {
+                    self.taken.fetch_add(count, Relaxed);
+                    most = most.saturating_sub(count);
+                }
+                Drained::Foreign(count) => {
+                    self.taken.fetch_add(count, Relaxed);
+                    return drained;
+                }
+                ended => return ended,
+            }
+        }
+        Drained::Nothing
+    }
+}
+
+/// Takes what the other end asked, after a publication, and rings the bell that it names by `ring`, which says whether somebody
+/// sleeps on it (`None`: there is no such bell). The bits that the other end had set, and whether it is to get a token;
+/// where it had set BELL or WAKE, [`wake::rung`] comes behind that.
+pub fn take_ask(ask: &Ask, ring: impl FnOnce(Place) -> Option<bool>) -> (u32, bool) {
+    let taken = wake::take(&ask.want);
+    if taken & (want::BELL | want::WAKE) == 0 || taken & (want::DEMOTED | want::CLOSED) != 0 {
+        return (taken, false);
+    }
+    let mut token = taken & want::WAKE != 0;
+    if taken & want::BELL != 0 {
+        // Without a place on the board only a token is left.
+        token |= Place::from_word(ask.place.load(Acquire))
+            .and_then(ring)
+            .unwrap_or(true);
+    }
+    (taken, token)
+}
+
+/// Counts one token, does `between`, and sends it.
+pub fn send_token(producer: &Producer, anchor: &impl Anchor, between: impl FnOnce()) {
+    producer.wakes.fetch_add(1, AcqRel);
+    between();
+    if !anchor.signal() {
+        // Not sent: the anchor is full of tokens that nobody took, or broken. Either wakes
+        // the other end as well.
+        producer.wakes.fetch_sub(1, AcqRel);
+    }
+}
+
+impl<S: Anchor + Process> End<'_, S> {
+    /// Answers what the other end asked, after a publication: rings its bell, sends its token. The bits that the other
+    /// end had set. Called with the sending half held, once that is on the ring.
+    #[cold]
+    pub fn answer(&self, ask: &Ask) -> u32 {
+        let (taken, token) = take_ask(ask, |place| {
+            let bell = self.shared.bell(place.bell)?;
+            self.socket.count(Counter::Bells);
+            Some(bell::ring(bell, place.bit))
+        });
+        if token {
+            self.send_token();
+        }
+        if taken & (want::BELL | want::WAKE) != 0 {
+            wake::rung(&ask.want);
+        }
+        taken
+    }
+
+    /// Asks the other end for a sign of bytes; the caller looks once more after this.
+    pub fn ask_for_bytes(&self, how: u32) {
+        let ask = &self.incoming().bytes;
+        wake::ask(&ask.want, how);
+        if ask.hot.load(Acquire) != 0 {
+            self.rx().quiet_calls.store(0, Relaxed);
+            self.socket.barrier();
+            // Only now, so that another thread that asks meanwhile runs its own barrier.
+            ask.hot.store(0, Release);
+        }
+    }
+
+    /// Asks the other end for a sign of space, likewise.
+    pub fn ask_for_space(&self, how: u32) {
+        wake::ask(&self.out().space.want, how);
+    }
+
+    /// After a receive that found bytes: a receiver that has not slept for long spares its senders
+    /// their fences.
+    #[inline]
+    pub fn note_busy(&self) {
+        let calls = self.rx().quiet_calls.load(Relaxed).wrapping_add(1);
+        self.rx().quiet_calls.store(calls, Relaxed);
+        if calls.is_multiple_of(HOT_AFTER)
+            && self.incoming().producer.barriers.load(Relaxed) != 0
+            && self.socket.has_barriers()
+        {
+            self.incoming().bytes.hot.store(1, Relaxed);
+        }
+    }
+
+    /// Puts RINGING into the other end's request, so that a last token may be sent. `Err` when
+    /// that end reads the anchor as data (DEMOTED), or has closed it (CLOSED), so that the kernel
+    /// would answer with a reset: what the request holds.
+    pub(super) fn begin_ringing(&self, request: &AtomicU32) -> Result<(), u32> {
+        request
+            .fetch_update(AcqRel, Acquire, |old| {
+                (old & (want::DEMOTED | want::CLOSED) == 0)
+                    .then_some(old & !(want::BELL | want::WAKE) | want::RINGING)
+            })
+            .map(|_| ())
+    }
+
+    /// Sends one token, counted before it goes.
+    fn send_token(&self) {
+        self.socket.count(Counter::Wakes);
+        send_token(&self.out().producer, &self.socket, || {});
+    }
+
+    /// Breaks the stream: both ends report ECONNRESET.
+    #[cold]
+    pub fn reset(&self, reason: Reason) {
+        if self.rx().phase.swap(phase::RESET, AcqRel) == phase::RESET {
+            return;
+        }
+        self.tx().phase.store(phase::RESET, Release);
+        // Not reported yet, whatever the anchor has said.
+        self.rx()
+            .anchor
+            .fetch_and(!(anchor::ERROR | anchor::SEND_ERROR), AcqRel);
+        self.page().reason.store(reason as u32, Relaxed);
+        self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
+        self.socket.count(Counter::Reset);
+        self.socket.broken(reason);
+        // The other end may sleep; whatever it asked for, it gets a token (it reads no data from the
+        // anchor any more, once it has seen the mark).
+        self.send_token();
+    }
+
+    /// The other end has broken the connection, and what it sent before that has been read: so is this
+    /// end's, and the error waits to be asked for.
+    pub fn settle_reset(&self) {
+        let shared = self.shared;
+        if self.incoming().producer.mark.load(Acquire) & mark::RESET == 0 || shared.is_reset() {
+            return;
+        }
+        let half = self.lock_rx();
+        if !half.is_nested() && self.rx().phase.load(Acquire) == phase::RING && !shared.has_bytes()
+        {
+            self.reset(Reason::PeerReset);
+        }
+    }
+
+    /// The anchor has ended, with an error or without. The kernel of a peer that dies resets the
+    /// connection for unread tokens, which the program must not see, and does not reset it for
+    /// bytes in the ring that were never read, which it must: the ring tells.
+    pub fn note_end(&self, error: bool) {
+        let on_ring = self.tx().phase.load(Acquire) == phase::RING;
+        let bits = if on_ring && self.shared.has_unread() || error && !on_ring {
+            anchor::EOF | anchor::ERROR | anchor::BROKEN
+        } else {
+            anchor::EOF
+        };
+        self.rx().anchor.fetch_or(bits, AcqRel);
+    }
+
+    #[inline]
+    fn tokens(&self) -> Tokens<'_> {
+        Tokens::new(&self.incoming().producer, &self.rx().drained)
+    }
+
+    /// See [`Tokens::outstanding`].
+    pub fn outstanding(&self) -> u32 {
+        self.tokens().outstanding()
+    }
+
+    /// Looks what the anchor has to say, where the ring is what comes next: an end or an error is noted, bytes that
+    /// nobody counted break the stream.
+    pub fn look(&self) {
+        let half = self.lock_rx();
+        if !half.is_nested() && self.rx().phase.load(Relaxed) == phase::RING {
+            half.look();
+        }
+    }
+}
+
+impl<S: Anchor + Process> Receiving<'_, '_, S> {
+    /// See [`End::outstanding`].
+    pub(super) fn outstanding(&self) -> u32 {
+        self.end.outstanding()
+    }
+
+    /// Takes tokens off the anchor, as many as were counted and have arrived; but none while
+    /// somebody sleeps there, who would sleep on, and none before the ring is read, since the
+    /// program's own bytes may come first.
+    pub(super) fn drain(&self) {
+        let rx = self.end.rx();
+        if rx.phase.load(Relaxed) == phase::RING && rx.waiters.load(SeqCst) == 0 {
+            self.drain_all();
+        }
+    }
+
+    /// Takes tokens off the anchor, whoever sleeps.
+    pub(super) fn drain_all(&self) {
+        let end = self.end;
+        match end.tokens().take(&end.socket) {
+            Drained::Nothing | Drained::Tokens(_) => {}
+            Drained::Foreign(_) => end.reset(Reason::Bypass),
+            Drained::End => end.note_end(false),
+            Drained::Error => end.note_end(true),
+        }
+    }
+
+    /// See [`End::look`].
+    pub(super) fn look(&self) {
+        let end = self.end;
+        self.drain();
+        if self.outstanding() != 0 && !end.socket.is_open() {
+            // Tokens stay for a sleeper that may never come back: the end shows all the same.
+            end.note_end(false);
+        }
+        if self.outstanding() != 0 || end.rx().anchor.load(Relaxed) != 0 {
+            return;
+        }
+        match end.socket.peek() {
+            // A byte here was sent before its count was read, or the rest of the stream comes on the
+            // anchor, or somebody slipped past.
+            Got::Bytes(_) => {
+                let ended = end.incoming().producer.mark.load(Acquire) & mark::END != 0;
+                if self.outstanding() == 0 && !ended && end.rx().phase.load(Relaxed) == phase::RING
+                {
+                    end.reset(Reason::Bypass);
+                }
+            }
+            Got::Nothing => {}
+            Got::End => end.note_end(false),
+            Got::Error(_) => end.note_end(true),
+        }
+    }
+}

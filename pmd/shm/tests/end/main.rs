@@ -1,0 +1,9 @@
+//! One end of a stream as it ships, over an anchor that is a queue of bytes: each operation by itself, and any order of them
+//! against a model that is nothing but the bytes.
+#![cfg(not(loom))]
+
+mod hostile;
+mod operations;
+mod pair;
+mod random;
+mod state;

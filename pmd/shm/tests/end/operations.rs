@@ -1,0 +1,268 @@
+//! Each operation by itself.
+
+use crate::pair::{Gave, Program, RING, stream};
+use rdsock_shm::end::{How, Received, Sleeper};
+use rdsock_shm::layout::{mark, phase, want};
+use rdsock_shm::reason::Reason;
+use std::sync::atomic::Ordering::Relaxed;
+
+const PLAIN: How = How {
+    peek: false,
+    discard: false,
+    whole: false,
+};
+const PEEK: How = How {
+    peek: true,
+    ..PLAIN
+};
+
+fn bytes(range: std::ops::Range<usize>) -> Vec<u8> {
+    range.map(|at| (at % 251) as u8).collect()
+}
+
+fn gave(range: std::ops::Range<usize>) -> Gave {
+    Gave::Bytes(bytes(range))
+}
+
+#[test]
+fn a_promoted_end_switches_with_its_next_send() {
+    stream(false, |a, b| {
+        assert_eq!(a.sends_by(), phase::ANCHOR);
+        assert_eq!(a.send(&bytes(0..10)), Some(10));
+        assert_eq!(a.sends_by(), phase::RING);
+        assert_eq!(b.receives_by(), phase::SWITCHING);
+        assert_eq!(b.receive(100, PLAIN), gave(0..10));
+        assert_eq!(b.receives_by(), phase::RING);
+    });
+}
+
+/// A short receive means that nothing more is there: the anchor's last bytes and the ring's first are one receive.
+#[test]
+fn a_receive_goes_on_from_the_anchor_to_the_ring() {
+    let wire = crate::pair::Wire::new();
+    let [one, other] = wire.sides();
+    let (a, b) = (Program::new(&one), Program::new(&other));
+    assert_eq!(a.send(&bytes(0..10)), Some(10));
+    b.map();
+    a.map();
+    assert_eq!(a.send(&bytes(10..30)), Some(20));
+    assert_eq!(b.receives_by(), phase::SWITCHING);
+    assert_eq!(b.receive(100, PEEK), gave(0..30));
+    assert_eq!(b.receive(100, PLAIN), gave(0..30));
+    assert_eq!(b.receive(100, PLAIN), Gave::Nothing);
+}
+
+#[test]
+fn a_receive_goes_on_from_the_ring_to_the_anchor() {
+    stream(true, |a, b| {
+        assert_eq!(a.send(&bytes(0..10)), Some(10));
+        a.end().leave();
+        assert_eq!(a.sends_by(), phase::DEMOTED);
+        assert_eq!(a.send(&bytes(10..30)), Some(20));
+        assert_eq!(b.end().unread(), Some(30));
+        assert_eq!(b.receive(100, PEEK), gave(0..30));
+        assert_eq!(b.receive(5, PLAIN), gave(0..5));
+        assert_eq!(b.receive(100, PLAIN), gave(5..30));
+        assert_eq!(b.receives_by(), phase::DEMOTED);
+    });
+}
+
+/// The other end's last token lies between the ring's bytes and those behind them.
+#[test]
+fn a_receive_that_wants_all_goes_on_behind_the_ring() {
+    stream(true, |a, b| {
+        assert_eq!(a.send(&bytes(0..10)), Some(10));
+        a.end().leave();
+        let whole = How {
+            whole: true,
+            ..PLAIN
+        };
+        let mut room = [0; 30];
+        let part = libc::iovec {
+            iov_base: room.as_mut_ptr().cast(),
+            iov_len: room.len(),
+        };
+        // SAFETY: one entry, valid as long as this.
+        let to = unsafe { rdsock_shm::end::Buffers::new(&part, 1, |_| Ok::<_, ()>(())) }.unwrap();
+        let mut done = 0;
+        assert_eq!(b.end().receive(&to, whole, &mut done), Received::Kernel);
+        assert_eq!(done, 10);
+        assert_eq!(b.side.on_anchor(), 0, "the token is gone");
+    });
+}
+
+#[test]
+fn a_send_goes_on_from_the_ring_to_the_anchor() {
+    stream(true, |a, b| {
+        b.end().leave();
+        // It is told of that when it publishes, and its bytes go on behind the ring.
+        assert_eq!(a.send(&bytes(0..RING + 1000)), Some(RING + 1000));
+        assert_eq!(a.sends_by(), phase::DEMOTED);
+        let Gave::Bytes(got) = b.receive(2 * RING, PLAIN) else {
+            panic!("nothing came");
+        };
+        assert_eq!(got, bytes(0..RING + 1000));
+    });
+}
+
+#[test]
+fn a_full_ring_takes_no_more_until_it_is_read() {
+    stream(true, |a, b| {
+        assert_eq!(a.send(&bytes(0..RING + 10)), Some(RING));
+        assert!(!a.shared.is_sendable(1));
+        assert_eq!(b.receive(100, PLAIN), gave(0..100));
+        assert!(a.shared.is_sendable(100));
+        assert_eq!(a.send(&bytes(RING..RING + 200)), Some(100));
+        assert_eq!(b.receive(2 * RING, PLAIN), gave(100..RING + 100));
+    });
+}
+
+#[test]
+fn a_sleeper_is_woken_by_one_token_that_no_program_sees() {
+    stream(true, |a, b| {
+        let end = b.end();
+        let sleeper = Sleeper::enter(&end).expect("nobody else sleeps");
+        end.ask_for_bytes(want::WAKE);
+        assert!(!b.shared.may_receive());
+        a.send(&bytes(0..4));
+        a.send(&bytes(4..8));
+        assert_eq!(b.side.on_anchor(), 1);
+        assert_eq!(end.outstanding(), 1);
+        drop(sleeper);
+        assert_eq!(b.receive(100, PLAIN), gave(0..8));
+        drop(Sleeper::enter(&end).expect("nobody else sleeps"));
+        assert_eq!((b.side.on_anchor(), end.outstanding()), (0, 0));
+    });
+}
+
+/// Whoever is counted in has not looked yet, and a token that is taken away would let it sleep on.
+#[test]
+fn a_second_sleeper_leaves_the_token_to_the_first() {
+    stream(true, |a, b| {
+        let end = b.end();
+        let first = Sleeper::enter(&end).expect("nobody else sleeps");
+        end.ask_for_bytes(want::WAKE);
+        a.send(&bytes(0..4));
+        assert!(Sleeper::enter(&end).is_none());
+        assert_eq!(b.side.on_anchor(), 1);
+        drop(first);
+        assert!(Sleeper::enter(&end).is_some());
+        assert_eq!(b.side.on_anchor(), 0);
+    });
+}
+
+#[test]
+fn a_byte_that_nobody_counted_breaks_the_stream() {
+    stream(true, |a, b| {
+        b.end().look();
+        assert_eq!(b.side.broken(), None);
+        b.side.slip(b"raw");
+        b.end().look();
+        assert_eq!(b.side.broken(), Some(Reason::Bypass));
+        assert_eq!(b.receive(100, PLAIN), Gave::Broken);
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()), "told once");
+        // The other end reads what came before, then hears of it.
+        a.end().settle_reset();
+        assert_eq!(a.receive(100, PLAIN), Gave::Broken);
+        assert_eq!(a.side.broken(), Some(Reason::PeerReset));
+    });
+}
+
+#[test]
+fn a_foreign_byte_among_tokens_breaks_the_stream() {
+    stream(true, |a, b| {
+        b.end().ask_for_bytes(want::WAKE);
+        b.side.slip(b"raw");
+        a.send(&bytes(0..4));
+        assert!(Sleeper::enter(&b.end()).is_some());
+        assert_eq!(b.side.broken(), Some(Reason::Bypass));
+    });
+}
+
+#[test]
+fn an_end_that_leaves_takes_both_directions_along() {
+    stream(true, |a, b| {
+        a.send(&bytes(0..3));
+        b.send(&bytes(0..4));
+        a.end().leave();
+        b.poll();
+        assert_eq!(b.sends_by(), phase::DEMOTED);
+        assert_eq!(a.receive(100, PLAIN), gave(0..4));
+        assert_eq!(b.receive(100, PLAIN), gave(0..3));
+        a.poll();
+        b.poll();
+        assert_eq!(
+            (a.receives_by(), b.receives_by()),
+            (phase::DEMOTED, phase::DEMOTED)
+        );
+        assert_eq!(b.side.left(), Some(Reason::PeerDemoted));
+        assert_eq!((a.side.on_anchor(), b.side.on_anchor()), (0, 0));
+    });
+}
+
+#[test]
+fn what_an_abandoner_has_not_read_is_sent_again() {
+    stream(true, |a, b| {
+        a.send(&bytes(0..10));
+        assert_eq!(b.receive(4, PLAIN), gave(0..4));
+        assert!(b.end().abandon());
+        assert_eq!(b.receives_by(), phase::DEMOTED);
+        assert_eq!(b.receive(100, PLAIN), Gave::Nothing, "not yet");
+        a.poll();
+        assert_eq!(b.receive(100, PLAIN), gave(4..10));
+        assert_eq!(a.send(&bytes(10..12)), Some(2));
+        assert_eq!(b.receive(100, PLAIN), gave(10..12));
+    });
+}
+
+#[test]
+fn a_direction_ends_behind_its_bytes() {
+    stream(true, |a, b| {
+        a.send(&bytes(0..10));
+        assert!(a.end().shut_sending());
+        assert_eq!(a.send(b"more"), None);
+        assert_eq!(b.receive(100, PLAIN), gave(0..10));
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+        assert_eq!(b.send(&bytes(0..5)), Some(5));
+        assert_eq!(a.receive(100, PLAIN), gave(0..5));
+    });
+}
+
+#[test]
+fn a_close_with_unread_bytes_breaks_the_connection() {
+    stream(true, |a, b| {
+        a.send(&bytes(0..10));
+        b.end().close(false);
+        let marks = b.shared.out().producer.mark.load(Relaxed);
+        assert_ne!(marks & mark::RESET, 0);
+        assert_eq!(a.receive(100, PLAIN), Gave::Broken);
+        assert_eq!(a.send(b"x"), None);
+    });
+}
+
+#[test]
+fn a_close_without_unread_bytes_is_an_end() {
+    stream(true, |a, b| {
+        b.send(&bytes(0..10));
+        b.end().close(false);
+        assert_eq!(a.receive(100, PLAIN), gave(0..10));
+        assert_eq!(a.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+    });
+}
+
+/// A program that is asked where its bytes are, and one that asks for less than there is.
+#[test]
+fn unread_and_unsent_bytes_are_counted() {
+    stream(true, |a, b| {
+        a.send(&bytes(0..10));
+        assert_eq!((a.end().unsent(), b.end().unread()), (Some(10), Some(10)));
+        b.receive(4, PLAIN);
+        assert_eq!((a.end().unsent(), b.end().unread()), (Some(6), Some(6)));
+        let rest = How {
+            discard: true,
+            ..PLAIN
+        };
+        assert_eq!(b.receive(100, rest), Gave::Bytes(vec![0; 6]));
+        assert_eq!(b.end().unread(), Some(0));
+    });
+}

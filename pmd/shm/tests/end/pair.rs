@@ -1,0 +1,453 @@
+//! Both ends of a connection in one thread, over two queues of bytes with little room.
+
+use rdsock_shm::end::{
+    Anchor, Buffers, End, Got, How, Process, Received, Sent, Shared, Shut, Take, Until,
+};
+use rdsock_shm::layout::{BELLS, Bell, Counter, Direction, EndPage, MIN_RING, NOT_SWITCHED, phase};
+use rdsock_shm::lock::Owner;
+use rdsock_shm::reason::Reason;
+use rdsock_shm::ring::RingMemory;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Bytes of each ring.
+pub const RING: usize = MIN_RING as usize;
+/// Bytes that lie on an anchor at most.
+pub const ROOM: usize = 3000;
+
+/// One direction of the anchor.
+#[derive(Debug, Default)]
+struct Pipe {
+    bytes: RefCell<VecDeque<u8>>,
+    /// Room beyond [`ROOM`].
+    more: Cell<usize>,
+    sent: Cell<u64>,
+    ended: Cell<bool>,
+}
+
+impl Pipe {
+    fn send(&self, bytes: &[u8]) -> usize {
+        let mut queue = self.bytes.borrow_mut();
+        let len = bytes
+            .len()
+            .min((ROOM + self.more.get()).saturating_sub(queue.len()));
+        queue.extend(&bytes[..len]);
+        self.sent.set(self.sent.get() + len as u64);
+        len
+    }
+}
+
+/// What both ends map, and the anchor.
+#[derive(Debug)]
+pub struct Wire {
+    directions: Box<[Direction; 2]>,
+    memory: [Box<[Cell<u8>]>; 2],
+    bells: Box<[Bell; BELLS]>,
+    pipes: [Pipe; 2],
+}
+
+/// One end and its process.
+#[derive(Debug)]
+pub struct Side<'a> {
+    wire: &'a Wire,
+    page: Box<EndPage>,
+    number: usize,
+    mapped: Cell<bool>,
+    clock: Cell<u64>,
+    broken: Cell<Option<Reason>>,
+    left: Cell<Option<Reason>>,
+    looks: Cell<u32>,
+}
+
+/// A value made of zeroes.
+///
+/// # Safety
+/// Zeroes are a value of it.
+unsafe fn zeroed<T>() -> Box<T> {
+    // SAFETY: the caller vouches for it.
+    Box::new(unsafe { std::mem::zeroed() })
+}
+
+impl Wire {
+    /// A connection that nobody has mapped.
+    pub fn new() -> Self {
+        let wire = Wire {
+            // SAFETY: made of atomics and integers.
+            directions: unsafe { zeroed() },
+            memory: [
+                vec![Cell::new(0); RING].into(),
+                vec![Cell::new(0); RING].into(),
+            ],
+            // SAFETY: as above.
+            bells: unsafe { zeroed() },
+            pipes: Default::default(),
+        };
+        for direction in &*wire.directions {
+            direction.producer.switch_at.store(NOT_SWITCHED, Relaxed);
+        }
+        wire
+    }
+
+    /// Its two ends.
+    pub fn sides(&self) -> [Side<'_>; 2] {
+        [0, 1].map(|number| Side {
+            wire: self,
+            // SAFETY: as above.
+            page: unsafe { zeroed() },
+            number,
+            mapped: Cell::new(false),
+            clock: Cell::new(0),
+            broken: Cell::new(None),
+            left: Cell::new(None),
+            looks: Cell::new(0),
+        })
+    }
+
+    /// What one end has mapped.
+    pub fn shared(&self, side: &Side<'_>) -> Shared {
+        // SAFETY: the wire outlives the ends; the rings are touched by their halves only.
+        unsafe {
+            let ring = |number: usize| {
+                let start = self.memory[number].as_ptr();
+                RingMemory::new(start.cast_mut().cast(), RING as u64)
+            };
+            Shared::new(
+                self.directions.as_ptr(),
+                &raw const *side.page,
+                self.bells.as_ptr(),
+                [ring(0), ring(1)],
+                side.number as u32,
+            )
+        }
+    }
+}
+
+impl Anchor for &Side<'_> {
+    unsafe fn send(&self, from: *const u8, len: usize) -> Got {
+        // SAFETY: the caller vouches for the bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(from, len) };
+        match self.out().send(bytes) {
+            0 => Got::Nothing,
+            sent => Got::Bytes(sent),
+        }
+    }
+
+    fn peek(&self) -> Got {
+        match self.incoming().bytes.borrow().len() {
+            0 if self.incoming().ended.get() => Got::End,
+            0 => Got::Nothing,
+            _ => Got::Bytes(1),
+        }
+    }
+
+    unsafe fn take(&self, to: *mut u8, len: usize, how: Take) -> Got {
+        let seen = self.peek();
+        if seen != Got::Bytes(1) {
+            return seen;
+        }
+        let mut queue = self.incoming().bytes.borrow_mut();
+        let len = len.min(queue.len());
+        for at in 0..len {
+            if matches!(how, Take::Into | Take::Peek) {
+                // SAFETY: the caller vouches for the buffer.
+                unsafe { to.add(at).write(queue[at]) };
+            }
+        }
+        if matches!(how, Take::Into | Take::Discard) {
+            queue.drain(..len);
+        }
+        Got::Bytes(len)
+    }
+
+    fn unread(&self) -> Option<u64> {
+        Some(self.incoming().bytes.borrow().len() as u64)
+    }
+
+    fn sent(&self) -> Option<u64> {
+        Some(self.out().sent.get())
+    }
+
+    fn received(&self) -> Option<u64> {
+        Some(self.incoming().sent.get() - self.unread()?)
+    }
+
+    fn is_open(&self) -> bool {
+        !self.out().ended.get() && !self.incoming().ended.get()
+    }
+
+    fn shut(&self, which: Shut) {
+        if which == Shut::Sending {
+            self.out().ended.set(true);
+        }
+    }
+
+    fn break_at_close(&self) {}
+
+    fn wait(&self, what: Until, _: u32) -> bool {
+        if what == Until::Room {
+            // The kernel of the other end takes some.
+            self.out().more.set(self.out().more.get() + ROOM);
+            return true;
+        }
+        self.peek() != Got::Nothing
+    }
+
+    fn wait_fd(&self) -> i32 {
+        -1
+    }
+}
+
+impl Process for &Side<'_> {
+    fn me(&self) -> Owner {
+        Owner::new(self.number as u32 + 1, 16)
+    }
+
+    fn is_sending(&self) -> bool {
+        false
+    }
+
+    fn give_way(&self) {}
+
+    fn rest(&self) {}
+
+    /// Each look at it takes a while.
+    fn milliseconds(&self) -> u64 {
+        self.clock.set(self.clock.get() + 10);
+        self.clock.get()
+    }
+
+    fn is_running(&self, _: u32) -> bool {
+        true
+    }
+
+    fn name(&self) -> u64 {
+        self.number as u64 + 1
+    }
+
+    fn is_awake(&self, _: u64) -> bool {
+        true
+    }
+
+    fn barrier(&self) {}
+
+    fn has_barriers(&self) -> bool {
+        false
+    }
+
+    fn count(&self, _: Counter) {}
+
+    fn look_later(&self) {
+        self.looks.set(self.looks.get() + 1);
+    }
+
+    fn broken(&self, reason: Reason) {
+        self.broken.set(Some(reason));
+    }
+
+    fn left(&self, reason: Reason) {
+        self.left.set(Some(reason));
+    }
+}
+
+/// Calls `with` with the buffers that are one slice.
+fn with_buffers<T>(bytes: *mut u8, len: usize, with: impl FnOnce(&Buffers) -> T) -> T {
+    let part = libc::iovec {
+        iov_base: bytes.cast(),
+        iov_len: len,
+    };
+    // SAFETY: one entry, which lives as long as the call.
+    let buffers = unsafe { Buffers::new(&part, 1, |_| Ok::<_, ()>(())) };
+    with(&buffers.unwrap())
+}
+
+/// What a program's receive gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gave {
+    /// So many bytes; none at the end.
+    Bytes(Vec<u8>),
+    /// EAGAIN.
+    Nothing,
+    /// ECONNRESET.
+    Broken,
+}
+
+impl Side<'_> {
+    fn out(&self) -> &Pipe {
+        &self.wire.pipes[self.number]
+    }
+
+    fn incoming(&self) -> &Pipe {
+        &self.wire.pipes[1 - self.number]
+    }
+
+    /// Why the stream was broken, where it was.
+    pub fn broken(&self) -> Option<Reason> {
+        self.broken.get()
+    }
+
+    /// Why both directions are the kernel's, where they are.
+    pub fn left(&self) -> Option<Reason> {
+        self.left.get()
+    }
+
+    /// The end is mapped.
+    pub fn is_mapped(&self) -> bool {
+        self.mapped.get()
+    }
+
+    /// No room on the anchor.
+    pub fn is_full(&self) -> bool {
+        self.out().bytes.borrow().len() >= ROOM + self.out().more.get()
+    }
+
+    /// Bytes that came to this end's anchor past everybody.
+    pub fn slip(&self, bytes: &[u8]) {
+        self.incoming().send(bytes);
+    }
+
+    /// Bytes on this end's side of the anchor, tokens among them.
+    pub fn on_anchor(&self) -> usize {
+        self.incoming().bytes.borrow().len()
+    }
+}
+
+/// One end, with what it has mapped: the calls of a program that never waits.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// What it has mapped.
+    pub shared: Shared,
+    /// The end.
+    pub side: &'a Side<'a>,
+}
+
+impl<'a> Program<'a> {
+    /// Of an end.
+    pub fn new(side: &'a Side<'a>) -> Self {
+        Program {
+            shared: side.wire.shared(side),
+            side,
+        }
+    }
+
+    /// The production end.
+    pub fn end(&self) -> End<'_, &'a Side<'a>> {
+        End {
+            shared: &self.shared,
+            socket: self.side,
+        }
+    }
+
+    /// The daemon's offer is followed.
+    pub fn map(&self) {
+        if !self.side.mapped.get() {
+            self.side.mapped.set(self.end().promote(true));
+        }
+    }
+
+    /// Sends what goes at once; how much. `None`: the direction has ended.
+    pub fn send(&self, bytes: &[u8]) -> Option<usize> {
+        if !self.side.mapped.get() {
+            return Some(self.side.out().send(bytes));
+        }
+        let (end, mut done) = (self.end(), 0);
+        let sent = with_buffers(bytes.as_ptr().cast_mut(), bytes.len(), |from| {
+            end.send(from, &mut done)
+        });
+        match sent {
+            Sent::All | Sent::Full => Some(done),
+            Sent::Kernel(counted) => {
+                done += self.side.out().send(&bytes[done..]);
+                if counted.is_some() {
+                    drop(counted);
+                    end.after_kernel_send();
+                }
+                Some(done)
+            }
+            Sent::Pipe | Sent::Broken => None,
+        }
+    }
+
+    /// Receives what is there.
+    pub fn receive(&self, most: usize, how: How) -> Gave {
+        let mut bytes = vec![0; most];
+        let mut done = 0;
+        let received = with_buffers(bytes.as_mut_ptr(), most, |to| {
+            if self.side.mapped.get() {
+                self.end().receive(to, how, &mut done)
+            } else {
+                Received::Kernel
+            }
+        });
+        match received {
+            Received::Bytes => {
+                bytes.truncate(done);
+                Gave::Bytes(bytes)
+            }
+            Received::End => Gave::Bytes(Vec::new()),
+            Received::Nothing | Received::Few(_) if done == 0 => Gave::Nothing,
+            Received::Kernel => {
+                let take = if how.peek { Take::Peek } else { Take::Into };
+                // SAFETY: the buffer's own rest.
+                let rest =
+                    unsafe { (&self.side).take(bytes.as_mut_ptr().add(done), most - done, take) };
+                match rest {
+                    Got::Bytes(got) => done += got,
+                    Got::Nothing if done == 0 => return Gave::Nothing,
+                    _ => {}
+                }
+                bytes.truncate(done);
+                Gave::Bytes(bytes)
+            }
+            Received::Error(_) => Gave::Broken,
+            Received::Nothing | Received::Few(_) => {
+                bytes.truncate(done);
+                Gave::Bytes(bytes)
+            }
+        }
+    }
+
+    /// What a question does before it is answered.
+    pub fn poll(&self) {
+        if !self.side.mapped.get() {
+            return;
+        }
+        let end = self.end();
+        end.settle_switch();
+        end.settle_reset();
+        if self.shared.peer_has_left() {
+            end.follow();
+        }
+        end.settle_incoming();
+    }
+
+    /// Where the incoming direction is: a value of [`phase`].
+    pub fn receives_by(&self) -> u32 {
+        self.shared.rx().phase.load(Relaxed)
+    }
+
+    /// Where the outgoing direction is.
+    pub fn sends_by(&self) -> u32 {
+        self.shared.tx().phase.load(Relaxed)
+    }
+}
+
+/// Calls `with` with both ends of a stream, mapped, and with `on_rings` moved to the rings.
+pub fn stream(on_rings: bool, with: impl FnOnce(&Program<'_>, &Program<'_>)) {
+    let wire = Wire::new();
+    let [one, other] = wire.sides();
+    let (one, other) = (Program::new(&one), Program::new(&other));
+    one.map();
+    other.map();
+    if on_rings {
+        for (from, to) in [(&one, &other), (&other, &one)] {
+            assert_eq!(from.send(b"x"), Some(1));
+            assert_eq!(to.receive(1, How::default()), Gave::Bytes(b"x".into()));
+            assert_eq!(
+                (from.sends_by(), to.receives_by()),
+                (phase::RING, phase::RING)
+            );
+        }
+    }
+    with(&one, &other);
+}

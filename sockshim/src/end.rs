@@ -1,0 +1,201 @@
+//! A stream's end as this process has it: what `rdsock_shm::end` asks of the kernel and of the process, answered with raw
+//! system calls on the program's own descriptor.
+
+use crate::conn::{self, Use};
+use crate::io::TcpInfo;
+use crate::stream::{self, Stream};
+use crate::{clock, demote, real, sys, tenant, wait};
+use libc::c_int;
+use rdsock_shm::end::{self, Anchor, Got, Process, Shut, Take, Until};
+use rdsock_shm::layout::Counter;
+use rdsock_shm::lock::Owner;
+use rdsock_shm::reason::{Reason, State};
+use std::sync::atomic::Ordering::*;
+
+/// One end of a stream, for the length of a call.
+pub type End<'a> = end::End<'a, Socket<'a>>;
+
+/// The socket under a stream, and the connection that it is for this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Socket<'a> {
+    held: &'a Use,
+    stream: &'a Stream,
+    fd: c_int,
+}
+
+impl Stream {
+    /// The end, for a call on `fd`.
+    #[inline]
+    pub fn at<'a>(&'a self, held: &'a Use, fd: c_int) -> End<'a> {
+        End {
+            shared: self,
+            socket: Socket {
+                held,
+                stream: self,
+                fd,
+            },
+        }
+    }
+}
+
+/// Whether urgent data comes next: from asm-generic/sockios.h.
+const SIOCATMARK: u64 = 0x8905;
+
+/// What a raw system call gave.
+fn got(result: isize) -> Got {
+    match result {
+        0 => Got::End,
+        bytes if bytes > 0 => Got::Bytes(bytes as usize),
+        error => match -error as c_int {
+            libc::EAGAIN | libc::EINTR => Got::Nothing,
+            error => Got::Error(error),
+        },
+    }
+}
+
+impl Anchor for Socket<'_> {
+    unsafe fn send(&self, from: *const u8, len: usize) -> Got {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the caller vouches for the bytes.
+        got(unsafe { sys::send_raw(self.fd, from, len, flags) })
+    }
+
+    fn peek(&self) -> Got {
+        got(sys::recv_now(self.fd, &mut [0], libc::MSG_PEEK))
+    }
+
+    unsafe fn take(&self, to: *mut u8, len: usize, how: Take) -> Got {
+        let flags = match how {
+            Take::Into => 0,
+            Take::Peek => libc::MSG_PEEK,
+            Take::Discard => libc::MSG_TRUNC,
+            Take::Count => libc::MSG_TRUNC | libc::MSG_PEEK,
+        };
+        // SAFETY: the caller vouches for the buffer.
+        got(unsafe { sys::recv_raw(self.fd, to, len, libc::MSG_DONTWAIT | flags) })
+    }
+
+    fn unread(&self) -> Option<u64> {
+        Some(sys::ioctl_int(self.fd, libc::FIONREAD)? as u64)
+    }
+
+    fn sent(&self) -> Option<u64> {
+        TcpInfo::sent(self.fd, self.stream.end_number() == 0)
+    }
+
+    fn received(&self) -> Option<u64> {
+        TcpInfo::received(self.fd)
+    }
+
+    fn is_open(&self) -> bool {
+        TcpInfo::of(self.fd).is_some_and(|info| info.state == TcpInfo::ESTABLISHED)
+    }
+
+    fn is_at_mark(&self) -> bool {
+        sys::ioctl_int(self.fd, SIOCATMARK).is_some_and(|is_there| is_there != 0)
+    }
+
+    fn shut(&self, which: Shut) {
+        let how = match which {
+            Shut::Sending => libc::SHUT_WR,
+            Shut::Receiving => libc::SHUT_RD,
+        };
+        // SAFETY: a plain call on the program's fd.
+        unsafe { real::shutdown(self.fd, how) };
+    }
+
+    fn break_at_close(&self) {
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        sys::setsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
+    }
+
+    fn wait(&self, what: Until, ms: u32) -> bool {
+        let events = match what {
+            Until::Bytes => libc::POLLIN,
+            Until::Room => libc::POLLOUT,
+        };
+        sys::poll_one(self.fd, events, i64::from(ms)) > 0
+    }
+
+    fn wait_fd(&self) -> c_int {
+        self.fd
+    }
+}
+
+impl Process for Socket<'_> {
+    #[inline]
+    fn me(&self) -> Owner {
+        Owner::new(stream::pid(), sys::thread_pointer())
+    }
+
+    #[inline]
+    fn is_alone(&self) -> bool {
+        conn::is_single_threaded()
+    }
+
+    fn is_sending(&self) -> bool {
+        self.held.conn.in_tx.load(SeqCst) != 0
+    }
+
+    fn give_way(&self) {
+        sys::sched_yield();
+    }
+
+    fn rest(&self) {
+        sys::poll_one(-1, 0, 1);
+    }
+
+    fn milliseconds(&self) -> u64 {
+        clock::nanoseconds() / 1_000_000
+    }
+
+    fn is_running(&self, pid: u32) -> bool {
+        sys::is_alive(pid)
+    }
+
+    fn name(&self) -> u64 {
+        wait::own_name()
+    }
+
+    fn is_awake(&self, name: u64) -> bool {
+        sys::is_thread_alive((name >> 32) as u32, name as u32)
+    }
+
+    fn barrier(&self) {
+        if !sys::membarrier() {
+            // Forbidden since (a sandbox): no store buffer holds a store for so long.
+            self.rest();
+        }
+    }
+
+    #[inline]
+    fn has_barriers(&self) -> bool {
+        stream::has_barriers()
+    }
+
+    #[inline]
+    fn gather(&self, found: u64, now: impl FnOnce() -> u64) {
+        wait::let_gather(self.held.conn, found, now);
+    }
+
+    fn count(&self, what: Counter) {
+        tenant::count(what);
+    }
+
+    fn look_later(&self) {
+        self.held.conn.look.store(1, Relaxed);
+    }
+
+    fn broken(&self, reason: Reason) {
+        tenant::stream_left(self.fd, self.stream, State::Reset, reason);
+    }
+
+    fn left(&self, reason: Reason) {
+        tenant::stream_left(self.fd, self.stream, State::Demoted, reason);
+        demote::restore_options(self.held, self.fd);
+        crate::epoll::demoted(self.held, self.fd);
+    }
+}
