@@ -291,8 +291,8 @@ impl<T, const N: usize> Pieces<T, N> {
 /// Begins to look after fds.
 pub fn start() {
     STARTED.store(1, Release);
-    // SAFETY: the name is a C string; the symbol, where glibc has it, is a char.
-    let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };
+    // A char, where glibc has it.
+    let flag = crate::real::symbol(c"__libc_single_threaded");
     SINGLE_THREADED.store(flag.cast(), Relaxed);
 }
 

@@ -6,6 +6,14 @@
 //! daemon; `process.rs` follows fork and exec. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
+//!
+//! It is built without the standard library, and needs nothing of libc that an old or another libc lacks: it must not
+//! keep any program from starting. `std` is another name of `core` here.
+
+#![cfg_attr(not(test), no_std)]
+
+#[cfg(not(test))]
+extern crate core as std;
 
 mod address;
 mod between;
@@ -13,6 +21,8 @@ mod calls;
 mod clock;
 mod conn;
 mod demote;
+#[cfg(not(test))]
+mod end;
 mod epoll;
 mod io;
 mod names;

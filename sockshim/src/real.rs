@@ -9,54 +9,84 @@ use libc::{
 };
 use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
-struct Symbol {
+unsafe extern "C" {
+    /// Of `csrc/libc.c`: `dlsym`, wherever this libc has it.
+    fn rdsock_dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+/// What a symbol of the program's is; null where it has none.
+pub fn symbol(name: &std::ffi::CStr) -> *mut c_void {
+    // SAFETY: the name is a C string.
+    unsafe { rdsock_dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
+}
+
+/// A function that another library has as well.
+pub struct Symbol {
     name: &'static std::ffi::CStr,
     address: AtomicPtr<c_void>,
 }
 
 impl Symbol {
+    /// Not looked for yet.
+    pub const fn new(name: &'static std::ffi::CStr) -> Self {
+        let address = AtomicPtr::new(std::ptr::null_mut());
+        Symbol { name, address }
+    }
+
+    /// Where it is; null where nobody has it.
+    #[inline]
+    pub fn address_now(&self) -> *mut c_void {
+        let address = self.address.load(Relaxed);
+        if address.is_null() {
+            return self.resolve();
+        }
+        address
+    }
+
     fn resolve(&self) -> *mut c_void {
         // SAFETY: the name is a C string; RTLD_NEXT looks behind this library.
-        let address = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
+        let address = unsafe { rdsock_dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
         self.address.store(address, Relaxed);
         address
     }
 }
 
 macro_rules! real {
-    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty;)*) => {
-        mod symbols {
+    // All resolved by one function.
+    ($symbols:ident by $resolve:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty;)*) => {
+        /// Resolves all.
+        pub fn $resolve() {
+            $( $symbols::$name.resolve(); )*
+        }
+
+        real! { $symbols; $(fn $name($($arg: $ty),*) -> $ret;)* }
+    };
+    // Each resolved when it is first called.
+    ($symbols:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty;)*) => {
+        mod $symbols {
             use super::Symbol;
             $(
-                #[allow(non_upper_case_globals)]
-                pub static $name: Symbol = Symbol {
+                #[allow(non_upper_case_globals, non_snake_case)]
+                pub static $name: Symbol = Symbol::new(
                     // The literal has its zero.
-                    name: match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
                         Ok(name) => name,
                         Err(_) => c"",
                     },
-                    address: std::sync::atomic::AtomicPtr::new(std::ptr::null_mut()),
-                };
+                );
             )*
-        }
-
-        /// Resolves all.
-        pub fn resolve() {
-            $( symbols::$name.resolve(); )*
         }
 
         $(
             /// # Safety
             /// As the C function of this name.
+            #[allow(non_snake_case)]
             #[inline]
             pub unsafe fn $name($($arg: $ty),*) -> $ret {
-                let mut address = symbols::$name.address.load(Relaxed);
+                let address = $symbols::$name.address_now();
                 if address.is_null() {
-                    address = symbols::$name.resolve();
-                    if address.is_null() {
-                        sys::set_errno(libc::ENOSYS);
-                        return -1 as _;
-                    }
+                    sys::set_errno(libc::ENOSYS);
+                    return -1 as _;
                 }
                 // SAFETY: the symbol of this name has this type in C; the caller vouches for the rest.
                 unsafe {
@@ -69,6 +99,7 @@ macro_rules! real {
 }
 
 real! {
+    symbols by resolve;
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
     fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int;
     fn listen(fd: c_int, backlog: c_int) -> c_int;

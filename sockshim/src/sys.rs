@@ -235,11 +235,31 @@ pub fn ftruncate(fd: c_int, len: usize) -> isize {
     syscall!(SYS_ftruncate, fd, len)
 }
 
-pub fn file_size(fd: c_int) -> Option<u64> {
+/// What the kernel says of an open file.
+pub fn stat_of(fd: c_int) -> Option<libc::stat> {
     let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
     // SAFETY: zeroed, and made of integers.
-    (syscall!(SYS_fstat, fd, stat.as_mut_ptr()) == 0)
-        .then(|| unsafe { stat.assume_init() }.st_size as u64)
+    (syscall!(SYS_fstat, fd, stat.as_mut_ptr()) == 0).then(|| unsafe { stat.assume_init() })
+}
+
+/// What the kernel says of the file at a path.
+///
+/// # Safety
+/// `path` is a C string.
+pub unsafe fn stat_at(path: *const libc::c_char) -> Option<libc::stat> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: zeroed, and made of integers; the caller vouches for the path.
+    (syscall!(SYS_newfstatat, libc::AT_FDCWD, path, stat.as_mut_ptr(), 0) == 0)
+        .then(|| unsafe { stat.assume_init() })
+}
+
+/// True for a program that gets capabilities when it is executed, so that its loader preloads nothing.
+pub fn has_capabilities(fd: c_int) -> bool {
+    syscall!(SYS_fgetxattr, fd, c"security.capability".as_ptr(), 0, 0) > 0
+}
+
+pub fn file_size(fd: c_int) -> Option<u64> {
+    Some(stat_of(fd)?.st_size as u64)
 }
 
 /// True for a file that is sealed against shrinking: a load from its mapping never faults.

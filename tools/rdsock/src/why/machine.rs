@@ -11,7 +11,7 @@ use procfs::net::TcpState;
 use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
 use crate::daemon::MACHINE_SOCKET;
-use crate::run::{Loads, loads_libraries};
+use crate::run::{Loads, OTHER_LIBC, loads_libraries};
 
 /// A network namespace, by the inode that stands for it.
 pub type Netns = u64;
@@ -207,8 +207,11 @@ impl Machine {
         let Ok(process) = Process::new(pid) else {
             return Absence::Unseen("it has ended");
         };
+        let program = loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe")));
         match has_shim(&process) {
             None => return Absence::Unseen("it is another user's, or has changed its user"),
+            // The loader of another libc has loaded it, but it does nothing there.
+            Some(true) if program == Loads::No(OTHER_LIBC) => {}
             Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
             Some(true) => {
                 return match narrow_limits(&process) {
@@ -218,7 +221,7 @@ impl Machine {
             }
             Some(false) => {}
         }
-        match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
+        match program {
             Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
             Loads::Yes | Loads::Unknown => {
                 Absence::NotPreloaded("it was not started by rdsock run".into())
