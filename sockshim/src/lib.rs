@@ -25,6 +25,7 @@ mod demote;
 mod end;
 mod epoll;
 mod io;
+mod locked;
 mod names;
 mod options;
 mod poll;

@@ -216,7 +216,8 @@ fn is_kept_over_exec(fd: c_int) -> bool {
     flags >= 0 && flags & libc::FD_CLOEXEC as isize == 0
 }
 
-fn has_streams() -> bool {
+/// True when any connection is on rings.
+pub fn has_streams() -> bool {
     let mut any = false;
     conn::each(|_, conn| any |= conn.stream().is_some_and(demote::is_on_rings));
     any

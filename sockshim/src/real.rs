@@ -157,3 +157,9 @@ real! {
     fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int;
     fn syscall(number: c_long, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong, e: c_ulong, f: c_ulong) -> c_long;
 }
+
+// Those of newer versions of libc, or seldom called.
+real! {
+    rare;
+    fn mlockall(flags: c_int) -> c_int;
+}

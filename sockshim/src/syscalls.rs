@@ -1,6 +1,6 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
-use crate::{calls, conn, demote, options, process, real, tenant};
+use crate::{calls, conn, demote, locked, options, process, real, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
 
@@ -106,6 +106,7 @@ pub unsafe extern "C" fn syscall(
                 tenant::disable();
                 real::syscall(number, a, b, c, d, e, f)
             }
+            libc::SYS_mlockall => locked::mlockall(fd) as _,
             libc::SYS_prctl => prctl(a as _, b, c, d, e) as _,
             libc::SYS_seccomp => {
                 if a == SECCOMP_SET_MODE_STRICT || a == SECCOMP_SET_MODE_FILTER {
