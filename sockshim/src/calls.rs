@@ -18,10 +18,10 @@ mod stdio;
 mod transfer;
 
 pub use descriptors::{close, close_range, copied, dup, dup2, dup3};
-pub use epoll::{epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2, epoll_wait};
+pub use epoll::{epoll_create, epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2, epoll_wait};
 pub use files::{sendfile, splice};
 pub use names::{getpeername, getsockname, peer_name};
 pub use poll::{poll, ppoll, pselect, select};
-pub use read_write::{read, readv, write, writev};
+pub use read_write::{preadv2, pwritev2, read, readv, write, writev};
 pub use send_recv::{recv, recvfrom, recvmmsg, recvmsg, sendmmsg, sendmsg, sendto};
 pub use sockets::{accept, accept4, connect, listen, shutdown, socket};

@@ -3,7 +3,8 @@
 //! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
 //! `epoll` do what they do on a stream; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
 //! sleep as they end the kernel's; `demote.rs` goes back to the kernel; `tenant` talks to the
-//! daemon; `process.rs` follows fork and exec. The shim never panics, never allocates from the
+//! daemon; `process.rs` follows fork and exec, `children.rs` and `spawn.rs` other
+//! ways to make a process. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
 //!
@@ -18,6 +19,7 @@ extern crate core as std;
 mod address;
 mod between;
 mod calls;
+mod children;
 mod clock;
 mod conn;
 mod demote;
@@ -33,6 +35,7 @@ mod process;
 mod ready;
 mod real;
 mod signals;
+mod spawn;
 mod stream;
 mod sys;
 mod syscalls;

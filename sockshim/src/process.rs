@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, born};
 use crate::io::TcpInfo;
-use crate::{between, clock, demote, epoll, real, stream, sys, tenant, wait};
+use crate::{between, children, clock, demote, epoll, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -194,24 +194,29 @@ pub fn is_foreign() -> bool {
 
 static LOCKED: AtomicU32 = AtomicU32::new(0);
 
-extern "C" fn before_fork() {
+/// Before a child gets a copy of this process.
+pub extern "C" fn before_fork() {
+    children::before_copy();
     LOCKED.store(u32::from(tenant::before_fork()), Relaxed);
 }
 
-extern "C" fn after_fork_in_parent() {
+/// After that, in the parent.
+pub extern "C" fn after_fork_in_parent() {
     if LOCKED.swap(0, Relaxed) != 0 {
         tenant::after_fork_in_parent();
     }
 }
 
-extern "C" fn after_fork_in_child() {
+/// And in the child.
+pub extern "C" fn after_fork_in_child() {
     stream::note_pid();
     stream::start_barriers();
     epoll::after_fork_in_child();
     tenant::after_fork_in_child();
 }
 
-fn is_kept_over_exec(fd: c_int) -> bool {
+/// True for a descriptor that a program which this one turns into, or starts, gets under the same number.
+pub fn is_kept_over_exec(fd: c_int) -> bool {
     let flags = sys::fcntl(fd, libc::F_GETFD, 0);
     flags >= 0 && flags & libc::FD_CLOEXEC as isize == 0
 }
@@ -256,11 +261,21 @@ fn before_exec(loads_shim: bool) {
 }
 
 /// stdin, stdout and stderr are used by stdio, behind the shim's back: never on rings.
-const STDERR: c_int = 2;
+pub const STDERR: c_int = 2;
+
+/// True for a number at which a program that starts looks for connections: see [`adopt_inherited`].
+pub fn is_looked_at(fd: c_int) -> bool {
+    fd > STDERR && fd < INHERITED as c_int
+}
+
+/// True when a program can ask the daemon for this stream, if it asks at all (`keep`).
+pub fn fits_new_program(held: &conn::Use, keep: bool) -> bool {
+    keep && tenant::is_known(held.conn)
+}
 
 /// What becomes of a stream that another program image gets.
 fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
-    if !keep || fd <= STDERR || !tenant::is_known(held.conn) {
+    if fd <= STDERR || !fits_new_program(held, keep) {
         demote::abandon(held, fd, Reason::Exec);
     } else if let Some(stream) = held.conn.stream()
         && is_foreign()
@@ -443,7 +458,7 @@ unsafe fn execvpe_with(
 }
 
 /// Calls `test` with the file that `execvp` would take.
-fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
+pub fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
     if file.to_bytes().contains(&b'/') {
         return test(file);
     }
@@ -474,6 +489,15 @@ fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
 
 unsafe extern "C" {
     static environ: *const *const c_char;
+}
+
+/// libc's present environment.
+///
+/// # Safety
+/// No other thread changes it.
+pub unsafe fn environment() -> *const *const c_char {
+    // SAFETY: as the caller says.
+    unsafe { environ }
 }
 
 /// # Safety
@@ -539,6 +563,38 @@ pub unsafe extern "C" fn fexecve(
     }
 }
 
+/// # Safety
+/// As `execveat(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execveat(
+    folder: c_int,
+    path: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe {
+        if !sys::is_bad_pointer(path.cast()) {
+            let is_fd = flags & libc::AT_EMPTY_PATH != 0 && *path == 0;
+            let file = if is_fd {
+                folder
+            } else {
+                sys::open_at(folder, path) as c_int
+            };
+            if file >= 0 {
+                before_exec(names_shim(envp) && is_dynamic_file(file, 0));
+            }
+            if file >= 0 && !is_fd {
+                sys::close(file);
+            }
+        }
+        let args = [path as _, argv as _, envp as _, flags as _];
+        let [path, argv, envp, flags] = args;
+        real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
+    }
+}
+
 macro_rules! jump {
     ($($name:ident => $target:ident;)*) => {
         $(
@@ -579,93 +635,4 @@ pub unsafe extern "C" fn rdsock_real_vdprintf(
 ) -> c_int {
     // SAFETY: as the caller says.
     unsafe { real::vdprintf(fd, format, arguments) }
-}
-
-/// Connections that a spawned program gets under another number by a file action.
-static ACTIONS: [AtomicU32; 16] = [const { AtomicU32::new(0) }; 16];
-
-/// # Safety
-/// As `posix_spawn_file_actions_adddup2`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
-    actions: *mut libc::c_void,
-    fd: c_int,
-    new: c_int,
-) -> c_int {
-    if let Kind::Conn(index) = conn::kind(fd) {
-        let word = (index as u32 + 1) | (u32::from(new <= STDERR) << 31);
-        for place in &ACTIONS {
-            if place.compare_exchange(0, word, AcqRel, Relaxed).is_ok() {
-                break;
-            }
-        }
-    }
-    // SAFETY: as the caller says.
-    unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) }
-}
-
-fn before_spawn(loads_shim: bool) {
-    if !is_ready() {
-        return;
-    }
-    for place in &ACTIONS {
-        let index = place.swap(0, AcqRel);
-        let stdio = index & (1 << 31) != 0;
-        let index = index & !(1 << 31);
-        if index != 0
-            && let Some(held) = conn::by_index(index as usize - 1)
-        {
-            let fd = held.conn.fd.load(Relaxed);
-            keep_or_abandon(&held, fd, loads_shim && !stdio);
-            if let Some(stream) = held.conn.stream()
-                && demote::is_on_rings(stream)
-            {
-                stream.end().holders.fetch_add(1, AcqRel);
-            }
-        }
-    }
-    before_exec(loads_shim);
-}
-
-/// # Safety
-/// As `posix_spawn`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn(
-    pid: *mut libc::pid_t,
-    path: *const c_char,
-    actions: *const libc::c_void,
-    attributes: *const libc::c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        if !path.is_null() {
-            before_spawn(names_shim(envp.cast()) && is_dynamic(CStr::from_ptr(path), 0));
-        }
-        real::posix_spawn(pid, path, actions, attributes, argv, envp)
-    }
-}
-
-/// # Safety
-/// As `posix_spawnp`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawnp(
-    pid: *mut libc::pid_t,
-    file: *const c_char,
-    actions: *const libc::c_void,
-    attributes: *const libc::c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        if !file.is_null() {
-            before_spawn(
-                names_shim(envp.cast())
-                    && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0)),
-            );
-        }
-        real::posix_spawnp(pid, file, actions, attributes, argv, envp)
-    }
 }

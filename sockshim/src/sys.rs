@@ -544,9 +544,14 @@ pub unsafe fn write(fd: c_int, buf: *const u8, len: usize) -> isize {
 
 /// Opens a path read-only, for looking at a program before exec.
 pub fn open_read(path: *const libc::c_char) -> isize {
+    open_at(libc::AT_FDCWD, path)
+}
+
+/// As [`open_read`], from a folder on.
+pub fn open_at(folder: c_int, path: *const libc::c_char) -> isize {
     syscall!(
         SYS_openat,
-        libc::AT_FDCWD,
+        folder,
         path,
         libc::O_RDONLY | libc::O_CLOEXEC,
         0

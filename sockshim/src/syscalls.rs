@@ -1,6 +1,6 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
-use crate::{calls, conn, demote, locked, options, process, real, tenant};
+use crate::{calls, children, conn, demote, locked, options, process, real, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
 
@@ -8,11 +8,15 @@ use rdsock_shm::reason::Reason;
 const SECCOMP_SET_MODE_STRICT: c_ulong = 0;
 const SECCOMP_SET_MODE_FILTER: c_ulong = 1;
 
+/// What a forked child's end tells its parent.
+#[cfg(target_arch = "x86_64")]
+const SIGCHLD: c_ulong = libc::SIGCHLD as c_ulong;
+
 /// A filter may forbid any call that the shim makes, at the price of the program's life: the kernel
 /// has every connection from here on, and the shim does nothing any more.
 fn before_sandbox() {
     demote::abandon_all(Reason::Sandbox);
-    tenant::disable();
+    tenant::disable(Reason::Sandbox);
     conn::forget_all();
 }
 
@@ -71,6 +75,8 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_shutdown => calls::shutdown(fd, b as _) as _,
             libc::SYS_close => calls::close(fd) as _,
             libc::SYS_close_range => calls::close_range(a as _, b as _, c as _) as _,
+            libc::SYS_preadv2 => calls::preadv2(fd, b as _, c as _, d as _, f as _) as _,
+            libc::SYS_pwritev2 => calls::pwritev2(fd, b as _, c as _, d as _, f as _) as _,
             libc::SYS_dup => calls::dup(fd) as _,
             libc::SYS_dup3 => calls::dup3(fd, b as _, c as _) as _,
             #[cfg(target_arch = "x86_64")]
@@ -91,6 +97,8 @@ pub unsafe extern "C" fn syscall(
                 };
                 calls::pselect(fd, b as _, c as _, d as _, e as _, mask) as _
             }
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_epoll_create => calls::epoll_create(fd) as _,
             libc::SYS_epoll_create1 => calls::epoll_create1(fd) as _,
             libc::SYS_epoll_ctl => calls::epoll_ctl(fd, b as _, c as _, d as _) as _,
             libc::SYS_epoll_pwait => calls::epoll_pwait(fd, b as _, c as _, d as _, e as _) as _,
@@ -100,10 +108,21 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_setsockopt => options::setsockopt(fd, b as _, c as _, d as _, e as _) as _,
             libc::SYS_getsockopt => options::getsockopt(fd, b as _, c as _, d as _, e as _) as _,
             libc::SYS_execve => process::rdsock_execve(a as _, b as _, c as _) as _,
+            libc::SYS_execveat => process::execveat(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_clone => children::clone_by_number(a, [b, c, d, e]),
+            libc::SYS_clone3 => children::clone3_by_number(a, b),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_fork => children::clone_by_number(SIGCHLD, [0; 4]),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_vfork => {
+                children::clone_by_number(SIGCHLD | libc::CLONE_VFORK as c_ulong, [0; 4])
+            }
+            libc::SYS_unshare => children::unshare(fd) as _,
+            libc::SYS_setns => children::setns(fd, b as _) as _,
             libc::SYS_io_uring_setup => {
                 // What a ring of the kernel's does to a connection, the shim does not see.
                 demote::abandon_all(Reason::IoUring);
-                tenant::disable();
+                tenant::disable(Reason::IoUring);
                 real::syscall(number, a, b, c, d, e, f)
             }
             libc::SYS_mlockall => locked::mlockall(fd) as _,

@@ -1,6 +1,6 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
-use super::attach::{attach, is_disabled, note_hang_up};
+use super::attach::{attach, is_disabled, note_hang_up, why_disabled};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -62,7 +62,7 @@ pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
 #[cold]
 fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     if is_disabled() {
-        conn.keep_on_kernel(index, Reason::Disabled);
+        conn.keep_on_kernel(index, why_disabled());
         return;
     }
     // Tried again with growing distance.

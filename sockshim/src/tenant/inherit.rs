@@ -74,6 +74,15 @@ pub fn after_fork_in_parent() {
     lock::release(&LOCK, Taken::Outer);
 }
 
+/// There is no child: after [`before_fork`] and before [`after_fork_in_parent`].
+pub fn fork_failed() {
+    conn::each(|_, conn| {
+        if let Some(stream) = conn.stream() {
+            stream.end().holders.fetch_sub(1, AcqRel);
+        }
+    });
+}
+
 /// After fork, in the child: a tenant of its own, when it first needs to be one.
 pub fn after_fork_in_child() {
     LOCK.store(0, Relaxed);
