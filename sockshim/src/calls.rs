@@ -5,6 +5,7 @@
 //! too: `syscall(2)` (`syscalls.rs`) and the checked names come down to them. `fcntl`, `ioctl` and
 //! the options are in `options.rs`; fork and exec are in `process.rs`.
 
+mod aio;
 mod checked;
 mod descriptors;
 mod epoll;
@@ -17,6 +18,7 @@ mod sockets;
 mod stdio;
 mod transfer;
 
+pub use aio::{making_uring, submitting};
 pub use descriptors::{close, close_range, copied, dup, dup2, dup3};
 pub use epoll::{epoll_create, epoll_create1, epoll_ctl, epoll_pwait, epoll_pwait2, epoll_wait};
 pub use files::{sendfile, splice};
@@ -24,4 +26,4 @@ pub use names::{getpeername, getsockname, peer_name};
 pub use poll::{poll, ppoll, pselect, select};
 pub use read_write::{preadv2, pwritev2, read, readv, write, writev};
 pub use send_recv::{recv, recvfrom, recvmmsg, recvmsg, sendmmsg, sendmsg, sendto};
-pub use sockets::{accept, accept4, connect, listen, shutdown, socket};
+pub use sockets::{accept, accept4, connect, listen, mark_is_behind_ring, shutdown, socket};

@@ -26,10 +26,13 @@ mod demote;
 #[cfg(not(test))]
 mod end;
 mod epoll;
+mod handing_over;
 mod io;
+mod known;
 mod locked;
 mod names;
 mod options;
+mod plugins;
 mod poll;
 mod process;
 mod ready;

@@ -3,9 +3,9 @@
 
 use crate::sys;
 use libc::{
-    c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr, msghdr,
-    nfds_t, off_t, off64_t, pid_t, pollfd, sigset_t, size_t, sockaddr, socklen_t, ssize_t,
-    timespec, timeval,
+    aiocb, c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr,
+    msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, sigevent, sigset_t, size_t, sockaddr, socklen_t,
+    ssize_t, timespec, timeval,
 };
 use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
@@ -162,7 +162,7 @@ real! {
     fn syscall(number: c_long, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong, e: c_ulong, f: c_ulong) -> c_long;
 }
 
-// Those of newer versions of libc, or seldom called.
+// Those of other libraries (libaio, liburing), of newer versions of libc, or seldom called.
 real! {
     rare;
     fn mlockall(flags: c_int) -> c_int;
@@ -170,4 +170,17 @@ real! {
     fn _Fork() -> pid_t;
     fn unshare(flags: c_int) -> c_int;
     fn setns(fd: c_int, kind: c_int) -> c_int;
+    fn aio_read(block: *mut aiocb) -> c_int;
+    fn aio_read64(block: *mut aiocb) -> c_int;
+    fn aio_write(block: *mut aiocb) -> c_int;
+    fn aio_write64(block: *mut aiocb) -> c_int;
+    fn lio_listio(mode: c_int, list: *const *mut aiocb, count: c_int, event: *mut sigevent) -> c_int;
+    fn lio_listio64(mode: c_int, list: *const *mut aiocb, count: c_int, event: *mut sigevent) -> c_int;
+    fn io_submit(context: *mut c_void, count: c_long, blocks: *const *const c_void) -> c_int;
+    fn io_uring_queue_init(entries: c_uint, ring: *mut c_void, flags: c_uint) -> c_int;
+    fn io_uring_queue_init_params(entries: c_uint, ring: *mut c_void, params: *mut c_void) -> c_int;
+    fn io_uring_queue_init_mem(entries: c_uint, ring: *mut c_void, params: *mut c_void, memory: *mut c_void, size: size_t) -> c_int;
+    fn io_uring_setup(entries: c_uint, params: *mut c_void) -> c_int;
+    fn mount(source: *const c_char, target: *const c_char, kind: *const c_char, flags: c_ulong, options: *const c_void) -> c_int;
+    fn fsconfig(fd: c_int, command: c_uint, key: *const c_char, value: *const c_void, number: c_int) -> c_int;
 }

@@ -1,12 +1,15 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
-use crate::{calls, children, conn, demote, locked, options, process, real, tenant};
+use crate::{calls, children, conn, demote, handing_over, locked, options, process, real, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
 
 /// Operations of `seccomp(2)`, from linux/seccomp.h.
 const SECCOMP_SET_MODE_STRICT: c_ulong = 0;
 const SECCOMP_SET_MODE_FILTER: c_ulong = 1;
+
+/// Of linux/bpf.h.
+const BPF_MAP_UPDATE_ELEM: c_ulong = 2;
 
 /// What a forked child's end tells its parent.
 #[cfg(target_arch = "x86_64")]
@@ -120,9 +123,22 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_unshare => children::unshare(fd) as _,
             libc::SYS_setns => children::setns(fd, b as _) as _,
             libc::SYS_io_uring_setup => {
-                // What a ring of the kernel's does to a connection, the shim does not see.
-                demote::abandon_all(Reason::IoUring);
-                tenant::disable(Reason::IoUring);
+                calls::making_uring();
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_io_submit => {
+                calls::submitting(b as _, c as _);
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_bpf => {
+                if a == BPF_MAP_UPDATE_ELEM {
+                    handing_over::put_into_map(b as _, c);
+                }
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_mount => handing_over::mount(a as _, b as _, c as _, d, e as _) as _,
+            libc::SYS_fsconfig => {
+                handing_over::configuring(b as _, c as _, d as _, e as _);
                 real::syscall(number, a, b, c, d, e, f)
             }
             libc::SYS_mlockall => locked::mlockall(fd) as _,

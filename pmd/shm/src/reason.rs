@@ -107,6 +107,14 @@ coded! {
         NodeRefused = 30, "the other node refused: its policy or a limit";
         /// Between nodes: the daemon has no device, or it has failed.
         NoDevice = 31, "the daemon drives no device: see its log";
+        /// The kernel is given the socket to use it itself, or may be.
+        HandedOver = 32, "given to the kernel by an ioctl, a mount or a map, or an ioctl that rings do not know";
+        /// Linux or POSIX asynchronous I/O on the socket.
+        Aio = 33, "asynchronous I/O on it (aio_read, io_submit)";
+        /// A library that was loaded so that the shim's functions are not its own.
+        DeepBind = 34, "a plug-in was loaded with RTLD_DEEPBIND, and the shim can't see its calls";
+        /// The program may have so few descriptors that the shim takes none.
+        FewDescriptors = 35, "the program may open too few descriptors (ulimit -n) for the shim to have its own";
     }
 }
 

@@ -1,15 +1,17 @@
 //! `send`, `recv` and their kin: the calls that only sockets take, with flags, addresses, messages
 //! and the descriptors that messages pass.
 
-use super::transfer::{IOV_MAX, one, receive, transmit};
+use super::transfer::{By, IOV_MAX, one, receive, receive_and_tell, transmit};
 use crate::conn::{self, Kind};
+use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
-use crate::{demote, real, sys};
+use crate::{demote, io, options, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
+use rdsock_shm::layout::mark;
 use rdsock_shm::reason::Reason;
-use std::sync::atomic::Ordering::Release;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// # Safety
 /// As `recv(2)`.
@@ -57,15 +59,11 @@ pub unsafe extern "C" fn recvfrom(
         if conn::kind(fd) == Kind::Other {
             return real::recvfrom(fd, buf, len, flags, from, from_len);
         }
-        let result = receive(fd, &one(buf, len), 1, flags, &|| {
+        let (result, by) = receive_and_tell(fd, &one(buf, len), 1, flags, &|| {
             real::recvfrom(fd, buf, len, flags, from, from_len)
         });
         // TCP names no sender.
-        if result >= 0
-            && !from.is_null()
-            && !from_len.is_null()
-            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
-        {
+        if result >= 0 && by == By::Shim && !from.is_null() && !from_len.is_null() {
             *from_len = 0;
         }
         result
@@ -113,17 +111,60 @@ pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> s
         if sys::is_bad_pointer(msg.cast()) || (*msg).msg_iovlen > IOV_MAX as usize {
             return in_kernel();
         }
-        let result = receive(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
-        if result >= 0
-            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some_and(demote::is_on_rings))
-        {
+        let (result, by) =
+            receive_and_tell(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
+        if result >= 0 && by == By::Shim {
             let header = &mut *msg;
             header.msg_namelen = 0;
-            header.msg_controllen = 0;
             header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
+            let room = std::mem::take(&mut header.msg_controllen);
+            if let Some(unread) = unread_to_tell(fd) {
+                put_unread(header, room, unread);
+            }
         }
         result
     }
+}
+
+/// What `TCP_INQ` tells with each message, where the program has set it: the bytes that are left, and one more for the
+/// end.
+fn unread_to_tell(fd: c_int) -> Option<c_int> {
+    let held = conn::of(fd)?;
+    if held.conn.options.load(Relaxed) & options::TELLS_UNREAD == 0 {
+        return None;
+    }
+    let stream = held.conn.stream()?;
+    let unread = io::unread(stream, fd).or_else(|| sys::ioctl_int(fd, libc::FIONREAD))?;
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0;
+    Some(unread + c_int::from(ended))
+}
+
+/// Puts the control message of `TCP_INQ` into a header whose control part has so much room, as the kernel does.
+///
+/// # Safety
+/// A valid message header.
+unsafe fn put_unread(header: &mut msghdr, room: usize, unread: c_int) {
+    let head = size_of::<libc::cmsghdr>();
+    let whole = head + size_of::<c_int>();
+    if header.msg_control.is_null() || room < whole {
+        header.msg_flags |= libc::MSG_CTRUNC;
+    }
+    if header.msg_control.is_null() || room < head {
+        return;
+    }
+    let fitting = room.min(whole);
+    let item = header.msg_control.cast::<libc::cmsghdr>();
+    // SAFETY: there is room for the item and for the part of the int behind it, as was just seen.
+    unsafe {
+        item.write_unaligned(libc::cmsghdr {
+            cmsg_len: fitting as _,
+            cmsg_level: libc::IPPROTO_TCP,
+            cmsg_type: TCP_INQ,
+        });
+        let bytes = unread.to_ne_bytes();
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), item.add(1).cast(), fitting - head);
+    }
+    header.msg_controllen = room.min(whole.next_multiple_of(size_of::<usize>()));
 }
 
 /// # Safety

@@ -223,17 +223,23 @@ pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
 /// As `sockatmark(3)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
-    // Urgent data makes its sender leave the rings, so the kernel knows the mark, once what came on
-    // the ring before it has been read.
     if let Some(held) = conn::of(fd)
-        && let Some(stream) = held.conn.stream()
-        && demote::is_on_rings(stream)
+        && mark_is_behind_ring(&held, fd)
     {
-        demote::settle_incoming(&held, stream, fd);
-        if stream.has_unread_ring() {
-            return 0;
-        }
+        return 0;
     }
     // SAFETY: arguments pass through.
     unsafe { real::sockatmark(fd) }
+}
+
+/// True when the mark of urgent data is not next, since bytes of the ring are. Urgent data makes its sender leave the
+/// rings, so the kernel knows the mark, once what came on the ring before it has been read.
+pub fn mark_is_behind_ring(held: &Use, fd: c_int) -> bool {
+    held.conn
+        .stream()
+        .filter(|stream| demote::is_on_rings(stream))
+        .is_some_and(|stream| {
+            demote::settle_incoming(held, stream, fd);
+            stream.has_unread_ring()
+        })
 }

@@ -9,6 +9,8 @@ use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
 use crate::io::TcpInfo;
+use crate::known::{Need, TCP_INQ, need_of};
+use crate::options::TELLS_UNREAD;
 use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
@@ -156,13 +158,31 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
         own_options(conn, fd);
         return Ok(stream);
     }
-    match make_ready(conn, &stream, fd) {
-        Some(()) => Ok(stream),
-        None => {
-            stream.unmap();
-            Err(Reason::NotQuiet)
-        }
-    }
+    let fault = if has_option_of_kernel(fd) {
+        Reason::Option
+    } else if make_ready(conn, &stream, fd).is_none() {
+        Reason::NotQuiet
+    } else {
+        return Ok(stream);
+    };
+    stream.unmap();
+    Err(fault)
+}
+
+/// True when an option is set that only the kernel can honour: an accepted connection has those of its listener.
+fn has_option_of_kernel(fd: c_int) -> bool {
+    const OPTIONS: [c_int; 6] = [
+        libc::SO_RCVLOWAT,
+        libc::SO_OOBINLINE,
+        libc::SO_ZEROCOPY,
+        libc::SO_TIMESTAMP,
+        libc::SO_TIMESTAMPNS,
+        libc::SO_TIMESTAMPING,
+    ];
+    OPTIONS.into_iter().any(|name| {
+        let value = sys::getsockopt::<c_int>(fd, libc::SOL_SOCKET, name).unwrap_or(0);
+        need_of(libc::SOL_SOCKET, name, value) != Need::Nothing
+    })
 }
 
 /// Finds the position of the receiving half, and publishes that it is ready.
@@ -208,8 +228,9 @@ fn own_options(conn: &Conn, fd: c_int) {
     let on = |name| {
         sys::getsockopt::<c_int>(fd, libc::IPPROTO_TCP, name).is_some_and(|value| value != 0)
     };
+    let tells = if on(TCP_INQ) { TELLS_UNREAD } else { 0 };
     let options = u32::from(on(libc::TCP_NODELAY)) | u32::from(on(libc::TCP_CORK)) << 1;
-    conn.options.store(options, Relaxed);
+    conn.options.store(options | tells, Relaxed);
     if options & 2 != 0 {
         sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CORK, &0_i32);
     }
