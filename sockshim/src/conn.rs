@@ -481,6 +481,7 @@ pub fn replace(fd: c_int, kind: Kind) {
 /// Forgets which fds are connections: the kernel has them all, for as long as the process runs.
 pub fn forget_all() {
     FORGOTTEN.store(1, Relaxed);
+    crate::epoll::close_copies();
     for fd in 0..high_fd() {
         if matches!(kind(fd), Kind::Conn(_)) {
             set_kind(fd, Kind::Other);

@@ -133,7 +133,14 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
         return new;
     }
     match conn::kind(old) {
-        Kind::Conn(index) => conn::add_ref(new, index),
+        Kind::Conn(index) => {
+            if new <= process::STDERR
+                && let Some(held) = conn::of(old)
+            {
+                demote::abandon(&held, old, Reason::Stdio);
+            }
+            conn::add_ref(new, index);
+        }
         Kind::Epoll(index) => epoll::add_ref(new, index),
         _ if conn::kind(new) != Kind::Other => conn::replace(new, Kind::Other),
         _ => {}
@@ -163,7 +170,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
     } else if sys::fcntl(old, libc::F_GETFD, 0) >= 0 {
         closing(new);
         // stdin, stdout and stderr are used by stdio, behind the shim's back.
-        if new <= 2
+        if new <= process::STDERR
             && let Some(held) = conn::of(old)
         {
             demote::abandon(&held, old, Reason::Stdio);

@@ -1,7 +1,7 @@
 //! The memory that the tenant shows to the daemon: the records of its connections, its counters,
 //! its queue of requests, and its bells.
 
-use super::hidden::{close_hidden, hide};
+use super::hidden::{are_few, close_hidden, hide};
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::layout::{
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*}
 pub(super) static MEMORY: AtomicPtr<TenantMemory> = AtomicPtr::new(std::ptr::null_mut());
 pub(super) static BOARD: AtomicPtr<BellBoard> = AtomicPtr::new(std::ptr::null_mut());
 pub(super) static MEMFDS: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
-/// 1 when the program's limit of address space leaves no room for it.
+/// 1 when the program's limits, of address space or of descriptors, leave no room for it.
 static REFUSED: AtomicU32 = AtomicU32::new(0);
 pub(super) static BELLS_IN_USE: AtomicU64 = AtomicU64::new(0);
 
@@ -71,7 +71,7 @@ pub(super) fn make_memory() {
     if !MEMORY.load(Relaxed).is_null() || REFUSED.load(Relaxed) != 0 {
         return;
     }
-    if !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
+    if are_few() || !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
         REFUSED.store(1, Relaxed);
         return;
     }

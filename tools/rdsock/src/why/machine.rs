@@ -233,6 +233,9 @@ impl Machine {
 /// What the shim's memory takes of a file and of the address space, of which it leaves the program most.
 const ROOM: [u64; 2] = [4 << 20, 64 << 20];
 
+/// Descriptors that a program may have at least where the shim takes some for itself.
+const DESCRIPTORS: u64 = 128;
+
 /// Limits of a process that may keep the shim from having its memory.
 fn narrow_limits(process: &Process) -> Option<String> {
     let limits = process.limits().ok()?;
@@ -243,7 +246,11 @@ fn narrow_limits(process: &Process) -> Option<String> {
     let files = narrow(limits.max_file_size.soft_limit, ROOM[0], "file size");
     let space = limits.max_address_space.soft_limit;
     let space = narrow(space, ROOM[1], "address space");
-    let found: Vec<String> = files.into_iter().chain(space).collect();
+    let open = match limits.max_open_files.soft_limit {
+        LimitValue::Value(value) if value < DESCRIPTORS => Some(format!("descriptors: {value}")),
+        _ => None,
+    };
+    let found: Vec<String> = files.into_iter().chain(space).chain(open).collect();
     (!found.is_empty()).then(|| found.join(", "))
 }
 
@@ -276,7 +283,7 @@ impl std::fmt::Display for Absence {
             ),
             Absence::Limited(limits) => write!(
                 f,
-                "is preloaded, but not attached: its limits may leave no room for the shim's memory ({limits}), or it \
+                "is preloaded, but not attached: its limits may leave no room for what the shim needs ({limits}), or it \
                  has used no TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
             ),
             Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
