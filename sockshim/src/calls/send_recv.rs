@@ -1,7 +1,7 @@
 //! `send`, `recv` and their kin: the calls that only sockets take, with flags, addresses, messages
 //! and the descriptors that messages pass.
 
-use super::transfer::{By, IOV_MAX, one, receive, receive_and_tell, transmit};
+use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
 use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
@@ -11,6 +11,7 @@ use libc::{
 };
 use rdsock_shm::layout::mark;
 use rdsock_shm::reason::Reason;
+use std::cell::Cell;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// # Safety
@@ -59,11 +60,13 @@ pub unsafe extern "C" fn recvfrom(
         if conn::kind(fd) == Kind::Other {
             return real::recvfrom(fd, buf, len, flags, from, from_len);
         }
-        let (result, by) = receive_and_tell(fd, &one(buf, len), 1, flags, &|| {
+        let in_kernel = Cell::new(false);
+        let result = receive(fd, &one(buf, len), 1, flags, &|| {
+            in_kernel.set(true);
             real::recvfrom(fd, buf, len, flags, from, from_len)
         });
         // TCP names no sender.
-        if result >= 0 && by == By::Shim && !from.is_null() && !from_len.is_null() {
+        if result >= 0 && !in_kernel.get() && !from.is_null() && !from_len.is_null() {
             *from_len = 0;
         }
         result
@@ -98,7 +101,13 @@ pub unsafe extern "C" fn sendto(
 pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: arguments pass through; a header is only read when it is not null.
     unsafe {
-        let in_kernel = || real::recvmsg(fd, msg, flags);
+        // The kernel fills what the program gave it. Whether there is a stream afterwards does not say so: it may have come
+        // or gone meanwhile.
+        let by_kernel = Cell::new(false);
+        let in_kernel = || {
+            by_kernel.set(true);
+            real::recvmsg(fd, msg, flags)
+        };
         if conn::kind(fd) == Kind::Other {
             let result = in_kernel();
             if result >= 0 && (*msg).msg_controllen != 0 {
@@ -111,9 +120,8 @@ pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> s
         if sys::is_bad_pointer(msg.cast()) || (*msg).msg_iovlen > IOV_MAX as usize {
             return in_kernel();
         }
-        let (result, by) =
-            receive_and_tell(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
-        if result >= 0 && by == By::Shim {
+        let result = receive(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
+        if result >= 0 && !by_kernel.get() {
             let header = &mut *msg;
             header.msg_namelen = 0;
             header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;

@@ -7,7 +7,6 @@ use crate::stream::Stream;
 use crate::{demote, signals, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
-use std::cell::Cell;
 use std::sync::atomic::Ordering::*;
 
 /// A receiver gives way to an offer for so many turns of so many milliseconds, unless bytes come.
@@ -22,13 +21,6 @@ pub(super) enum Moves {
     In {
         waits: bool,
     },
-}
-
-/// Who has made a call.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum By {
-    Kernel,
-    Shim,
 }
 
 type StreamCall<'a> = &'a dyn for<'s> Fn(&Use, &'s Stream) -> Outcome<'s>;
@@ -162,30 +154,9 @@ pub(super) unsafe fn receive(
     flags: c_int,
     in_kernel: &dyn Fn() -> isize,
 ) -> isize {
-    // SAFETY: as the caller says.
-    unsafe { receive_and_tell(fd, parts, count, flags, in_kernel) }.0
-}
-
-/// As [`receive`]; also whether the kernel's own call has made it, and filled what the program gave it. Whether there is
-/// a stream afterwards does not say so: it may have come or gone meanwhile.
-///
-/// # Safety
-/// As [`receive`].
-pub(super) unsafe fn receive_and_tell(
-    fd: c_int,
-    parts: *const iovec,
-    count: usize,
-    flags: c_int,
-    in_kernel: &dyn Fn() -> isize,
-) -> (isize, By) {
     if flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 {
-        return (in_kernel(), By::Kernel);
+        return in_kernel();
     }
-    let by = Cell::new(By::Shim);
-    let in_kernel = || {
-        by.set(By::Kernel);
-        in_kernel()
-    };
     if flags & !RECV_FLAGS != 0 {
         leave_for_flags(fd, flags, RECV_FLAGS);
     }
@@ -199,7 +170,7 @@ pub(super) unsafe fn receive_and_tell(
             Err(error) => error,
         }
     };
-    let result = transfer(
+    transfer(
         fd,
         Moves::In {
             waits: flags & libc::MSG_DONTWAIT == 0,
@@ -208,9 +179,8 @@ pub(super) unsafe fn receive_and_tell(
             isize::MIN => Outcome::Kernel(None),
             result => Outcome::Done(result),
         },
-        &in_kernel,
-    );
-    (result, by.get())
+        in_kernel,
+    )
 }
 
 /// # Safety
