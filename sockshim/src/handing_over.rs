@@ -1,10 +1,14 @@
 //! Connections that a program gives to the kernel, for it to use them itself: to a file system by `mount` (9p), to a map
-//! of sockets by `bpf`. Each is demoted before. `ioctl` is in `options.rs`.
+//! of sockets by `bpf`, to a device by netlink (NBD, iSCSI) or by a text in a file (USB over IP, the server of NFS). Each
+//! is demoted before. `ioctl` is in `options.rs`.
 
 use crate::options::take_for_kernel;
-use crate::{real, sys};
-use libc::{c_char, c_int, c_uint, c_ulong, c_void};
+use crate::process::{is_foreign, is_ready};
+use crate::{demote, real, sys, tenant};
+use libc::{c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t};
+use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
+use std::sync::atomic::{AtomicI32, Ordering::*};
 
 /// Of linux/mount.h: an option with a text, and one with a descriptor.
 const FSCONFIG_SET_STRING: c_uint = 1;
@@ -119,6 +123,146 @@ pub unsafe fn put_into_map(attributes: *const u64, size: c_ulong) {
         // SAFETY: a value of a map of sockets is at least an int.
         take_for_kernel(unsafe { value.read_unaligned() });
     }
+}
+
+/// Protocols of netlink whose messages can name a socket: iSCSI, and the generic one, which NBD uses.
+const NAMING: [c_int; 2] = [8, 16];
+/// One more than the highest number of a socket of theirs; 0 where there was none, which is nearly everywhere.
+static NETLINK: AtomicI32 = AtomicI32::new(0);
+
+/// The program has made a socket.
+pub fn made_socket(fd: c_int, domain: c_int, protocol: c_int) {
+    if fd >= 0 && domain == libc::AF_NETLINK && NAMING.contains(&protocol) {
+        NETLINK.fetch_max(fd + 1, Relaxed);
+    }
+}
+
+/// Before something is sent on another descriptor than a connection's: to netlink it may name connections. What looks
+/// like a connection's number in a message is taken for one.
+///
+/// # Safety
+/// `parts` is null or points to `count` entries that describe the program's buffers.
+#[inline]
+pub unsafe fn telling(fd: c_int, parts: *const iovec, count: usize) {
+    if fd < NETLINK.load(Relaxed) {
+        // SAFETY: as the caller says.
+        unsafe { look_for_names(fd, parts, count) };
+    }
+}
+
+/// # Safety
+/// As [`telling`].
+#[cold]
+unsafe fn look_for_names(fd: c_int, parts: *const iovec, count: usize) {
+    let domain = sys::getsockopt::<c_int>(fd, libc::SOL_SOCKET, libc::SO_DOMAIN);
+    if domain != Some(libc::AF_NETLINK) || sys::is_bad_pointer(parts.cast()) {
+        return;
+    }
+    for i in 0..count.min(64) {
+        // SAFETY: the caller vouches for the entries, and for what they describe.
+        unsafe {
+            let part = &*parts.add(i);
+            let words = part.iov_base.cast::<c_int>();
+            if !sys::is_bad_pointer(words.cast()) {
+                for word in 0..part.iov_len / size_of::<c_int>() {
+                    take_for_kernel(words.add(word).read_unaligned());
+                }
+            }
+        }
+    }
+}
+
+/// Parts of the names of files that take a socket by its number, in decimal digits.
+const TAKERS: [&[u8]; 3] = [b"/usbip_sockfd", b"/vhci_hcd", b"/fs/nfsd/portlist"];
+
+/// A file was opened. One that takes sockets may be told of any, by calls that are not followed: then all connections
+/// are the kernel's.
+///
+/// # Safety
+/// The kernel has just read `path`.
+#[inline]
+unsafe fn opened(fd: c_int, path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: as the caller says.
+    if fd >= 0 && flags & libc::O_ACCMODE != libc::O_RDONLY && unsafe { *path } != 0 {
+        // SAFETY: likewise.
+        let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+        if TAKERS.iter().any(|name| contains(path, name)) && is_ready() && !is_foreign() {
+            demote::abandon_all(Reason::HandedOver);
+            tenant::disable(Reason::HandedOver);
+        }
+    }
+    fd
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+/// What the function of a 64-bit name gave; in a libc that has no such names, what the plain one gives.
+fn or_plain(result: c_int, plain: impl FnOnce() -> c_int) -> c_int {
+    if result < 0 && sys::errno() == libc::ENOSYS {
+        return plain();
+    }
+    result
+}
+
+macro_rules! opens {
+    ($($name:ident by $real:ident;)*) => {
+        $(
+            /// # Safety
+            /// As `open(2)`; its third argument comes in one register.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(
+                path: *const c_char,
+                flags: c_int,
+                mode: mode_t,
+            ) -> c_int {
+                // SAFETY: arguments pass through.
+                unsafe {
+                    let fd = real::$real(path, flags, mode);
+                    let fd = or_plain(fd, || real::open(path, flags, mode));
+                    opened(fd, path, flags)
+                }
+            }
+        )*
+    };
+}
+
+macro_rules! opens_at {
+    ($($name:ident by $real:ident;)*) => {
+        $(
+            /// # Safety
+            /// As `openat(2)`; its fourth argument comes in one register.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(
+                folder: c_int,
+                path: *const c_char,
+                flags: c_int,
+                mode: mode_t,
+            ) -> c_int {
+                // SAFETY: arguments pass through.
+                unsafe {
+                    let fd = real::$real(folder, path, flags, mode);
+                    let fd = or_plain(fd, || real::openat(folder, path, flags, mode));
+                    opened(fd, path, flags)
+                }
+            }
+        )*
+    };
+}
+
+opens! {
+    open by open;
+    open64 by open64;
+    // Those of programs that are built with checks, of the flags alone.
+    __open_2 by open;
+    __open64_2 by open64;
+}
+opens_at! {
+    openat by openat;
+    openat64 by openat64;
+    __openat_2 by openat;
+    __openat64_2 by openat64;
 }
 
 #[cfg(test)]

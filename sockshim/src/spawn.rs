@@ -224,49 +224,45 @@ fn spawn(
     error
 }
 
-/// # Safety
-/// As `posix_spawn`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn(
-    pid: *mut libc::pid_t,
-    path: *const c_char,
-    actions: *const c_void,
-    attributes: *const c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        let loads =
-            || !path.is_null() && names_shim(envp.cast()) && is_dynamic(CStr::from_ptr(path), 0);
-        spawn(loads, actions, || {
-            real::posix_spawn(pid, path, actions, attributes, argv, envp)
-        })
-    }
+macro_rules! spawns {
+    ($($name:ident by $finds:ident;)*) => {
+        $(
+            /// # Safety
+            /// As `posix_spawn(3)`.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(
+                child: *mut c_int,
+                path: *const c_char,
+                actions: *const c_void,
+                attributes: *const c_void,
+                argv: *const *mut c_char,
+                envp: *const *mut c_char,
+            ) -> c_int {
+                // SAFETY: as the caller says.
+                unsafe {
+                    let loads = || !path.is_null() && names_shim(envp.cast()) && $finds(CStr::from_ptr(path));
+                    spawn(loads, actions, || real::$name(child, path, actions, attributes, argv, envp))
+                }
+            }
+        )*
+    };
 }
 
-/// # Safety
-/// As `posix_spawnp`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawnp(
-    pid: *mut libc::pid_t,
-    file: *const c_char,
-    actions: *const c_void,
-    attributes: *const c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        let loads = || {
-            !file.is_null()
-                && names_shim(envp.cast())
-                && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0))
-        };
-        spawn(loads, actions, || {
-            real::posix_spawnp(pid, file, actions, attributes, argv, envp)
-        })
-    }
+/// The program at a path.
+fn by_path(path: &CStr) -> bool {
+    is_dynamic(path, 0)
+}
+
+/// The program of this name.
+fn by_name(file: &CStr) -> bool {
+    in_path(file, |path| is_dynamic(path, 0))
+}
+
+spawns! {
+    posix_spawn by by_path;
+    posix_spawnp by by_name;
+    pidfd_spawn by by_path;
+    pidfd_spawnp by by_name;
 }
 
 /// Whether the shell that libc starts loads the shim.

@@ -23,7 +23,7 @@ static int serve_and_end(void *arg)
     _exit((int)child_serves(arg));
 }
 
-enum maker { BY_CLONE, BY_FORK_WITHOUT_HANDLERS, BY_NUMBER, BY_CLONE3, BY_OLD_NUMBER, BY_VFORK_NUMBER, MAKERS };
+enum maker { BY_CLONE, BY_FORK_WITHOUT_HANDLERS, BY_NUMBER, BY_CLONE3, BY_OLD_NUMBER, MAKERS };
 
 /* Makes a child that serves the connection, in this way. */
 static pid_t make_child(enum maker how, const struct duo *d)
@@ -58,7 +58,7 @@ static pid_t make_child(enum maker how, const struct duo *d)
 
 CASE(children_past_fork)
 {
-    for (int how = 0; how < BY_VFORK_NUMBER; how++) {
+    for (int how = 0; how < MAKERS; how++) {
         struct duo d = duo_open(0);
         pid_t pid = make_child((enum maker)how, &d);
         MUST(close(d.fd));

@@ -7,6 +7,7 @@
 #include <aio.h>
 #include <dlfcn.h>
 #include <linux/aio_abi.h>
+#include <linux/netlink.h>
 #include <sys/mount.h>
 
 /* A stranger to every library reads and writes the socket, as a part of the kernel would. */
@@ -68,6 +69,46 @@ CASE(socket_put_into_a_map)
     value = (uint32_t)d.fd;
     uint64_t attributes[4] = {UINT32_MAX, (uint64_t)(uintptr_t)&key, (uint64_t)(uintptr_t)&value, 0};
     MUST(syscall(SYS_bpf, 2, attributes, sizeof attributes) == -1);
+    KERNEL_HAS_IT(&d);
+}
+
+CASE(socket_named_over_netlink)
+{
+    /* As NBD_ATTR_SOCKETS and iSCSI do: a number in a message. The kernel knows no such family here, and says so. */
+    struct {
+        struct nlmsghdr head;
+        uint32_t words[4];
+    } message = {.head = {.nlmsg_len = sizeof message, .nlmsg_type = 0x7f7f, .nlmsg_flags = NLM_F_REQUEST}};
+    int netlink = (int)MUST(socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_GENERIC));
+    for (int how = 0; how < 3; how++) {
+        struct duo d = duo_open(0);
+        message.words[2] = (uint32_t)d.fd;
+        struct iovec part = {&message, sizeof message};
+        struct msghdr msg = {.msg_iov = &part, .msg_iovlen = 1};
+        switch (how) {
+        case 0:
+            EQ(send(netlink, &message, sizeof message, 0), sizeof message);
+            break;
+        case 1:
+            EQ(sendmsg(netlink, &msg, 0), sizeof message);
+            break;
+        default:
+            EQ(write(netlink, &message, sizeof message), sizeof message);
+        }
+        KERNEL_HAS_IT(&d);
+    }
+}
+
+CASE(socket_named_in_a_file)
+{
+    /* As USB over IP does; this folder stands for that of the host controller. */
+    char path[PATH_MAX + 64], text[32];
+    struct duo d = duo_open(0);
+    snprintf(path, sizeof path, "%s/vhci_hcd.%d", settings.folder, (int)getpid());
+    int file = (int)MUST(open(path, O_WRONLY | O_CREAT | O_EXCL, 0600));
+    unlink(path);
+    snprintf(text, sizeof text, "0 %d 65538 3", d.fd);
+    EQ(write(file, text, strlen(text)), strlen(text));
     KERNEL_HAS_IT(&d);
 }
 

@@ -5,7 +5,7 @@ use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
 use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
-use crate::{demote, io, options, real, sys};
+use crate::{demote, handing_over, io, options, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -36,6 +36,7 @@ pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags:
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
+            handing_over::telling(fd, &one(buf, len), 1);
             return real::send(fd, buf, len, flags);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -87,6 +88,7 @@ pub unsafe extern "C" fn sendto(
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
+            handing_over::telling(fd, &one(buf, len), 1);
             return real::sendto(fd, buf, len, flags, to, to_len);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -183,6 +185,9 @@ pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) ->
     unsafe {
         let in_kernel = || real::sendmsg(fd, msg, flags);
         if conn::kind(fd) == Kind::Other {
+            if !sys::is_bad_pointer(msg.cast()) {
+                handing_over::telling(fd, (*msg).msg_iov, (*msg).msg_iovlen);
+            }
             if !msg.is_null() && (*msg).msg_controllen != 0 {
                 each_passed(msg, |passed| {
                     if let Some(held) = conn::of(passed) {

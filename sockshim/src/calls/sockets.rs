@@ -4,7 +4,7 @@
 use crate::address::family_of;
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, process, real, sys, tenant};
+use crate::{demote, handing_over, process, real, sys, tenant};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering::*;
 pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let fd = unsafe { real::socket(domain, kind, protocol) };
+    handing_over::made_socket(fd, domain, protocol);
     if fd >= 0 && process::is_ready() {
         let tcp = matches!(domain, libc::AF_INET | libc::AF_INET6)
             && kind & 0xf == libc::SOCK_STREAM
