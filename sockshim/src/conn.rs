@@ -328,6 +328,20 @@ pub fn high_fd() -> c_int {
     HIGH_FD.load(Relaxed)
 }
 
+/// The next fd from one on that the table has something for.
+pub fn next_noted(from: c_int) -> Option<c_int> {
+    let mut fd = from.max(0);
+    while fd < high_fd() {
+        match entry(fd) {
+            Some(word) if word.load(Relaxed) != 0 => return Some(fd),
+            Some(_) => fd += 1,
+            // Nothing of this piece.
+            None => fd = fd - fd % FD_PIECE as c_int + FD_PIECE as c_int,
+        }
+    }
+    None
+}
+
 /// Says what an fd is; what it was.
 pub fn set_kind(fd: c_int, kind: Kind) -> Kind {
     let word = match kind {

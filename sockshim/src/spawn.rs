@@ -199,6 +199,12 @@ fn spawn(
     let mut given = Given([0; CONNS / 64]);
     if crate::process::has_streams() {
         let keep = loads_shim() && OVERFLOWN.load(Relaxed) == 0;
+        // What the program is meant to get comes first: where both ends are here, the other one must not end before.
+        copies(actions, |fd, new| {
+            if let Some(held) = conn::of(fd) {
+                given.give(&held, fd, keep && crate::process::is_looked_at(new));
+            }
+        });
         for fd in 0..conn::high_fd() {
             if let Some(held) = conn::of(fd)
                 && is_kept_over_exec(fd)
@@ -206,11 +212,6 @@ fn spawn(
                 given.give(&held, fd, keep && crate::process::is_looked_at(fd));
             }
         }
-        copies(actions, |fd, new| {
-            if let Some(held) = conn::of(fd) {
-                given.give(&held, fd, keep && crate::process::is_looked_at(new));
-            }
-        });
         if OVERFLOWN.load(Relaxed) != 0 {
             demote::abandon_all(Reason::Exec);
         }

@@ -64,17 +64,16 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
     }
     // The shim's own descriptors stay: the range is closed piece by piece around them.
     let mut start = first;
-    for fd in first..conn::high_fd().max(0) as c_uint {
-        if fd > last {
-            break;
-        }
-        if closing(fd as c_int) {
+    let mut from = first.min(c_int::MAX as c_uint) as c_int;
+    while let Some(fd) = conn::next_noted(from).filter(|fd| *fd as c_uint <= last) {
+        from = fd + 1;
+        if closing(fd) {
             continue;
         }
-        if fd > start {
-            sys::close_range(start, fd - 1, flags);
+        if fd as c_uint > start {
+            sys::close_range(start, fd as c_uint - 1, flags);
         }
-        start = fd + 1;
+        start = fd as c_uint + 1;
     }
     if start > last {
         return 0;
