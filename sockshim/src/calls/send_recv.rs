@@ -145,7 +145,9 @@ fn unread_to_tell(fd: c_int) -> Option<c_int> {
     }
     let stream = held.conn.stream()?;
     let unread = io::unread(stream, fd).or_else(|| sys::ioctl_int(fd, libc::FIONREAD))?;
-    let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0;
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
+        || !stream.is_all_on_rings()
+            && io::TcpInfo::of(fd).is_some_and(|info| info.state == io::TcpInfo::CLOSE_WAIT);
     Some(unread + c_int::from(ended))
 }
 

@@ -6,6 +6,7 @@ use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
 use super::messages::{read_messages, send_with};
+use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
@@ -167,6 +168,7 @@ pub fn look_up(index: usize, fd: c_int) {
         fd,
         reserved: 0,
     };
+    LOOKING_UP.store(1, Relaxed);
     if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
         let end = clock::nanoseconds() + LOOKUP_MS as u64 * 1_000_000;
         while clock::nanoseconds() < end && held.conn.phase.load(Acquire) == phase::ANNOUNCED {
@@ -180,6 +182,7 @@ pub fn look_up(index: usize, fd: c_int) {
             }
         }
     }
+    LOOKING_UP.store(0, Relaxed);
     let _ = held
         .conn
         .phase

@@ -17,7 +17,7 @@ use libc::c_int;
 use rdsock_shm::control::{Promote, Request, request};
 use rdsock_shm::layout::{self, Counter};
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// What the daemon offers for a connection: the fds of a stream's memory.
 #[derive(Debug)]
@@ -25,6 +25,9 @@ pub struct Offer {
     pub(super) promote: Promote,
     pub(super) fds: [c_int; 3],
 }
+
+/// 1 while a program that has just started asks for the streams that it has inherited.
+pub(super) static LOOKING_UP: AtomicU32 = AtomicU32::new(0);
 
 impl Offer {
     pub(super) fn close(self) {
@@ -158,7 +161,10 @@ fn install(conn: &Conn, promote: &Promote, fds: [c_int; 3]) -> Result<Stream, Re
         own_options(conn, fd);
         return Ok(stream);
     }
-    let fault = if has_option_of_kernel(fd) {
+    let fault = if LOOKING_UP.load(Relaxed) != 0 {
+        // Offered to who had it before, who has not followed, and may have it still: it does not know of a stream.
+        Reason::Shared
+    } else if has_option_of_kernel(fd) {
         Reason::Option
     } else if make_ready(conn, &stream, fd).is_none() {
         Reason::NotQuiet
