@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests need: the real programs that are run on rings, a C compiler, valgrind, systemd-analyze.
+# Installs what the tests need: the real programs that are run on rings, C compilers (one for musl), valgrind, systemd-analyze.
 # As root on Debian or Ubuntu it installs what is missing; elsewhere it names it and fails.
 # Quick when all is there, and safe to run again. Starts no service and leaves none enabled that was not there.
 set -eu
@@ -9,7 +9,7 @@ set -eu
 NEEDED="redis-server:redis-server redis-cli:redis-tools redis-benchmark:redis-tools nginx:nginx wrk:wrk curl:curl
 iperf3:iperf3 sockperf:sockperf socat:socat python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind
 sshd:openssh-server ssh:openssh-client sftp:openssh-client ssh-keygen:openssh-client setpriv:util-linux
-systemd-analyze:systemd"
+systemd-analyze:systemd musl-gcc:musl-tools"
 
 PATH=$PATH:/usr/sbin:/sbin
 

@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 int rdsock_is_ours(int fd);
+int rdsock_memory_file(void);
 int rdsock_write_all(int fd, const char *text, size_t len);
 int rdsock_real_vdprintf(int fd, const char *format, va_list ap);
 
@@ -26,7 +26,7 @@ int rdsock_stdio_take(FILE *file, const char *bytes, size_t len)
     int own = file->_fileno, memory, first;
     char *buffer = malloc(len + BUFSIZ);
 
-    memory = memfd_create("rdsock-stdio", MFD_CLOEXEC);
+    memory = rdsock_memory_file();
     if (buffer == NULL || memory < 0 || pwrite(memory, bytes, len, 0) != (ssize_t)len) {
         free(buffer);
         if (memory >= 0)

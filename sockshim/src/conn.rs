@@ -319,8 +319,8 @@ impl<T, const N: usize> Pieces<T, N> {
 /// Begins to look after fds.
 pub fn start() {
     STARTED.store(1, Release);
-    // SAFETY: the name is a C string; the symbol, where glibc has it, is a char.
-    let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };
+    // A char, where glibc has it.
+    let flag = crate::real::symbol(c"__libc_single_threaded");
     SINGLE_THREADED.store(flag.cast(), Relaxed);
 }
 
@@ -354,6 +354,20 @@ pub fn kind(fd: c_int) -> Kind {
 /// One more than the highest fd that the table ever had something for.
 pub fn high_fd() -> c_int {
     HIGH_FD.load(Relaxed)
+}
+
+/// The next fd from one on that the table has something for.
+pub fn next_noted(from: c_int) -> Option<c_int> {
+    let mut fd = from.max(0);
+    while fd < high_fd() {
+        match entry(fd) {
+            Some(word) if word.load(Relaxed) != 0 => return Some(fd),
+            Some(_) => fd += 1,
+            // Nothing of this piece.
+            None => fd = fd - fd % FD_PIECE as c_int + FD_PIECE as c_int,
+        }
+    }
+    None
 }
 
 /// Says what an fd is; what it was.
@@ -509,6 +523,7 @@ pub fn replace(fd: c_int, kind: Kind) {
 /// Forgets which fds are connections: the kernel has them all, for as long as the process runs.
 pub fn forget_all() {
     FORGOTTEN.store(1, Relaxed);
+    crate::epoll::close_copies();
     for fd in 0..high_fd() {
         if matches!(kind(fd), Kind::Conn(_)) {
             set_kind(fd, Kind::Other);

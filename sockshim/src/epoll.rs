@@ -19,7 +19,7 @@ mod register;
 mod report;
 mod sleep;
 
-pub use moves::{declines, demoted, forget, kick_all, mapped, renumber};
+pub use moves::{close_copies, declines, demoted, forget, kick_all, mapped, renumber};
 pub use register::ctl;
 pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
@@ -437,6 +437,7 @@ pub fn moved_inner(old: c_int, new: c_int) {
         } else if is(&epoll.kicker) {
             (epoll.inner.load(Relaxed), kicker_in_inner())
         } else {
+            moves::moved_copy(epoll, old, new);
             continue;
         };
         sys::epoll_ctl(set, EPOLL_CTL_ADD, new, Some(&event));

@@ -3,26 +3,43 @@
 //! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
 //! `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
 //! sleep as they end the kernel's; `demote.rs` goes back to the kernel; `tenant` talks to the
-//! daemon; `process.rs` follows fork and exec. The shim never panics, never allocates from the
+//! daemon; `process.rs` follows fork and exec, `children.rs` and `spawn.rs` other
+//! ways to make a process. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
+//!
+//! It is built without the standard library, and needs nothing of libc that an old or another libc lacks: it must not
+//! keep any program from starting. `std` is another name of `core` here.
+
+#![cfg_attr(not(test), no_std)]
+
+#[cfg(not(test))]
+extern crate core as std;
 
 mod address;
 mod between;
 mod calls;
+mod children;
 mod clock;
 mod conn;
 mod demote;
 mod end;
 mod epoll;
+mod handing_over;
 mod io;
+mod known;
+mod locked;
 mod names;
 mod options;
+#[cfg(not(test))]
+mod panic;
+mod plugins;
 mod poll;
 mod process;
 mod ready;
 mod real;
 mod signals;
+mod spawn;
 mod stream;
 mod sys;
 mod syscalls;

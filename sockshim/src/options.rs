@@ -1,13 +1,11 @@
 //! `fcntl`, `ioctl` and socket options: what changes a stream, and what the anchor must not be told.
 
 use crate::conn::{self, Kind, Use};
+use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
 use crate::{calls, demote, io, process, real, sys};
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
-
-/// Linux's `SIOCOUTQNSD`: bytes not even sent.
-const SIOCOUTQNSD: c_ulong = 0x894B;
 
 fn note_nonblocking(held: &Use, on: bool) {
     if let Some(stream) = held.conn.stream() {
@@ -59,21 +57,17 @@ pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, arg: c_ulong) -> c_i
 /// As `ioctl(2)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
-    if conn::kind(fd) != Kind::Other
-        && let Some(held) = conn::of(fd)
-        && let Some(stream) = held.conn.stream()
-        && !sys::is_bad_pointer(arg as *const c_void)
-    {
-        let value = match request {
-            libc::FIONREAD => io::unread(&stream.at(&held, fd)),
-            libc::TIOCOUTQ | SIOCOUTQNSD => io::unsent(&stream.at(&held, fd)),
-            _ => None,
-        };
-        if let Some(value) = value {
-            // SAFETY: these requests store an int where the argument points.
-            unsafe { *(arg as *mut c_int) = value };
-            return 0;
+    // The kernel looks at 32 bits, and some programs extend a sign.
+    let known = request & 0xFFFF_FFFF;
+    match conn::kind(fd) {
+        Kind::Conn(_) if !process::is_foreign() => {
+            // SAFETY: as the caller says.
+            if let Some(answer) = unsafe { control(fd, known, arg) } {
+                return answer;
+            }
         }
+        // SAFETY: as the caller says.
+        _ => unsafe { hand_over(known, arg) },
     }
     // SAFETY: arguments pass through.
     let result = unsafe { real::ioctl(fd, request, arg) };
@@ -81,7 +75,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_i
         && conn::kind(fd) != Kind::Other
         && let Some(held) = conn::of(fd)
     {
-        match request {
+        match known {
             // SAFETY: the kernel has just read an int from where the argument points.
             libc::FIONBIO => note_nonblocking(&held, unsafe { *(arg as *const c_int) } != 0),
             libc::FIOASYNC => demote::leave(&held, fd, Reason::Async),
@@ -91,40 +85,56 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_i
     result
 }
 
-/// Options of `SOL_SOCKET` that need bytes to pass the kernel.
-fn is_kernel_only(level: c_int, name: c_int, value: c_int) -> bool {
-    const TCP_ULP: c_int = 31;
-    const TCP_INQ: c_int = 36;
-    const SO_RCVLOWAT: c_int = 18;
-    const SO_OOBINLINE: c_int = 10;
-    const SO_ATTACH_FILTER: c_int = 26;
-    const SO_TIMESTAMP: [c_int; 6] = [29, 35, 37, 63, 64, 65];
-    const SO_ATTACH_BPF: c_int = 50;
-    const SO_ZEROCOPY: c_int = 60;
-    const TCP_REPAIR: c_int = 19;
-    const TCP_ZEROCOPY_RECEIVE: c_int = 35;
-    match level {
-        libc::SOL_SOCKET if name == SO_RCVLOWAT => value > 1,
-        libc::SOL_SOCKET
-            if SO_TIMESTAMP.contains(&name) || name == SO_ZEROCOPY || name == SO_OOBINLINE =>
-        {
-            value != 0
+/// A control of a connection: its result, where the shim knows that better than the kernel. What is not known makes the
+/// connection the kernel's first.
+///
+/// # Safety
+/// As `ioctl(2)`.
+unsafe fn control(fd: c_int, request: c_ulong, arg: c_ulong) -> Option<c_int> {
+    let held = conn::of(fd)?;
+    if !known::is_harmless_control(request) {
+        demote::abandon(&held, fd, Reason::HandedOver);
+        return None;
+    }
+    let stream = held.conn.stream()?;
+    if sys::is_bad_pointer(arg as *const c_void) {
+        return None;
+    }
+    let value = match request {
+        libc::FIONREAD => io::unread(&stream.at(&held, fd)),
+        libc::TIOCOUTQ | SIOCOUTQNSD => io::unsent(&stream.at(&held, fd)),
+        SIOCATMARK => calls::mark_is_behind_ring(&held, fd).then_some(0),
+        _ => None,
+    }?;
+    // SAFETY: these requests store an int where the argument points.
+    unsafe { *(arg as *mut c_int) = value };
+    Some(0)
+}
+
+/// A control of another file may take a connection for the kernel.
+///
+/// # Safety
+/// As `ioctl(2)`.
+#[inline]
+unsafe fn hand_over(request: c_ulong, arg: c_ulong) {
+    if known::may_name_socket(request) {
+        if arg < conn::FDS as c_ulong {
+            take_for_kernel(arg as c_int);
         }
-        libc::SOL_SOCKET => matches!(name, SO_ATTACH_FILTER | SO_ATTACH_BPF),
-        libc::IPPROTO_TCP => {
-            matches!(name, TCP_ULP | TCP_REPAIR | TCP_ZEROCOPY_RECEIVE)
-                || (name == TCP_INQ && value != 0)
-        }
-        _ => false,
+    } else if known::points_to_socket(request) && !sys::is_bad_pointer(arg as *const c_void) {
+        // SAFETY: the request reads an int from where the argument points.
+        take_for_kernel(unsafe { *(arg as *const c_int) });
     }
 }
 
-/// Options after which the kernel itself reads the bytes, so that not one may come otherwise.
-fn is_parsed_by_kernel(level: c_int, name: c_int) -> bool {
-    const ULP_REPAIR_ZEROCOPY: [c_int; 3] = [31, 19, 35];
-    const FILTERS: [c_int; 2] = [26, 50];
-    level == libc::IPPROTO_TCP && ULP_REPAIR_ZEROCOPY.contains(&name)
-        || level == libc::SOL_SOCKET && FILTERS.contains(&name)
+/// The kernel is about to use a connection by itself, if this is one.
+pub fn take_for_kernel(fd: c_int) {
+    if let Kind::Conn(_) = conn::kind(fd)
+        && !process::is_foreign()
+        && let Some(held) = conn::of(fd)
+    {
+        demote::abandon(&held, fd, Reason::HandedOver);
+    }
 }
 
 /// Moves where `MSG_PEEK` looks; not carried on rings, as in kernels before 6.9.
@@ -153,37 +163,58 @@ pub unsafe extern "C" fn setsockopt(
     value: *const c_void,
     len: socklen_t,
 ) -> c_int {
-    let whole = len as usize >= size_of::<c_int>() && !sys::is_bad_pointer(value);
-    if whole && matches!(conn::kind(fd), Kind::Conn(_)) {
-        // SAFETY: at least an int is there.
-        let number = unsafe { value.cast::<c_int>().read_unaligned() };
-        if is_kernel_only(level, name, number)
+    if matches!(conn::kind(fd), Kind::Conn(_)) {
+        let whole = len as usize >= size_of::<c_int>() && !sys::is_bad_pointer(value);
+        let number = if whole {
+            // SAFETY: at least an int is there.
+            unsafe { value.cast::<c_int>().read_unaligned() }
+        } else {
+            0
+        };
+        let need = known::need_of(level, name, number);
+        if need != Need::Nothing
             && let Some(held) = conn::of(fd)
             && !process::is_foreign()
         {
-            if is_parsed_by_kernel(level, name) {
-                demote::abandon(&held, fd, Reason::Option);
-            } else {
-                demote::leave(&held, fd, Reason::Option);
+            match need {
+                Need::KernelAlone => demote::abandon(&held, fd, Reason::Option),
+                _ => demote::leave(&held, fd, Reason::Option),
             }
         }
         if level == libc::SOL_SOCKET && name == SO_PEEK_OFF && on_rings(fd).is_some() {
             sys::set_errno(libc::EOPNOTSUPP);
             return -1;
         }
-        if let Some(bit) = own_option(level, name)
+        if whole
+            && let Some(bit) = own_option(level, name)
             && let Some(held) = on_rings(fd)
         {
-            if number != 0 {
-                held.conn.options.fetch_or(bit, Relaxed);
-            } else {
-                held.conn.options.fetch_and(!bit, Relaxed);
-            }
+            note_option(&held, bit, number != 0);
             return 0;
         }
     }
     // SAFETY: arguments pass through.
-    unsafe { real::setsockopt(fd, level, name, value, len) }
+    let result = unsafe { real::setsockopt(fd, level, name, value, len) };
+    if result == 0
+        && (level, name) == (libc::IPPROTO_TCP, TCP_INQ)
+        && let Some(held) = conn::of(fd)
+    {
+        // SAFETY: the kernel has read an int there.
+        let is_on = unsafe { value.cast::<c_int>().read_unaligned() } != 0;
+        note_option(&held, TELLS_UNREAD, is_on);
+    }
+    result
+}
+
+/// The bit in [`conn::Conn::options`] of `TCP_INQ`, which the anchor has as well.
+pub const TELLS_UNREAD: u32 = 4;
+
+fn note_option(held: &Use, bit: u32, is_on: bool) {
+    if is_on {
+        held.conn.options.fetch_or(bit, Relaxed);
+    } else {
+        held.conn.options.fetch_and(!bit, Relaxed);
+    }
 }
 
 /// # Safety

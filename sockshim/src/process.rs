@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, born};
 use crate::io::TcpInfo;
-use crate::{between, clock, demote, epoll, real, stream, sys, tenant, wait};
+use crate::{between, children, clock, demote, epoll, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -13,16 +13,13 @@ const INHERITED: usize = 256;
 
 #[used]
 #[unsafe(link_section = ".init_array")]
-static CONSTRUCTOR: extern "C" fn() = construct;
-
-#[used]
-#[unsafe(link_section = ".fini_array")]
-static DESTRUCTOR: extern "C" fn() = destruct;
+static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = construct;
 
 /// The program ends by `exit`: its connections are closed as the kernel will close them, but in
 /// order: bytes that the other end asked to have again, the end mark, and no unread wake byte, for
-/// which the kernel would reset the connection.
-extern "C" fn destruct() {
+/// which the kernel would reset the connection. Called last, since the handlers of the program's and
+/// the destructors of its libraries may still send.
+extern "C" fn at_exit(_: *mut libc::c_void) {
     if !is_ready() || is_foreign() {
         return;
     }
@@ -40,12 +37,20 @@ pub fn is_ready() -> bool {
     READY.load(Acquire) != 0
 }
 
-extern "C" fn construct() {
+/// Called by the loader, with what `main` gets (by glibc's): libc may not have been set up yet.
+extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     real::resolve();
+    // In a program of another libc it does nothing: every call is that libc's own.
+    // SAFETY: asks for a number.
+    if unsafe { rdsock_is_glibc() } == 0 {
+        return;
+    }
+    // SAFETY: the loader's array, and the program cannot change it yet.
+    let env = |name: &CStr| unsafe { value_of(environment, name) };
     stream::note_pid();
     clock::start();
     stream::start_barriers();
-    let disabled = env(c"RDSOCK_DISABLE").is_some_and(|value| value != c"0" && value != c"");
+    let disabled = env(c"RDSOCK_DISABLE").is_some_and(is_disabling);
     let spin = env(c"RDSOCK_SPIN_US")
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse().ok());
@@ -54,15 +59,9 @@ extern "C" fn construct() {
     if !disabled {
         conn::start();
         epoll::start();
-        // SAFETY: the handlers are functions of this library, which is never unloaded before the
-        // process ends (it is preloaded).
-        unsafe {
-            libc::pthread_atfork(
-                Some(before_fork),
-                Some(after_fork_in_parent),
-                Some(after_fork_in_child),
-            )
-        };
+        follow_forks();
+        // SAFETY: a function of this library, which stays until the process has ended.
+        unsafe { rdsock_at_exit(at_exit) };
     }
     READY.store(1, Release);
     if !disabled {
@@ -70,12 +69,45 @@ extern "C" fn construct() {
     }
 }
 
-fn env(name: &CStr) -> Option<&'static CStr> {
-    // SAFETY: the constructor runs before the program can change its environment.
+unsafe extern "C" {
+    /// Of `csrc/libc.c`: glibc's `__register_atfork`.
+    fn rdsock_follow_forks(
+        before: extern "C" fn(),
+        in_parent: extern "C" fn(),
+        in_child: extern "C" fn(),
+    );
+    /// Of `csrc/libc.c`: glibc's `__cxa_atexit`.
+    fn rdsock_at_exit(last: extern "C" fn(*mut libc::c_void)) -> c_int;
+    /// Of `csrc/libc.c`: whether this is the libc that the shim was made for.
+    fn rdsock_is_glibc() -> c_int;
+}
+
+/// Has libc call us around each `fork`.
+fn follow_forks() {
+    // SAFETY: the handlers are functions of this library, which is never unloaded before the
+    // process ends (it is preloaded).
+    unsafe { rdsock_follow_forks(before_fork, after_fork_in_parent, after_fork_in_child) };
+}
+
+/// The value of a variable.
+///
+/// # Safety
+/// `environment` is null or a null-terminated array of C strings, which stay as they are.
+unsafe fn value_of(environment: *const *const c_char, name: &CStr) -> Option<&'static CStr> {
+    let mut at = environment;
+    // SAFETY: the caller vouches for the array.
     unsafe {
-        let value = libc::getenv(name.as_ptr());
-        (!value.is_null()).then(|| CStr::from_ptr(value))
+        while !at.is_null() && !(*at).is_null() {
+            let entry = CStr::from_ptr(*at).to_bytes_with_nul();
+            if let Some(value) = entry.strip_prefix(name.to_bytes())
+                && let Some(value) = value.strip_prefix(b"=")
+            {
+                return CStr::from_bytes_with_nul(value).ok();
+            }
+            at = at.add(1);
+        }
     }
+    None
 }
 
 fn cores() -> usize {
@@ -162,29 +194,35 @@ pub fn is_foreign() -> bool {
 
 static LOCKED: AtomicU32 = AtomicU32::new(0);
 
-extern "C" fn before_fork() {
+/// Before a child gets a copy of this process.
+pub extern "C" fn before_fork() {
+    children::before_copy();
     LOCKED.store(u32::from(tenant::before_fork()), Relaxed);
 }
 
-extern "C" fn after_fork_in_parent() {
+/// After that, in the parent.
+pub extern "C" fn after_fork_in_parent() {
     if LOCKED.swap(0, Relaxed) != 0 {
         tenant::after_fork_in_parent();
     }
 }
 
-extern "C" fn after_fork_in_child() {
+/// And in the child.
+pub extern "C" fn after_fork_in_child() {
     stream::note_pid();
     stream::start_barriers();
     epoll::after_fork_in_child();
     tenant::after_fork_in_child();
 }
 
-fn is_kept_over_exec(fd: c_int) -> bool {
+/// True for a descriptor that a program which this one turns into, or starts, gets under the same number.
+pub fn is_kept_over_exec(fd: c_int) -> bool {
     let flags = sys::fcntl(fd, libc::F_GETFD, 0);
     flags >= 0 && flags & libc::FD_CLOEXEC as isize == 0
 }
 
-fn has_streams() -> bool {
+/// True when any connection is on rings.
+pub fn has_streams() -> bool {
     let mut any = false;
     conn::each(|_, conn| any |= conn.stream().is_some_and(demote::is_on_rings));
     any
@@ -223,11 +261,21 @@ fn before_exec(loads_shim: bool) {
 }
 
 /// stdin, stdout and stderr are used by stdio, behind the shim's back: never on rings.
-const STDERR: c_int = 2;
+pub const STDERR: c_int = 2;
+
+/// True for a number at which a program that starts looks for connections: see [`adopt_inherited`].
+pub fn is_looked_at(fd: c_int) -> bool {
+    fd > STDERR && fd < INHERITED as c_int
+}
+
+/// True when a program can ask the daemon for this stream, if it asks at all (`keep`).
+pub fn fits_new_program(held: &conn::Use, keep: bool) -> bool {
+    keep && tenant::is_known(held.conn)
+}
 
 /// What becomes of a stream that another program image gets.
 fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
-    if !keep || fd <= STDERR || !tenant::is_known(held.conn) {
+    if fd <= STDERR || !fits_new_program(held, keep) {
         demote::abandon(held, fd, Reason::Exec);
     } else if let Some(stream) = held.conn.stream()
         && is_foreign()
@@ -236,30 +284,48 @@ fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
     }
 }
 
-/// True when an environment names the shim.
+/// True when a program with this environment loads the shim, if it can, and uses it.
 ///
 /// # Safety
 /// `envp` is null or a null-terminated array of C strings.
-unsafe fn names_shim(envp: *const *const c_char) -> bool {
-    let mut at = envp;
-    // SAFETY: the caller vouches for the array.
-    unsafe {
-        while !at.is_null() && !(*at).is_null() {
-            let entry = CStr::from_ptr(*at).to_bytes();
-            if entry.starts_with(b"LD_PRELOAD=")
-                && entry.windows(12).any(|part| part == b"librdsock.so")
-            {
-                return true;
-            }
-            at = at.add(1);
-        }
+pub unsafe fn names_shim(envp: *const *const c_char) -> bool {
+    // SAFETY: the caller vouches for the array, and it is looked at now.
+    let (list, disabled) = unsafe {
+        (
+            value_of(envp, c"LD_PRELOAD"),
+            value_of(envp, c"RDSOCK_DISABLE"),
+        )
+    };
+    if disabled.is_some_and(is_disabling) {
+        return false;
     }
-    false
+    let Some(list) = list else { return false };
+    let mut parts = list.to_bytes().split(|byte| b": ".contains(byte));
+    parts.any(|part| part.ends_with(b"librdsock.so") && is_there(part))
 }
 
-/// True when the program at `path` has a dynamic loader that will load the shim: an ELF file with
-/// an interpreter and no set-user-id bit, or a script whose interpreter is one.
-fn is_dynamic(path: &CStr, depth: u32) -> bool {
+/// True for a file that can be read. It may be out of reach after a `chroot`.
+fn is_there(path: &[u8]) -> bool {
+    let mut text = [0_u8; 1024];
+    for (to, from) in text.iter_mut().take(1023).zip(path) {
+        *to = *from;
+    }
+    let fd = sys::open_read(text.as_ptr().cast()) as c_int;
+    if fd >= 0 {
+        sys::close(fd);
+    }
+    fd >= 0
+}
+
+/// Whether a value of `RDSOCK_DISABLE` turns the shim off.
+fn is_disabling(value: &CStr) -> bool {
+    value != c"0" && value != c""
+}
+
+/// True when the program at `path` has a dynamic loader that will load the shim: an ELF file of this
+/// machine with glibc's loader, and no set-user-id bit and no capabilities, or a script whose
+/// interpreter is one.
+pub fn is_dynamic(path: &CStr, depth: u32) -> bool {
     let fd = sys::open_read(path.as_ptr()) as c_int;
     if fd < 0 {
         return false;
@@ -270,16 +336,12 @@ fn is_dynamic(path: &CStr, depth: u32) -> bool {
 }
 
 fn is_dynamic_file(fd: c_int, depth: u32) -> bool {
-    // SAFETY: integers; zeroes are a value, and fstat fills it.
-    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     let mut bytes = [0_u8; 1024];
-    // SAFETY: both are valid for writes of their size.
-    let got = unsafe {
-        if libc::fstat(fd, &mut stat) != 0 || stat.st_mode & 0o6000 != 0 {
-            return false;
-        }
-        sys::pread(fd, bytes.as_mut_ptr(), bytes.len() - 1, Some(0))
-    };
+    if sys::stat_of(fd).is_none_or(|stat| stat.st_mode & 0o6000 != 0) || sys::has_capabilities(fd) {
+        return false;
+    }
+    // SAFETY: the buffer is valid for its length.
+    let got = unsafe { sys::pread(fd, bytes.as_mut_ptr(), bytes.len() - 1, Some(0)) };
     if got < 64 && !bytes.starts_with(b"#!") {
         return false;
     }
@@ -313,12 +375,40 @@ fn is_dynamic_file(fd: c_int, depth: u32) -> bool {
         })
     };
     const PT_INTERP: u64 = 3;
+    // e_machine: x86-64, AArch64.
+    const MACHINE: u64 = if cfg!(target_arch = "x86_64") {
+        62
+    } else {
+        183
+    };
+    if word(18, 2) != MACHINE {
+        return false;
+    }
     let (headers, size, count) = (
         word(32, 8) as usize,
         word(54, 2) as usize,
         word(56, 2) as usize,
     );
-    (0..count.min(64)).any(|i| headers < 1024 && word(headers + i * size, 4) == PT_INTERP)
+    if headers >= 1024 {
+        return false;
+    }
+    let mut all = (0..count.min(64)).map(|i| headers + i * size);
+    let Some(header) = all.find(|at| word(*at, 4) == PT_INTERP) else {
+        return false;
+    };
+    // Where the loader's name is: p_offset.
+    is_glibcs_loader(fd, word(header + 8, 8))
+}
+
+/// True when a program's file names, at `offset`, a loader of glibc: `/lib64/ld-linux-x86-64.so.2`, or as it is called
+/// elsewhere. Another libc's loads the shim, but that does nothing there.
+fn is_glibcs_loader(fd: c_int, offset: u64) -> bool {
+    let mut name = [0_u8; 512];
+    // SAFETY: the buffer is valid for its length.
+    unsafe { sys::pread(fd, name.as_mut_ptr(), name.len() - 1, Some(offset as i64)) };
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    let base = name.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    base.starts_with(b"ld-linux") || base.starts_with(b"ld-2.")
 }
 
 /// # Safety
@@ -342,12 +432,10 @@ pub unsafe extern "C" fn rdsock_execve(
 /// # Safety
 /// `path` is a C string.
 unsafe fn is_program(path: *const c_char) -> bool {
-    // SAFETY: a C string, and a structure of integers that stat fills.
+    // SAFETY: a C string.
     unsafe {
-        let mut stat: libc::stat = std::mem::zeroed();
         libc::access(path, libc::X_OK) == 0
-            && libc::stat(path, &mut stat) == 0
-            && stat.st_mode & libc::S_IFMT == libc::S_IFREG
+            && sys::stat_at(path).is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFREG)
     }
 }
 
@@ -370,7 +458,7 @@ unsafe fn execvpe_with(
 }
 
 /// Calls `test` with the file that `execvp` would take.
-fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
+pub fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
     if file.to_bytes().contains(&b'/') {
         return test(file);
     }
@@ -401,6 +489,15 @@ fn in_path(file: &CStr, mut test: impl FnMut(&CStr) -> bool) -> bool {
 
 unsafe extern "C" {
     static environ: *const *const c_char;
+}
+
+/// libc's present environment.
+///
+/// # Safety
+/// No other thread changes it.
+pub unsafe fn environment() -> *const *const c_char {
+    // SAFETY: as the caller says.
+    unsafe { environ }
 }
 
 /// # Safety
@@ -466,6 +563,38 @@ pub unsafe extern "C" fn fexecve(
     }
 }
 
+/// # Safety
+/// As `execveat(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn execveat(
+    folder: c_int,
+    path: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: as the caller says.
+    unsafe {
+        if !sys::is_bad_pointer(path.cast()) {
+            let is_fd = flags & libc::AT_EMPTY_PATH != 0 && *path == 0;
+            let file = if is_fd {
+                folder
+            } else {
+                sys::open_at(folder, path) as c_int
+            };
+            if file >= 0 {
+                before_exec(names_shim(envp) && is_dynamic_file(file, 0));
+            }
+            if file >= 0 && !is_fd {
+                sys::close(file);
+            }
+        }
+        let args = [path as _, argv as _, envp as _, flags as _];
+        let [path, argv, envp, flags] = args;
+        real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
+    }
+}
+
 macro_rules! jump {
     ($($name:ident => $target:ident;)*) => {
         $(
@@ -506,93 +635,4 @@ pub unsafe extern "C" fn rdsock_real_vdprintf(
 ) -> c_int {
     // SAFETY: as the caller says.
     unsafe { real::vdprintf(fd, format, arguments) }
-}
-
-/// Connections that a spawned program gets under another number by a file action.
-static ACTIONS: [AtomicU32; 16] = [const { AtomicU32::new(0) }; 16];
-
-/// # Safety
-/// As `posix_spawn_file_actions_adddup2`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
-    actions: *mut libc::c_void,
-    fd: c_int,
-    new: c_int,
-) -> c_int {
-    if let Kind::Conn(index) = conn::kind(fd) {
-        let word = (index as u32 + 1) | (u32::from(new <= STDERR) << 31);
-        for place in &ACTIONS {
-            if place.compare_exchange(0, word, AcqRel, Relaxed).is_ok() {
-                break;
-            }
-        }
-    }
-    // SAFETY: as the caller says.
-    unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) }
-}
-
-fn before_spawn(loads_shim: bool) {
-    if !is_ready() {
-        return;
-    }
-    for place in &ACTIONS {
-        let index = place.swap(0, AcqRel);
-        let stdio = index & (1 << 31) != 0;
-        let index = index & !(1 << 31);
-        if index != 0
-            && let Some(held) = conn::by_index(index as usize - 1)
-        {
-            let fd = held.conn.fd.load(Relaxed);
-            keep_or_abandon(&held, fd, loads_shim && !stdio);
-            if let Some(stream) = held.conn.stream()
-                && demote::is_on_rings(stream)
-            {
-                stream.page().holders.fetch_add(1, AcqRel);
-            }
-        }
-    }
-    before_exec(loads_shim);
-}
-
-/// # Safety
-/// As `posix_spawn`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn(
-    pid: *mut libc::pid_t,
-    path: *const c_char,
-    actions: *const libc::c_void,
-    attributes: *const libc::c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        if !path.is_null() {
-            before_spawn(names_shim(envp.cast()) && is_dynamic(CStr::from_ptr(path), 0));
-        }
-        real::posix_spawn(pid, path, actions, attributes, argv, envp)
-    }
-}
-
-/// # Safety
-/// As `posix_spawnp`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawnp(
-    pid: *mut libc::pid_t,
-    file: *const c_char,
-    actions: *const libc::c_void,
-    attributes: *const libc::c_void,
-    argv: *const *mut c_char,
-    envp: *const *mut c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe {
-        if !file.is_null() {
-            before_spawn(
-                names_shim(envp.cast())
-                    && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0)),
-            );
-        }
-        real::posix_spawnp(pid, file, actions, attributes, argv, envp)
-    }
 }

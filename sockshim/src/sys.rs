@@ -59,6 +59,12 @@ pub fn thread_pointer() -> u64 {
     value
 }
 
+/// True when the kernel does not have a call, or a filter acts as if: old profiles of containers answer what they do not
+/// know with EPERM or EACCES, not with ENOSYS. `error` is an error number, negated or not. Every fall-back asks here.
+pub fn is_missing(error: c_int) -> bool {
+    matches!(error.abs(), libc::ENOSYS | libc::EPERM | libc::EACCES)
+}
+
 pub fn getpid() -> u32 {
     syscall!(SYS_getpid) as u32
 }
@@ -223,11 +229,31 @@ pub fn ftruncate(fd: c_int, len: usize) -> isize {
     syscall!(SYS_ftruncate, fd, len)
 }
 
-pub fn file_size(fd: c_int) -> Option<u64> {
+/// What the kernel says of an open file.
+pub fn stat_of(fd: c_int) -> Option<libc::stat> {
     let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
     // SAFETY: zeroed, and made of integers.
-    (syscall!(SYS_fstat, fd, stat.as_mut_ptr()) == 0)
-        .then(|| unsafe { stat.assume_init() }.st_size as u64)
+    (syscall!(SYS_fstat, fd, stat.as_mut_ptr()) == 0).then(|| unsafe { stat.assume_init() })
+}
+
+/// What the kernel says of the file at a path.
+///
+/// # Safety
+/// `path` is a C string.
+pub unsafe fn stat_at(path: *const libc::c_char) -> Option<libc::stat> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: zeroed, and made of integers; the caller vouches for the path.
+    (syscall!(SYS_newfstatat, libc::AT_FDCWD, path, stat.as_mut_ptr(), 0) == 0)
+        .then(|| unsafe { stat.assume_init() })
+}
+
+/// True for a program that gets capabilities when it is executed, so that its loader preloads nothing.
+pub fn has_capabilities(fd: c_int) -> bool {
+    syscall!(SYS_fgetxattr, fd, c"security.capability".as_ptr(), 0, 0) > 0
+}
+
+pub fn file_size(fd: c_int) -> Option<u64> {
+    Some(stat_of(fd)?.st_size as u64)
 }
 
 /// True for a file that is sealed against shrinking: a load from its mapping never faults.
@@ -236,30 +262,60 @@ pub fn cannot_shrink(fd: c_int) -> bool {
     seals >= 0 && seals as c_int & libc::F_SEAL_SHRINK != 0
 }
 
-/// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes that cost
-/// nothing until they are touched. `None` when the kernel refuses.
+/// Maps `len` bytes of a file shared and writable, or with `fd` -1 private zeroes. `None` when the kernel refuses.
+///
+/// A mapping costs nothing until it is touched, also in a program that locks all its future memory
+/// (`mlockall(MCL_FUTURE)`): the kernel fills what it may access at once, so it is made without access, and gets that
+/// when it is unlocked.
 pub fn map(fd: c_int, len: usize) -> Option<*mut u8> {
-    let at = map_at(std::ptr::null_mut(), 0, fd, len);
-    (!(-4095..=0).contains(&at)).then_some(at as *mut u8)
+    let at = map_at(std::ptr::null_mut(), libc::PROT_NONE, 0, fd, len);
+    if (-4095..=0).contains(&at) {
+        return None;
+    }
+    unlock(at as *mut u8, len);
+    if syscall!(SYS_mprotect, at, len, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+        // SAFETY: just mapped, and nobody has seen it.
+        unsafe { unmap(at as *mut u8, len) };
+        return None;
+    }
+    Some(at as *mut u8)
 }
 
-/// Maps what [`map`] would in the place of what is mapped there, in one step. False when the kernel refuses; then what was
-/// there still is.
+/// Maps what [`map`] would in the place of what is mapped there, in one step: a program that locks its future memory has
+/// it filled. False when the kernel refuses; then what was there still is.
 ///
 /// # Safety
 /// `at` is a mapping of `len` bytes of this process's own, and what uses it may find the new bytes there.
 pub unsafe fn map_over(at: *mut u8, fd: c_int, len: usize) -> bool {
-    map_at(at, libc::MAP_FIXED, fd, len) == at as isize
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let is_mapped = map_at(at, access, libc::MAP_FIXED, fd, len) == at as isize;
+    if is_mapped {
+        unlock(at, len);
+    }
+    is_mapped
 }
 
-fn map_at(at: *mut u8, more: c_int, fd: c_int, len: usize) -> isize {
+fn map_at(at: *mut u8, access: c_int, more: c_int, fd: c_int, len: usize) -> isize {
     let flags = if fd < 0 {
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
     } else {
         libc::MAP_SHARED
     };
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    syscall!(SYS_mmap, at, len, protection, flags | more, fd, 0)
+    syscall!(SYS_mmap, at, len, access, flags | more, fd, 0)
+}
+
+/// Keeps a mapping in memory: all of it, or what is used of it.
+pub fn lock(at: usize, len: usize, on_fault: bool) -> isize {
+    let result = syscall!(SYS_mlock2, at, len, usize::from(on_fault));
+    if !on_fault && is_missing(result as c_int) {
+        return syscall!(SYS_mlock, at, len);
+    }
+    result
+}
+
+/// Lets the kernel take pages of a mapping away again, and fill none.
+pub fn unlock(at: *mut u8, len: usize) {
+    syscall!(SYS_munlock, at, len);
 }
 
 /// # Safety
@@ -316,12 +372,95 @@ pub fn core() -> u32 {
 /// True while a process runs; one that has ended but was not waited for does not.
 pub fn is_alive(pid: u32) -> bool {
     let fd = syscall!(SYS_pidfd_open, pid, 0);
+    if fd < 0 && is_missing(fd as c_int) {
+        return is_listed_alive(pid);
+    }
     if fd < 0 {
         return fd != -(libc::ESRCH as isize);
     }
     let ended = poll_one(fd as c_int, libc::POLLIN, 0) > 0;
     close(fd as c_int);
     !ended
+}
+
+/// As [`is_alive`], by what /proc says: for kernels before 5.3, and filters that know no pidfd. In doubt it runs.
+fn is_listed_alive(pid: u32) -> bool {
+    if syscall!(SYS_kill, pid, 0) == -(libc::ESRCH as isize) {
+        return false;
+    }
+    let (mut path, mut digits) = ([0_u8; 32], [0; 10]);
+    let parts = ["/proc/", decimal(pid, &mut digits), "/stat"];
+    for (to, from) in path
+        .iter_mut()
+        .zip(parts.iter().flat_map(|part| part.bytes()))
+    {
+        *to = from;
+    }
+    let fd = open_read(path.as_ptr().cast()) as c_int;
+    if fd < 0 {
+        return true;
+    }
+    let mut text = [0_u8; 128];
+    // SAFETY: the buffer is valid for its length.
+    let got = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
+    close(fd);
+    // "PID (NAME) STATE …", where the name may hold anything.
+    let text = text.get(..got.max(0) as usize).unwrap_or_default();
+    let end = text
+        .iter()
+        .rposition(|byte| *byte == b')')
+        .unwrap_or(text.len());
+    !matches!(text.get(end + 2), Some(b'Z' | b'X'))
+}
+
+/// True when the kernel closes ranges of descriptors in one call.
+pub fn has_close_range() -> bool {
+    // No descriptor has this number.
+    syscall!(SYS_close_range, u32::MAX, u32::MAX, 0) == 0
+}
+
+pub fn close_range(first: u32, last: u32, flags: c_int) -> isize {
+    syscall!(SYS_close_range, first, last, flags)
+}
+
+/// Opens a folder, to be listed.
+pub fn open_folder(path: &std::ffi::CStr) -> isize {
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    syscall!(SYS_openat, libc::AT_FDCWD, path.as_ptr(), flags, 0)
+}
+
+/// The next entries of a folder, as the kernel writes them; how many bytes.
+pub fn list(folder: c_int, entries: &mut [u64]) -> isize {
+    let size = size_of_val(entries);
+    syscall!(SYS_getdents64, folder, entries.as_mut_ptr(), size)
+}
+
+/// The next [`list`] begins at the first entry.
+pub fn rewind(folder: c_int) {
+    syscall!(SYS_lseek, folder, 0, libc::SEEK_SET);
+}
+
+/// Calls `found` with each entry of a [`list`] of `len` bytes that is named by a number.
+pub fn each_number(entries: &[u64], len: usize, mut found: impl FnMut(c_int)) {
+    // linux_dirent64: the entry's length at 16, its name from 19 on.
+    let byte = |at: usize| {
+        entries
+            .get(at / 8)
+            .map_or(0, |word| word.to_ne_bytes()[at % 8])
+    };
+    let mut at = 0;
+    while at + 19 < len {
+        let size = usize::from(u16::from_ne_bytes([byte(at + 16), byte(at + 17)]));
+        let mut name = (at + 19..at + size).map(byte).take_while(|byte| *byte != 0);
+        let number = name.try_fold(0_u32, |number, byte| {
+            let digit = byte.is_ascii_digit().then(|| u32::from(byte - b'0'))?;
+            number.checked_mul(10)?.checked_add(digit)
+        });
+        if let Some(number) = number.and_then(|number| c_int::try_from(number).ok()) {
+            found(number);
+        }
+        at += size.max(19);
+    }
 }
 
 /// True while a process has this thread.
@@ -428,9 +567,14 @@ pub fn splice(from: c_int, to: c_int, len: usize, flags: u32) -> isize {
 
 /// Opens a path read-only, for looking at a program before exec.
 pub fn open_read(path: *const libc::c_char) -> isize {
+    open_at(libc::AT_FDCWD, path)
+}
+
+/// As [`open_read`], from a folder on.
+pub fn open_at(folder: c_int, path: *const libc::c_char) -> isize {
     syscall!(
         SYS_openat,
-        libc::AT_FDCWD,
+        folder,
         path,
         libc::O_RDONLY | libc::O_CLOEXEC,
         0

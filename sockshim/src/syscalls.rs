@@ -1,6 +1,6 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
-use crate::{calls, conn, demote, options, process, real, tenant};
+use crate::{calls, children, conn, demote, handing_over, locked, options, process, real, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
 
@@ -8,11 +8,18 @@ use rdsock_shm::reason::Reason;
 const SECCOMP_SET_MODE_STRICT: c_ulong = 0;
 const SECCOMP_SET_MODE_FILTER: c_ulong = 1;
 
+/// Of linux/bpf.h.
+const BPF_MAP_UPDATE_ELEM: c_ulong = 2;
+
+/// What a forked child's end tells its parent.
+#[cfg(target_arch = "x86_64")]
+const SIGCHLD: c_ulong = libc::SIGCHLD as c_ulong;
+
 /// A filter may forbid any call that the shim makes, at the price of the program's life: the kernel
 /// has every connection from here on, and the shim does nothing any more.
 fn before_sandbox() {
     demote::abandon_all(Reason::Sandbox);
-    tenant::disable();
+    tenant::disable(Reason::Sandbox);
     conn::forget_all();
 }
 
@@ -71,6 +78,8 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_shutdown => calls::shutdown(fd, b as _) as _,
             libc::SYS_close => calls::close(fd) as _,
             libc::SYS_close_range => calls::close_range(a as _, b as _, c as _) as _,
+            libc::SYS_preadv2 => calls::preadv2(fd, b as _, c as _, d as _, f as _) as _,
+            libc::SYS_pwritev2 => calls::pwritev2(fd, b as _, c as _, d as _, f as _) as _,
             libc::SYS_dup => calls::dup(fd) as _,
             libc::SYS_dup3 => calls::dup3(fd, b as _, c as _) as _,
             #[cfg(target_arch = "x86_64")]
@@ -91,6 +100,8 @@ pub unsafe extern "C" fn syscall(
                 };
                 calls::pselect(fd, b as _, c as _, d as _, e as _, mask) as _
             }
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_epoll_create => calls::epoll_create(fd) as _,
             libc::SYS_epoll_create1 => calls::epoll_create1(fd) as _,
             libc::SYS_epoll_ctl => calls::epoll_ctl(fd, b as _, c as _, d as _) as _,
             libc::SYS_epoll_pwait => calls::epoll_pwait(fd, b as _, c as _, d as _, e as _) as _,
@@ -100,12 +111,37 @@ pub unsafe extern "C" fn syscall(
             libc::SYS_setsockopt => options::setsockopt(fd, b as _, c as _, d as _, e as _) as _,
             libc::SYS_getsockopt => options::getsockopt(fd, b as _, c as _, d as _, e as _) as _,
             libc::SYS_execve => process::rdsock_execve(a as _, b as _, c as _) as _,
+            libc::SYS_execveat => process::execveat(fd, b as _, c as _, d as _, e as _) as _,
+            libc::SYS_clone => children::clone_by_number(a, [b, c, d, e]),
+            libc::SYS_clone3 => children::clone3_by_number(a, b),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_fork => children::clone_by_number(SIGCHLD, [0; 4]),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_vfork => {
+                children::clone_by_number(SIGCHLD | libc::CLONE_VFORK as c_ulong, [0; 4])
+            }
+            libc::SYS_unshare => children::unshare(fd) as _,
+            libc::SYS_setns => children::setns(fd, b as _) as _,
             libc::SYS_io_uring_setup => {
-                // What a ring of the kernel's does to a connection, the shim does not see.
-                demote::abandon_all(Reason::IoUring);
-                tenant::disable();
+                calls::making_uring();
                 real::syscall(number, a, b, c, d, e, f)
             }
+            libc::SYS_io_submit => {
+                calls::submitting(b as _, c as _);
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_bpf => {
+                if a == BPF_MAP_UPDATE_ELEM {
+                    handing_over::put_into_map(b as _, c);
+                }
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_mount => handing_over::mount(a as _, b as _, c as _, d, e as _) as _,
+            libc::SYS_fsconfig => {
+                handing_over::configuring(b as _, c as _, d as _, e as _);
+                real::syscall(number, a, b, c, d, e, f)
+            }
+            libc::SYS_mlockall => locked::mlockall(fd) as _,
             libc::SYS_prctl => prctl(a as _, b, c, d, e) as _,
             libc::SYS_seccomp => {
                 if a == SECCOMP_SET_MODE_STRICT || a == SECCOMP_SET_MODE_FILTER {

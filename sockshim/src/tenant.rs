@@ -21,8 +21,10 @@ mod routes;
 pub use announce::{after_call, announce_now};
 pub use ask::{end_of_wait, reach, who_is};
 pub use attach::{disable, ensure, is_known, start, stay_attached};
-pub use hidden::{close_hidden, hide, move_hidden};
-pub use inherit::{after_fork_in_child, after_fork_in_parent, before_exec, before_fork, look_up};
+pub use hidden::{close_hidden, hidden_copy, hide, move_hidden};
+pub use inherit::{
+    after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,
+};
 pub use listeners::listens;
 pub use memory::{count, record, return_bell, take_bell};
 pub use messages::look;

@@ -660,3 +660,49 @@ CASE(epoll_oneshot_threads)
         pthread_join(t[i].thread, NULL);
     EQ(taken, 3000);
 }
+
+CASE(epoll_registered_number_is_closed_and_a_copy_lives)
+{
+    /* Linux keeps a registration until the last copy is closed, and one of a copy apart from it. */
+    for (int cold = 0; cold < 2; cold++) {
+        struct duo d = duo_open(cold ? COLD : 0);
+        int ep = (int)MUST(epoll_create1(0));
+        struct epoll_event event = {.events = EPOLLIN, .data.u64 = 1}, got[4];
+        MUST(epoll_ctl(ep, EPOLL_CTL_ADD, d.fd, &event));
+        int copy = (int)MUST(dup(d.fd)), number = d.fd;
+        MUST(close(d.fd));
+        event.data.u64 = 2;
+        MUST(epoll_ctl(ep, EPOLL_CTL_ADD, copy, &event));
+        d.fd = copy;
+        if (cold)
+            duo_warm(&d);
+        for (int i = 0; i < 20; i++) {
+            p_send(&d, "both");
+            AWAIT_BYTES(copy, 4);
+            EQ(epoll_wait(ep, got, 4, 1000), 2);
+            EQ(got[0].data.u64 + got[1].data.u64, 3);
+            WANT(copy, "both");
+            EQ(epoll_wait(ep, got, 4, 0), 0);
+        }
+        ERR(epoll_ctl(ep, EPOLL_CTL_DEL, number, NULL), EBADF);
+        MUST(epoll_ctl(ep, EPOLL_CTL_DEL, copy, NULL));
+        p_send(&d, "one");
+        EQ(epoll_wait(ep, got, 4, 1000), 1);
+        EQ(got[0].data.u64, 1);
+        WANT(copy, "one");
+        /* The same number again, for the same connection: the old registration is its own. */
+        EQ(dup2(copy, number), number);
+        ERR(epoll_ctl(ep, EPOLL_CTL_ADD, number, &event), EEXIST);
+        event.data.u64 = 5;
+        MUST(epoll_ctl(ep, EPOLL_CTL_MOD, number, &event));
+        p_send(&d, "mod");
+        EQ(epoll_wait(ep, got, 4, 1000), 1);
+        EQ(got[0].data.u64, 5);
+        WANT(copy, "mod");
+        MUST(close(number));
+        MUST(close(copy));
+        P_WANT_EOF(&d);
+        EQ(epoll_wait(ep, got, 4, 0), 0);
+        MUST(close(ep));
+    }
+}

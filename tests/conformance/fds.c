@@ -439,3 +439,31 @@ CASE(passed_to_a_process_without_history)
     WAIT_CHILD(pid);
     P_WANT_EOF(&d);
 }
+
+CASE(bulk_closing_without_the_kernels_call)
+{
+    /* Every descriptor from a number on, whatever the kernel has for it (see `deny`). */
+    struct duo d = duo_open(0);
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        int open_at[100];
+        for (int i = 0; i < 100; i++)
+            open_at[i] = (int)MUST(fcntl(i % 2 ? d.fd : 1, F_DUPFD, 400));
+        closefrom(open_at[1]);
+        for (int i = 0; i < 100; i++)
+            EQ(fcntl(open_at[i], F_GETFD) == 0, i < 1);
+        PUT(d.fd, "from below");
+        _exit(0);
+    }
+    WAIT_CHILD(pid);
+    P_WANT(&d, "from below");
+    PUT(d.fd, "still here");
+    P_WANT(&d, "still here");
+    int result = close_all_from((unsigned)d.fd, (unsigned)d.fd, 0);
+    if (result == 0)
+        P_WANT_EOF(&d);
+    else { /* it closed nothing */
+        PUT(d.fd, "not closed");
+        P_WANT(&d, "not closed");
+    }
+}

@@ -437,3 +437,110 @@ CASE(udp_and_unix_are_left_alone)
         P_WANT(&d, "tcp");
     }
 }
+
+/* ---- TCP_INQ ---- */
+
+/* One recvmsg with room for control messages; what is left to read, or -1 where that is not told. */
+static int receive_and_left(int fd, size_t want, size_t room, int *flags)
+{
+    char bytes[64], control[64] = "";
+    struct iovec part = {bytes, want};
+    struct msghdr msg = {.msg_name = bytes, .msg_namelen = 16, .msg_iov = &part, .msg_iovlen = 1,
+                         .msg_control = room ? control : NULL, .msg_controllen = room};
+    MUST(recvmsg(fd, &msg, 0));
+    EQ(msg.msg_namelen, 0);
+    *flags = msg.msg_flags;
+    struct cmsghdr *item = CMSG_FIRSTHDR(&msg);
+    if (!item || item->cmsg_len < CMSG_LEN(sizeof(int)))
+        return -1;
+    EQ(item->cmsg_level, SOL_TCP);
+    EQ(item->cmsg_type, TCP_CM_INQ);
+    EQ(item->cmsg_len, CMSG_LEN(sizeof(int)));
+    EQ(msg.msg_controllen, room < CMSG_SPACE(sizeof(int)) ? room : CMSG_SPACE(sizeof(int)));
+    int left;
+    memcpy(&left, CMSG_DATA(item), sizeof left);
+    return left;
+}
+
+CASE(inq_tells_what_is_left)
+{
+    for (int cold = 0; cold < 2; cold++) {
+        struct duo d = duo_open(cold ? COLD : 0);
+        int flags;
+        set_int(d.fd, IPPROTO_TCP, TCP_INQ, 1);
+        EQ(get_int(d.fd, IPPROTO_TCP, TCP_INQ), 1);
+        if (cold)
+            duo_warm(&d);
+        uint64_t before = kernel_bytes(d.fd);
+        for (int i = 0; i < 50; i++) {
+            p_send(&d, "0123456789");
+            AWAIT_BYTES(d.fd, 10);
+            EQ(receive_and_left(d.fd, 4, 64, &flags), 6);
+            EQ(flags, 0);
+            EQ(receive_and_left(d.fd, 6, 64, &flags), 0);
+            PUT(d.fd, "0123456789");
+            P_WANT(&d, "0123456789");
+        }
+        /* The option keeps nothing off rings. */
+        TIMELY(!settings.need_rings || kernel_bytes(d.fd) - before < 50 * 10,
+               "expected the bytes on rings, saw %llu in the kernel", (unsigned long long)(kernel_bytes(d.fd) - before));
+        p_send(&d, "0123456789");
+        AWAIT_BYTES(d.fd, 10);
+        EQ(receive_and_left(d.fd, 1, CMSG_LEN(sizeof(int)), &flags), 9);
+        EQ(flags, 0);
+        EQ(receive_and_left(d.fd, 1, sizeof(struct cmsghdr), &flags), -1);
+        EQ(flags, MSG_CTRUNC);
+        EQ(receive_and_left(d.fd, 1, 0, &flags), -1);
+        EQ(flags, MSG_CTRUNC);
+        p_shutdown(&d, SHUT_WR);
+        AWAIT(d.fd, POLLRDHUP);
+        EQ(receive_and_left(d.fd, 2, 64, &flags), 6); /* the end counts as one */
+        EQ(receive_and_left(d.fd, 5, 64, &flags), 1); /* nothing but the end */
+        EQ(receive_and_left(d.fd, 5, 64, &flags), 1);
+        set_int(d.fd, IPPROTO_TCP, TCP_INQ, 0);
+        EQ(receive_and_left(d.fd, 5, 64, &flags), -1);
+        EQ(flags, 0);
+        ERR(setsockopt(d.fd, IPPROTO_TCP, TCP_INQ, &(int){2}, sizeof(int)), EINVAL);
+    }
+}
+
+/* Sends a part, leaves for the kernel (an option that only that honours), and sends the rest. */
+static long do_send_and_leave(int *fd, void *bytes, size_t len, long unused)
+{
+    (void)bytes, (void)len, (void)unused;
+    sleep_ms(20);
+    put(HERE, *fd, "ring", 4);
+    sleep_ms(20);
+    set_int(*fd, SOL_SOCKET, SO_TIMESTAMP, 1);
+    put(HERE, *fd, "kernel", 6);
+    return 0;
+}
+
+CASE(recvmsg_while_the_way_changes)
+{
+    for (int how = 0; how < 3; how++) {
+        struct duo d = duo_open(0);
+        char bytes[64], control[64];
+        struct sockaddr_storage name;
+        struct iovec part = {bytes, sizeof bytes};
+        struct msghdr msg = {.msg_name = &name, .msg_namelen = sizeof name, .msg_iov = &part, .msg_iovlen = 1,
+                             .msg_control = control, .msg_controllen = sizeof control, .msg_flags = 77};
+        memset(control, 0x55, sizeof control);
+        p_start(&d, do_send_and_leave, 0);
+        for (size_t have = 0; have < 10;) {
+            part.iov_len = how == 0 ? 10 - have : sizeof bytes;
+            msg.msg_namelen = sizeof name;
+            msg.msg_controllen = sizeof control;
+            msg.msg_flags = 77;
+            have += (size_t)MUST(recvmsg(d.fd, &msg, how == 0 ? MSG_WAITALL : 0));
+            EQ(msg.msg_namelen, 0);
+            EQ(msg.msg_controllen, 0);
+            EQ(msg.msg_flags, 0);
+            if (how == 2) /* and this end leaves as well */
+                set_int(d.fd, SOL_SOCKET, SO_OOBINLINE, 1);
+        }
+        EQ(p_finish(&d), 0);
+        PUT(d.fd, "back");
+        P_WANT(&d, "back");
+    }
+}

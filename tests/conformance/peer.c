@@ -229,31 +229,41 @@ static void ping_all(const struct duo *d, int count, int rounds, int pause_ms)
     EQ(p_finish(d), 0);
 }
 
+/* A system call that no library sees; a negative errno on failure. */
+long raw_call(long number, long a, long b, long c, long d, long e, long f)
+{
+#if defined(__x86_64__)
+    long result;
+    register long r10 __asm__("r10") = d;
+    register long r8 __asm__("r8") = e;
+    register long r9 __asm__("r9") = f;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+                     : "rcx", "r11", "memory");
+    return result;
+#elif defined(__aarch64__)
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+    register long x5 __asm__("x5") = f;
+    register long x8 __asm__("x8") = number;
+    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5), "r"(x8) : "memory");
+    return x0;
+#else
+#error "say here how this machine makes a system call"
+#endif
+}
+
 /* getsockopt(TCP_INFO), straight to the kernel: how many bytes the kernel socket itself has moved. */
-static uint64_t kernel_bytes(int fd)
+uint64_t kernel_bytes(int fd)
 {
     enum { bytes_received = 128 / 8, bytes_sent = 200 / 8 }; /* struct tcp_info of linux/tcp.h */
     uint64_t info[32] = {0};
     socklen_t len = sizeof info;
-#if defined(__x86_64__)
-    long result;
-    register long r10 __asm__("r10") = (long)info;
-    register long r8 __asm__("r8") = (long)&len;
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "a"(SYS_getsockopt), "D"((long)fd), "S"((long)IPPROTO_TCP), "d"((long)TCP_INFO), "r"(r10), "r"(r8)
-                     : "rcx", "r11", "memory");
-#elif defined(__aarch64__)
-    register long result __asm__("x0") = fd;
-    register long x1 __asm__("x1") = IPPROTO_TCP;
-    register long x2 __asm__("x2") = TCP_INFO;
-    register long x3 __asm__("x3") = (long)info;
-    register long x4 __asm__("x4") = (long)&len;
-    register long x8 __asm__("x8") = SYS_getsockopt;
-    __asm__ volatile("svc 0" : "+r"(result) : "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x8) : "memory");
-#else
-#error "say here how this machine makes a system call"
-#endif
+    long result = raw_call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, (long)info, (long)&len, 0);
     CHECK(result == 0, "expected TCP_INFO from the kernel, saw error %ld", -result);
     return info[bytes_received] + info[bytes_sent];
 }

@@ -604,3 +604,44 @@ CASE(no_new_memory, .process = true)
     SEND_PATTERN(d.fd, 4 << 20);
     EQ(p_finish(&d), 0);
 }
+
+/* The kilobytes that a line of /proc/self/status tells. */
+static long status_kb(const char *name)
+{
+    char line[256];
+    long kb = -1;
+    FILE *file = fopen("/proc/self/status", "re");
+    while (file && fgets(line, sizeof line, file))
+        if (!strncmp(line, name, strlen(name)))
+            kb = strtol(line + strlen(name) + 1, NULL, 10);
+    if (file)
+        fclose(file);
+    return kb;
+}
+
+CASE(memory_that_is_locked, .process = true, .root = true)
+{
+    enum { MANY = 20, MOST_KB = 1024 };
+    struct duo d[MANY];
+    for (int future = 0; future < 2; future++) {
+        d[0] = duo_open(0);
+        if (future) { /* what is mapped from now on */
+            MUST(mlockall(MCL_CURRENT | MCL_FUTURE));
+        }
+        long before = status_kb("VmRSS"), locked = status_kb("VmLck");
+        for (int i = 1; i < MANY; i++)
+            d[i] = duo_more(&d[0], 0);
+        if (!future) /* what is mapped already */
+            MUST(mlockall(MCL_CURRENT));
+        CHECK(status_kb("VmRSS") - before < MANY * MOST_KB + (future ? 0 : 16384),
+              "expected %d connections to take less, saw %ld kB", MANY, status_kb("VmRSS") - before);
+        CHECK(status_kb("VmLck") - locked < MANY * MOST_KB + (future ? 0 : 65536),
+              "expected %d connections to lock less, saw %ld kB", MANY, status_kb("VmLck") - locked);
+        for (int i = 0; i < MANY; i++) {
+            PUT(d[i].fd, "in memory");
+            P_WANT(&d[i], "in memory");
+            MUST(close(d[i].fd));
+        }
+        MUST(munlockall());
+    }
+}

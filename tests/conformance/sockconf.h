@@ -204,6 +204,9 @@ void sleep_ms(int ms);
 int listen_on(int flags, struct sockaddr_storage *at, socklen_t *len); /* a listener on a free loopback port */
 size_t fill(int fd); /* sends pattern bytes, without waiting, until nothing more fits; the count */
 
+long raw_call(long number, long a, long b, long c, long d, long e, long f); /* past every library */
+uint64_t kernel_bytes(int fd); /* what the kernel's socket itself has moved */
+
 /* Byte `position` of direction `seed`. Every big transfer is checked against it, byte by byte. */
 void pattern(uint64_t seed, uint64_t position, void *out, size_t len);
 /* The first position where the bytes differ from the pattern, or -1. */

@@ -169,3 +169,36 @@ fn b_never_spinning() {
 fn b_spinning_for_long() {
     preloaded("--need-rings --swap", Some("2000"));
 }
+
+/// What waits and closes, with errors in place of calls that a kernel or a container's profile does not know
+/// (`close_range`, `epoll_pwait2` and those between, by number).
+const REFUSED: &str = "436,437,438,439,440,441,442";
+const WAITING: &str = "--only epoll_level --only epoll_e* --only epoll_one* --only epoll_m* --only epoll_n* \
+                       --only epoll_pwait_mask --only poll_* --only select_* --only bulk_closing_without_the_kernels_call";
+
+fn refused(program: impl Fn(&Path) -> Program, more: &str) {
+    let deny = sockconf().with_file_name("deny");
+    for error in [libc::EPERM, libc::EACCES, libc::ENOSYS] {
+        check(
+            |_| {
+                program(&deny)
+                    .args(&format!("{error} {REFUSED}"))
+                    .arg(sockconf())
+                    .args(&format!("{more} {WAITING}"))
+            },
+            "",
+        );
+    }
+}
+
+#[test]
+fn a_plain_linux_with_calls_refused() {
+    let site = Site::new(Mode::Neither);
+    refused(|deny| site.plain(deny), "--warm 2");
+}
+
+#[test]
+fn b_rings_with_calls_refused() {
+    let site = Site::new(Mode::Both);
+    refused(|deny| site.client(deny), "--need-rings");
+}

@@ -1,4 +1,5 @@
-//! Programs with little address space: what runs plain runs under the shim, and `rdsock why` says what kept it there.
+//! Programs with little address space, or few descriptors: what runs plain runs under the shim, and `rdsock why` says what
+//! kept it there.
 
 use std::time::{Duration, Instant};
 
@@ -83,4 +84,53 @@ fn a_program_with_little_address_space_stays_on_the_kernel_with_a_reason() {
 fn a_program_with_room_is_on_rings_under_a_limit() {
     let reasons = talk(Mode::Both, 400_000);
     assert_eq!(reasons, ["on rings"]);
+}
+
+/// Talks, and then counts the descriptors that it can still have. Goes on, so that it can be asked for.
+const COUNTER: &str = r#"
+import os, socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+one = socket.create_connection(listener.getsockname())
+other, _ = listener.accept()
+def talk():
+    one.sendall(b"x" * 100)
+    assert len(other.recv(100, socket.MSG_WAITALL)) == 100
+    other.sendall(b"y" * 100)
+    assert len(one.recv(100, socket.MSG_WAITALL)) == 100
+for turn in range(60):
+    talk()
+    time.sleep(0.001)
+more = []
+try:
+    while True:
+        more.append(os.dup(one.fileno()))
+except OSError:
+    pass
+talk()
+print(f"{len(more)} more.", flush=True)
+for fd in more:
+    os.close(fd)
+while True:
+    talk()
+    time.sleep(0.01)
+"#;
+
+#[test]
+fn a_program_with_few_descriptors_has_all_of_them() {
+    let few = |mode| {
+        let mut site = Site::new(mode);
+        let program = site.client("python3").arg("-c").arg(COUNTER);
+        let mut running = program.limit(Resource::RLIMIT_NOFILE, 30).start();
+        let said = running.wait_for_output("more.", LIMIT);
+        let reason: Option<String> = site.daemon().map(|daemon: &mut Daemon| {
+            let told = why::ask(&daemon.socket(), Some(running.pid()));
+            let processes = told.processes.into_iter();
+            processes.filter_map(|process| process.reason).collect()
+        });
+        (said, reason.unwrap_or_default())
+    };
+    let (plain, _) = few(Mode::Neither);
+    let (preloaded, reason) = few(Mode::Both);
+    assert_eq!(plain, preloaded);
+    assert!(reason.contains("descriptors: 30"), "{reason}");
 }

@@ -3,6 +3,14 @@
 //! The counterpart of everything here is a process that is not trusted. The crate is loaded into
 //! every program (it is the core of the shim), so it depends on `libc` at most, never allocates,
 //! never panics and never blocks.
+//!
+//! It is built without the standard library, which the shim must not bring into programs: `std` is another name of
+//! `core` here.
+
+#![cfg_attr(not(any(test, loom)), no_std)]
+
+#[cfg(not(any(test, loom)))]
+extern crate core as std;
 
 pub mod bell;
 pub mod control;

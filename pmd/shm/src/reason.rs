@@ -109,6 +109,14 @@ coded! {
         NoDevice = 31, "the daemon drives no device: see its log";
         /// The daemon is kept from duplicates of descriptors, and so knows no socket of another user for sure.
         Unseen = 32, "the daemon may not look at sockets of other users (pidfd_getfd is refused it: by an old kernel, Yama, or a container's filter)";
+        /// The kernel is given the socket to use it itself, or may be.
+        HandedOver = 33, "given to the kernel by an ioctl, a mount or a map, or an ioctl that rings do not know";
+        /// Linux or POSIX asynchronous I/O on the socket.
+        Aio = 34, "asynchronous I/O on it (aio_read, io_submit)";
+        /// A library that was loaded so that the shim's functions are not its own.
+        DeepBind = 35, "a plug-in was loaded with RTLD_DEEPBIND, and the shim can't see its calls";
+        /// The program may have so few descriptors that the shim takes none.
+        FewDescriptors = 36, "the program may open too few descriptors (ulimit -n) for the shim to have its own";
     }
 }
 

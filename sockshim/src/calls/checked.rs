@@ -7,14 +7,15 @@ use libc::{
 };
 
 unsafe extern "C" {
-    fn __chk_fail() -> !;
+    /// Of `csrc/libc.c`.
+    fn rdsock_overflow() -> !;
 }
 
 /// Ends the program, as glibc's fortified functions do, when a buffer is smaller than asked.
 fn fortify(len: size_t, room: size_t) {
     if len > room {
         // SAFETY: glibc's own end of a program whose buffer overflows.
-        unsafe { __chk_fail() }
+        unsafe { rdsock_overflow() }
     }
 }
 

@@ -56,39 +56,74 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
         || flags & CLOEXEC != 0
         || process::is_foreign()
         || !process::is_ready()
+        // Nothing is let go that stays open.
+        || !sys::has_close_range()
     {
         // SAFETY: arguments pass through.
         return unsafe { real::close_range(first, last, flags) };
     }
     // The shim's own descriptors stay: the range is closed piece by piece around them.
-    let end = (last as usize).min(conn::FDS - 1) as c_uint;
     let mut start = first;
-    let mut fd = first;
-    while fd <= end {
-        if closing(fd as c_int) {
-            fd += 1;
+    let mut from = first.min(c_int::MAX as c_uint) as c_int;
+    while let Some(fd) = conn::next_noted(from).filter(|fd| *fd as c_uint <= last) {
+        from = fd + 1;
+        if closing(fd) {
             continue;
         }
-        if fd > start {
-            // SAFETY: a piece of the program's range.
-            unsafe { real::close_range(start, fd - 1, flags) };
+        if fd as c_uint > start {
+            sys::close_range(start, fd as c_uint - 1, flags);
         }
-        fd += 1;
-        start = fd;
+        start = fd as c_uint + 1;
     }
     if start > last {
         return 0;
     }
-    // SAFETY: the rest of the program's range.
-    unsafe { real::close_range(start, last, flags) }
+    sys::to_c(sys::close_range(start, last, flags)) as c_int
 }
 
 /// # Safety
 /// As `closefrom(3)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn closefrom(first: c_int) {
-    // SAFETY: any numbers are sound.
-    unsafe { close_range(first.max(0) as c_uint, c_uint::MAX, 0) };
+    let first = first.max(0);
+    if sys::has_close_range() {
+        // SAFETY: any numbers are sound.
+        unsafe { close_range(first as c_uint, c_uint::MAX, 0) };
+    } else {
+        close_listed(first);
+    }
+}
+
+/// Closes one by one what is open from a number on, as glibc does where the kernel has no `close_range`.
+#[cold]
+fn close_listed(first: c_int) {
+    let list = sys::open_folder(c"/proc/self/fd") as c_int;
+    if list < 0 {
+        let most = sys::limit_of(libc::RLIMIT_NOFILE).min(conn::FDS as u64) as c_int;
+        for fd in first..most.max(conn::high_fd()) {
+            // SAFETY: any number is sound.
+            unsafe { close(fd) };
+        }
+        return;
+    }
+    // What is closed while the list is read may hide others from it: read until nothing more is to be done.
+    let mut closed_any = true;
+    while closed_any {
+        closed_any = false;
+        sys::rewind(list);
+        let mut part = [0_u64; 256];
+        loop {
+            let got = sys::list(list, &mut part);
+            if got <= 0 {
+                break;
+            }
+            sys::each_number(&part, got as usize, |fd| {
+                // SAFETY: any number is sound.
+                closed_any |= fd >= first && fd != list && unsafe { close(fd) } == 0;
+            });
+        }
+    }
+    sys::close(list);
 }
 
 /// Records a copy of a descriptor, made whichever way.
@@ -97,7 +132,14 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
         return new;
     }
     match conn::kind(old) {
-        Kind::Conn(index) => conn::add_ref(new, index),
+        Kind::Conn(index) => {
+            if new <= process::STDERR
+                && let Some(held) = conn::of(old)
+            {
+                demote::abandon(&held, old, Reason::Stdio);
+            }
+            conn::add_ref(new, index);
+        }
         Kind::Epoll(index) => epoll::add_ref(new, index),
         _ if conn::kind(new) != Kind::Other => conn::replace(new, Kind::Other),
         _ => {}
@@ -127,7 +169,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
     } else if sys::fcntl(old, libc::F_GETFD, 0) >= 0 {
         closing(new);
         // stdin, stdout and stderr are used by stdio, behind the shim's back.
-        if new <= 2
+        if new <= process::STDERR
             && let Some(held) = conn::of(old)
         {
             demote::abandon(&held, old, Reason::Stdio);

@@ -2,7 +2,7 @@
 
 use super::transfer::{Moves, transfer};
 use crate::conn::{self, Kind};
-use crate::{io, real};
+use crate::{io, real, sys};
 use libc::{c_int, c_uint, off_t, off64_t, size_t, ssize_t};
 
 /// # Safety
@@ -49,6 +49,11 @@ unsafe fn send_file(
     in_kernel: &dyn Fn() -> isize,
 ) -> isize {
     if conn::kind(out) == Kind::Other || conn::kind(from) != Kind::Other || count == 0 {
+        return in_kernel();
+    }
+    // SAFETY: the caller vouches for the offset.
+    if !offset.is_null() && (sys::is_bad_pointer(offset.cast()) || unsafe { *offset } < 0) {
+        // Nothing is sent.
         return in_kernel();
     }
     transfer(

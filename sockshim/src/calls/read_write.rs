@@ -2,7 +2,7 @@
 
 use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
-use crate::{real, sys};
+use crate::{handing_over, real, sys};
 use libc::{c_int, c_void, iovec, off_t, size_t, ssize_t};
 
 /// # Safety
@@ -31,6 +31,7 @@ pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ss
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other || len == 0 {
+            handing_over::telling(fd, &one(buf, len), 1);
             return real::write(fd, buf, len);
         }
         if len > isize::MAX as usize

@@ -3,13 +3,16 @@
 
 use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
+use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
-use crate::{demote, real, sys};
+use crate::{demote, handing_over, io, options, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
+use rdsock_shm::layout::mark;
 use rdsock_shm::reason::Reason;
-use std::sync::atomic::Ordering::Release;
+use std::cell::Cell;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// # Safety
 /// As `recv(2)`.
@@ -33,6 +36,7 @@ pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags:
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
+            handing_over::telling(fd, &one(buf, len), 1);
             return real::send(fd, buf, len, flags);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -57,15 +61,13 @@ pub unsafe extern "C" fn recvfrom(
         if conn::kind(fd) == Kind::Other {
             return real::recvfrom(fd, buf, len, flags, from, from_len);
         }
+        let in_kernel = Cell::new(false);
         let result = receive(fd, &one(buf, len), 1, flags, &|| {
+            in_kernel.set(true);
             real::recvfrom(fd, buf, len, flags, from, from_len)
         });
         // TCP names no sender.
-        if result >= 0
-            && !from.is_null()
-            && !from_len.is_null()
-            && conn::of(fd).is_some_and(|held| held.conn.stream().is_some())
-        {
+        if result >= 0 && !in_kernel.get() && !from.is_null() && !from_len.is_null() {
             *from_len = 0;
         }
         result
@@ -86,6 +88,7 @@ pub unsafe extern "C" fn sendto(
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
+            handing_over::telling(fd, &one(buf, len), 1);
             return real::sendto(fd, buf, len, flags, to, to_len);
         }
         transmit(fd, &one(buf, len), 1, flags, &|| {
@@ -100,9 +103,11 @@ pub unsafe extern "C" fn sendto(
 pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: arguments pass through; a header is only read when it is not null.
     unsafe {
-        let is_kernels = std::cell::Cell::new(false);
+        // The kernel fills what the program gave it. Whether there is a stream afterwards does not say so: it may have come
+        // or gone meanwhile.
+        let by_kernel = Cell::new(false);
         let in_kernel = || {
-            is_kernels.set(true);
+            by_kernel.set(true);
             real::recvmsg(fd, msg, flags)
         };
         if conn::kind(fd) == Kind::Other {
@@ -119,14 +124,61 @@ pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> s
         }
         let result = receive(fd, (*msg).msg_iov, (*msg).msg_iovlen, flags, &in_kernel);
         // Bytes of the ring come alone, whatever the stream has become meanwhile.
-        if result >= 0 && !is_kernels.get() {
+        if result >= 0 && !by_kernel.get() {
             let header = &mut *msg;
             header.msg_namelen = 0;
-            header.msg_controllen = 0;
             header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
+            let room = std::mem::take(&mut header.msg_controllen);
+            if let Some(unread) = unread_to_tell(fd) {
+                put_unread(header, room, unread);
+            }
         }
         result
     }
+}
+
+/// What `TCP_INQ` tells with each message, where the program has set it: the bytes that are left, and one more for the
+/// end.
+fn unread_to_tell(fd: c_int) -> Option<c_int> {
+    let held = conn::of(fd)?;
+    if held.conn.options.load(Relaxed) & options::TELLS_UNREAD == 0 {
+        return None;
+    }
+    let stream = held.conn.stream()?;
+    let unread =
+        io::unread(&stream.at(&held, fd)).or_else(|| sys::ioctl_int(fd, libc::FIONREAD))?;
+    let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
+        || !stream.is_all_on_rings()
+            && io::TcpInfo::of(fd).is_some_and(|info| info.state == io::TcpInfo::CLOSE_WAIT);
+    Some(unread + c_int::from(ended))
+}
+
+/// Puts the control message of `TCP_INQ` into a header whose control part has so much room, as the kernel does.
+///
+/// # Safety
+/// A valid message header.
+unsafe fn put_unread(header: &mut msghdr, room: usize, unread: c_int) {
+    let head = size_of::<libc::cmsghdr>();
+    let whole = head + size_of::<c_int>();
+    if header.msg_control.is_null() || room < whole {
+        header.msg_flags |= libc::MSG_CTRUNC;
+    }
+    if header.msg_control.is_null() || room < head {
+        return;
+    }
+    let fitting = room.min(whole);
+    let item = header.msg_control.cast::<libc::cmsghdr>();
+    // SAFETY: there is room for the item and for the part of the int behind it, as was just seen.
+    unsafe {
+        item.write_unaligned(libc::cmsghdr {
+            cmsg_len: fitting as _,
+            cmsg_level: libc::IPPROTO_TCP,
+            cmsg_type: TCP_INQ,
+        });
+        let bytes = unread.to_ne_bytes();
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), item.add(1).cast(), fitting - head);
+    }
+    header.msg_controllen = room.min(whole.next_multiple_of(size_of::<usize>()));
 }
 
 /// # Safety
@@ -137,6 +189,9 @@ pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) ->
     unsafe {
         let in_kernel = || real::sendmsg(fd, msg, flags);
         if conn::kind(fd) == Kind::Other {
+            if !sys::is_bad_pointer(msg.cast()) {
+                handing_over::telling(fd, (*msg).msg_iov, (*msg).msg_iovlen);
+            }
             if !msg.is_null() && (*msg).msg_controllen != 0 {
                 each_passed(msg, |passed| {
                     if let Some(held) = conn::of(passed) {

@@ -4,7 +4,7 @@
 use crate::address::family_of;
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, process, real, sys, tenant};
+use crate::{demote, handing_over, process, real, sys, tenant};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering::*;
 pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let fd = unsafe { real::socket(domain, kind, protocol) };
+    handing_over::made_socket(fd, domain, protocol);
     if fd >= 0 && process::is_ready() {
         let tcp = matches!(domain, libc::AF_INET | libc::AF_INET6)
             && kind & 0xf == libc::SOCK_STREAM
@@ -223,17 +224,23 @@ pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
 /// As `sockatmark(3)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
-    // Urgent data makes its sender leave the rings, so the kernel knows the mark, once what came on
-    // the ring before it has been read.
     if let Some(held) = conn::of(fd)
-        && let Some(stream) = held.conn.stream()
-        && demote::is_on_rings(stream)
+        && mark_is_behind_ring(&held, fd)
     {
-        demote::settle_incoming(&held, stream, fd);
-        if stream.has_unread_ring() {
-            return 0;
-        }
+        return 0;
     }
     // SAFETY: arguments pass through.
     unsafe { real::sockatmark(fd) }
+}
+
+/// True when the mark of urgent data is not next, since bytes of the ring are. Urgent data makes its sender leave the
+/// rings, so the kernel knows the mark, once what came on the ring before it has been read.
+pub fn mark_is_behind_ring(held: &Use, fd: c_int) -> bool {
+    held.conn
+        .stream()
+        .filter(|stream| demote::is_on_rings(stream))
+        .is_some_and(|stream| {
+            demote::settle_incoming(held, stream, fd);
+            stream.has_unread_ring()
+        })
 }

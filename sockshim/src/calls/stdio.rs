@@ -62,6 +62,12 @@ fn stdio_takes(held: &Use, stream: &Stream, fd: c_int, file: *mut libc::FILE) {
     }
 }
 
+/// A file in memory, for what a stdio stream takes over.
+#[unsafe(no_mangle)]
+pub extern "C" fn rdsock_memory_file() -> c_int {
+    sys::memfd(c"rdsock-stdio", libc::MFD_CLOEXEC) as c_int
+}
+
 /// `write` of a whole text, for `dprintf`.
 ///
 /// # Safety

@@ -7,13 +7,14 @@ use libc::{EPOLLERR, EPOLLHUP, c_int};
 /// left of what it was asked for.
 pub(super) fn has_fired(epfd: c_int, fd: c_int) -> bool {
     let mut path = [0_u8; 48];
-    if std::io::Write::write_fmt(
-        &mut &mut path[..47],
-        format_args!("/proc/self/fdinfo/{epfd}"),
-    )
-    .is_err()
-    {
-        return false;
+    let mut digits = [0; 10];
+    let parts = [
+        "/proc/self/fdinfo/",
+        sys::decimal(epfd.max(0) as u32, &mut digits),
+    ];
+    let bytes = parts.iter().flat_map(|part| part.bytes());
+    for (to, from) in path.iter_mut().take(47).zip(bytes) {
+        *to = from;
     }
     let file = sys::open_read(path.as_ptr().cast()) as c_int;
     if file < 0 {

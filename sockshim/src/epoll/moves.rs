@@ -199,12 +199,12 @@ pub fn forget(conn: &Conn) {
 }
 
 /// One of several fds of a connection is about to be closed: what is registered under its number
-/// goes over to another one, since the kernel would keep it where no number leads to.
+/// goes over to a copy that is the shim's own, since the kernel would keep it where no number leads
+/// to. Not to one of the program's, which may be registered as well.
 pub fn renumber(held: &Use, fd: c_int) {
     if held.conn.registrations.load(Acquire) == 0 {
         return;
     }
-    let other = conn::fd_of(Kind::Conn(held.index), fd).unwrap_or(-1);
     each(&held.conn.registrations, |epoll, _, bit| {
         let Some(guard) = take(epoll) else { return };
         let epfd = epoll.fd.load(Relaxed);
@@ -214,6 +214,11 @@ pub fn renumber(held: &Use, fd: c_int) {
         if slot.number != fd || slot.target != Kind::Conn(held.index) {
             return;
         }
+        let copy = (slot.place != Place::Resting).then(|| tenant::hidden_copy(fd));
+        let other = copy
+            .flatten()
+            .or_else(|| conn::fd_of(Kind::Conn(held.index), fd))
+            .unwrap_or(-1);
         if slot.place == Place::Resting {
             drop_resting(epoll, guard.state(), bit);
             return;
@@ -249,4 +254,62 @@ pub fn renumber(held: &Use, fd: c_int) {
             slot.number = -1;
         }
     });
+}
+
+/// The shim's own descriptor `old` is now `new`, both are open: what is registered by it goes along.
+pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
+    let Some(guard) = take(epoll) else { return };
+    let state = guard.state();
+    for bit in 0..state.high {
+        let Some(slot) = state.slot(bit).filter(|slot| slot.number == old) else {
+            continue;
+        };
+        let (set, event) = match slot.place {
+            Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
+            Place::Kernel => {
+                let event = epoll_event {
+                    events: slot.events,
+                    u64: slot.data,
+                };
+                (epoll.fd.load(Relaxed), event)
+            }
+            Place::Parked => {
+                slot.number = new;
+                continue;
+            }
+            _ => continue,
+        };
+        slot.number = new;
+        if sys::epoll_ctl(set, EPOLL_CTL_ADD, new, Some(&event)) == 0 {
+            sys::epoll_ctl(set, EPOLL_CTL_DEL, old, None);
+        }
+    }
+}
+
+/// No connection is looked after any more: the copies that stand for closed numbers go, so that the last of the program's
+/// descriptors closes its connection. What is registered stays, as the kernel has it.
+pub fn close_copies() {
+    for index in 0..INSTANCES {
+        let Some(epoll) = at(index) else { return };
+        if epoll.refs.load(Relaxed) == 0 {
+            continue;
+        }
+        let Some(guard) = take(epoll) else { continue };
+        let state = guard.state();
+        for bit in 0..state.high {
+            if let Some(slot) = state.slot(bit).filter(|slot| slot.place != Place::Free) {
+                let number = std::mem::replace(&mut slot.number, -1);
+                if number != slot.fd {
+                    close_copy(number);
+                }
+            }
+        }
+    }
+}
+
+/// Closes a copy of the shim's own that a registration had.
+pub(super) fn close_copy(number: c_int) {
+    if number >= 0 && conn::kind(number) == Kind::Internal {
+        tenant::close_hidden(number);
+    }
 }

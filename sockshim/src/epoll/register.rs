@@ -1,6 +1,6 @@
 //! Registrations: `epoll_ctl`, and where each registration goes when its stream comes and goes.
 
-use super::moves::{demoted, is_on_rings, lift, promoted};
+use super::moves::{close_copy, demoted, is_on_rings, lift, promoted};
 use super::report::Snapshot;
 use super::*;
 use crate::conn::{Use, born};
@@ -296,6 +296,10 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
         return;
     }
     epoll.arrived(slot);
+    let number = std::mem::replace(&mut slot.number, -1);
+    if number != slot.fd {
+        close_copy(number);
+    }
     match std::mem::replace(&mut slot.place, Place::Free) {
         Place::Inner => leave_inner(epoll, state, bit),
         Place::Resting => {

@@ -294,10 +294,10 @@ fn kernel_wait(
         .map_or(std::ptr::null(), |left| left as *const timespec);
     // SAFETY: the events are valid for `most` entries; the caller vouches for the mask.
     let got = unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask) };
-    if got >= 0 || sys::errno() != libc::ENOSYS {
+    if got >= 0 || !sys::is_missing(sys::errno()) {
         return got;
     }
-    // Before Linux 5.11: whole milliseconds, rounded up.
+    // Before Linux 5.11, or behind a filter that does not know it: whole milliseconds, rounded up.
     let ms = deadline.left().map_or(-1, |ns| {
         ns.div_ceil(1_000_000).min(c_int::MAX as u64) as c_int
     });

@@ -3,6 +3,7 @@
 use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
+use crate::demote;
 use rdsock_shm::end::{MOST, Way};
 use rdsock_shm::layout::phase;
 use rdsock_shm::reason::Reason;
@@ -17,8 +18,15 @@ enum Source {
     Pipe,
 }
 
+/// True for an error that says more of how the file was read than of the file: it wants aligned buffers (O_DIRECT), has no
+/// positions, or is no file of bytes. What `sendfile` makes of that is the kernel's to say.
+fn is_about_reading(error: isize) -> bool {
+    matches!(-error as c_int, libc::EINVAL | libc::ESPIPE | libc::EISDIR)
+}
+
 /// `sendfile` onto a stream: the file is read straight into the ring. `offset` is where to read,
-/// and is moved; without one the file's own position is used.
+/// and is moved; without one the file's own position is used, and the file must be a plain one. From a file that can't be
+/// read so, the kernel sends: the stream leaves the rings for it.
 pub fn send_file<'a>(
     held: &'a Use,
     stream: &'a Stream,
@@ -27,9 +35,33 @@ pub fn send_file<'a>(
     offset: Option<&mut i64>,
     count: usize,
 ) -> Outcome<'a> {
-    read_in(held, stream, fd, (Source::File, file), offset, count)
+    let has_plain_way = match &offset {
+        Some(_) => true,
+        None => match sys::stat_of(file) {
+            Some(stat) => is_plain(&stat),
+            None => return Outcome::Done(-(libc::EBADF as isize)),
+        },
+    };
+    if has_plain_way {
+        match read_in(held, stream, fd, (Source::File, file), offset, count) {
+            Outcome::Done(error) if is_about_reading(error) => {}
+            other => return other,
+        }
+    }
+    demote::leave(held, fd, Reason::Call);
+    match stream.tx().phase.load(Acquire) {
+        // Further up the stack somebody sends on the ring: the call fails.
+        phase::RING => Outcome::Done(-(libc::EINVAL as isize)),
+        _ => read_in(held, stream, fd, (Source::File, file), None, 0),
+    }
 }
 
+/// True for a file of bytes with a size. Others, and those that the kernel makes as they are read, have ways of their own.
+fn is_plain(stat: &libc::stat) -> bool {
+    stat.st_mode & libc::S_IFMT == libc::S_IFREG && stat.st_size > 0
+}
+
+/// Reads a file, or what a pipe holds, straight into the ring.
 fn read_in<'a>(
     held: &'a Use,
     stream: &'a Stream,

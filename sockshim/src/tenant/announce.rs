@@ -1,6 +1,7 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
-use super::attach::{attach, is_as_attached, is_disabled, note_hang_up};
+use super::attach::{attach, is_as_attached, is_disabled, note_hang_up, why_disabled};
+use super::hidden::are_few;
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -8,6 +9,7 @@ use super::offer::follow;
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{Conn, born, phase};
+use crate::process::STDERR;
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::control::{Request, request};
@@ -62,7 +64,16 @@ pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
 #[cold]
 fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     if is_disabled() {
-        conn.keep_on_kernel(index, Reason::Disabled);
+        conn.keep_on_kernel(index, why_disabled());
+        return;
+    }
+    if fd <= STDERR || are_few() {
+        let reason = if fd <= STDERR {
+            Reason::Stdio
+        } else {
+            Reason::FewDescriptors
+        };
+        conn.keep_on_kernel(index, reason);
         return;
     }
     // Tried again with growing distance.

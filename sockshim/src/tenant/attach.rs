@@ -48,12 +48,15 @@ pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
 static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
 /// Milliseconds from [`TRIED_AT`] in which no daemon is asked again.
 static PAUSE_MS: AtomicU64 = AtomicU64::new(RETRY_MS);
+/// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
 static DISABLED: AtomicU32 = AtomicU32::new(0);
 static PATH: Shared<[u8; 108]> = Shared(UnsafeCell::new([0; 108]));
 
 /// Notes the daemon's address, from the environment.
 pub fn start(path: Option<&std::ffi::CStr>, disabled: bool) {
-    DISABLED.store(u32::from(disabled), Relaxed);
+    if disabled {
+        disable(Reason::Disabled);
+    }
     if let Some(path) = path
         && path.to_bytes().len() < 108
     {
@@ -70,9 +73,14 @@ pub(super) fn is_disabled() -> bool {
     DISABLED.load(Relaxed) != 0
 }
 
+/// Why that is so.
+pub(super) fn why_disabled() -> Reason {
+    Reason::from_code(DISABLED.load(Relaxed)).unwrap_or(Reason::Disabled)
+}
+
 /// No connection may be promoted from now on.
-pub fn disable() {
-    DISABLED.store(1, Relaxed);
+pub fn disable(reason: Reason) {
+    DISABLED.store(reason as u32, Relaxed);
 }
 
 /// Makes the tenant's memory and tries to reach the daemon when the first TCP socket of the process

@@ -6,6 +6,7 @@ use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
 use super::messages::{read_messages, send_with};
+use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
@@ -73,6 +74,15 @@ fn note_shared(guard: &Guard) {
 /// and the ends are only seen by the kernel's own end of file.
 pub fn after_fork_in_parent() {
     lock::release(&LOCK, Taken::Outer);
+}
+
+/// There is no child: after [`before_fork`] and before [`after_fork_in_parent`].
+pub fn fork_failed() {
+    conn::each(|_, conn| {
+        if let Some(stream) = conn.stream() {
+            stream.page().holders.fetch_sub(1, AcqRel);
+        }
+    });
 }
 
 /// After fork, in the child: a tenant of its own, when it first needs to be one.
@@ -164,6 +174,7 @@ pub fn look_up(index: usize, fd: c_int) {
         fd,
         reserved: 0,
     };
+    LOOKING_UP.store(1, Relaxed);
     if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
         let end = clock::nanoseconds() + LOOKUP_MS * 1_000_000;
         while held.conn.phase.load(Acquire) == phase::ANNOUNCED {
@@ -178,6 +189,7 @@ pub fn look_up(index: usize, fd: c_int) {
             }
         }
     }
+    LOOKING_UP.store(0, Relaxed);
     let _ = held
         .conn
         .phase

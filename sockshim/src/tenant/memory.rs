@@ -5,7 +5,7 @@
 //! ([`renew`]): a daemon seals what it gets, so that nobody, not even this process, can map it to be written
 //! again. No descriptor of it is kept.
 
-use super::hidden::{close_hidden, hide};
+use super::hidden::{are_few, close_hidden, hide};
 use super::lock::Guard;
 use crate::{conn, sys};
 use libc::c_int;
@@ -19,7 +19,7 @@ pub(super) static MEMORY: AtomicPtr<TenantMemory> = AtomicPtr::new(std::ptr::nul
 pub(super) static BOARD: AtomicPtr<BellBoard> = AtomicPtr::new(std::ptr::null_mut());
 /// The descriptors of the tenant's memory, while a daemon is given it, and of the bell board.
 pub(super) static MEMFDS: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
-/// 1 when the program's limit of address space leaves no room for it.
+/// 1 when the program's limits, of address space or of descriptors, leave no room for it.
 static REFUSED: AtomicU32 = AtomicU32::new(0);
 pub(super) static BELLS_IN_USE: AtomicU64 = AtomicU64::new(0);
 
@@ -77,7 +77,7 @@ pub(super) fn make_memory() {
     if !MEMORY.load(Relaxed).is_null() || REFUSED.load(Relaxed) != 0 {
         return;
     }
-    if !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
+    if are_few() || !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
         REFUSED.store(1, Relaxed);
         return;
     }

@@ -165,7 +165,7 @@ fn refused(refused: Option<Refused>) {
     if limit.is_some() {
         refused_for_now();
     } else {
-        disable();
+        disable(Reason::Refused);
         AWAITED.store(0, Relaxed);
     }
     if SAID.swap(1, Relaxed) != 0 {

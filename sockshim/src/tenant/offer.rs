@@ -8,13 +8,15 @@ use super::memory::{count, record};
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
+use crate::known::{Need, TCP_INQ, need_of};
+use crate::options::TELLS_UNREAD;
 use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::control::{Promote, Request, request};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// What the daemon offers for a connection: the fds of a stream's memory.
 #[derive(Debug)]
@@ -22,6 +24,9 @@ pub struct Offer {
     pub(super) promote: Promote,
     pub(super) fds: [c_int; 3],
 }
+
+/// 1 while a program that has just started asks for the streams that it has inherited.
+pub(super) static LOOKING_UP: AtomicU32 = AtomicU32::new(0);
 
 impl Offer {
     pub(super) fn close(self) {
@@ -146,21 +151,43 @@ fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Strea
     )
     .ok_or(Reason::NoMemory)?;
     let end = stream.at(held, fd);
-    let is_ready = if stream.page().installed.load(Acquire) != 0 {
+    let fault = if stream.page().installed.load(Acquire) != 0 {
         // Inherited over exec: everything stands in the end page.
         end.free_own_locks(stream::pid());
         end.note_barriers();
-        true
+        None
+    } else if LOOKING_UP.load(Relaxed) != 0 {
+        // Offered to who had it before, who has not followed, and may have it still: it does not know of a stream.
+        Some(Reason::Shared)
+    } else if has_option_of_kernel(fd) {
+        Some(Reason::Option)
     } else {
         let flags = sys::fcntl(fd, libc::F_GETFL, 0);
-        end.promote(flags & libc::O_NONBLOCK as isize != 0)
+        let is_ready = end.promote(flags & libc::O_NONBLOCK as isize != 0);
+        (!is_ready).then_some(Reason::NotQuiet)
     };
-    if !is_ready {
+    if let Some(fault) = fault {
         stream.unmap();
-        return Err(Reason::NotQuiet);
+        return Err(fault);
     }
     own_options(conn, fd);
     Ok(stream)
+}
+
+/// True when an option is set that only the kernel can honour: an accepted connection has those of its listener.
+fn has_option_of_kernel(fd: c_int) -> bool {
+    const OPTIONS: [c_int; 6] = [
+        libc::SO_RCVLOWAT,
+        libc::SO_OOBINLINE,
+        libc::SO_ZEROCOPY,
+        libc::SO_TIMESTAMP,
+        libc::SO_TIMESTAMPNS,
+        libc::SO_TIMESTAMPING,
+    ];
+    OPTIONS.into_iter().any(|name| {
+        let value = sys::getsockopt::<c_int>(fd, libc::SOL_SOCKET, name).unwrap_or(0);
+        need_of(libc::SOL_SOCKET, name, value) != Need::Nothing
+    })
 }
 
 /// The anchor sends single bytes from now on, which must leave at once.
@@ -168,8 +195,9 @@ fn own_options(conn: &Conn, fd: c_int) {
     let on = |name| {
         sys::getsockopt::<c_int>(fd, libc::IPPROTO_TCP, name).is_some_and(|value| value != 0)
     };
+    let tells = if on(TCP_INQ) { TELLS_UNREAD } else { 0 };
     let options = u32::from(on(libc::TCP_NODELAY)) | u32::from(on(libc::TCP_CORK)) << 1;
-    conn.options.store(options, Relaxed);
+    conn.options.store(options | tells, Relaxed);
     if options & 2 != 0 {
         sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CORK, &0_i32);
     }

@@ -3,6 +3,7 @@
 mod library;
 mod program;
 mod refusal;
+mod standard;
 
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -14,7 +15,7 @@ use nix::errno::Errno;
 use crate::cli::RunArgs;
 use crate::daemon;
 pub use library::find_library;
-pub use program::{Loads, loads_libraries};
+pub use program::{Loads, OTHER_LIBC, loads_libraries};
 
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
@@ -92,7 +93,12 @@ fn prepare(path: &Path, args: &RunArgs) -> Option<Vec<(&'static str, OsString)>>
             .ok()?,
     };
     let preload = preload(library, std::env::var_os("LD_PRELOAD"));
-    let mut added = vec![("LD_PRELOAD", preload), ("RDSOCK_SOCKET", socket.into())];
+    let sanitizer = sanitizer(std::env::var_os("ASAN_OPTIONS"));
+    let mut added = vec![
+        ("LD_PRELOAD", preload),
+        ("RDSOCK_SOCKET", socket.into()),
+        ("ASAN_OPTIONS", sanitizer),
+    ];
     if let Some(spin) = args.spin_us {
         added.push(("RDSOCK_SPIN_US", spin.to_string().into()));
     }
@@ -111,6 +117,17 @@ fn preload(library: PathBuf, before: Option<OsString>) -> OsString {
         }
     }
     list
+}
+
+/// What keeps gcc's and clang's AddressSanitizer, where it is a shared library, from ending the program because the shim
+/// was loaded before it. The shim takes over no function that it must see first. In front, so that what the user says counts.
+fn sanitizer(before: Option<OsString>) -> OsString {
+    let mut options = OsString::from("verify_asan_link_order=0");
+    for other in before.iter().filter(|before| !before.is_empty()) {
+        options.push(":");
+        options.push(other);
+    }
+    options
 }
 
 /// This process's environment with some variables set anew.
@@ -140,6 +157,7 @@ fn exec(path: &Path, command: &[OsString], environment: &[CString]) -> Errno {
         (Ok(path), Ok(arguments)) => (path, arguments),
         _ => return Errno::EINVAL,
     };
+    standard::close_again_at_exec();
     let Err(error) = nix::unistd::execve(&path, &arguments, environment);
     if error != Errno::ENOEXEC || !refusal::is_text(Path::new(OsStr::from_bytes(path.as_bytes()))) {
         return error;
@@ -153,6 +171,16 @@ fn exec(path: &Path, command: &[OsString], environment: &[CString]) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_of_the_sanitizer_are_kept_and_count() {
+        let options = |before: &str| sanitizer(Some(before.into()));
+        assert_eq!(options(""), "verify_asan_link_order=0");
+        assert_eq!(
+            options("detect_leaks=0"),
+            "verify_asan_link_order=0:detect_leaks=0"
+        );
+    }
 
     #[test]
     fn the_shim_comes_before_what_is_preloaded_already() {

@@ -54,6 +54,9 @@ pub enum Loads {
     Unknown,
 }
 
+/// Why a program of another libc loads the shim, and gets nothing from it.
+pub const OTHER_LIBC: &str = "is made for another C library than glibc";
+
 /// Looks at a program's file; at its interpreter's for a script.
 pub fn loads_libraries(path: &Path) -> Loads {
     looks(path, 4)
@@ -73,20 +76,29 @@ fn looks(path: &Path, depth: u32) -> Loads {
     if gains_rights(path) {
         return Loads::No("is set-user-id, set-group-id or has capabilities");
     }
-    let Ok(elf) = ElfStream::<AnyEndian, _>::open_stream(file) else {
+    let Ok(mut elf) = ElfStream::<AnyEndian, _>::open_stream(file) else {
         return Loads::Unknown;
     };
     if elf.ehdr.class != Class::ELF64 {
         return Loads::No("is a 32-bit program");
     }
-    match elf
-        .segments()
-        .iter()
-        .any(|segment| segment.p_type == PT_INTERP)
-    {
-        true => Loads::Yes,
-        false => Loads::No("is statically linked"),
+    let segments = elf.segments();
+    let named = segments.iter().find(|segment| segment.p_type == PT_INTERP);
+    let Some(segment) = named.copied() else {
+        return Loads::No("is statically linked");
+    };
+    match elf.segment_data(&segment) {
+        Ok(name) if is_glibcs_loader(name) => Loads::Yes,
+        Ok(_) => Loads::No(OTHER_LIBC),
+        Err(_) => Loads::Unknown,
     }
+}
+
+/// Whether this is the loader of glibc, by its name: `/lib64/ld-linux-x86-64.so.2`, or as it is called elsewhere.
+fn is_glibcs_loader(path: &[u8]) -> bool {
+    let path = path.split(|byte| *byte == 0).next().unwrap_or_default();
+    let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    name.starts_with(b"ld-linux") || name.starts_with(b"ld-2.")
 }
 
 /// The program that a script's first line names.
@@ -155,6 +167,12 @@ mod tests {
         let set_user = std::fs::Permissions::from_mode(0o4755);
         std::fs::set_permissions(&path, set_user).unwrap();
         assert_eq!(loads_libraries(&path), Loads::Yes);
+    }
+
+    #[test]
+    fn the_loader_tells_the_libc() {
+        assert!(is_glibcs_loader(b"/lib64/ld-linux-x86-64.so.2\0"));
+        assert!(!is_glibcs_loader(b"/lib/ld-musl-x86_64.so.1\0"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
 use super::patience::Patience;
 use crate::daemon::MACHINE_SOCKET;
-use crate::run::{Loads, loads_libraries};
+use crate::run::{Loads, OTHER_LIBC, loads_libraries};
 
 /// A network namespace, by the inode that stands for it.
 pub type Netns = u64;
@@ -245,8 +245,11 @@ fn absence(pid: i32) -> Absence {
     let Ok(process) = Process::new(pid) else {
         return Absence::Unseen("it has ended");
     };
+    let program = loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe")));
     match has_shim(&process) {
         None => return Absence::Unseen("it is another user's, or has changed its user"),
+        // The loader of another libc has loaded it, but it does nothing there.
+        Some(true) if program == Loads::No(OTHER_LIBC) => {}
         Some(true) if has_tenant_memory(&process) => return Absence::LeftBehind,
         Some(true) => {
             return match narrow_limits(&process) {
@@ -256,7 +259,7 @@ fn absence(pid: i32) -> Absence {
         }
         Some(false) => {}
     }
-    match loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe"))) {
+    match program {
         Loads::No(why) => Absence::NotPreloaded(format!("it {why}")),
         Loads::Yes | Loads::Unknown => {
             Absence::NotPreloaded("it was not started by rdsock run".into())
@@ -266,6 +269,9 @@ fn absence(pid: i32) -> Absence {
 
 /// What the shim's memory takes of a file and of the address space, of which it leaves the program most.
 const ROOM: [u64; 2] = [4 << 20, 64 << 20];
+
+/// Descriptors that a program may have at least where the shim takes some for itself.
+const DESCRIPTORS: u64 = 128;
 
 /// Limits of a process that may keep the shim from having its memory.
 fn narrow_limits(process: &Process) -> Option<String> {
@@ -277,7 +283,11 @@ fn narrow_limits(process: &Process) -> Option<String> {
     let files = narrow(limits.max_file_size.soft_limit, ROOM[0], "file size");
     let space = limits.max_address_space.soft_limit;
     let space = narrow(space, ROOM[1], "address space");
-    let found: Vec<String> = files.into_iter().chain(space).collect();
+    let open = match limits.max_open_files.soft_limit {
+        LimitValue::Value(value) if value < DESCRIPTORS => Some(format!("descriptors: {value}")),
+        _ => None,
+    };
+    let found: Vec<String> = files.into_iter().chain(space).chain(open).collect();
     (!found.is_empty()).then(|| found.join(", "))
 }
 
@@ -310,7 +320,7 @@ impl std::fmt::Display for Absence {
             ),
             Absence::Limited(limits) => write!(
                 f,
-                "is preloaded, but not attached: its limits may leave no room for the shim's memory ({limits}), or it \
+                "is preloaded, but not attached: its limits may leave no room for what the shim needs ({limits}), or it \
                  has used no TCP connection yet, or found no daemon, or was refused (see the log of rdsockd)"
             ),
             Absence::Unseen(why) => write!(f, "is not attached, and can't be looked at: {why}"),
