@@ -40,6 +40,8 @@ pub fn is_ready() -> bool {
 /// Called by the loader, with what `main` gets (by glibc's): libc may not have been set up yet.
 extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     real::resolve();
+    // SAFETY: it takes nothing, and no other thread runs yet.
+    unsafe { rdsock_find_memcpy() };
     // In a program of another libc it does nothing: every call is that libc's own.
     // SAFETY: asks for a number.
     if unsafe { rdsock_is_glibc() } == 0 {
@@ -76,6 +78,8 @@ unsafe extern "C" {
         in_parent: extern "C" fn(),
         in_child: extern "C" fn(),
     );
+    /// Of `csrc/libc.c`: finds the best copy function of this libc.
+    fn rdsock_find_memcpy();
     /// Of `csrc/libc.c`: glibc's `__cxa_atexit`.
     fn rdsock_at_exit(last: extern "C" fn(*mut libc::c_void)) -> c_int;
     /// Of `csrc/libc.c`: whether this is the libc that the shim was made for.

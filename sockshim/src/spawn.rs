@@ -1,7 +1,7 @@
 //! Programs that are started by `posix_spawn` and its kin, `system` and `popen`: libc makes the child by itself, and calls
 //! no handler. What the child gets is counted before, since the parent may close it before the child has asked for it.
 
-use crate::conn::{self, CONNS, Use};
+use crate::conn::{self, CONNS, Kind, Use};
 use crate::process::{
     fits_new_program, in_path, is_dynamic, is_foreign, is_kept_over_exec, is_ready, names_shim,
 };
@@ -186,13 +186,26 @@ impl Given {
     }
 }
 
+/// True when a new program gets any connection: where each is closed by `exec`, nothing has to be done.
+fn gets_any(actions: *const c_void) -> bool {
+    let is_connection = |fd: c_int| matches!(conn::kind(fd), Kind::Conn(_));
+    let mut any = OVERFLOWN.load(Relaxed) != 0;
+    copies(actions, |fd, _| any |= is_connection(fd));
+    let mut from = 0;
+    while let Some(fd) = conn::next_noted(from).filter(|_| !any) {
+        any = is_connection(fd) && is_kept_over_exec(fd);
+        from = fd + 1;
+    }
+    any
+}
+
 /// Makes ready for a new program, calls what starts it, and takes back what was done for one that does not come to be.
 fn spawn(
     loads_shim: impl FnOnce() -> bool,
     actions: *const c_void,
     start: impl FnOnce() -> c_int,
 ) -> c_int {
-    if !is_ready() || is_foreign() {
+    if !is_ready() || is_foreign() || !gets_any(actions) {
         return start();
     }
     tenant::before_exec();
@@ -205,12 +218,14 @@ fn spawn(
                 given.give(&held, fd, keep && crate::process::is_looked_at(new));
             }
         });
-        for fd in 0..conn::high_fd() {
+        let mut from = 0;
+        while let Some(fd) = conn::next_noted(from) {
             if let Some(held) = conn::of(fd)
                 && is_kept_over_exec(fd)
             {
                 given.give(&held, fd, keep && crate::process::is_looked_at(fd));
             }
+            from = fd + 1;
         }
         if OVERFLOWN.load(Relaxed) != 0 {
             demote::abandon_all(Reason::Exec);
