@@ -12,7 +12,7 @@ use std::fs::{self, ReadDir};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirEntryExt;
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -81,12 +81,8 @@ impl Searches {
                 asked.insert(question);
             }
         }
-        let mut state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // Another porter searches for this user: this one has other things to do.
-            Err(TryLockError::WouldBlock) => return OtherHolder::NotYet,
-        };
+        // Another porter may search for this user. Mostly it has the answer to this question, too, when it is done.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let found = state.answer(question, &self.asked);
         if found != OtherHolder::NotYet {
             let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);

@@ -174,10 +174,13 @@ impl Attachment {
         Some((kind, sender, fds))
     }
 
-    /// Who has sent the messages that are there now, without repetition.
+    /// Who has sent the messages that are there now, without repetition; but for ADOPT, which a child may send.
     pub fn senders(&self) -> Vec<u32> {
         let mut senders = Vec::new();
-        while let Some((_, sender, _)) = self.receive() {
+        while let Some((what, sender, _)) = self.receive() {
+            if what == kind::ADOPT {
+                continue;
+            }
             senders.push(sender.expect("the kernel names the sender").pid() as u32);
         }
         senders.dedup();

@@ -323,8 +323,8 @@ fn echo(mut peer: TcpStream) {
     while peer.read_exact(&mut byte).is_ok() && peer.write_all(&byte).is_ok() {}
 }
 
-/// A child that shares its parent's state (`vfork`), or has a copy of it that nobody told (`clone`),
-/// uses its parent's connections: nothing of that comes to the daemon, and the parent is served as ever.
+/// A child that shares its parent's state (`vfork`), or has a copy of it (`clone`), uses its parent's connections: nothing
+/// of that comes to the daemon, but for a copy's wish to be a tenant of its own, and the parent is served as ever.
 #[test]
 fn a_foreign_child_says_nothing_in_its_parents_name() {
     for how in ["vfork", "clone"] {
