@@ -386,8 +386,13 @@ fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 
 fn is_alive(pidfd: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    // A pidfd is readable once the process has ended.
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    // A pidfd is readable once the process has ended. A porter that carries a load is interrupted now and then.
+    loop {
+        match poll(&mut fds, PollTimeout::ZERO) {
+            Err(Errno::EINTR) => {}
+            result => return result == Ok(0),
+        }
+    }
 }
 
 pub(crate) fn parse_socket(link: &str) -> Option<u64> {
@@ -554,6 +559,40 @@ mod tests {
         };
         assert!(!own.still_maps(other, address).unwrap());
         assert_eq!(own.maps(other).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_does_not_end_because_a_signal_comes() {
+        extern "C" fn nothing(_: i32) {}
+        let action = nix::sys::signal::SigAction::new(
+            SigHandler::Handler(nothing),
+            nix::sys::signal::SaFlags::empty(),
+            nix::sys::signal::SigSet::empty(),
+        );
+        // SAFETY: the handler does nothing.
+        unsafe { nix::sys::signal::sigaction(Signal::SIGURG, &action) }.unwrap();
+        let (own, thread) = (own(), nix::unistd::gettid().as_raw());
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let signals = scope.spawn({
+                let done = &done;
+                move || {
+                    let mut sent = 0;
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        // SAFETY: a signal to a thread of this process that outlives this one.
+                        unsafe {
+                            libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGURG)
+                        };
+                        sent += 1;
+                    }
+                    sent
+                }
+            });
+            let alive = (0..200_000).all(|_| own.is_alive());
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(signals.join().unwrap() > 0);
+            assert!(alive);
+        });
     }
 
     #[test]
