@@ -29,7 +29,8 @@ strip -g -o "$root/modules/rdsock-vfio.ko" "$CACHE/module-$KERNEL/rdsock-vfio.ko
 # Copies a file to its place in the guest, and the libraries that it needs to theirs.
 pack() {
     cp -L "$1" "$root/usr/bin/"
-    ldd "$1" | grep -o '/[^ ]*' | while read -r library; do
+    # The shim needs none.
+    ldd "$1" | sed -n 's|^[^/]*\(/[^ ]*\).*|\1|p' | while read -r library; do
         mkdir -p "$root$(dirname "$library")"
         cp -Lu "$library" "$root$library"
     done
