@@ -90,8 +90,8 @@ struct Yard<D> {
     users: HashMap<u32, Corner<D>>,
     /// Loads that the caller carries itself.
     quick: VecDeque<(Owner, Load<D>)>,
-    /// The one of them that is being carried, and since when.
-    under_way: Option<(Owner, Instant)>,
+    /// The one of them that is being carried, since when, and how often its thread had waited before.
+    under_way: Option<(Owner, Instant, i64)>,
     trust: Trust,
     /// Users of whom a load may be taken up, in turn.
     turn: VecDeque<u32>,
@@ -150,7 +150,7 @@ impl Trust {
     const QUICK: Duration = Duration::from_millis(1);
     /// So long is nothing forgotten.
     const MEMORY: Duration = Duration::from_secs(60);
-    /// Late loads that a user may have within that time: a thread may also have had no core.
+    /// Late loads that a user may have within that time.
     const LATE: usize = 3;
     /// With so many lost ones, or threads away, nobody is trusted: one user may be many (`/etc/subuid`).
     const LOST: usize = 16;
@@ -168,15 +168,13 @@ impl Trust {
             && of(&self.late) < Self::LATE
     }
 
-    /// A load of this user was carried.
-    fn carried(&mut self, uid: u32, took: Duration, now: Instant) {
-        if took > Self::QUICK {
-            // Whoever is late again and again is remembered by the last times.
-            if self.late.len() >= 64 * Self::LATE {
-                self.late.pop_front();
-            }
-            self.late.push_back((uid, now));
+    /// A load of this user had to wait for a little while.
+    fn late(&mut self, uid: u32, now: Instant) {
+        // Whoever is late again and again is remembered by the last times.
+        if self.late.len() >= 64 * Self::LATE {
+            self.late.pop_front();
         }
+        self.late.push_back((uid, now));
     }
 
     /// A load of this user was taken over.
@@ -313,16 +311,19 @@ impl<D: Send + 'static> Porters<D> {
     pub fn next_quick(&self) -> Option<(Owner, Load<D>)> {
         let mut yard = self.shared.lock();
         let (owner, load) = yard.quick.pop_front()?;
-        yard.under_way = Some((owner, Instant::now()));
+        yard.under_way = Some((owner, Instant::now(), waits()));
         Some((owner, load))
     }
 
     /// The load that was last asked for was carried.
     pub fn carried(&self) {
         let mut yard = self.shared.lock();
-        if let Some((owner, since)) = yard.under_way.take() {
+        if let Some((owner, since, before)) = yard.under_way.take() {
             let now = Instant::now();
-            yard.trust.carried(owner.uid, now - since, now);
+            // A thread that had no core for a while has not waited for anybody.
+            if now - since > Trust::QUICK && waits() != before {
+                yard.trust.late(owner.uid, now);
+            }
             yard.carried(owner);
         }
         self.shared.find_porter(yard);
@@ -333,7 +334,7 @@ impl<D: Send + 'static> Porters<D> {
     pub fn take_over(&self) -> bool {
         let mut yard = self.shared.lock();
         let under_way = yard.under_way.take();
-        if let Some((owner, _)) = under_way {
+        if let Some((owner, ..)) = under_way {
             yard.trust.lost(owner.uid, Instant::now());
         }
         under_way.is_some()
@@ -451,6 +452,12 @@ impl<D: Send + 'static> Shared<D> {
             }
         }
     }
+}
+
+/// How often this thread has waited for something, of its own accord.
+fn waits() -> i64 {
+    use nix::sys::resource::{UsageWho, getrusage};
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 /// Has this thread take no core from a running one when it is woken: the control thread, which wakes it, first ends its
@@ -603,7 +610,7 @@ mod tests {
         assert!(!trust.has(7, start) && trust.has(8, start));
         for late in 0..Trust::LATE {
             assert!(trust.has(8, start), "{late} times late");
-            trust.carried(8, 2 * Trust::QUICK, start);
+            trust.late(8, start);
         }
         assert!(!trust.has(8, start) && trust.has(9, start));
         // Many users may be one. While their threads are away, nobody is trusted, and a minute after that.

@@ -99,6 +99,7 @@ const FREE: &[c_long] = &[
     libc::SYS_sched_setaffinity,
     libc::SYS_sched_getaffinity,
     libc::SYS_getcpu,
+    libc::SYS_getrusage,
     libc::SYS_gettid,
     libc::SYS_exit,
     libc::SYS_exit_group,

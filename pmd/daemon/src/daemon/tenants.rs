@@ -472,20 +472,28 @@ impl Daemon {
 }
 
 fn bad_memory(error: BadMemory) -> End {
+    let cause = match error {
+        // Not the tenant's fault, and it passes: the tenant asks again.
+        BadMemory::Io(_) => {
+            return End::Refused {
+                code: refusal::LIMIT,
+                expected: 0,
+                cause: "the daemon has no descriptors or memory left to map its memory: raise LimitNOFILE or free memory",
+            };
+        }
+        BadMemory::Kind => "its memory is not a memfd of ordinary pages",
+        BadMemory::Seals => "its memory is not sealed against shrinking and growing",
+        BadMemory::SealedAlready => {
+            "its memory is sealed already, so the daemon can't map it and seal it against holes: each HELLO needs new \
+             memory, without F_SEAL_SEAL and F_SEAL_FUTURE_WRITE"
+        }
+        BadMemory::Size { .. } => "its memory has a wrong size",
+        BadMemory::Number => "HELLO takes one or two fds",
+        BadMemory::Identity => "its memory has a wrong magic or version",
+    };
     End::Refused {
         code: refusal::MEMORY,
         expected: size_of::<TenantMemory>() as u32,
-        cause: match error {
-            BadMemory::Kind => "its memory is not a memfd of ordinary pages",
-            BadMemory::Seals => "its memory is not sealed against shrinking and growing",
-            BadMemory::SealedAlready => {
-                "its memory is sealed already, so the daemon can't map it and seal it against holes: each HELLO needs new \
-                 memory, without F_SEAL_SEAL and F_SEAL_FUTURE_WRITE"
-            }
-            BadMemory::Size { .. } => "its memory has a wrong size",
-            BadMemory::Number => "HELLO takes one or two fds",
-            BadMemory::Identity => "its memory has a wrong magic or version",
-            BadMemory::Io(_) => "its memory can't be mapped",
-        },
+        cause,
     }
 }
