@@ -46,7 +46,7 @@ devices_of() {
 }
 
 # What a guest asks of its host: to have the model print what it has counted, or take the devices away, as if they
-# were pulled out. Each request is answered by a line.
+# were pulled out; and to have read its result. Each request is answered by a line.
 serve_guest() {
     while IFS= read -r line; do
         line=${line%$'\r'}
@@ -54,6 +54,7 @@ serve_guest() {
         case $line in
             "HOST count") kill -USR1 "$model"; echo counted >&3 ;;
             "HOST pull the devices out") kill -USR2 "$model"; echo pulled >&3 ;;
+            "RESULT of "*) echo read >&3 ;;
         esac
     done
 }

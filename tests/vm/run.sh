@@ -127,6 +127,6 @@ for suite in "${SUITES[@]}"; do
 done
 say "done"
 result=ok
-[ "$failed" = 0 ] || result=FAILED
+[ "$failed" = 0 ] || { result=FAILED; grep -ah '^FAILED' "$work"/*.result || true; }
 echo "test result: $result. $passed passed; $failed failed;"
 [ "$failed" = 0 ]
