@@ -34,6 +34,12 @@ pub fn end_with_us(command: &mut Command) {
     }
 }
 
+/// What promotions took, and for how much of that the program was ready to run and had no core. In nanoseconds.
+pub struct Times {
+    pub took: Histogram<u64>,
+    pub waited: Histogram<u64>,
+}
+
 /// A running honest program. Ended when dropped.
 pub struct Honest {
     child: Child,
@@ -65,19 +71,23 @@ impl Honest {
         honest
     }
 
-    /// Measures so many promotions. In nanoseconds.
-    pub fn measure(&mut self, count: usize) -> Histogram<u64> {
+    /// Measures so many promotions.
+    pub fn measure(&mut self, count: usize) -> Times {
         writeln!(self.input, "{count}").unwrap();
-        let mut histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+        let empty = || Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+        let mut times = Times {
+            took: empty(),
+            waited: empty(),
+        };
         for _ in 0..count {
             let mut line = String::new();
             self.output.read_line(&mut line).unwrap();
-            let time = line.trim().parse();
-            histogram
-                .record(time.expect("the honest program is served"))
-                .unwrap();
+            let mut words = line.split_whitespace().map(|word| word.parse().unwrap());
+            let took = words.next().expect("the honest program is served");
+            times.took.record(took).unwrap();
+            times.waited.record(words.next().unwrap()).unwrap();
         }
-        histogram
+        times
     }
 }
 
@@ -101,7 +111,9 @@ pub fn be_honest() -> bool {
         let count: u32 = line.unwrap().parse().unwrap();
         for _ in 0..count {
             generation += 1;
-            println!("{}", promotion(&mut pair, generation).as_nanos());
+            let waited = waited_for_core();
+            let took = promotion(&mut pair, generation).as_nanos();
+            println!("{took} {}", waited_for_core() - waited);
             std::thread::sleep(PAUSE);
         }
     }
@@ -143,8 +155,19 @@ fn receive(tenant: &mut Tenant) -> Answer {
     tenant.receive()
 }
 
-/// Prints a line about what was measured.
-pub fn print(name: &str, times: &Histogram<u64>) {
+/// Nanoseconds that this process was ready to run and had no core.
+fn waited_for_core() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap();
+    stat.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+/// Prints lines about what was measured.
+pub fn print(name: &str, times: &Times) {
+    print_line(name, &times.took);
+    print_line("  of that without a core", &times.waited);
+}
+
+fn print_line(name: &str, times: &Histogram<u64>) {
     let micros = |quantile| times.value_at_quantile(quantile) as f64 / 1e3;
     println!(
         "{name:<9} {:>5} promotions: median {:7.1} µs, p90 {:7.1}, p99 {:7.1}, longest {:7.1}",

@@ -12,8 +12,7 @@ mod tenant;
 
 use std::process::{Command, Stdio};
 
-use hdrhistogram::Histogram;
-use honest::Honest;
+use honest::{Honest, Times};
 use serde_json::Value;
 use tenant::Daemon;
 use tenant::actor::{Part, is_root};
@@ -69,7 +68,7 @@ fn daemon() -> Daemon {
     })
 }
 
-fn alone() -> Histogram<u64> {
+fn alone() -> Times {
     let daemon = daemon();
     let times = Honest::start(&daemon.socket()).measure(ALONE);
     honest::print("alone", &times);
@@ -77,7 +76,7 @@ fn alone() -> Histogram<u64> {
     times
 }
 
-fn beside(mode: &str, alone: Option<&Histogram<u64>>) {
+fn beside(mode: &str, alone: Option<&Times>) {
     let daemon = daemon();
     // Before there is a file that no program can close which inherits it.
     let mut program = Honest::start(&daemon.socket());
@@ -88,7 +87,7 @@ fn beside(mode: &str, alone: Option<&Histogram<u64>>) {
     drop(attack);
     honest::print(mode, &times);
     if let Some(alone) = alone {
-        let median = |times: &Histogram<u64>| times.value_at_quantile(0.5) as f64;
+        let median = |times: &Times| times.took.value_at_quantile(0.5) as f64;
         println!("  {:.2} × alone", median(&times) / median(alone));
     }
     let after = daemon.stat();
