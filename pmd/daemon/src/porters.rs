@@ -20,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{
     SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction,
@@ -522,6 +523,15 @@ impl<D: Send + 'static> Foreign<D> {
     /// On whose behalf it is closed.
     pub fn owner(&self) -> Owner {
         self.owner
+    }
+
+    /// Can it be read? Asks without waiting.
+    pub fn is_readable(&self) -> bool {
+        let Some(fd) = &self.fd else {
+            return false;
+        };
+        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
     }
 
     /// It is closed on behalf of somebody else.
