@@ -151,7 +151,7 @@ fn has_other_rights(before: &Identity, now: &Identity) -> bool {
         || now
             .further_groups
             .iter()
-            .any(|group| !groups.contains(group))
+            .any(|group| groups.binary_search(group).is_err())
 }
 
 fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
