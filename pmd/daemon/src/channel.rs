@@ -3,6 +3,10 @@
 //! Descriptors that a stranger sends are taken in by a porter alone ([`unpack`]): to close one may have to be waited
 //! for, and so may be to drop a message that holds one. So the control thread looks first whether a datagram brings
 //! any ([`Channel::receive`]), and hands the channel to a porter if it does. A porter closes the socket, too.
+//!
+//! A socket that was handed over (ADOPT) is a stranger's itself: he may have kept it, take messages away between two looks, and
+//! hold its lock for as long as he likes. So porters receive all that comes there. To send, and to ask whether
+//! something has come, takes no lock that can be held for long.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -160,7 +164,12 @@ impl Channel {
         &self.socket
     }
 
-    /// The next datagram, unless it brings descriptors.
+    /// Has something come? Waits for nobody, whoever else has the socket.
+    pub fn has_message(&self) -> bool {
+        self.socket.is_readable()
+    }
+
+    /// The next datagram, unless it brings descriptors. For a socket that nobody else has.
     pub fn receive(&self) -> io::Result<Receive> {
         match take(&self.socket, MsgFlags::MSG_PEEK, 0)? {
             // Nobody else reads, so what is there is what was looked at.
@@ -331,17 +340,14 @@ fn unpack_control(message: &libc::msghdr) -> (i32, Vec<OwnedFd>) {
     (sender, fds)
 }
 
-/// Takes in a datagram that brings descriptors, and looks at them; `None` when there is none any more. May wait: for a
-/// porter. `peer` is who made the connection.
-pub fn unpack(
-    porters: &Porters<Found>,
-    socket: &Foreign,
-    peer: &Arc<Peer>,
-) -> io::Result<Option<Received>> {
+/// Takes in a datagram, and looks at the descriptors that it brings. May wait: for a porter. `peer` is who made the
+/// connection.
+pub fn unpack(porters: &Porters<Found>, socket: &Foreign, peer: &Arc<Peer>) -> io::Result<Receive> {
     let (bytes, sender, fds) = match take(socket, MsgFlags::empty(), MAX_FDS)? {
         Taken::Whole(bytes, sender, fds) => (bytes, sender, fds),
         Taken::CutOff => (Vec::new(), 0, Vec::new()),
-        Taken::Nothing | Taken::Closed => return Ok(None),
+        Taken::Nothing => return Ok(Receive::Nothing),
+        Taken::Closed => return Ok(Receive::Closed),
     };
     let luggage = match parse(&bytes) {
         _ if fds.is_empty() => Luggage::None,
@@ -349,7 +355,7 @@ pub fn unpack(
         Ok((kind::ADOPT, [])) => channel(porters, socket.owner(), fds).unwrap_or(Luggage::Other),
         _ => Luggage::Other,
     };
-    Ok(Some(Received {
+    Ok(Receive::Message(Received {
         bytes,
         sender,
         luggage,

@@ -98,6 +98,11 @@ pub struct Daemon {
     started: Instant,
 }
 
+/// Things that porters have found and that are dealt with at once.
+const FOUND: usize = 64;
+/// Looks take so long in a turn at most: whoever comes next has the rest of it.
+const LOOKS_TIME: Duration = Duration::from_millis(5);
+
 type Baton = Relay<Daemon, Result<(), DaemonError>>;
 
 impl Daemon {
@@ -195,6 +200,7 @@ impl Daemon {
             };
             daemon.turn = Turn::start();
             daemon.announcements.forget_what_is_fresh();
+            daemon.go_on_with_rest();
             for (token, flags) in events {
                 if daemon.on_event(token, flags) {
                     daemon.stop("signal");
@@ -222,9 +228,13 @@ impl Daemon {
     }
 
     /// Looks that mostly take no time: those that are due now. Their ends make others due, which have to wait until
-    /// somebody else was served. `None` when a look took so long that another thread has gone on.
+    /// somebody else was served, and so do those for which a turn has no time. `None` when a look took so long that another thread has gone on.
     fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
+        let end = Instant::now() + LOOKS_TIME;
         for _ in 0..self.porters.quick() {
+            if Instant::now() >= end {
+                break;
+            }
             let Some((owner, look)) = self.porters.next_quick() else {
                 break;
             };
@@ -258,7 +268,8 @@ impl Daemon {
 
     /// `None` when nothing but an event ends the wait.
     fn wait_until(&self) -> Option<Instant> {
-        if self.busy.is_empty() && self.porters.quick() == 0 {
+        let rest = self.porters.quick() != 0 || self.porters.has_found() || self.has_notices();
+        if self.busy.is_empty() && !rest {
             self.idle_end()
         } else {
             Some(Instant::now())
@@ -318,9 +329,29 @@ impl Daemon {
 
     /// Porters have found something.
     fn on_found(&mut self) {
-        while let Some(found) = self.porters.take() {
+        for _ in 0..FOUND {
+            let Some(found) = self.porters.take() else {
+                break;
+            };
             self.on_find(found);
         }
+    }
+
+    /// What is left of the last turn, and nobody tells of.
+    fn go_on_with_rest(&mut self) {
+        if self.porters.has_found() {
+            self.on_found();
+            self.turn.did(|| "what porters have found".to_owned());
+        }
+        if self.has_notices() {
+            self.on_fabric();
+            self.turn.did(|| "what poll cores say".to_owned());
+        }
+    }
+
+    fn has_notices(&self) -> bool {
+        let fabric = self.fabric.as_ref();
+        fabric.is_some_and(|fabric| fabric.is_busy())
     }
 
     fn on_find(&mut self, found: Found) {

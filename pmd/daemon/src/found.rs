@@ -5,18 +5,18 @@ use std::io;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
-use crate::channel::Received;
+use crate::channel::Receive;
 use crate::rights::{Changed, Held, NotHeld};
 
 /// What a load has found.
 #[derive(Debug)]
 pub enum Found {
-    /// A message that brought descriptors.
+    /// A message that a porter has taken in.
     Message {
         /// By which connection.
         connection: u64,
-        /// `None` when it is gone.
-        received: io::Result<Option<Received>>,
+        /// It, or why there is none.
+        received: io::Result<Receive>,
     },
     /// A look at a tenant's process.
     Process {

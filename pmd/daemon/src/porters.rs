@@ -7,8 +7,8 @@
 //! [`Porters::take`]; an eventfd tells that there is something.
 //!
 //! A load may be *quick*, a look that mostly takes some microseconds: less than to hand it over. The control thread carries
-//! it itself ([`Porters::next_quick`]), where another one takes over if it has to wait after all ([the relay](crate::relay)). Who
-//! has made it wait is not trusted again for a minute: a porter carries his loads.
+//! it itself ([`Porters::next_quick`]), where another one takes over if it has to wait after all, or works for long ([the relay](crate::relay)).
+//! Who has made it wait or work is not trusted again for a minute: a porter carries his loads.
 //!
 //! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
@@ -20,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{
     SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction,
@@ -29,6 +30,7 @@ use nix::time::ClockId;
 use nix::unistd::gettid;
 
 use crate::accounts::Charge;
+use crate::process::processor_time;
 
 /// Threads at most.
 pub const MOST: usize = 256;
@@ -90,8 +92,9 @@ struct Yard<D> {
     users: HashMap<u32, Corner<D>>,
     /// Loads that the caller carries itself.
     quick: VecDeque<(Owner, Load<D>)>,
-    /// The one of them that is being carried, since when, and how often its thread had waited before.
-    under_way: Option<(Owner, Instant, i64)>,
+    /// The one of them that is being carried, since when, how often its thread had waited before, and the processor time
+    /// that it had used.
+    under_way: Option<(Owner, Instant, i64, Duration)>,
     trust: Trust,
     /// Users of whom a load may be taken up, in turn.
     turn: VecDeque<u32>,
@@ -168,7 +171,7 @@ impl Trust {
             && of(&self.late) < Self::LATE
     }
 
-    /// A load of this user had to wait for a little while.
+    /// A load of this user had to wait, or worked, for a little while.
     fn late(&mut self, uid: u32, now: Instant) {
         // Whoever is late again and again is remembered by the last times.
         if self.late.len() >= 64 * Self::LATE {
@@ -311,17 +314,19 @@ impl<D: Send + 'static> Porters<D> {
     pub fn next_quick(&self) -> Option<(Owner, Load<D>)> {
         let mut yard = self.shared.lock();
         let (owner, load) = yard.quick.pop_front()?;
-        yard.under_way = Some((owner, Instant::now(), waits()));
+        yard.under_way = Some((owner, Instant::now(), waits(), processor_time()));
         Some((owner, load))
     }
 
     /// The load that was last asked for was carried.
     pub fn carried(&self) {
         let mut yard = self.shared.lock();
-        if let Some((owner, since, before)) = yard.under_way.take() {
+        if let Some((owner, since, before, used)) = yard.under_way.take() {
             let now = Instant::now();
-            // A thread that had no core for a while has not waited for anybody.
-            if now - since > Trust::QUICK && waits() != before {
+            // A thread that had no core for a while has not waited for anybody, nor worked.
+            let waited = || waits() != before;
+            let worked = || processor_time().saturating_sub(used) > Trust::QUICK;
+            if now - since > Trust::QUICK && (waited() || worked()) {
                 yard.trust.late(owner.uid, now);
             }
             yard.carried(owner);
@@ -353,6 +358,11 @@ impl<D: Send + 'static> Porters<D> {
     /// The next thing that was found.
     pub fn take(&self) -> Option<D> {
         self.shared.lock().found.pop_front()
+    }
+
+    /// Is there something that was found, and not taken?
+    pub fn has_found(&self) -> bool {
+        !self.shared.lock().found.is_empty()
     }
 
     /// Becomes readable again whenever something was found: to be watched for edges.
@@ -522,6 +532,15 @@ impl<D: Send + 'static> Foreign<D> {
     /// On whose behalf it is closed.
     pub fn owner(&self) -> Owner {
         self.owner
+    }
+
+    /// Can it be read? Asks without waiting.
+    pub fn is_readable(&self) -> bool {
+        let Some(fd) = &self.fd else {
+            return false;
+        };
+        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
     }
 
     /// It is closed on behalf of somebody else.

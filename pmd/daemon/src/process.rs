@@ -58,7 +58,7 @@ pub struct Identity {
     pub users: [u32; 4],
     /// Likewise its groups.
     pub groups: [u32; 4],
-    /// The further groups.
+    /// The further groups, each once, in order: there may be 65,536.
     pub further_groups: Vec<u32>,
     /// Inheritable, permitted and effective capabilities. (Ambient ones are among these.)
     pub capabilities: [u64; 3],
@@ -431,11 +431,14 @@ fn parse_rights(status: &str, glance: Glance) -> Option<Identity> {
         }
     }
     let [inheritable, permitted, effective] = capabilities;
+    let mut further_groups: Vec<u32> = further_groups?;
+    further_groups.sort_unstable();
+    further_groups.dedup();
     Some(Identity {
         glance,
         users: users?,
         groups: groups?,
-        further_groups: further_groups?,
+        further_groups,
         capabilities: [inheritable?, permitted?, effective?],
     })
 }

@@ -3,7 +3,7 @@
 //! A look into another process takes some microseconds, and can be held up for ever by whoever owns that process. To
 //! hand each look to another thread costs more than the look, where cores are asleep. So the control thread looks itself,
 //! and lays the baton (all that it works on) down meanwhile. A *stand-in* watches: it picks the baton up where a look has
-//! to wait, and is the control thread from then on. Who comes back late finds the baton gone, brings what it has found
+//! to wait, or computes for long, and is the control thread from then on. Who comes back late finds the baton gone, brings what it has found
 //! as a porter does, and ends. Until then it is interrupted by signals, again and again.
 //!
 //! Only `daemon.rs` calls this. It knows nothing of what the baton is, nor of looks.
@@ -15,10 +15,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::gettid;
 
 /// The stand-in looks after each such time. What it finds lying twice, it picks up.
 const PATIENCE: Duration = Duration::from_millis(2);
+/// What has used so much processor time is as good as held up: what a stranger owns much of is much work.
+const BUSY: Duration = Duration::from_millis(4);
 /// After so many looks at an idle relay it sleeps until it is called.
 const IDLE: u32 = 16;
 
@@ -60,6 +63,8 @@ struct Place<B> {
     times: u64,
     /// The thread that laid it down.
     thread: i32,
+    /// The processor time that this thread had used by then.
+    used: Option<Duration>,
     /// A stand-in looks now and then.
     watched: bool,
     /// Threads that have lost the baton, and have not come back.
@@ -83,6 +88,7 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
             baton: None,
             times: 0,
             thread: 0,
+            used: None,
             watched: false,
             away: Vec::new(),
         };
@@ -150,6 +156,7 @@ impl<B> Shared<B> {
         place.baton = Some(baton);
         place.times += 1;
         place.thread = gettid().as_raw();
+        place.used = used_by(place.thread);
         let times = place.times;
         let watched = std::mem::replace(&mut place.watched, true);
         drop(place);
@@ -210,12 +217,13 @@ impl<B> Shared<B> {
                 place = called.unwrap_or_else(PoisonError::into_inner);
             }
             let (times, lies, thread) = (place.times, place.baton.is_some(), place.thread);
+            let used = place.used;
             drop(place);
             idle = if times == seen && !lies { idle + 1 } else { 0 };
             // A thread that only has to wait for a core will have one before this one has learnt anything.
             if lies
                 && times == seen
-                && !is_running(thread)
+                && (!is_running(thread) || is_busy(thread, used))
                 && let Some(baton) = self.take_over(times)
             {
                 return baton;
@@ -236,6 +244,21 @@ fn is_running(thread: i32) -> bool {
             .next()
             .is_some_and(|rest| rest.trim_start().starts_with('R'))
     })
+}
+
+/// The processor time that a thread of this process has used.
+fn used_by(thread: i32) -> Option<Duration> {
+    // As the kernel makes the number of a thread's clock (`CPUCLOCK_PERTHREAD_MASK`, `CPUCLOCK_SCHED`).
+    let clock = ClockId::from_raw(!thread << 3 | 4 | 2);
+    clock_gettime(clock).ok().map(Duration::from)
+}
+
+/// Has a thread used much processor time since it had used that much? To have no core costs none.
+fn is_busy(thread: i32, since: Option<Duration>) -> bool {
+    match (used_by(thread), since) {
+        (Some(now), Some(since)) => now.saturating_sub(since) >= BUSY,
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -289,18 +312,43 @@ mod tests {
         assert_eq!(came_late.recv_timeout(Duration::from_secs(20)), Ok(legs[0]));
     }
 
+    /// Computes for so long, in processor time.
+    fn compute(time: Duration) {
+        let start = used_by(gettid().as_raw()).unwrap();
+        while used_by(gettid().as_raw()).unwrap() - start < time {}
+    }
+
     #[test]
-    fn who_computes_keeps_the_baton() {
-        fn compute(baton: Box<u32>, relay: &Relay<u32, u32>) -> Option<u32> {
-            let start = std::time::Instant::now();
-            let work = || while start.elapsed() < 20 * PATIENCE {};
-            match relay.risk(baton, work) {
-                Back::Held(baton, ()) => Some(*baton),
-                Back::Lost(()) => Some(0),
+    fn who_computes_for_a_moment_keeps_the_baton() {
+        fn leg(mut baton: Box<u32>, relay: &Relay<u32, u32>) -> Option<u32> {
+            for _ in 0..20 {
+                match relay.risk(baton, || compute(BUSY / 4)) {
+                    Back::Held(back, ()) => baton = back,
+                    Back::Lost(()) => return Some(0),
+                }
+            }
+            Some(*baton)
+        }
+        let end = Relay::start(Box::new(7), leg).unwrap();
+        assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(7));
+    }
+
+    #[test]
+    fn who_computes_for_long_loses_the_baton() {
+        fn leg(baton: Box<bool>, relay: &Relay<bool, bool>) -> Option<bool> {
+            if *baton {
+                // The second leg.
+                return Some(true);
+            }
+            let mut baton = baton;
+            *baton = true;
+            match relay.risk(baton, || compute(100 * BUSY)) {
+                Back::Held(..) => Some(false),
+                Back::Lost(()) => None,
             }
         }
-        let end = Relay::start(Box::new(7), compute).unwrap();
-        assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(7));
+        let end = Relay::start(Box::new(false), leg).unwrap();
+        assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(true));
     }
 
     #[test]

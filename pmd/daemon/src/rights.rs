@@ -151,7 +151,7 @@ fn has_other_rights(before: &Identity, now: &Identity) -> bool {
         || now
             .further_groups
             .iter()
-            .any(|group| !groups.contains(group))
+            .any(|group| groups.binary_search(group).is_err())
 }
 
 fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
@@ -320,10 +320,10 @@ impl Rights {
         policy.allows_user(uid) && policy.allows_program(program)
     }
 
-    /// May a process speak on this control connection, which `owner` has made? A forked child has its parent's, too.
-    /// `sender` is 0 for what was sent before the daemon had the socket of a connection that was handed over (ADOPT).
-    pub fn may_speak(owner: &Peer, adopted: bool, sender: i32) -> bool {
-        sender == owner.pid || (adopted && sender == 0)
+    /// May a process speak on this control connection, which `owner` has made? A forked child has its parent's, too. Who
+    /// hands a socket over (ADOPT) has it say who sends before anything is sent.
+    pub fn may_speak(owner: &Peer, sender: i32) -> bool {
+        sender == owner.pid
     }
 
     /// May a user be told of another one's programs and streams?

@@ -5,19 +5,19 @@
 mod tenant;
 
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::Bystander;
-use tenant::nodes::{Bound, Client, Nodes, Server, octets};
+use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
 use tenant::victim::{Program, Rights};
 use tenant::{Answer, Tenant, request};
 
@@ -28,6 +28,7 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "client" => be_client(part),
         "asker" => be_asker(part),
+        "many holders" => be_many_holders(part),
         "owner" => be_owner(part),
         other => panic!("no such part: {other}"),
     }
@@ -53,6 +54,23 @@ fn be_client(part: &Part) {
             "ask" => {
                 (0..count).for_each(|_| client.ask(port, to));
                 say("asked");
+            }
+            // So that there are always many under way.
+            "rush" => {
+                const UNDER_WAY: usize = 250;
+                let mut under_way = 0;
+                let end = Instant::now() + Duration::from_secs(count.into());
+                while Instant::now() < end {
+                    for _ in under_way..UNDER_WAY {
+                        client.ask(port, to);
+                    }
+                    under_way = UNDER_WAY - 1;
+                    client.tenant.receive();
+                    while client.tenant.receive_within(Duration::ZERO).is_some() {
+                        under_way -= 1;
+                    }
+                }
+                say("rushed");
             }
             // From ever new ports.
             "flood" => {
@@ -87,6 +105,35 @@ fn be_client(part: &Part) {
             other => panic!("no such thing to do: {other}"),
         }
     }
+}
+
+/// Says from very many connections that it listens on a socket, and hands it to a child.
+fn be_many_holders(part: &Part) {
+    const HOLDERS: usize = 900;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
+    let mut holders = Vec::new();
+    for _ in 0..HOLDERS {
+        let mut holder = Tenant::attach_at(&part.socket);
+        holder.ask_for(&listens(&listener));
+        holders.push(holder);
+    }
+    // SAFETY: the child makes two system calls.
+    if unsafe { libc::fork() } == 0 {
+        loop {
+            // SAFETY: as above.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        }
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    say(&format!("port {}", listener.local_addr().unwrap().port()));
+    drop(listener);
+    listen();
+    std::process::abort();
 }
 
 /// Asks whose connections are.
@@ -273,6 +320,28 @@ scene!(a_full_backlog_does_not_keep_the_other_node, |test| {
         std::thread::sleep(Duration::from_millis(5));
     }
     // Others are served meanwhile.
+    honest(test, &nodes);
+});
+
+// Who is refused asks again at once, and each time very many have to be looked at who do not listen any more.
+scene!(very_many_who_listened_keep_nobody, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let bystander = Bystander::new(nodes.server());
+    let holders = Actor::start(test, "many holders", &nodes.server().socket(), ATTACKER);
+    let port = holders.hear("port");
+    let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    let before = nodes.server().counter("longest_turn_cpu_us");
+    attacker.say(&format!("rush 20000 {port} 5"));
+    bystander.goes_on(
+        nodes.server(),
+        "very many who listened",
+        Duration::from_secs(5),
+    );
+    attacker.hear("rushed");
+    let turn = nodes.server().counter("longest_turn_cpu_us");
+    println!("a turn of {turn} us of processor time, {before} us before");
+    assert!(turn < before.max(50_000), "a turn of {turn} us");
     honest(test, &nodes);
 });
 

@@ -498,13 +498,7 @@ fn adopts_only_what_the_sender_made() {
     let daemon = Daemon::start(SMALL);
     let tenant = Tenant::attach(&daemon);
     let pair = |kind| socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
-    let (ours, theirs) = pair(SockType::SeqPacket);
-    tenant.send(
-        Message::empty(kind::ADOPT).as_bytes(),
-        &[theirs.as_raw_fd()],
-    );
-    drop(theirs);
-    let mut adopted = Tenant::over(ours);
+    let (mut adopted, _) = Tenant::adopted(&tenant);
     adopted.hello();
     assert!(matches!(
         adopted.receive(),

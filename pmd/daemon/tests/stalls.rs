@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
 use rdsock_shm::control::{Message, kind};
-use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::silent::{SilentFile, be_file_system};
 use tenant::{Answer, Daemon, Tenant, tcp_pair};
@@ -42,6 +42,7 @@ fn play(part: &Part) {
         "silent" => be_silent(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
+        "many groups" => be_in_many_groups(part),
         "early puncher" => be_often(part, punch_and_attach),
         other => panic!("no such part: {other}"),
     }
@@ -61,13 +62,17 @@ const ATTACKS: usize = 3;
 
 /// An actor does something when it is told. Others are served meanwhile.
 fn attack(test: &str, part: &str) {
+    attack_by(test, part, ATTACKER);
+}
+
+fn attack_by(test: &str, part: &str, user: u32) {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let stalled = (0..ATTACKS).map_while(|_| attack_once(test, part).err());
+    let stalled = (0..ATTACKS).map_while(|_| attack_once(test, part, user).err());
     let stalled: Vec<String> = stalled.collect();
     assert!(stalled.len() < ATTACKS, "each time: {stalled:?}");
 }
 
-fn attack_once(test: &str, part: &str) -> Result<(), String> {
+fn attack_once(test: &str, part: &str, user: u32) -> Result<(), String> {
     let daemon = Daemon::start(SMALL);
     let mut honest = Honest::new(&daemon);
     let bystander = Bystander::new(&daemon);
@@ -76,7 +81,7 @@ fn attack_once(test: &str, part: &str) -> Result<(), String> {
     }
     // A turn of fifty milliseconds is logged as too long. On a machine where such turns are usual, that says nothing.
     let most = TURN.max(20 * daemon.counter("longest_turn_us"));
-    let mut actor = Actor::start(test, part, &daemon.socket(), ATTACKER);
+    let mut actor = Actor::start(test, part, &daemon.socket(), user);
     while let Some(line) = actor.next_line(Duration::from_secs(120)) {
         println!(
             "{line}: longest turn so far {} us",
@@ -276,6 +281,47 @@ scene!(holes_in_the_memory_of_a_tenant, |test| {
 scene!(holes_in_memory_while_it_is_handed_over, |test| {
     attack(test, "early puncher");
 });
+
+/// Looks that have much to do: a process may be in 65,536 groups. In a user namespace of one's own it takes two groups that
+/// one may map there; here root stands for that.
+#[test]
+fn looks_at_a_process_in_very_many_groups() {
+    let test = "looks_at_a_process_in_very_many_groups";
+    if let Some(part) = Part::of_this() {
+        return play(&part);
+    }
+    if is_root() {
+        attack_by(test, "many groups", 0);
+    }
+}
+
+/// Is in as many groups as can be, others than when it attached, and announces connections.
+fn be_in_many_groups(part: &Part) {
+    const GROUPS: usize = 65_536;
+    let join = |last: u32| {
+        let mut groups = vec![ATTACKER; GROUPS];
+        groups[GROUPS - 1] = OTHER;
+        groups[..GROUPS - 1].fill(last);
+        // SAFETY: the call reads that many numbers.
+        let set = unsafe { libc::setgroups(groups.len(), groups.as_ptr()) };
+        assert_eq!(set, 0);
+    };
+    join(ATTACKER);
+    let mut tenants: Vec<_> = (0..8).map(|_| Tenant::attach_at(&part.socket)).collect();
+    join(OTHER);
+    let (connector, _accepted) = tcp_pair();
+    say("ready");
+    listen();
+    for generation in 1.. {
+        for tenant in &mut tenants {
+            for number in 0..16 {
+                tenant.announce(number, generation, &connector, 1);
+            }
+            while tenant.receive_within(Duration::ZERO).is_some() {}
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
 
 /// Maps memory many times over, in this process and in children, which are returned.
 fn map_often(file: &File) -> Vec<Pid> {

@@ -11,19 +11,21 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use rdsock_shm::control::{Hello, Message, Query, kind, question};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use rdsock_shm::control::{Hello, Message, Query, kind, question, refusal};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use tenant::actor::{Part, is_root};
 use tenant::linger::Lingering;
 use tenant::measure::{Bystander, Honest};
 use tenant::silent::{SilentFile, be_file_system};
-use tenant::{Answer, Daemon, Tenant, announcement};
+use tenant::{Answer, Daemon, Tenant, announcement, control_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
 /// How long others are watched after an attack. An attack that works is felt at once.
 const WATCH: Duration = Duration::from_secs(2);
+/// A little more than a caller has to say who it is.
+const HANDSHAKE: Duration = Duration::from_secs(6);
 
 fn hello_message() -> Message {
     let hello = Hello {
@@ -205,6 +207,109 @@ fn lingering_sockets_in_a_socket_to_be_adopted() {
     }
     bystander.goes_on(&daemon, "lingering sockets in sockets", WATCH);
     honest.promotion();
+}
+
+/// A control connection that was handed over, of which its maker has kept the daemon's end: a look at what has come does not
+/// tell what is received, and what is received has a lingering socket that nobody takes.
+#[test]
+fn lingering_sockets_that_a_look_does_not_show() {
+    let daemon = Daemon::start(SMALL);
+    let bystander = Bystander::new(&daemon);
+    let mut honest = Honest::new(&daemon);
+    let tenant = Tenant::attach(&daemon);
+    let mut adopted = Vec::new();
+    for _ in 0..4 {
+        let mut socket = Lingering::new();
+        let (ours, theirs) = control_pair();
+        let ours = Tenant::over(ours);
+        let plain = Message::empty(kind::KICK);
+        // A look begins behind the first message.
+        let (offset, level) = (plain.as_bytes().len() as i32, libc::SOL_SOCKET);
+        // SAFETY: the option reads one integer.
+        let set = unsafe {
+            let value = (&raw const offset).cast();
+            libc::setsockopt(theirs.as_raw_fd(), level, libc::SO_PEEK_OFF, value, 4)
+        };
+        assert_eq!(set, 0);
+        socket.give(&ours, plain.as_bytes(), &[]);
+        ours.send(plain.as_bytes(), &[]);
+        let adopt = Message::empty(kind::ADOPT);
+        tenant.send(adopt.as_bytes(), &[theirs.as_raw_fd()]);
+        bystander.asks(&daemon, "a lingering socket that a look does not show");
+        adopted.push((ours, theirs, socket));
+    }
+    bystander.goes_on(&daemon, "lingering sockets that no look shows", WATCH);
+    honest.promotion();
+}
+
+/// Who has kept the daemon's end receives there into a page that does not answer, and the kernel lets nobody else receive
+/// until that ends.
+#[test]
+fn an_adopted_socket_whose_maker_receives_for_ever() {
+    if let Some(part) = Part::of_this() {
+        return be_file_system(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let bystander = Bystander::new(&daemon);
+    let mut honest = Honest::new(&daemon);
+    let tenant = Tenant::attach(&daemon);
+    let test = "an_adopted_socket_whose_maker_receives_for_ever";
+    let Some((file, page)) = SilentFile::with_page(test) else {
+        return;
+    };
+    let (ours, theirs) = control_pair();
+    let ours = Tenant::over(ours);
+    for _ in 0..2 {
+        ours.kick();
+    }
+    let fd = theirs.as_raw_fd();
+    let (page, length) = (page.as_mut_ptr() as usize, page.len());
+    // SAFETY: the mapping lives until this has ended, and nobody refers to it.
+    let receiver = std::thread::spawn(move || unsafe { libc::recv(fd, page as _, length, 0) });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!receiver.is_finished());
+    let adopt = Message::empty(kind::ADOPT);
+    tenant.send(adopt.as_bytes(), &[fd]);
+    bystander.goes_on(&daemon, "a socket whose maker receives", WATCH);
+    honest.promotion();
+    // More than a caller's time to say who it is.
+    bystander.goes_on(&daemon, "a socket whose maker receives", HANDSHAKE);
+    // The file goes first: this ends then.
+    drop(file);
+    receiver.join().unwrap();
+    honest.promotion();
+}
+
+/// Whoever has kept the daemon's end can take the sender away from what comes: nothing is done for nobody.
+#[test]
+fn an_adopted_socket_that_does_not_say_who_speaks() {
+    let daemon = Daemon::start(SMALL);
+    let tenant = Tenant::attach(&daemon);
+    let (mut adopted, theirs) = Tenant::adopted(&tenant);
+    adopted.hello();
+    assert!(matches!(
+        adopted.receive(),
+        Answer::Message(kind::WELCOME, ..)
+    ));
+    adopted.ask(question::STAT);
+    setsockopt(&theirs, sockopt::PassCred, &false).unwrap();
+    let (what, pid) = (question::STAT, 0);
+    let query = Message::new(kind::QUERY, &Query { what, pid });
+    adopted.send(query.as_bytes(), &[]);
+    daemon.wait_until("it is nobody's", |stat| stat["counters"]["stray"] == 1);
+    assert!(adopted.receive_within(Duration::ZERO).is_none());
+}
+
+/// Who has been adopted and says nothing is sent away as others are.
+#[test]
+fn an_adopted_socket_on_which_nobody_speaks() {
+    let daemon = Daemon::start(SMALL);
+    let tenant = Tenant::attach(&daemon);
+    let (mut adopted, _theirs) = Tenant::adopted(&tenant);
+    assert_eq!(adopted.refused().code, refusal::MALFORMED);
 }
 
 /// The daemon must not be the last to hold a socket because it looked at it when it was announced.

@@ -272,6 +272,8 @@ fn adopted() -> Option<c_int> {
     }
     let pair = sys::socketpair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK);
     let sent = pair.is_some_and(|[_, theirs]| {
+        // The daemon believes nothing that does not say who sent it, also what is sent before it has the socket.
+        sys::setsockopt(theirs, libc::SOL_SOCKET, libc::SO_PASSCRED, &1i32);
         send_with(inherited, &Message::empty(kind::ADOPT), &[theirs]) >= 0
     });
     close_hidden(inherited);

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdsock_node::memory::Board;
 use rdsock_node::{Command, Notice, Opening};
@@ -28,6 +28,10 @@ use serde_json::{Value, json};
 const ANCHOR: Duration = Duration::from_secs(10);
 /// Time until anchors are taken again when there were no descriptors.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Notices of poll cores take so long in a turn at most.
+const NOTICES_TIME: Duration = Duration::from_millis(5);
+/// Anchors that are taken in at once.
+const ANCHORS: usize = 64;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
 
@@ -46,10 +50,14 @@ pub(super) enum CarryError {
 }
 
 impl Daemon {
-    /// The poll core has something to say.
+    /// The poll core has something to say. Whoever answers what it hears with the next question has to wait for others.
     pub(super) fn on_fabric(&mut self) {
+        let end = Instant::now() + NOTICES_TIME;
         while let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice()) {
             self.on_notice(notice);
+            if Instant::now() >= end {
+                break;
+            }
         }
         self.close_device_if_given_back();
     }
@@ -423,7 +431,10 @@ impl Daemon {
     /// Anchors have come in. Not a byte flows before it is known whose each is: that of the program that was promised a
     /// stream for the socket at the other end.
     pub(super) fn on_anchors(&mut self, listener: usize) {
-        while let Some(fabric) = &mut self.fabric {
+        for _ in 0..ANCHORS {
+            let Some(fabric) = &mut self.fabric else {
+                return;
+            };
             let from = match fabric.arrival(listener) {
                 Arrival::From(from) => from,
                 Arrival::Stray(from) => {

@@ -14,7 +14,7 @@ use tracing::debug;
 use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
-use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, Received, dismiss, unpack};
+use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, dismiss, unpack};
 use crate::connections::{Connection, Inbox};
 use crate::found::Found;
 use crate::porters::Owner;
@@ -105,7 +105,13 @@ fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
 impl Daemon {
     pub(super) fn on_handshake_due(&mut self, id: u64) -> Result<(), End> {
         // What it said while the daemon had no time for it counts.
-        self.receive(id)?;
+        if self
+            .connections
+            .get(id)
+            .is_some_and(|connection| !connection.adopted || connection.channel.has_message())
+        {
+            self.receive(id)?;
+        }
         match self.connections.get(id) {
             Some(Connection {
                 tenant: None,
@@ -277,6 +283,10 @@ impl Daemon {
                 tenant.unread = true;
                 return self.rewatch(id);
             }
+            if connection.adopted {
+                self.have_unpacked(id);
+                return Ok(());
+            }
             match connection.channel.receive()? {
                 Receive::Message(message) => {
                     let last = message.is_kick();
@@ -324,17 +334,25 @@ impl Daemon {
     }
 
     /// A porter has taken in a message.
-    pub(super) fn on_unpacked(&mut self, id: u64, received: io::Result<Option<Received>>) {
+    pub(super) fn on_unpacked(&mut self, id: u64, received: io::Result<Receive>) {
         self.serve(id, |daemon| {
-            if let Some(connection) = daemon.connections.get_mut(id) {
-                connection.inbox = Inbox::Open;
-            }
+            let Some(connection) = daemon.connections.get_mut(id) else {
+                return Ok(());
+            };
+            connection.inbox = Inbox::Open;
+            let adopted = connection.adopted;
             daemon.watch_again(id)?;
             match received? {
-                Some(message) => daemon.on_message(id, message)?,
-                None => return Err(daemon.closed(id)),
+                Receive::Message(message) => daemon.on_message(id, message)?,
+                // Somebody else has taken it.
+                Receive::Nothing | Receive::Descriptors => {}
+                Receive::Closed => return Err(daemon.closed(id)),
             }
-            daemon.receive(id)
+            match adopted {
+                // Whatever follows is told of.
+                true => Ok(()),
+                false => daemon.receive(id),
+            }
         });
     }
 

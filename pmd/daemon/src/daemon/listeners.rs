@@ -27,6 +27,10 @@ use crate::rights::{Held, NotHeld, Rights};
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
 
+/// Holders of a listening socket that are looked at for one connection: those that do not hold it any more are forgotten, and
+/// the next connection finds others.
+const HOLDERS: usize = 8;
+
 /// A program that would get a connection.
 #[derive(Clone, Copy, Debug)]
 struct WouldGet {
@@ -40,7 +44,11 @@ impl Daemon {
     pub(super) fn on_listens(&mut self, tenant: TenantId, request: &Request) {
         let home = self.rights.namespaces.is_home(request.netns);
         let fabric = self.fabric.as_ref().filter(|_| home);
-        if fabric.is_some_and(|fabric| fabric.has_room_for_listener(tenant)) {
+        let uid = self.connections.get(tenant).map(|one| one.peer.uid);
+        let Some((fabric, uid)) = fabric.zip(uid) else {
+            return;
+        };
+        if fabric.listening.has_room(tenant, uid) {
             let (fd, cookie) = (request.fd, request.cookie);
             let errand = Errand::Listener(fd, cookie);
             self.have_looked_at(tenant, errand, (fd, cookie), false);
@@ -55,9 +63,15 @@ impl Daemon {
         cookie: u64,
         held: Result<Held, NotHeld>,
     ) {
-        match (held, &mut self.fabric) {
-            (Ok(held), Some(fabric)) if fabric.has_room_for_listener(tenant) => {
-                fabric.add_listener(Listening { tenant, fd, held });
+        let uid = self.connections.get(tenant).map(|one| one.peer.uid);
+        match (held, self.fabric.as_mut().zip(uid)) {
+            (Ok(held), Some((fabric, uid))) if fabric.listening.has_room(tenant, uid) => {
+                fabric.listening.add(Listening {
+                    tenant,
+                    uid,
+                    fd,
+                    held,
+                });
             }
             (Ok(_), _) => {}
             (Err(error), _) => {
@@ -70,7 +84,7 @@ impl Daemon {
     /// A tenant has gone: it listens no more.
     pub(super) fn forget_listener(&mut self, id: TenantId) {
         if let Some(fabric) = &mut self.fabric {
-            fabric.forget_listener(id);
+            fabric.listening.forget(id);
         }
     }
 
@@ -223,14 +237,22 @@ impl Daemon {
                 return None;
             }
         };
-        let holders = self.fabric.as_ref()?.holders_of(socket.cookie);
-        holders.iter().find_map(|holder| {
-            let passport = &self.connections.tenant(holder.tenant)?.passport;
-            Rights::still_listens(holder.held, holder.fd, passport, &socket).then(|| WouldGet {
-                uid: passport.peer.uid,
-                listener: socket.cookie,
-            })
-        })
+        let listening = &mut self.fabric.as_mut()?.listening;
+        for _ in 0..HOLDERS {
+            let holder = listening.latest(socket.cookie)?;
+            let tenant = self.connections.tenant(holder.tenant);
+            if let Some(tenant) = tenant
+                && Rights::still_listens(holder.held, holder.fd, &tenant.passport, &socket)
+            {
+                return Some(WouldGet {
+                    uid: tenant.passport.peer.uid,
+                    listener: socket.cookie,
+                });
+            }
+            // It says so when it listens again.
+            listening.remove(socket.cookie, holder.tenant);
+        }
+        None
     }
 
     /// A tenant asks whose connection it has: one that it has accepted, or got from another program.

@@ -110,7 +110,7 @@ impl Daemon {
         };
         let attached = connection.tenant.is_some();
         // A forked child may ask for a connection of its own.
-        let own = Rights::may_speak(&connection.peer, connection.adopted, sender);
+        let own = Rights::may_speak(&connection.peer, sender);
         if !own && kind != kind::ADOPT {
             self.journal.counters.stray += 1;
             return Ok(());

@@ -4,9 +4,11 @@
 
 mod config;
 mod device;
+mod listeners;
 mod routes;
 
 pub use config::{Device, FabricConfig, NodeConfig};
+pub use listeners::{Listeners, Listening};
 pub use routes::follow;
 
 use crate::accounts::{Charge, Paid};
@@ -110,17 +112,6 @@ pub struct Asking {
     pub held: Held,
 }
 
-/// A socket that a tenant was found to listen on.
-#[derive(Clone, Copy, Debug)]
-pub struct Listening {
-    /// Whose.
-    pub tenant: TenantId,
-    /// Its descriptor.
-    pub fd: i32,
-    /// What was found.
-    pub held: Held,
-}
-
 /// A connection to a program that listens, which the kernel has not made yet.
 #[derive(Debug)]
 pub struct Call {
@@ -166,10 +157,10 @@ pub struct Control {
     pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
     pub callers: HashMap<SocketAddr, u64>,
-    /// By the sockets' cookies: several processes may hold one.
-    listening: HashMap<u64, Vec<Listening>>,
-    /// Sockets that each tenant listens on.
-    listeners_of: HashMap<TenantId, usize>,
+    /// The sockets that tenants listen on.
+    pub listening: Listeners,
+    /// There may be more notices.
+    busy: bool,
     failed: bool,
 }
 
@@ -254,8 +245,8 @@ impl Control {
             arrived: HashMap::new(),
             calls: HashMap::new(),
             callers: HashMap::new(),
-            listening: HashMap::new(),
-            listeners_of: HashMap::new(),
+            listening: Listeners::default(),
+            busy: false,
             failed: false,
         })
     }
@@ -333,9 +324,6 @@ impl Control {
     }
 }
 
-/// Sockets that one tenant may say it listens on.
-const LISTENERS: usize = 1024;
-
 impl Control {
     /// True while connects to a node are possible.
     pub fn is_up(&self, node: u16) -> bool {
@@ -389,7 +377,13 @@ impl Control {
                 self.waker.end_sleep();
             }
         }
+        self.busy = notice.is_some();
         notice
+    }
+
+    /// The last notice that was taken may not be the last one: nobody wakes the control thread for the next.
+    pub fn is_busy(&self) -> bool {
+        self.busy
     }
 
     /// Gives a stream's memory to the data path. `None` when there are too many streams.
@@ -570,39 +564,6 @@ impl Control {
             0 => (node, carried.source, carried.destination),
             _ => (node, carried.destination, carried.source),
         })
-    }
-
-    /// May a tenant say of one more socket that it listens on that?
-    pub fn has_room_for_listener(&self, tenant: TenantId) -> bool {
-        self.listeners_of
-            .get(&tenant)
-            .is_none_or(|count| *count < LISTENERS)
-    }
-
-    /// A tenant was found to listen on a socket.
-    pub fn add_listener(&mut self, listening: Listening) {
-        let holders = self.listening.entry(listening.held.cookie).or_default();
-        let before = holders.len();
-        holders.retain(|holder| holder.tenant != listening.tenant);
-        if holders.len() == before {
-            *self.listeners_of.entry(listening.tenant).or_default() += 1;
-        }
-        holders.push(listening);
-    }
-
-    /// Who was found to listen on the socket with this cookie.
-    pub fn holders_of(&self, cookie: u64) -> &[Listening] {
-        self.listening.get(&cookie).map_or(&[], Vec::as_slice)
-    }
-
-    /// A tenant has gone: it listens no more.
-    pub fn forget_listener(&mut self, tenant: TenantId) {
-        if self.listeners_of.remove(&tenant).is_some() {
-            self.listening.retain(|_, holders| {
-                holders.retain(|holder| holder.tenant != tenant);
-                !holders.is_empty()
-            });
-        }
     }
 }
 

@@ -9,19 +9,27 @@
 //! all mappings of theirs are taken away. The kernel leaves that, at once, where a page is in use by somebody it does not know. So
 //! [`Sealed`] uses one of each two megabytes: it lies in a pipe that nobody reads.
 //!
+//! And who has a page mapped that nobody else has can have it *paged out* (`MADV_PAGEOUT`, also where nothing comes of it): it is
+//! locked for as long. The kernel leaves pages that a second process has mapped. So what is touched later is touched at once, and
+//! locked where that is allowed, which keeps the pages where there is swap, too.
+//!
 //! [`Sealed::new`] may have to wait for a hole that is being made, so a porter calls it. The control thread gets a
 //! [`Sealed`] or nothing.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::unistd::pipe2;
+use rdsock_shm::sync::{AtomicU32, Ordering};
 
 use super::{BadMemory, HUGE_PAGE};
+
+const PAGE: usize = 4096;
 
 /// Against holes, and so that nothing is sealed later: a mapping that is there could not be made useless by that, but the
 /// daemon need not rely on it.
@@ -39,7 +47,9 @@ pub(super) struct Sealed {
 impl Sealed {
     /// Maps a memfd whose size can't change, and seals it. May wait. Fails where somebody else has sealed it: then it
     /// takes no more seals, or is one that another tenant has brought.
-    pub(super) fn new(file: File, len: usize) -> Result<Self, BadMemory> {
+    ///
+    /// No other part of it than these is touched later.
+    pub(super) fn new(file: File, len: usize, parts: &[Range<usize>]) -> Result<Self, BadMemory> {
         // Most of these need not be mapped to see it, which could wait as well.
         if seals_of(&file)?.intersects(SEALS) {
             return Err(BadMemory::SealedAlready);
@@ -51,11 +61,16 @@ impl Sealed {
             Err(error) => return Err(io::Error::from(error).into()),
         }
         match seals_of(&file)?.contains(SEALS) {
-            true => Ok(Sealed {
-                _used: use_pages(&map)?,
-                map,
-                file,
-            }),
+            true => {
+                for part in parts {
+                    keep(&map, part);
+                }
+                Ok(Sealed {
+                    _used: use_pages(&map)?,
+                    map,
+                    file,
+                })
+            }
             false => Err(BadMemory::SealedAlready),
         }
     }
@@ -68,6 +83,24 @@ impl Sealed {
     /// The file.
     pub(super) fn file(&self) -> &File {
         &self.file
+    }
+}
+
+/// Maps the pages of a part, and keeps them in memory where that is allowed.
+fn keep(map: &MmapRaw, part: &Range<usize>) {
+    let start = part.start - part.start % PAGE;
+    let end = part.end.min(map.len());
+    // SAFETY: within the mapping. It only says what is to become of the pages when they are there: to make them be there would hold
+    // the lock of all of the daemon's mappings while it waits. Where it is refused, they are as others are.
+    unsafe {
+        let from = map.as_ptr().add(start).cast();
+        libc::mlock2(from, end.saturating_sub(start), libc::MLOCK_ONFAULT);
+    }
+    for at in (start..end).step_by(PAGE) {
+        // SAFETY: within the mapping, and aligned; others use this word as an atomic, if at all.
+        let word = unsafe { &*map.as_ptr().add(at).cast::<AtomicU32>() };
+        // As one who writes, without a change.
+        word.fetch_or(0, Ordering::Relaxed);
     }
 }
 
@@ -122,7 +155,7 @@ mod tests {
         let file = memory(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW);
         let tenants = MmapOptions::new().len(LEN).map_raw(&file).unwrap();
         punch(&file).unwrap();
-        let sealed = Sealed::new(file.try_clone().unwrap(), LEN).unwrap();
+        let sealed = Sealed::new(file.try_clone().unwrap(), LEN, &[0..LEN]).unwrap();
         assert_eq!(punch(&file), Err(Errno::EPERM));
         // SAFETY: the mapping is whole, and nothing in it is used.
         let removed = unsafe { libc::madvise(tenants.as_mut_ptr().cast(), LEN, libc::MADV_REMOVE) };
@@ -175,9 +208,32 @@ mod tests {
             return writeln!(stderr, "{why}").unwrap();
         }
         let file = make();
-        let _sealed = Sealed::new(file.try_clone().unwrap(), HUGE).unwrap();
+        let _sealed = Sealed::new(file.try_clone().unwrap(), HUGE, &[0..LEN]).unwrap();
         for _ in 0..100 {
             assert_eq!(collapse(&file), Err(Errno::EAGAIN));
+        }
+    }
+
+    /// The kernel leaves a page that somebody else has mapped.
+    #[test]
+    fn its_pages_are_mapped_before_they_are_used() {
+        const PAGES: usize = 32;
+        let len = PAGES * PAGE;
+        let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        let file = memory(SealFlag::empty());
+        file.set_len(len as u64).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(fixed)).unwrap();
+        let parts = [0..2 * PAGE, 20 * PAGE + 100..30 * PAGE];
+        let sealed = Sealed::new(file, len, &parts).unwrap();
+        let mapped = |page: usize| {
+            let mut entry = [0; 8];
+            let at = (sealed.as_ptr() as usize / PAGE + page) * 8;
+            let pages = File::open("/proc/self/pagemap").unwrap();
+            pages.read_exact_at(&mut entry, at as u64).unwrap();
+            u64::from_ne_bytes(entry) >> 63 == 1
+        };
+        for page in (0..2).chain(20..30) {
+            assert!(mapped(page), "page {page}");
         }
     }
 
@@ -185,7 +241,7 @@ mod tests {
     fn memory_that_takes_no_seals_is_refused() {
         let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
         for seals in [SealFlag::F_SEAL_SEAL, SealFlag::F_SEAL_FUTURE_WRITE, SEALS] {
-            let refused = Sealed::new(memory(fixed | seals), LEN);
+            let refused = Sealed::new(memory(fixed | seals), LEN, &[]);
             assert!(
                 matches!(refused, Err(BadMemory::SealedAlready)),
                 "{seals:?}"
@@ -199,8 +255,9 @@ mod tests {
         for _ in 0..200 {
             let file = memory(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW);
             let sealed = std::thread::scope(|scope| {
-                let threads = [(); 3]
-                    .map(|()| scope.spawn(|| Sealed::new(file.try_clone().unwrap(), LEN).is_ok()));
+                let threads = [(); 3].map(|()| {
+                    scope.spawn(|| Sealed::new(file.try_clone().unwrap(), LEN, &[0..LEN]).is_ok())
+                });
                 threads.map(|thread| thread.join().unwrap())
             });
             assert_eq!(sealed.into_iter().filter(|sealed| *sealed).count(), 1);

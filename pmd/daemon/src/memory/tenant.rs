@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::offset_of;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -23,6 +24,12 @@ use super::{u32_at, u64_at};
 
 /// Bytes of the connection records that are read at once.
 const BLOCK: usize = 4096;
+
+/// What the control thread touches of a tenant's memory: header and queue, and the routes. The records it reads through the file.
+const TOUCHED: [Range<usize>; 2] = [
+    0..offset_of!(TenantMemory, conns),
+    offset_of!(TenantMemory, routes)..size_of::<TenantMemory>(),
+];
 
 /// Why an fd is not memory that the daemon will touch. Consequence: the tenant is refused.
 #[derive(Debug, thiserror::Error)]
@@ -143,7 +150,7 @@ impl TenantMap {
         let file = File::from(fd);
         check_identity(&file, TENANT_MAGIC, size_of::<TenantMemory>())?;
         Ok(TenantMap {
-            map: Sealed::new(file, size_of::<TenantMemory>())?,
+            map: Sealed::new(file, size_of::<TenantMemory>(), &TOUCHED)?,
             taker: Taker::new(),
         })
     }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use rdsock_shm::control::{
     Caller, Hello, Message, NotFound, Promote, Reached, Verdict, from_bytes, kind, parse,
 };
@@ -344,6 +344,9 @@ impl Worker {
         let flags = SockFlag::SOCK_CLOEXEC;
         let kind = SockType::SeqPacket;
         let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        if !self.dice.once_in(8) {
+            setsockopt(&theirs, sockopt::PassCred, &true).unwrap();
+        }
         if self.send_on(link, bytes, &[theirs.as_raw_fd()]) && self.links.len() < LINKS {
             self.links.push(Link::over(ours, &mut self.dice));
             self.greet(self.links.len() - 1);

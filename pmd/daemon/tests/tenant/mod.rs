@@ -43,7 +43,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    connect, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use rdsock_shm::control::{
@@ -202,6 +202,15 @@ pub struct Memory {
     pub putter: Putter,
 }
 
+/// Two ends of a control connection. What is sent to the second one says who sent it.
+pub fn control_pair() -> (OwnedFd, OwnedFd) {
+    let kind = SockType::SeqPacket;
+    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+    let (ours, theirs) = pair.unwrap();
+    setsockopt(&theirs, sockopt::PassCred, &true).unwrap();
+    (ours, theirs)
+}
+
 pub fn memfd(bytes: u64, seals: SealFlag) -> File {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"test", flags).unwrap());
@@ -311,6 +320,14 @@ impl Tenant {
             memory: Memory::new(),
             received: 0,
         }
+    }
+
+    /// A control connection of its own, asked for over that of `parent`, and the end that the daemon has.
+    pub fn adopted(parent: &Tenant) -> (Self, OwnedFd) {
+        let (ours, theirs) = control_pair();
+        let adopt = Message::empty(kind::ADOPT);
+        parent.send(adopt.as_bytes(), &[theirs.as_raw_fd()]);
+        (Self::over(ours), theirs)
     }
 
     /// Attached.

@@ -2,7 +2,6 @@
 //! queue. The child does with them what a test says; it judges nothing.
 
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
@@ -204,13 +203,7 @@ fn look_up(tenant: &Tenant, numbers: &[u64]) {
 
 /// Asks over its parent's socket for a control connection, and says HELLO there.
 fn adopt(tenant: &Tenant) -> Option<Tenant> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-    let kind = SockType::SeqPacket;
-    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
-    let (ours, theirs) = pair.unwrap();
-    let message = Message::empty(kind::ADOPT);
-    tenant.send(message.as_bytes(), &[theirs.as_raw_fd()]);
-    let mut adopted = Tenant::over(ours);
+    let (mut adopted, _) = Tenant::adopted(tenant);
     adopted.hello();
     Some(adopted)
 }

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
+use memmap2::{MmapOptions, MmapRaw};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -82,6 +83,18 @@ impl SilentFile {
         let result = before(file.as_raw_fd());
         system.silence();
         Some((SilentFile { file, system }, result))
+    }
+
+    /// With a page in it that nobody has read yet: who touches it in this mapping waits.
+    pub fn with_page(test: &str) -> Option<(Self, MmapRaw)> {
+        let page = tempfile::NamedTempFile::new().unwrap();
+        page.as_file().write_all(&[7; 4096]).unwrap();
+        let mut system = FileSystem::start(test, Some(page.path()))?;
+        let file = File::options().read(true).write(true).open(system.path());
+        let file = ManuallyDrop::new(file.unwrap());
+        let map = MmapOptions::new().len(4096).map_raw(&*file).unwrap();
+        system.silence();
+        Some((SilentFile { file, system }, map))
     }
 
     pub fn fd(&self) -> i32 {
