@@ -34,11 +34,13 @@ pub enum Thing {
     Queries,
     /// Bytes of messages that wait for programs which do not read.
     Unread,
+    /// Sockets on which attached processes listen, for connections from other nodes.
+    Listeners,
 }
 
 impl Thing {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Thing; 9] = [
+    pub const ALL: [Thing; 10] = [
         Thing::Descriptors,
         Thing::Callers,
         Thing::Tenants,
@@ -48,6 +50,7 @@ impl Thing {
         Thing::Connects,
         Thing::Queries,
         Thing::Unread,
+        Thing::Listeners,
     ];
 
     /// As `rdsock stat` shows it.
@@ -62,6 +65,7 @@ impl Thing {
             Thing::Connects => "connects",
             Thing::Queries => "queries",
             Thing::Unread => "unread",
+            Thing::Listeners => "listeners",
         }
     }
 }
@@ -116,6 +120,9 @@ impl Over {
             (Thing::Connects, _) => "max_connects_per_user is reached: connects stay on the kernel",
             (Thing::Queries, _) => "max_queries_per_user is reached",
             (Thing::Unread, _) => "max_unread_bytes_per_user is reached",
+            (Thing::Listeners, _) => {
+                "its user listens on as many sockets as may be: other nodes reach further ones over the kernel"
+            }
             (Thing::Streams, true) => "too many streams: they stay on the kernel",
         }
     }
@@ -426,7 +433,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sums_are_those_of_the_charges(steps in prop::collection::vec((0u32..4, 0usize..9, 1u64..5, any::<bool>()), 1..200)) {
+        fn sums_are_those_of_the_charges(steps in prop::collection::vec((0u32..4, 0usize..Thing::ALL.len(), 1u64..5, any::<bool>()), 1..200)) {
             let mut accounts = Accounts::new(limits(20, 50));
             let mut charges: Vec<(u32, Charge)> = Vec::new();
             for (uid, thing, amount, drops) in steps {

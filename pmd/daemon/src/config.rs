@@ -169,6 +169,8 @@ impl Config {
 
 /// Control connections that have not said who they are.
 const CALLERS: u64 = 512;
+/// Sockets of one user that other nodes may reach.
+const LISTENERS: u64 = 4096;
 /// Descriptors kept back for the daemon itself.
 const RESERVE: u64 = 64;
 impl Config {
@@ -193,6 +195,7 @@ impl Config {
                 }
                 (Thing::Queries, _) => (u64::MAX, self.max_queries_per_user, false),
                 (Thing::Unread, _) => (u64::MAX, self.max_unread_bytes_per_user, false),
+                (Thing::Listeners, _) => (u64::MAX, LISTENERS, false),
             }
         };
         Limits {

@@ -36,6 +36,8 @@ pub struct Connection {
     pub inbox: Inbox,
     /// It has asked a question, and was answered.
     pub answered: bool,
+    /// Its socket is watched.
+    pub watched: bool,
     /// It is watched until it can be written.
     pub wants_write: bool,
     /// A [`Due::Send`](crate::agenda::Due::Send) is set.

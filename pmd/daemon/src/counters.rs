@@ -23,6 +23,8 @@ pub struct Counters {
     pub stray: u64,
     /// Processes that were found not to be who they were when they attached.
     pub changed: u64,
+    /// Turns of the control thread.
+    pub turns: u64,
     /// Microseconds of the longest turn of the control thread.
     pub longest_turn_us: u64,
     /// Microseconds of processor time of the turn that took most of it. A longer turn was kept from its processor, or

@@ -14,7 +14,7 @@ mod queries;
 mod streams;
 mod tenants;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -88,7 +88,7 @@ pub struct Daemon {
     /// Tenants that the present round of looks at all of them has not come to; `None` when no round is due.
     swept: Option<VecDeque<u64>>,
     /// Tenants with requests left in their queues, and connections with an answer to go on with.
-    busy: VecDeque<u64>,
+    busy: Busy,
     streams: Streams,
     /// The path to other nodes, where one is configured.
     fabric: Option<Control>,
@@ -97,11 +97,6 @@ pub struct Daemon {
     last_use: Instant,
     started: Instant,
 }
-
-/// Things that porters have found and that are dealt with at once.
-const FOUND: usize = 64;
-/// Looks take so long in a turn at most: whoever comes next has the rest of it.
-const LOOKS_TIME: Duration = Duration::from_millis(5);
 
 type Baton = Relay<Daemon, Result<(), DaemonError>>;
 
@@ -157,7 +152,7 @@ impl Daemon {
             announcements: Announcements::default(),
             watched: HashMap::new(),
             swept: None,
-            busy: VecDeque::new(),
+            busy: Busy::default(),
             streams: Streams::default(),
             fabric,
             confinement,
@@ -208,16 +203,8 @@ impl Daemon {
                 }
                 daemon.turn.did(|| format!("{token:?}"));
             }
-            while let Some(due) = daemon.agenda.next_due(Instant::now()) {
-                daemon.on_due(due);
-                daemon.turn.did(|| format!("{due:?}"));
-            }
-            for _ in 0..daemon.busy.len() {
-                if let Some(id) = daemon.busy.pop_front() {
-                    daemon.serve(id, |daemon| daemon.go_on(id));
-                    daemon.turn.did(|| format!("requests of connection {id}"));
-                }
-            }
+            daemon.on_all_due();
+            daemon.go_on_with_busy();
             daemon = daemon.look(relay)?;
             daemon.turn.end(&mut daemon.journal);
             if daemon.idle_end().is_some_and(|end| end <= Instant::now()) {
@@ -230,9 +217,9 @@ impl Daemon {
     /// Looks that mostly take no time: those that are due now. Their ends make others due, which have to wait until
     /// somebody else was served, and so do those for which a turn has no time. `None` when a look took so long that another thread has gone on.
     fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
-        let end = Instant::now() + LOOKS_TIME;
+        let mut portion = Portion::new();
         for _ in 0..self.porters.quick() {
-            if Instant::now() >= end {
+            if !portion.has_room() {
                 break;
             }
             let Some((owner, look)) = self.porters.next_quick() else {
@@ -257,6 +244,31 @@ impl Daemon {
         Some(self)
     }
 
+    /// What is due, the longest due first. What is left is due in the next turn, which does not wait.
+    fn on_all_due(&mut self) {
+        let (now, mut portion) = (Instant::now(), Portion::new());
+        while portion.has_room()
+            && let Some(due) = self.agenda.next_due(now)
+        {
+            self.on_due(due);
+            self.turn.did(|| format!("{due:?}"));
+        }
+    }
+
+    /// Whoever had work left from an earlier turn, in turn.
+    fn go_on_with_busy(&mut self) {
+        let mut portion = Portion::new();
+        for _ in 0..self.busy.len() {
+            if !portion.has_room() {
+                return;
+            }
+            if let Some(id) = self.busy.next() {
+                self.serve(id, |daemon| daemon.go_on(id));
+                self.turn.did(|| format!("requests of connection {id}"));
+            }
+        }
+    }
+
     fn stop(&self, why: &str) {
         let _ = notify("STOPPING=1");
         info!(
@@ -269,7 +281,7 @@ impl Daemon {
     /// `None` when nothing but an event ends the wait.
     fn wait_until(&self) -> Option<Instant> {
         let rest = self.porters.quick() != 0 || self.porters.has_found() || self.has_notices();
-        if self.busy.is_empty() && !rest {
+        if self.busy.len() == 0 && !rest {
             self.idle_end()
         } else {
             Some(Instant::now())
@@ -329,10 +341,10 @@ impl Daemon {
 
     /// Porters have found something.
     fn on_found(&mut self) {
-        for _ in 0..FOUND {
-            let Some(found) = self.porters.take() else {
-                break;
-            };
+        let mut portion = Portion::new();
+        while portion.has_room()
+            && let Some(found) = self.porters.take()
+        {
             self.on_find(found);
         }
     }
@@ -370,7 +382,8 @@ impl Daemon {
     }
 
     fn on_signal(&mut self) -> bool {
-        while let Ok(Some(signal)) = self.signals.read_signal() {
+        // Of several, the next turn is told.
+        if let Ok(Some(signal)) = self.signals.read_signal() {
             if signal.ssi_signo != Signal::SIGHUP as u32 {
                 return true;
             }
@@ -406,10 +419,65 @@ impl Daemon {
     }
 }
 
+/// What is taken from one queue in a turn: so many things, and no further one when these have taken long. Whoever fills the
+/// queue, and however fast, others are served in the next turn.
+#[derive(Debug)]
+struct Portion {
+    left: usize,
+    end: Instant,
+}
+
+impl Portion {
+    const MOST: usize = 64;
+    const TIME: Duration = Duration::from_millis(5);
+
+    fn new() -> Self {
+        Portion {
+            left: Self::MOST,
+            end: Instant::now() + Self::TIME,
+        }
+    }
+
+    /// May one more be taken? It is counted. The first one always may.
+    fn has_room(&mut self) -> bool {
+        let is_late = self.left < Self::MOST && Instant::now() >= self.end;
+        let has_room = self.left > 0 && !is_late;
+        self.left -= usize::from(has_room);
+        has_room
+    }
+}
+
+/// Connections with work left from an earlier turn, each in it once, however often it asks.
+#[derive(Debug, Default)]
+struct Busy {
+    queue: VecDeque<u64>,
+    queued: HashSet<u64>,
+}
+
+impl Busy {
+    fn push(&mut self, id: u64) {
+        if self.queued.insert(id) {
+            self.queue.push_back(id);
+        }
+    }
+
+    fn next(&mut self) -> Option<u64> {
+        let id = self.queue.pop_front()?;
+        self.queued.remove(&id);
+        Some(id)
+    }
+
+    fn len(&self) -> usize {
+        self.queue.len()
+    }
+}
+
 /// A turn of the control thread.
 #[derive(Debug)]
 struct Turn {
     start: Instant,
+    /// Anchors that were looked for in it.
+    arrivals: usize,
     last: Instant,
     longest: (Duration, String),
 }
@@ -422,6 +490,7 @@ impl Turn {
         let now = Instant::now();
         Turn {
             start: now,
+            arrivals: 0,
             last: now,
             longest: (Self::WORTH, String::new()),
         }
@@ -442,5 +511,35 @@ impl Turn {
             process::processor_time(),
             &self.longest.1,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portion_ends_by_number_or_by_time() {
+        let mut portion = Portion::new();
+        portion.end += Duration::from_secs(60);
+        let taken = std::iter::from_fn(|| portion.has_room().then_some(()));
+        assert_eq!(taken.count(), Portion::MOST);
+        let mut late = Portion::new();
+        late.end = Instant::now();
+        assert_eq!((late.has_room(), late.has_room()), (true, false));
+    }
+
+    #[test]
+    fn who_asks_often_is_served_once_in_turn() {
+        let mut busy = Busy::default();
+        for id in [1, 1, 2, 1, 3] {
+            busy.push(id);
+        }
+        assert_eq!(busy.len(), 3);
+        assert_eq!(busy.next(), Some(1));
+        // Who is not done comes last.
+        busy.push(1);
+        let rest: Vec<u64> = std::iter::from_fn(|| busy.next()).collect();
+        assert_eq!(rest, [2, 3, 1]);
     }
 }

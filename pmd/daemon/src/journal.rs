@@ -48,6 +48,7 @@ impl Journal {
         let processor = processor.saturating_sub(before);
         let micros = |time: Duration| time.as_micros() as u64;
         let counters = &mut self.counters;
+        counters.turns += 1;
         counters.longest_turn_us = counters.longest_turn_us.max(micros(took));
         counters.longest_turn_cpu_us = counters.longest_turn_cpu_us.max(micros(processor));
         if took < LONG {

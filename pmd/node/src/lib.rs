@@ -178,6 +178,8 @@ pub enum Notice {
     },
     /// The device is not used any more, by any poll core.
     DeviceFailed,
+    /// Something has changed for one poll core, and nothing for the node.
+    NoNews,
 }
 
 /// Why a node does not run.
@@ -227,6 +229,8 @@ pub struct Poller {
     stations: Vec<Station>,
     /// Where the search for a core for the next connect begins.
     turn: usize,
+    /// Where the search for the next notice begins.
+    heard: usize,
     /// The cores that have told that a node is up.
     up: HashMap<u16, HashSet<usize>>,
     /// Cores that do not use the device any more.
@@ -286,6 +290,7 @@ impl Poller {
         Ok(Poller {
             stations,
             turn: 0,
+            heard: 0,
             up: HashMap::new(),
             failed: HashSet::new(),
             backlog: VecDeque::new(),
@@ -366,22 +371,24 @@ impl Poller {
         }
     }
 
-    /// The next notice.
+    /// The next notice. The cores take turns: one that has many keeps those of no other one waiting.
     pub fn notice(&mut self) -> Option<Notice> {
-        for core in 0..self.stations.len() {
-            while let Some(notice) = self.stations[core].notice() {
-                match notice {
-                    Notice::NodeUp { node } => self.on_up(core, node),
-                    Notice::NodeGone { node } => self.on_gone(core, node),
-                    Notice::DeviceFailed => self.on_failed(core),
-                    other => self.backlog.push_back(other),
-                }
-                if let Some(notice) = self.backlog.pop_front() {
-                    return Some(notice);
-                }
+        let earlier = self.backlog.pop_front();
+        earlier.or_else(|| {
+            let count = self.stations.len();
+            let mut in_turn = (0..count).map(|at| (self.heard + at) % count);
+            let (core, notice) =
+                in_turn.find_map(|core| Some((core, self.stations[core].notice()?)))?;
+            self.heard = core + 1;
+            match notice {
+                Notice::NodeUp { node } => self.on_up(core, node),
+                Notice::NodeGone { node } => self.on_gone(core, node),
+                Notice::DeviceFailed => self.on_failed(core),
+                other => return Some(other),
             }
-        }
-        self.backlog.pop_front()
+            // One at a time, also of those that are no news: they may come without end.
+            Some(self.backlog.pop_front().unwrap_or(Notice::NoNews))
+        })
     }
 
     fn on_up(&mut self, core: usize, node: u16) {

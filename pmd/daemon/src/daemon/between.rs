@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdsock_node::memory::Board;
 use rdsock_node::{Command, Notice, Opening};
@@ -12,7 +12,7 @@ use rdsock_shm::reason::Reason;
 use tracing::{debug, info, warn};
 
 use super::streams::STREAM_DESCRIPTORS;
-use super::{Daemon, End};
+use super::{Daemon, End, Portion};
 use crate::accounts::{Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::book::{Announced, Conn, Role, Route, TenantId};
@@ -28,10 +28,8 @@ use serde_json::{Value, json};
 const ANCHOR: Duration = Duration::from_secs(10);
 /// Time until anchors are taken again when there were no descriptors.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Notices of poll cores take so long in a turn at most.
-const NOTICES_TIME: Duration = Duration::from_millis(5);
-/// Anchors that are taken in at once.
-const ANCHORS: usize = 64;
+/// Anchors that are taken in a turn: all that can wait at both listeners.
+const ANCHORS: usize = 2 * 129;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
 
@@ -52,12 +50,11 @@ pub(super) enum CarryError {
 impl Daemon {
     /// The poll core has something to say. Whoever answers what it hears with the next question has to wait for others.
     pub(super) fn on_fabric(&mut self) {
-        let end = Instant::now() + NOTICES_TIME;
-        while let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice()) {
+        let mut portion = Portion::new();
+        while portion.has_room()
+            && let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice())
+        {
             self.on_notice(notice);
-            if Instant::now() >= end {
-                break;
-            }
         }
         self.close_device_if_given_back();
     }
@@ -85,6 +82,7 @@ impl Daemon {
             Notice::Released { ticket } => self.on_released(ticket),
             Notice::NodeUp { node } => info!(node, "a node is up"),
             Notice::NodeGone { node } => info!(node, "a node has gone"),
+            Notice::NoNews => {}
             Notice::DeviceFailed => {
                 if let Some(fabric) = &mut self.fabric {
                     fabric.fail();
@@ -106,6 +104,7 @@ impl Daemon {
     }
 
     fn close_device(&mut self) {
+        self.forget_all_listeners();
         self.fabric = None;
         warn!(
             "the device is closed, since the system wants it back; restart rdsockd when there is one again"
@@ -431,10 +430,10 @@ impl Daemon {
     /// Anchors have come in. Not a byte flows before it is known whose each is: that of the program that was promised a
     /// stream for the socket at the other end.
     pub(super) fn on_anchors(&mut self, listener: usize) {
-        for _ in 0..ANCHORS {
-            let Some(fabric) = &mut self.fabric else {
-                return;
-            };
+        while self.turn.arrivals < ANCHORS
+            && let Some(fabric) = &mut self.fabric
+        {
+            self.turn.arrivals += 1;
             let from = match fabric.arrival(listener) {
                 Arrival::From(from) => from,
                 Arrival::Stray(from) => {

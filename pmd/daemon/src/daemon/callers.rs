@@ -233,6 +233,7 @@ impl Daemon {
             adopted,
             inbox: Inbox::Open,
             answered: false,
+            watched: true,
             wants_write: false,
             retries: false,
             tenant: None,
@@ -257,14 +258,20 @@ impl Daemon {
             .map_err(|error| End::Failed(error.into()))
     }
 
-    /// Reads what there is. Who has hung up (`gone`) while a question is answered reads no answer any more.
+    /// Reads what there is. Who has hung up (`gone`) while a question is answered reads no answer any more. What such a one has
+    /// said and can't be read yet waits, and so does its end: epoll would tell of that again and again.
     pub(super) fn receive_or_end(&mut self, id: u64, gone: bool) -> Result<(), End> {
         let connection = self.connections.get(id);
         let answering = connection.is_some_and(|c| matches!(c.inbox, Inbox::Answering(_)));
         if gone && answering {
             return Err(self.closed(id));
         }
-        self.receive(id)
+        self.receive(id)?;
+        let tenant = self.connections.tenant(id);
+        if gone && tenant.is_some_and(|tenant| tenant.unread) {
+            self.stop_watching(id);
+        }
+        Ok(())
     }
 
     /// Reads what there is, unless that has to wait.
@@ -323,7 +330,7 @@ impl Daemon {
         };
         connection.inbox = Inbox::Unpacked;
         let (socket, peer) = (connection.channel.socket().clone(), connection.peer.clone());
-        self.agenda.unwatch(borrowed(&socket));
+        self.stop_watching(id);
         let porters = self.porters.clone();
         self.porters.give(socket.owner(), move || {
             Some(Found::Message {
@@ -341,7 +348,7 @@ impl Daemon {
             };
             connection.inbox = Inbox::Open;
             let adopted = connection.adopted;
-            daemon.watch_again(id)?;
+            daemon.rewatch(id)?;
             match received? {
                 Receive::Message(message) => daemon.on_message(id, message)?,
                 // Somebody else has taken it.
@@ -369,27 +376,30 @@ impl Daemon {
         flags
     }
 
-    fn watch_again(&mut self, id: u64) -> Result<(), End> {
-        if let Some(connection) = self.connections.get(id) {
-            let flags = Self::flags(connection);
+    /// Watches a connection for what it is to be watched for by now.
+    pub(super) fn rewatch(&mut self, id: u64) -> Result<(), End> {
+        if let Some(connection) = self.connections.get_mut(id)
+            && !matches!(connection.inbox, Inbox::Unpacked)
+        {
+            let before = std::mem::replace(&mut connection.watched, true);
+            let (flags, token) = (Self::flags(connection), Token::Connection(id));
             let socket = borrowed(connection.channel.socket());
-            let watched = self.agenda.watch_for(socket, flags, Token::Connection(id));
+            let watched = match before {
+                true => self.agenda.rewatch(socket, flags, token),
+                false => self.agenda.watch_for(socket, flags, token),
+            };
             watched.map_err(io::Error::from)?;
         }
         Ok(())
     }
 
-    /// Watches a connection for what it is to be watched for by now.
-    pub(super) fn rewatch(&mut self, id: u64) -> Result<(), End> {
-        if let Some(connection) = self.connections.get(id)
-            && !matches!(connection.inbox, Inbox::Unpacked)
+    /// Nothing that happens to a connection is told, until it is watched again.
+    fn stop_watching(&mut self, id: u64) {
+        if let Some(connection) = self.connections.get_mut(id)
+            && std::mem::replace(&mut connection.watched, false)
         {
-            let flags = Self::flags(connection);
-            let socket = borrowed(connection.channel.socket());
-            let watched = self.agenda.rewatch(socket, flags, Token::Connection(id));
-            watched.map_err(io::Error::from)?;
+            self.agenda.unwatch(borrowed(connection.channel.socket()));
         }
-        Ok(())
     }
 
     /// Sends a message to a connection, now or when it can be taken.

@@ -44,11 +44,7 @@ impl Daemon {
     pub(super) fn on_listens(&mut self, tenant: TenantId, request: &Request) {
         let home = self.rights.namespaces.is_home(request.netns);
         let fabric = self.fabric.as_ref().filter(|_| home);
-        let uid = self.connections.get(tenant).map(|one| one.peer.uid);
-        let Some((fabric, uid)) = fabric.zip(uid) else {
-            return;
-        };
-        if fabric.listening.has_room(tenant, uid) {
+        if fabric.is_some_and(|fabric| fabric.listening.has_room(tenant)) {
             let (fd, cookie) = (request.fd, request.cookie);
             let errand = Errand::Listener(fd, cookie);
             self.have_looked_at(tenant, errand, (fd, cookie), false);
@@ -63,28 +59,55 @@ impl Daemon {
         cookie: u64,
         held: Result<Held, NotHeld>,
     ) {
-        let uid = self.connections.get(tenant).map(|one| one.peer.uid);
-        match (held, self.fabric.as_mut().zip(uid)) {
-            (Ok(held), Some((fabric, uid))) if fabric.listening.has_room(tenant, uid) => {
-                fabric.listening.add(Listening {
-                    tenant,
-                    uid,
-                    fd,
-                    held,
-                });
-            }
-            (Ok(_), _) => {}
-            (Err(error), _) => {
+        match held {
+            Ok(held) => self.enter_listener(Listening { tenant, fd, held }),
+            Err(error) => {
                 debug!(tenant, fd, cookie, "does not listen: {error}");
                 self.journal.counters.unverified += 1;
             }
         }
     }
 
-    /// A tenant has gone: it listens no more.
+    /// A tenant holds a socket on which it says it listens: that is on its user's account from now on.
+    fn enter_listener(&mut self, found: Listening) {
+        let tenant = found.tenant;
+        let (Some(fabric), Some(connection)) = (&mut self.fabric, self.connections.get_mut(tenant))
+        else {
+            return;
+        };
+        let listening = &mut fabric.listening;
+        if !listening.has(tenant, found.held.cookie) {
+            if !listening.has_room(tenant) {
+                return;
+            }
+            if let Err(over) = connection.charge.more(Thing::Listeners, 1) {
+                let (uid, pid) = (connection.peer.uid, connection.peer.pid);
+                return self.log_over(over, uid, pid);
+            }
+        }
+        listening.add(found);
+    }
+
+    /// A tenant listens on so many sockets less.
+    fn listens_less(&mut self, tenant: TenantId, count: usize) {
+        if let Some(connection) = self.connections.get_mut(tenant) {
+            connection.charge.less(Thing::Listeners, count as u64);
+        }
+    }
+
+    /// A tenant has gone, and with it what it had on its account: it listens no more.
     pub(super) fn forget_listener(&mut self, id: TenantId) {
         if let Some(fabric) = &mut self.fabric {
             fabric.listening.forget(id);
+        }
+    }
+
+    /// There are no other nodes any more: nobody listens for them.
+    pub(super) fn forget_all_listeners(&mut self) {
+        let fabric = self.fabric.as_mut();
+        let listening = fabric.map(|fabric| std::mem::take(&mut fabric.listening));
+        for (tenant, count) in listening.unwrap_or_default().tenants() {
+            self.listens_less(tenant, count);
         }
     }
 
@@ -237,9 +260,8 @@ impl Daemon {
                 return None;
             }
         };
-        let listening = &mut self.fabric.as_mut()?.listening;
         for _ in 0..HOLDERS {
-            let holder = listening.latest(socket.cookie)?;
+            let holder = self.fabric.as_ref()?.listening.latest(socket.cookie)?;
             let tenant = self.connections.tenant(holder.tenant);
             if let Some(tenant) = tenant
                 && Rights::still_listens(holder.held, holder.fd, &tenant.passport, &socket)
@@ -250,7 +272,10 @@ impl Daemon {
                 });
             }
             // It says so when it listens again.
-            listening.remove(socket.cookie, holder.tenant);
+            let fabric = self.fabric.as_mut()?;
+            if fabric.listening.remove(socket.cookie, holder.tenant) {
+                self.listens_less(holder.tenant, 1);
+            }
         }
         None
     }

@@ -75,7 +75,7 @@ impl Daemon {
             asker.inbox = Inbox::Answering(Box::new(answering));
         }
         self.rewatch(id)?;
-        self.busy.push_back(id);
+        self.busy.push(id);
         Ok(())
     }
 
@@ -83,7 +83,7 @@ impl Daemon {
     pub(super) fn go_on_answering(&mut self, id: TenantId) {
         let asker = self.connections.get(id);
         if asker.is_some_and(|asker| matches!(asker.inbox, Inbox::Answering(_))) {
-            self.busy.push_back(id);
+            self.busy.push(id);
         }
     }
 

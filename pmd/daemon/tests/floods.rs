@@ -1,0 +1,339 @@
+//! Whatever others put where the control thread takes it from, as fast as they like: it takes a bounded part of that in a
+//! turn, and others are served in the next. What lasts is on an account, and who has hung up is not listened to any more.
+
+#[macro_use]
+mod tenant;
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{Shutdown, shutdown};
+use rdsock_shm::control::{Between, Message, Request, kind, question};
+use serde_json::Value;
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
+use tenant::measure::{Bystander, Honest};
+use tenant::nodes::{Client, Nodes, Server, listens, octets};
+use tenant::silent::{SilentFile, be_file_system};
+use tenant::{Answer, Daemon, Tenant, announcement, tcp_pair};
+
+const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
+
+/// Things that the control thread takes from one queue in a turn.
+const AT_ONCE: u64 = 64;
+/// Attachments of a process that all say that they listen on one socket.
+const HOLDERS: usize = 500;
+/// Connects that one process has under way.
+const UNDER_WAY: usize = 250;
+/// Sockets that one user may say it listens on, of which one tenant may so many.
+const LISTENERS: u64 = 4096;
+const LISTENERS_OF_ONE: usize = 1024;
+/// How long an attack is watched.
+const WATCH: Duration = Duration::from_secs(6);
+
+fn play(part: &Part) {
+    match part.name.as_str() {
+        "dead holder" => be_dead_holder(part),
+        "restless" => be_restless(part),
+        "listeners" => be_listeners(part),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+fn raise_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+fn listener() -> TcpListener {
+    TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap()
+}
+
+/// Waits until the daemon has looked at all that it was asked to.
+fn wait_for_looks(socket: &Path) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while Tenant::at(socket).unwrap().ask(question::STAT)["looks_now"] != 0 {
+        assert!(Instant::now() < end, "the looks do not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Attaches again and again, and says each time that it listens on the same socket. Then a child of it holds that, which is
+/// no tenant.
+fn be_dead_holder(part: &Part) {
+    raise_descriptors();
+    let listener = listener();
+    let mut crowd: Vec<Tenant> = (0..HOLDERS)
+        .map(|_| Tenant::attach_at(&part.socket))
+        .collect();
+    for tenant in &mut crowd {
+        tenant.ask_for(&listens(&listener));
+    }
+    wait_for_looks(&part.socket);
+    // SAFETY: the child makes system calls alone.
+    unsafe {
+        if libc::fork() == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    say(&format!("port {port}"));
+    listen();
+}
+
+/// Asks for a connect whenever one was answered.
+fn be_restless(part: &Part) {
+    let mut client = Client::at(&part.socket);
+    say("ready");
+    let port = listen().unwrap().parse().unwrap();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let mut asked: usize = 0;
+    let mut answered = 0;
+    loop {
+        while asked - answered < UNDER_WAY {
+            client.ask(1024 + (asked % 60_000) as u16, to);
+            asked += 1;
+        }
+        match client.tenant.receive() {
+            Answer::Message(kind::REACHED, ..) => answered += 1,
+            Answer::Message(..) => {}
+            Answer::Closed => return,
+        }
+    }
+}
+
+/// Several attachments, each of which says that it listens on sockets of its own, as many as it may.
+fn be_listeners(part: &Part) {
+    raise_descriptors();
+    say("ready");
+    let (mut crowd, mut sockets) = (Vec::new(), Vec::new());
+    while let Some(count) = listen() {
+        for _ in 0..count.parse().unwrap() {
+            let mut tenant = Tenant::attach_at(&part.socket);
+            for _ in 0..LISTENERS_OF_ONE {
+                let socket = listener();
+                tenant.ask_for(&listens(&socket));
+                sockets.push(socket);
+            }
+            crowd.push(tenant);
+        }
+        wait_for_looks(&part.socket);
+        say("said");
+    }
+}
+
+fn counter(stat: &Value, name: &str) -> u64 {
+    stat["counters"][name].as_u64().unwrap()
+}
+
+/// Several users of node 1 ask for connects to a port of node 2 without end, at `least` so many. Both nodes serve others
+/// meanwhile.
+fn flood(test: &str, nodes: &Nodes, port: u16, least: u64) {
+    let bystanders = nodes.daemons.each_ref().map(Bystander::new);
+    let before = nodes.server().stat();
+    let users = [ATTACKER, OTHER];
+    let socket = nodes.client().socket();
+    let mut restless = users.map(|user| Actor::start(test, "restless", &socket, user));
+    for actor in &mut restless {
+        actor.hear("ready");
+        actor.say(&port.to_string());
+    }
+    let end = Instant::now() + WATCH;
+    let mut longest = [Duration::ZERO; 2];
+    while Instant::now() < end {
+        for (at, daemon) in nodes.daemons.iter().enumerate() {
+            let took = bystanders[at].asks(daemon, "connects without end");
+            longest[at] = longest[at].max(took);
+        }
+    }
+    let after = nodes.server().stat();
+    let more = |name| counter(&after, name) - counter(&before, name);
+    let (incoming, turns) = (more("incoming"), more("turns"));
+    println!(
+        "{incoming} connects in {turns} turns; answers after {longest:?} at most; the longest turn took {} us",
+        counter(&after, "longest_turn_us")
+    );
+    assert!(incoming > least, "no flood: {incoming} connects");
+    // What is left of one turn comes first in the next, and then what has come meanwhile.
+    assert!(
+        incoming <= 2 * AT_ONCE * turns,
+        "{incoming} connects in {turns} turns of the control thread"
+    );
+}
+
+scene!(connects_without_end_to_a_socket_of_many_holders, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let holder = Actor::start(test, "dead holder", &nodes.server().socket(), ATTACKER);
+    let port = holder.hear("port").parse().unwrap();
+    flood(test, &nodes, port, 1000);
+});
+
+scene!(connects_without_end_to_who_listens, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    // Each of these is a stream, of which a user may have few under way.
+    flood(test, &nodes, server.address().port(), 100);
+});
+
+/// What the daemon says of this user's account.
+fn account(stat: &Value, uid: u32) -> Value {
+    let users = stat["users"].as_array().unwrap();
+    let user = users.iter().find(|user| user["uid"] == uid);
+    user.cloned().unwrap_or_default()
+}
+
+scene!(who_listens_much_does_so_on_an_account, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = nodes.server();
+    let mut actor = Actor::start(test, "listeners", &server.socket(), ATTACKER);
+    actor.hear("ready");
+    let says = |actor: &mut Actor, count: u32| {
+        actor.say(&count.to_string());
+        let said = actor.next_line(Duration::from_secs(60));
+        assert_eq!(said.as_deref(), Some("said"));
+    };
+    says(&mut actor, 2);
+    let one = LISTENERS_OF_ONE as u64;
+    assert_eq!(account(&server.stat(), ATTACKER)["listeners"], 2 * one);
+    says(&mut actor, 4);
+    let user = account(&server.stat(), ATTACKER);
+    assert_eq!(user["listeners"], LISTENERS, "{user:#}");
+    assert!(user["refused"]["listeners"].as_u64() >= Some(one));
+    assert_eq!(server.stat()["fabric"]["listeners"], LISTENERS);
+    // Others have theirs.
+    let _other = Server::deaf(server, 16);
+    // All of it goes with who had it.
+    actor.kill();
+    server.wait_until("it listens no more", |stat| {
+        account(stat, ATTACKER)["listeners"].as_u64().unwrap_or(0) == 0
+            && stat["fabric"]["listeners"] == 1
+    });
+});
+
+#[test]
+fn any_of_those_who_hold_a_socket_is_reached() {
+    let nodes = Nodes::start(["", ""]);
+    let server = nodes.server();
+    let listener = listener();
+    let mut crowd: Vec<Tenant> = (0..20).map(|_| Tenant::attach(server)).collect();
+    for _ in 0..2 {
+        // Said again, it counts once.
+        for tenant in &mut crowd {
+            tenant.ask_for(&listens(&listener));
+        }
+    }
+    wait_for_looks(&server.socket());
+    let own = nix::unistd::getuid().as_raw();
+    assert_eq!(account(&server.stat(), own)["listeners"], 20);
+    let SocketAddr::V4(to) = listener.local_addr().unwrap() else {
+        unreachable!()
+    };
+    let mut client = Client::at(&nodes.client().socket());
+    let mut reaches = |port| client.reach(port, to).ticket != 0;
+    assert!(reaches(2001));
+    // Whoever of them is left is enough: the first, or the one that has come last.
+    drop(crowd.drain(1..));
+    server.wait_until("the others have gone", |stat| {
+        account(stat, own)["listeners"] == 1
+    });
+    assert!(reaches(2002));
+    let mut last = Tenant::attach(server);
+    last.ask_for(&listens(&listener));
+    wait_for_looks(&server.socket());
+    crowd.clear();
+    server.wait_until("the first has gone", |stat| stat["tenants_now"] == 1);
+    assert!(reaches(2003));
+}
+
+/// Looks that never end, and the one who asked for them has hung up: a process in the middle of `exec`, which waits there for a
+/// file that does not answer.
+#[test]
+fn who_hangs_up_while_looks_at_it_wait_is_watched_no_more() {
+    if let Some(part) = Part::of_this() {
+        return be_file_system(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let (mut told, tells) = io::pipe().unwrap();
+    let (is_told, mut tell) = io::pipe().unwrap();
+    let socket = daemon.socket();
+    let start = |_| {
+        let mut command = Command::new("true");
+        // SAFETY: nothing there rests on other threads.
+        unsafe { command.pre_exec(move || ask_and_hang_up(&socket, &tells, &is_told)) };
+        // Does not come back before the program runs.
+        std::thread::spawn(move || command.status());
+        // The process is there, and attached.
+        told.read_exact(&mut [0]).unwrap();
+    };
+    let test = "who_hangs_up_while_looks_at_it_wait_is_watched_no_more";
+    let Some((file, ())) = SilentFile::open_for(test, start) else {
+        return;
+    };
+    daemon.signal(Signal::SIGSTOP);
+    tell.write_all(b".").unwrap();
+    // Nothing tells how far it is: to look would be to wait.
+    std::thread::sleep(Duration::from_millis(500));
+    daemon.signal(Signal::SIGCONT);
+    daemon.wait_until("looks wait", |stat| {
+        stat["looks_now"].as_u64() >= Some(AT_ONCE)
+    });
+    let turns = daemon.counter("turns");
+    std::thread::sleep(Duration::from_secs(1));
+    let turns = daemon.counter("turns") - turns;
+    println!("{turns} turns");
+    assert!(
+        turns < 200,
+        "{turns} turns of the control thread for nothing"
+    );
+    honest.promotion();
+    // The rest of what it said is read, and its end.
+    drop(file);
+    daemon.wait_until("it is gone", |stat| stat["tenants_now"] == 2);
+}
+
+/// In a child of this process: attaches, says so, and when it is told to, asks for more looks than are taken at once, and
+/// hangs up.
+fn ask_and_hang_up(socket: &Path, mut says: &PipeWriter, mut told: &PipeReader) -> io::Result<()> {
+    let mut tenant = Tenant::attach_at(socket);
+    says.write_all(b".")?;
+    told.read_exact(&mut [0])?;
+    let (connector, accepted) = tcp_pair();
+    for number in 0..15 {
+        let claim = announcement(number, 1, &connector, 1);
+        // It may be shared, so a porter looks for others that hold it.
+        tenant.memory.put(&Request { extra: 1, ..claim });
+    }
+    tenant.kick();
+    let own = TcpListener::bind("127.0.0.1:0")?;
+    for number in 0..60 {
+        let question = Between {
+            question: number,
+            netns: tenant::netns_of(&own),
+            local: octets(Ipv4Addr::LOCALHOST),
+            peer: octets(Ipv4Addr::LOCALHOST),
+            local_port: 1,
+            peer_port: 1,
+            fd: own.as_raw_fd(),
+            reserved: 0,
+        };
+        tenant.send(Message::new(kind::REACH, &question).as_bytes(), &[]);
+    }
+    shutdown(tenant.socket.as_raw_fd(), Shutdown::Both)?;
+    // They go with the program that is to come.
+    std::mem::forget((tenant, connector, accepted, own));
+    Ok(())
+}
