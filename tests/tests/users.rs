@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use rdsock_tests::{Daemon, Folder, Program, why};
+use rdsock_tests::{Daemon, Folder, Program, place, why};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -211,4 +211,57 @@ fn a_client_does_not_silence_the_server_for_other_users() {
         println!("{said}");
     }
     assert!(silencer.ended().is_none(), "{}", silencer.output());
+}
+
+/// Has a stream, and a name that clears the screen, begins a line and turns the rest of it round.
+const ODD: &str = r#"
+import ctypes, os, socket, time
+name = "\x1b[2J\u009bK\n\u202eui".encode()
+assert ctypes.CDLL(None).prctl(15, name, 0, 0, 0) == 0
+"".encode("idna")
+os.setgroups([]); os.setgid(64011); os.setuid(64011)
+listener = socket.create_server(("127.0.0.1", 0))
+connector = socket.create_connection(listener.getsockname())
+accepted = listener.accept()[0]
+print("ready", flush=True)
+while True:
+    for one, other in ((connector, accepted), (accepted, connector)):
+        one.sendall(b"text")
+        assert other.recv(4, socket.MSG_WAITALL) == b"text"
+    time.sleep(0.05)
+"#;
+
+#[test]
+fn no_name_of_a_program_does_something_to_a_terminal() {
+    // SAFETY: it only asks.
+    if unsafe { libc::geteuid() } != 0 {
+        return eprintln!("SKIPPED, NOTHING WAS CHECKED: only root may change its user");
+    }
+    const NAME: &str = "\x1b[2J\u{9b}K\n\u{202e}ui";
+    let (folder, mut daemon) = (Folder::new(), Daemon::start("log_level = \"trace\"\n"));
+    let mut program = Program::new("python3", folder.path())
+        .arg("-c")
+        .arg(ODD)
+        .preloaded(&daemon.socket())
+        .start();
+    program.wait_for_output("ready", LIMIT);
+    let programs = why::ask(&daemon.socket(), None).connections;
+    assert!(programs.iter().any(|c| c.program == NAME), "{programs:#?}");
+    let rdsock = |args: &str| {
+        Program::new(place::binary("rdsock"), folder.path())
+            .args(args)
+            .env("RDSOCK_SOCKET", daemon.socket())
+            .run(LIMIT)
+    };
+    let pid = program.pid();
+    let mut said: Vec<String> = ["why", &format!("why {pid}"), "stat"].map(rdsock).into();
+    for text in &said {
+        assert!(text.contains("ui"), "{text:?}");
+    }
+    said.push(daemon.log());
+    for text in said {
+        let is_bad = |letter: char| letter.is_control() && letter != '\n' || letter == '\u{202e}';
+        assert!(!text.contains(is_bad), "{text:?}");
+        assert!(!text.lines().any(|line| line.starts_with("ui")), "{text:?}");
+    }
 }
