@@ -3,7 +3,7 @@
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::end::Shared;
-use rdsock_shm::layout::{BellBoard, DATA_OFFSET, MAX_RING, MIN_RING, StreamHeader};
+use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, MAX_RING, MIN_RING, StreamHeader};
 use rdsock_shm::ring::RingMemory;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering::*};
@@ -54,11 +54,22 @@ impl std::ops::Deref for Stream {
     }
 }
 
+/// Maps a peer's bell board: its bells, null where `fd` is -1. `None` when it cannot be mapped.
+fn map_bells(fd: c_int) -> Option<*const Bell> {
+    if fd < 0 {
+        return Some(std::ptr::null());
+    }
+    let board = sys::map(fd, size_of::<BellBoard>())?;
+    // SAFETY: just mapped, with this size.
+    Some(unsafe { board.add(offset_of!(BellBoard, bells)) }.cast())
+}
+
 /// The bytes of an end page's mapping.
 const END_PAGE: usize = 4096;
 
 impl Stream {
-    /// Maps what the daemon has sent. `None` when it does not fit together or cannot be mapped.
+    /// Maps what the daemon has sent. The last of `fds` is -1 where this end does not get the peer's bells. `None` when it does
+    /// not fit together or cannot be mapped.
     pub fn map(
         fds: [c_int; 3],
         ring_size: u64,
@@ -72,15 +83,17 @@ impl Stream {
             && data_offset.is_multiple_of(64)
             && end < 2;
         let [memory, page, bells] = fds;
+        let has_bells = bells >= 0;
         // Sizes are looked at once, so none may become smaller later: the bells are another tenant's.
-        if !fds.into_iter().all(sys::cannot_shrink) {
+        let mut all = fds.into_iter().filter(|fd| has_bells || *fd != bells);
+        if !all.all(sys::cannot_shrink) {
             return None;
         }
         let mapped = sys::file_size(memory)?;
         if !sound
             || mapped < data_offset + 2 * ring_size
             || sys::file_size(page)? < END_PAGE as u64
-            || sys::file_size(bells)? < size_of::<BellBoard>() as u64
+            || has_bells && sys::file_size(bells)? < size_of::<BellBoard>() as u64
         {
             return None;
         }
@@ -94,7 +107,7 @@ impl Stream {
             unsafe { sys::unmap(header, mapped) };
             return None;
         };
-        let Some(peer_bells) = sys::map(bells, size_of::<BellBoard>()) else {
+        let Some(peer_bells) = map_bells(bells) else {
             // SAFETY: just mapped, unused.
             unsafe {
                 sys::unmap(header, mapped);
@@ -112,12 +125,12 @@ impl Stream {
                 )
             }
         };
-        // SAFETY: inside of what was mapped: the first ring's place leaves room for the header, and the board has its size.
+        // SAFETY: inside of what was mapped: the first ring's place leaves room for the header.
         let shared = unsafe {
             Shared::new(
                 header.add(offset_of!(StreamHeader, directions)).cast(),
                 end_page.cast(),
-                peer_bells.add(offset_of!(BellBoard, bells)).cast(),
+                peer_bells,
                 [ring(0), ring(1)],
                 end,
             )
@@ -131,10 +144,12 @@ impl Stream {
         // SAFETY: the stream is consumed, and its users have gone; each is where `map` has put it.
         unsafe {
             let header = directions.byte_sub(offset_of!(StreamHeader, directions));
-            let board = bells.byte_sub(offset_of!(BellBoard, bells));
             sys::unmap(header.cast_mut().cast(), self.mapped);
             sys::unmap(page.cast_mut().cast(), END_PAGE);
-            sys::unmap(board.cast_mut().cast(), size_of::<BellBoard>());
+            if !bells.is_null() {
+                let board = bells.byte_sub(offset_of!(BellBoard, bells));
+                sys::unmap(board.cast_mut().cast(), size_of::<BellBoard>());
+            }
         }
     }
 }

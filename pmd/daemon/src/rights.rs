@@ -326,6 +326,13 @@ impl Rights {
         sender == owner.pid
     }
 
+    /// May a user's program ring another program's bells? It could also take off the board what others have rung, and say that
+    /// nobody sleeps: so nobody may but a program of the same user. Not even root's: it may give up being root, and keeps
+    /// the board.
+    pub fn may_ring(uid: u32, owner: u32) -> bool {
+        uid == owner
+    }
+
     /// May a user be told of another one's programs and streams?
     pub fn may_see(asker: u32, other: u32) -> bool {
         Self::sees_all(asker) || asker == other

@@ -19,6 +19,7 @@ use crate::book::{Book, Conn, Stream};
 use crate::channel::Outgoing;
 use crate::fabric::octets;
 use crate::memory::{DirectionView, HugePages, StreamFds, make_stream};
+use crate::rights::Rights;
 
 /// Streams for which there is memory ahead of time, at most.
 const STOCK: usize = 8;
@@ -28,13 +29,22 @@ const STOCK: usize = 8;
 pub struct Memory {
     stream: Arc<Paid>,
     ends: [Arc<Paid>; 2],
-    /// The bell boards of the tenants that announced the two ends.
-    bells: [Arc<Paid>; 2],
+    /// The bell boards of the tenants that announced the two ends, for those who may ring them.
+    bells: [Option<Bells>; 2],
     ring_size: u64,
     /// Made of huge pages.
     pub huge: bool,
     /// Where the other end is, when that is on another node.
     pub elsewhere: Option<Elsewhere>,
+}
+
+/// A tenant's bell board.
+#[derive(Clone, Debug)]
+pub struct Bells {
+    /// The board.
+    pub board: Arc<Paid>,
+    /// The tenant's user.
+    pub uid: u32,
 }
 
 /// The other end of a stream, on another node. On this host, the daemon stands for it.
@@ -71,18 +81,11 @@ impl Elsewhere {
 }
 
 impl Memory {
-    /// An end is handed to another tenant, with this bell board.
-    pub fn hand_anew(&mut self, end: usize, bells: Arc<Paid>) {
-        if let Some(place) = self.bells.get_mut(end) {
-            *place = bells;
-        }
-    }
-
     /// From the descriptors of a new stream, and what it costs its payer: `None` for one to another node, which costs
     /// from before it is promoted.
     pub fn new(
         fds: StreamFds,
-        bells: [Arc<Paid>; 2],
+        bells: [Option<Bells>; 2],
         ring_size: u64,
         charge: Option<Charge>,
         elsewhere: Option<Elsewhere>,
@@ -260,8 +263,8 @@ impl Streams {
         self.looked_after.remove(&id);
     }
 
-    /// The PROMOTE message for a connection that holds an end.
-    pub fn promotion(&self, conn: Conn) -> Option<Outgoing> {
+    /// The PROMOTE message for a connection of this user that holds an end.
+    pub fn promotion(&self, conn: Conn, uid: u32) -> Option<Outgoing> {
         let (stream_id, end) = self.book.seat_of(conn)?;
         let memory = &self.book.stream(stream_id)?.memory;
         let elsewhere = memory.elsewhere.as_ref();
@@ -289,14 +292,14 @@ impl Streams {
             node: elsewhere.map_or(0, |elsewhere| elsewhere.node.into()),
             reserved: 0,
         };
-        let fds = [
-            &memory.stream,
-            memory.ends.get(end)?,
-            memory.bells.get(1 - end)?,
-        ];
+        let mut fds = vec![memory.stream.clone(), memory.ends.get(end)?.clone()];
+        // Whoever has the end by now, maybe by inheritance.
+        let bells = memory.bells.get(1 - end)?.as_ref();
+        let bells = bells.filter(|bells| Rights::may_ring(uid, bells.uid));
+        fds.extend(bells.map(|bells| bells.board.clone()));
         Some(Outgoing {
             bytes: Message::new(kind::PROMOTE, &promote).as_bytes().to_vec(),
-            fds: fds.map(Arc::clone).to_vec(),
+            fds,
         })
     }
 }

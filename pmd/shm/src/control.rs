@@ -25,7 +25,8 @@ pub mod kind {
     pub const REFUSED: u16 = 3;
     /// T→D: look at your queue. No body.
     pub const KICK: u16 = 4;
-    /// D→T, fds: stream memory, end page, peer's bell board. Body: [`super::Promote`].
+    /// D→T, fds: stream memory, end page, and the peer's bell board where this tenant may ring it: where the peer is of the
+    /// same user, on this host. Body: [`super::Promote`].
     pub const PROMOTE: u16 = 5;
     /// T→D: is this inherited socket a stream? Body: [`super::Lookup`].
     pub const LOOKUP: u16 = 6;

@@ -8,7 +8,7 @@
 use crate::sync::{AtomicI32, AtomicU32, AtomicU64};
 
 /// Version of every layout in this file and of the control messages; both sides must agree.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// First word of a [`StreamHeader`].
 pub const STREAM_MAGIC: u64 = u64::from_le_bytes(*b"rdsockST");

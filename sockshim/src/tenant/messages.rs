@@ -96,7 +96,7 @@ pub(super) fn read_messages(guard: &Guard) {
         match message {
             kind::PROMOTE => {
                 if let Some(promote) = control::from_bytes(body)
-                    && fds.iter().all(|fd| *fd >= 0)
+                    && fds.iter().take(2).all(|fd| *fd >= 0)
                 {
                     follow(guard, Offer { promote, fds });
                     continue;

@@ -18,7 +18,8 @@ use rdsock_shm::layout::Counter;
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
-/// What the daemon offers for a connection: the fds of a stream's memory.
+/// What the daemon offers for a connection: the fds of a stream's memory, of the end page, and of the peer's bell board, which is
+/// -1 where the daemon keeps that from this end.
 #[derive(Debug)]
 pub struct Offer {
     pub(super) promote: Promote,
@@ -30,7 +31,7 @@ pub(super) static LOOKING_UP: AtomicU32 = AtomicU32::new(0);
 
 impl Offer {
     pub(super) fn close(self) {
-        for fd in self.fds {
+        for fd in self.fds.into_iter().filter(|fd| *fd >= 0) {
             close_hidden(fd);
         }
     }
@@ -75,7 +76,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
         // SAFETY: the lock is held.
         unsafe {
             conn.set_offer(Offer {
-                fds: offer.fds.map(hide),
+                fds: offer.fds.map(|fd| if fd >= 0 { hide(fd) } else { fd }),
                 ..offer
             })
         };

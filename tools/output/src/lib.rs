@@ -3,12 +3,16 @@
 //! Standard output that is full or closed is an error that the program ends with; a reader that has gone ends it quietly.
 //! What can't be said on standard error is lost. Nothing here panics, as `println!` and `eprintln!` do: programs that
 //! print by this crate deny both.
+//!
+//! Text does nothing to a terminal: what would is written out ([`in_line`]). JSON goes another way, as it is ([`json`]).
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod folder;
+mod plain;
 
 pub use folder::fill;
+pub use plain::in_line;
 
 use std::fmt::{Arguments, Display};
 use std::io::{self, Write};
@@ -50,10 +54,15 @@ fn judge(done: io::Result<()>) -> Result<(), OutputError> {
 
 /// Writes to standard output, all of it and at once. See [`line!`].
 pub fn write(text: Arguments) -> Result<(), OutputError> {
-    bytes(text.to_string().as_bytes())
+    bytes(plain::lines(&text.to_string()).as_bytes())
 }
 
-/// Likewise.
+/// Writes a line of JSON to standard output, as it is.
+pub fn json(text: impl Display) -> Result<(), OutputError> {
+    bytes(format!("{text}\n").as_bytes())
+}
+
+/// Writes to standard output what is as it should be.
 pub fn bytes(text: &[u8]) -> Result<(), OutputError> {
     let mut out = io::stdout().lock();
     judge(out.write_all(text).and_then(|()| out.flush()))
@@ -75,7 +84,8 @@ pub fn complain(program: &str, text: impl Display) {
 /// Writes a line to standard error.
 pub fn say(text: impl Display) {
     // Nobody is left to be told that this fails.
-    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
+    let text = format!("{text}\n");
+    let _ = io::stderr().write_all(plain::lines(&text).as_bytes());
 }
 
 /// Says why a program ends. Quiet when that is since nobody reads its output any more.

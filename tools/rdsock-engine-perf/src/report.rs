@@ -61,7 +61,7 @@ pub fn print(plan: &Plan, outcomes: &[Outcome]) -> Result<(), OutputError> {
     for outcome in outcomes {
         let line = Line::new(plan, outcome);
         if plan.json {
-            line!("{}", serde_json::json!(line))?;
+            rdsock_output::json(serde_json::json!(line))?;
         } else {
             line!(
                 "{:<13}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8.0}{:>11.3}{:>10.3}{:>10.3}{:>10.3}{:>9.3}",

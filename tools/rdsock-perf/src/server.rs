@@ -21,9 +21,8 @@ pub fn run(plan: &ServerPlan) -> Result<()> {
     let listener = Listener::bind(&plan.address)?;
     if plan.json {
         let address = listener.address.to_string();
-        line!(
-            "{}",
-            json!({"event": "listening", "pid": std::process::id(), "address": address})
+        rdsock_output::json(
+            json!({"event": "listening", "pid": std::process::id(), "address": address}),
         )?;
     } else {
         line!("listening at {}", listener.address)?;

@@ -1,12 +1,32 @@
 //! How the tool prints tables and sizes.
 
+use std::fmt::{self, Display, Formatter};
+
 use comfy_table::{ContentArrangement, Table, presets};
+use rdsock_output::in_line;
+
+/// A table, which shows of its cells what does nothing to a terminal.
+#[derive(Debug)]
+pub struct Rows(Table);
+
+impl Rows {
+    /// One more row.
+    pub fn add_row<const N: usize>(&mut self, cells: [String; N]) {
+        self.0.add_row(cells.each_ref().map(|cell| in_line(cell)));
+    }
+}
+
+impl Display for Rows {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// An empty table with a heading, as wide as the terminal.
-pub fn table<const N: usize>(heading: [&str; N]) -> Table {
+pub fn table<const N: usize>(heading: [&str; N]) -> Rows {
     let table = Table::new();
     let width = table.width();
-    laid_out(table, width, heading)
+    Rows(laid_out(table, width, heading))
 }
 
 /// Columns of a terminal that has not said how many it has: that of a serial console says 0.
@@ -51,6 +71,16 @@ mod tests {
             assert!(show(width).contains("0000:03:00.0"), "{}", show(width));
         }
         assert!(!show(22).contains("0000:03:00.0"), "{}", show(22));
+    }
+
+    #[test]
+    fn a_name_makes_no_row_of_its_own() {
+        let mut rows = table(["PROGRAM", "FD"]);
+        let name = "\x1b]0;title\x07\x1b[2J\nforged  3";
+        rows.add_row([name.to_owned(), "4".to_owned()]);
+        let shown = rows.to_string();
+        assert_eq!(shown.lines().count(), 2, "{shown:?}");
+        assert!(!shown.contains(|letter: char| letter.is_control() && letter != '\n'));
     }
 
     #[test]

@@ -549,9 +549,7 @@ impl Daemon {
         // Without them it gets a wake byte each time.
         let own_board = tenant.may_be_rung.then(|| Board::new(&tenant.bells));
         let own_board = own_board.transpose().map_err(|_| Reason::NoMemory)?;
-        let bells = tenant.bells.clone();
         let fabric = self.fabric.as_mut().ok_or(Reason::NoDevice)?;
-        let board = fabric.board();
         let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;
         let Route { local, peer, netns } = announced.route;
         let (cookie, inode) = match carried.anchor {
@@ -600,22 +598,17 @@ impl Daemon {
         };
         match fds {
             Some(fds) => {
-                let boards = match stream.end {
-                    0 => [bells, board],
-                    _ => [board, bells],
-                };
                 let bytes = fds.bytes;
                 let ring_size = stream.memory.ring_size();
-                let memory = Memory::new(fds, boards, ring_size, None, Some(elsewhere));
+                // The poll core alone rings the tenant's bells.
+                let memory = Memory::new(fds, [None, None], ring_size, None, Some(elsewhere));
                 self.journal.counters.streams_opened += 1;
                 self.streams.open(ticket, ends, bytes, memory);
             }
             // Who was handed it has forked before it came to that: this is the child.
             None => {
                 let before = self.streams.close(ticket).ok_or(Reason::Shared)?;
-                let mut memory = before.memory;
-                memory.hand_anew(stream.end, bells);
-                self.streams.open(ticket, ends, before.bytes, memory);
+                self.streams.open(ticket, ends, before.bytes, before.memory);
             }
         }
         // The daemon is no tenant that holds it.

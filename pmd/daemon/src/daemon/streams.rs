@@ -1,19 +1,19 @@
 //! Streams: made, handed out, found again, given back.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
-use crate::accounts::{Paid, Thing};
+use crate::accounts::Thing;
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
 use crate::memory::rounded;
 use crate::porters::Owner;
-use crate::streams::Memory;
+use crate::rights::Rights;
+use crate::streams::{Bells, Memory};
 
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
 const FIRST_LOOK: Duration = Duration::from_millis(50);
@@ -42,11 +42,13 @@ impl Daemon {
             self.log_over(over, uid, 0);
             Reason::Limit
         })?;
-        let bells = |end: &Announced| -> Result<Arc<Paid>, Reason> {
+        let bells = |end: &Announced, other: &Announced| -> Result<Option<Bells>, Reason> {
             let tenant = self.connections.tenant(end.conn.tenant);
-            Ok(tenant.ok_or(Reason::Unverified)?.bells.clone())
+            let board = tenant.ok_or(Reason::Unverified)?.bells.clone();
+            let uid = end.uid;
+            Ok(Rights::may_ring(other.uid, uid).then_some(Bells { board, uid }))
         };
-        let bells = [bells(&ends[0])?, bells(&ends[1])?];
+        let bells = [bells(&ends[0], &ends[1])?, bells(&ends[1], &ends[0])?];
         let made = self.streams.make_memory(ring_size, self.config.huge_pages);
         let (id, fds) = made.map_err(|error| {
             let what = "can't make a stream's memory";
@@ -85,7 +87,8 @@ impl Daemon {
 
     /// The PROMOTE message for a connection that holds an end.
     pub(super) fn promotion(&self, conn: Conn) -> Option<Outgoing> {
-        self.streams.promotion(conn)
+        let tenant = self.connections.tenant(conn.tenant)?;
+        self.streams.promotion(conn, tenant.passport.peer.uid)
     }
 
     pub(super) fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) {

@@ -11,7 +11,7 @@ pub use config::{Device, FabricConfig, NodeConfig};
 pub use listeners::{Listeners, Listening};
 pub use routes::follow;
 
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
 use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
 use crate::confine::Confinement;
@@ -142,8 +142,6 @@ pub struct Control {
     giving_back: bool,
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
-    /// Handed out in place of a peer's bell board; nobody looks at it.
-    board: Arc<Paid>,
     /// Streams by ticket.
     pub carried: HashMap<u64, Carried>,
     /// Who waits for which of them to be established.
@@ -238,7 +236,6 @@ impl Control {
             wanted_back,
             giving_back: false,
             listeners,
-            board: Arc::new(Paid::free(crate::memory::make_board()?)),
             carried: HashMap::new(),
             asking: HashMap::new(),
             promised: HashMap::new(),
@@ -358,11 +355,6 @@ impl Control {
     /// Tells a poll core something.
     pub fn command(&mut self, command: Command) {
         self.poller.command(command);
-    }
-
-    /// The board that is handed out in place of a peer's.
-    pub fn board(&self) -> Arc<Paid> {
-        self.board.clone()
     }
 
     /// The next notice; `None` when the poll cores will wake the control thread for the next one.

@@ -9,8 +9,7 @@ mod tenant;
 mod whole;
 
 pub use stream::{
-    DirectionView, HUGE_PAGE, HugePages, StreamFds, make_board, make_stream, make_stream_with,
-    rounded,
+    DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, make_stream_with, rounded,
 };
 pub use tenant::{BadMemory, Bells, ConnView, TenantMap};
 pub use whole::can_be_whole;

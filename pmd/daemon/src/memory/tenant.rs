@@ -17,8 +17,8 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
-use super::make_board;
 use super::sealed::Sealed;
+use super::stream::make_board;
 use super::whole::{can_be_whole, is_whole};
 use super::{u32_at, u64_at};
 

@@ -1,6 +1,6 @@
 //! Each operation by itself.
 
-use crate::pair::{Gave, Program, RING, stream};
+use crate::pair::{Gave, Program, RING, Wire, stream, stream_over};
 use rdsock_shm::end::{How, Received, Sleeper};
 use rdsock_shm::layout::{mark, phase, want};
 use rdsock_shm::reason::Reason;
@@ -136,6 +136,31 @@ fn a_sleeper_is_woken_by_one_token_that_no_program_sees() {
 }
 
 /// Whoever is counted in has not looked yet, and a token that is taken away would let it sleep on.
+/// Nobody rings the bell of another user's program: who asks for that has a place on its board all the same.
+#[test]
+fn who_has_no_bells_of_its_peer_sends_a_token() {
+    let place = rdsock_shm::bell::Place { bell: 2, bit: 9 };
+    let tokens = |wire| {
+        let mut tokens = [0; 2];
+        stream_over(wire, true, |a, b| {
+            let ask = &b.shared.incoming().bytes;
+            ask.place.store(place.to_word(), Relaxed);
+            let before = b.side.on_anchor();
+            for sent in &mut tokens {
+                b.end().ask_for_bytes(want::BELL);
+                assert_eq!(a.send(b"x"), Some(1));
+                // Not taken twice, and nobody waits for the end of it.
+                assert_eq!(ask.want.load(Relaxed), 0);
+                *sent = b.side.on_anchor() - before;
+            }
+        });
+        tokens
+    };
+    assert_eq!(tokens(Wire::between_users()), [1, 2]);
+    // Nobody sleeps on the bell.
+    assert_eq!(tokens(Wire::new()), [0, 0]);
+}
+
 #[test]
 fn a_second_sleeper_leaves_the_token_to_the_first() {
     stream(true, |a, b| {

@@ -43,7 +43,7 @@ impl Pipe {
 pub struct Wire {
     directions: Box<[Direction; 2]>,
     memory: [Box<[Cell<u8>]>; 2],
-    bells: Box<[Bell; BELLS]>,
+    bells: Option<Box<[Bell; BELLS]>>,
     pipes: [Pipe; 2],
 }
 
@@ -80,13 +80,21 @@ impl Wire {
                 vec![Cell::new(0); RING].into(),
             ],
             // SAFETY: as above.
-            bells: unsafe { zeroed() },
+            bells: Some(unsafe { zeroed() }),
             pipes: Default::default(),
         };
         for direction in &*wire.directions {
             direction.producer.switch_at.store(NOT_SWITCHED, Relaxed);
         }
         wire
+    }
+
+    /// Of two users, who have no bells of each other.
+    pub fn between_users() -> Self {
+        Wire {
+            bells: None,
+            ..Self::new()
+        }
     }
 
     /// Its two ends.
@@ -115,7 +123,7 @@ impl Wire {
             Shared::new(
                 self.directions.as_ptr(),
                 &raw const *side.page,
-                self.bells.as_ptr(),
+                (self.bells.as_ref()).map_or(std::ptr::null(), |bells| bells.as_ptr()),
                 [ring(0), ring(1)],
                 side.number as u32,
             )
@@ -434,7 +442,11 @@ impl<'a> Program<'a> {
 
 /// Calls `with` with both ends of a stream, mapped, and with `on_rings` moved to the rings.
 pub fn stream(on_rings: bool, with: impl FnOnce(&Program<'_>, &Program<'_>)) {
-    let wire = Wire::new();
+    stream_over(Wire::new(), on_rings, with);
+}
+
+/// The same over this connection.
+pub fn stream_over(wire: Wire, on_rings: bool, with: impl FnOnce(&Program<'_>, &Program<'_>)) {
     let [one, other] = wire.sides();
     let (one, other) = (Program::new(&one), Program::new(&other));
     one.map();

@@ -6,7 +6,6 @@ use crate::outcome::Outcome;
 use crate::pattern::Pattern;
 use crate::plan::{Mode, Wait};
 use crate::wire::Order;
-use rdsock_output::line;
 use serde_json::json;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
@@ -25,9 +24,8 @@ impl Control {
     /// Tells the parent that `link` is connected, and begins to listen to it.
     pub fn start(link: &Link) -> Result<Self> {
         let (local, peer) = link.ends()?;
-        line!(
-            "{}",
-            json!({"event": "connected", "pid": std::process::id(), "local": local, "peer": peer})
+        rdsock_output::json(
+            json!({"event": "connected", "pid": std::process::id(), "local": local, "peer": peer}),
         )?;
         let (send, words) = sync_channel(4);
         std::thread::spawn(move || {
@@ -71,7 +69,7 @@ impl Control {
 
     /// Prints the result, and keeps the connection until the parent says `finish`.
     pub fn report_and_wait(&mut self, outcome: &Outcome) -> Result<()> {
-        line!("{}", json!({"event": "result", "result": outcome}))?;
+        rdsock_output::json(json!({"event": "result", "result": outcome}))?;
         while !self.heard("finish", Duration::from_secs(3600))? {}
         Ok(())
     }

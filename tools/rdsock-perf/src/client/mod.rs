@@ -44,7 +44,7 @@ pub fn run(plan: &ClientPlan) -> Result<()> {
     let outcome = measure(plan, &link, &clock)?;
     match &mut control {
         Some(control) => control.report_and_wait(&outcome),
-        None if plan.json => Ok(line!("{}", serde_json::json!(outcome))?),
+        None if plan.json => Ok(rdsock_output::json(serde_json::json!(outcome))?),
         None => Ok(line!("{outcome}")?),
     }
 }

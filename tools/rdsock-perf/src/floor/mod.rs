@@ -21,7 +21,7 @@ pub fn run(plan: &FloorPlan) -> Result<()> {
         _ => ring::run(plan, &clock)?,
     };
     if plan.json {
-        print_line!("{}", json!({"event": "result", "result": outcome}))?;
+        rdsock_output::json(json!({"event": "result", "result": outcome}))?;
     } else {
         print_line!("{outcome}")?;
         if let Some(bytes) = outcome.ring_bytes {

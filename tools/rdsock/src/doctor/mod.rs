@@ -67,7 +67,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<ExitCode, OutputError> {
     let usable = findings.iter().all(|finding| finding.health != Health::Bad);
     if args.json {
         let findings = serde_json::json!({ "usable": usable, "findings": findings });
-        line!("{findings}")?;
+        rdsock_output::json(findings)?;
     } else {
         print(&findings, usable)?;
     }

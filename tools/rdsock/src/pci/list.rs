@@ -19,7 +19,7 @@ pub fn devices(args: &DevicesArgs) -> Result<ExitCode, OutputError> {
     if args.json {
         let loaded = files.has_driver(MODULE);
         let found = serde_json::json!({ "module_loaded": loaded, "devices": functions });
-        line!("{found}")?;
+        rdsock_output::json(found)?;
         return Ok(ExitCode::SUCCESS);
     }
     if functions.is_empty() {

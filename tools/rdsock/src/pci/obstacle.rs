@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use rdsock_output::in_line;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use super::function::{Address, Member};
@@ -102,7 +103,8 @@ impl fmt::Display for Obstacle {
                 f.write_str("it is open in a process that can't be seen from here")
             }
             Obstacle::Open(processes) => {
-                let process = |process: &Process| format!("{} ({})", process.program, process.pid);
+                let process =
+                    |process: &Process| format!("{} ({})", in_line(&process.program), process.pid);
                 let processes: Vec<String> = processes.iter().map(process).collect();
                 write!(f, "it is open in {}", processes.join(", "))
             }

@@ -113,12 +113,12 @@ pub fn stat(args: &StatArgs) -> Result<ExitCode, StatError> {
         let daemon = Daemon::find()?.ok_or(StatError::NoDaemon)?;
         if args.json {
             let answer: Value = daemon.ask(question::STAT)?;
-            line!("{answer}")?;
+            rdsock_output::json(answer)?;
         } else {
             let stat: Stat = daemon.ask(question::STAT)?;
             if args.watch.is_some() && std::io::stdout().is_terminal() {
                 // Home, and clear what is below.
-                rdsock_output::write(format_args!("\x1b[H\x1b[2J"))?;
+                rdsock_output::bytes(b"\x1b[H\x1b[2J")?;
             }
             print(&stat)?;
         }

@@ -9,7 +9,7 @@ mod table;
 
 use std::process::ExitCode;
 
-use rdsock_output::{OutputError, line};
+use rdsock_output::OutputError;
 use rdsock_shm::control::question;
 
 use crate::cli::WhyArgs;
@@ -52,7 +52,7 @@ pub fn why(args: &WhyArgs) -> Result<ExitCode, WhyError> {
     }
     let report = Report::new(daemon.as_ref(), answer, args.pid, &mut machine);
     if args.json {
-        line!("{}", report.to_json())?;
+        rdsock_output::json(report.to_json())?;
     } else {
         table::print(&report, args.pid)?;
     }

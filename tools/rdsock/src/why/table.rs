@@ -1,6 +1,6 @@
 //! The report for people.
 
-use rdsock_output::{OutputError, line};
+use rdsock_output::{OutputError, in_line, line};
 
 use super::report::Report;
 use crate::show::table;
@@ -13,7 +13,8 @@ pub fn print(report: &Report, pid: Option<i32>) -> Result<(), OutputError> {
     }?;
     for process in &report.processes {
         if let Some(reason) = &process.reason {
-            line!("{} ({}): {reason}", process.program, process.pid)?;
+            let (program, reason) = (in_line(&process.program), in_line(reason));
+            line!("{program} ({}): {reason}", process.pid)?;
         }
     }
     for pid in &report.not_looked_at {
