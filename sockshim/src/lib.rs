@@ -28,6 +28,7 @@ mod epoll;
 mod handing_over;
 mod io;
 mod known;
+mod limits;
 mod locked;
 mod names;
 mod options;

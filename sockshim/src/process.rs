@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, born};
 use crate::io::TcpInfo;
-use crate::{between, children, clock, demote, epoll, real, stream, sys, tenant, wait};
+use crate::{between, children, clock, demote, epoll, limits, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -42,9 +42,10 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     real::resolve();
     // SAFETY: it takes nothing, and no other thread runs yet.
     unsafe { rdsock_find_memcpy() };
-    // In a program of another libc it does nothing: every call is that libc's own.
-    // SAFETY: asks for a number.
-    if unsafe { rdsock_is_glibc() } == 0 {
+    // In a program of another libc it does nothing: every call is that libc's own. Nor in one that has rights which its
+    // caller lacks (set-user-id, say), whose environment is the caller's.
+    // SAFETY: both ask for a number.
+    if unsafe { rdsock_is_glibc() == 0 || rdsock_is_privileged() != 0 } {
         return;
     }
     // SAFETY: the loader's array, and the program cannot change it yet.
@@ -56,6 +57,8 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     let spin = env(c"RDSOCK_SPIN_US")
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse().ok());
+    // SAFETY: no other thread runs yet.
+    unsafe { limits::start(env(c"RDSOCK_TEST_LIMITS")) };
     wait::start(spin, cores());
     tenant::start(env(c"RDSOCK_SOCKET"), disabled);
     if !disabled {
@@ -84,6 +87,8 @@ unsafe extern "C" {
     fn rdsock_at_exit(last: extern "C" fn(*mut libc::c_void)) -> c_int;
     /// Of `csrc/libc.c`: whether this is the libc that the shim was made for.
     fn rdsock_is_glibc() -> c_int;
+    /// Of `csrc/libc.c`: whether the program was given rights that its caller lacks.
+    fn rdsock_is_privileged() -> c_int;
 }
 
 /// Has libc call us around each `fork`.
