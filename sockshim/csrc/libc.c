@@ -14,8 +14,8 @@ extern unsigned long getauxval(unsigned long) __attribute__((weak));
 extern void __chk_fail(void) __attribute__((weak, noreturn));
 
 /* What the compiler names as the handler of unwinding, which the shim never does. For itself alone: a program may have one
- * of this name. */
-__attribute__((visibility("hidden"))) void rust_eh_personality(void)
+ * of this name. Weak, for the shim's unit tests, which have the standard library's. */
+__attribute__((weak, visibility("hidden"))) void rust_eh_personality(void)
 {
     __builtin_trap();
 }

@@ -82,6 +82,7 @@ struct Set {
 struct Limit {
     name: &'static str,
     kind: &'static str,
+    default: u64,
     range: RangeInclusive<u64>,
     set: fn(u64) -> Option<Set>,
 }
@@ -98,6 +99,7 @@ macro_rules! limits {
             Limit {
                 name: stringify!($name),
                 kind: $kind::KIND,
+                default: $default,
                 range: $range,
                 set: |value| $name.set(value),
             }
@@ -201,7 +203,7 @@ fn read(item: &str) -> Option<Set> {
     let fitting = number.filter(|number| limit.range.contains(number));
     let set = fitting.and_then(limit.set);
     if set.is_none() {
-        let (mut least, mut most) = ([0; 10], [0; 10]);
+        let [mut least, mut most, mut default] = [[0; 10]; 3];
         sys::warn_with(&[
             VARIABLE,
             " sets ",
@@ -214,7 +216,50 @@ fn read(item: &str) -> Option<Set> {
             sys::decimal(*limit.range.start() as u32, &mut least),
             " to ",
             sys::decimal(*limit.range.end() as u32, &mut most),
+            " (",
+            sys::decimal(limit.default as u32, &mut default),
+            " by default)",
         ]);
     }
     set
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_item_names_a_limit_and_a_number_that_it_can_be() {
+        let asked = |item| read(item).map(|set| (std::ptr::from_ref(set.place), set.value));
+        assert_eq!(asked("few=0"), Some((&raw const FEW, 0)));
+        assert_eq!(asked("FEW=4096"), Some((&raw const FEW, 4096)));
+        // Held as the bits of a remainder.
+        assert_eq!(asked("misses=8"), Some((&raw const MISSES.0, 7)));
+        for wrong in [
+            "few", "few=", "few=4097", "few=-1", "few=0x1", "misses=3", "misses=0", "fewer=1", "",
+        ] {
+            assert_eq!(asked(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn each_default_is_in_its_range() {
+        for limit in ALL {
+            let name = limit.name;
+            for value in [limit.default, *limit.range.start(), *limit.range.end()] {
+                assert!(limit.range.contains(&value), "{name}");
+                assert!((limit.set)(value).is_some(), "{name}");
+            }
+            let names = ALL.iter().filter(|other| other.name == name);
+            assert_eq!(names.count(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_power_divides_as_a_division_does() {
+        static POWER: Power = Power::new(8);
+        for count in [0, 1, 7, 8, 12, 16, u32::MAX] {
+            assert_eq!(POWER.divides(count), count.is_multiple_of(8), "{count}");
+        }
+    }
 }

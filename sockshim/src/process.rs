@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 /// Inherited descriptors that are looked at when a program starts.
 const INHERITED: usize = 256;
 
+#[cfg(not(test))]
 #[used]
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = construct;
@@ -518,37 +519,15 @@ pub unsafe extern "C" fn rdsock_execvp(file: *const c_char, argv: *const *const 
 }
 
 /// # Safety
-/// As `execve`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execve(
-    path: *const c_char,
-    argv: *const *const c_char,
-    envp: *const *const c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe { rdsock_execve(path, argv, envp) }
-}
-
-/// # Safety
 /// As `execv`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execv(path: *const c_char, argv: *const *const c_char) -> c_int {
+pub unsafe fn execv(path: *const c_char, argv: *const *const c_char) -> c_int {
     // SAFETY: as the caller says; environ is libc's.
     unsafe { rdsock_execve(path, argv, environ) }
 }
 
 /// # Safety
-/// As `execvp`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execvp(file: *const c_char, argv: *const *const c_char) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe { rdsock_execvp(file, argv) }
-}
-
-/// # Safety
 /// As `execvpe`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execvpe(
+pub unsafe fn execvpe(
     file: *const c_char,
     argv: *const *const c_char,
     envp: *const *const c_char,
@@ -559,12 +538,7 @@ pub unsafe extern "C" fn execvpe(
 
 /// # Safety
 /// As `fexecve`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fexecve(
-    fd: c_int,
-    argv: *const *const c_char,
-    envp: *const *const c_char,
-) -> c_int {
+pub unsafe fn fexecve(fd: c_int, argv: *const *const c_char, envp: *const *const c_char) -> c_int {
     // SAFETY: as the caller says.
     unsafe {
         before_exec(names_shim(envp) && is_dynamic_file(fd, 0));
@@ -574,8 +548,7 @@ pub unsafe extern "C" fn fexecve(
 
 /// # Safety
 /// As `execveat(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execveat(
+pub unsafe fn execveat(
     folder: c_int,
     path: *const c_char,
     argv: *const *const c_char,
@@ -602,34 +575,6 @@ pub unsafe extern "C" fn execveat(
         let [path, argv, envp, flags] = args;
         real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
     }
-}
-
-macro_rules! jump {
-    ($($name:ident => $target:ident;)*) => {
-        $(
-            /// As the C function of this name; its variable arguments are gathered in C.
-            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-            #[unsafe(no_mangle)]
-            #[unsafe(naked)]
-            pub extern "C" fn $name() {
-                unsafe extern "C" { fn $target(); }
-                #[cfg(target_arch = "x86_64")]
-                std::arch::naked_asm!("jmp {}", sym $target);
-                #[cfg(target_arch = "aarch64")]
-                std::arch::naked_asm!("b {}", sym $target);
-            }
-        )*
-    };
-}
-
-jump! {
-    execl => rdsock_execl;
-    execlp => rdsock_execlp;
-    execle => rdsock_execle;
-    dprintf => rdsock_dprintf;
-    vdprintf => rdsock_vdprintf;
-    __dprintf_chk => rdsock_dprintf_chk;
-    __vdprintf_chk => rdsock_vdprintf_chk;
 }
 
 /// libc's `vdprintf`; the argument list passes through as the pointer that it is in these ABIs.

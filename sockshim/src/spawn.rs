@@ -117,8 +117,7 @@ fn copies(of: *const c_void, mut found: impl FnMut(c_int, c_int)) {
 
 /// # Safety
 /// As `posix_spawn_file_actions_init`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
+pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
     forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_init(actions) }
@@ -126,8 +125,7 @@ pub unsafe extern "C" fn posix_spawn_file_actions_init(actions: *mut c_void) -> 
 
 /// # Safety
 /// As `posix_spawn_file_actions_destroy`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
+pub unsafe fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
     forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_destroy(actions) }
@@ -135,8 +133,7 @@ pub unsafe extern "C" fn posix_spawn_file_actions_destroy(actions: *mut c_void) 
 
 /// # Safety
 /// As `posix_spawn_file_actions_adddup2`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
+pub unsafe fn posix_spawn_file_actions_adddup2(
     actions: *mut c_void,
     fd: c_int,
     new: c_int,
@@ -245,8 +242,7 @@ macro_rules! spawns {
         $(
             /// # Safety
             /// As `posix_spawn(3)`.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "C" fn $name(
+            pub unsafe fn $name(
                 child: *mut c_int,
                 path: *const c_char,
                 actions: *const c_void,
@@ -289,8 +285,7 @@ fn shell_loads() -> bool {
 
 /// # Safety
 /// As `system(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn system(command: *const c_char) -> c_int {
+pub unsafe fn system(command: *const c_char) -> c_int {
     let mut status = -1;
     spawn(shell_loads, std::ptr::null(), || {
         // SAFETY: as the caller says.
@@ -303,8 +298,7 @@ pub unsafe extern "C" fn system(command: *const c_char) -> c_int {
 
 /// # Safety
 /// As `popen(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+pub unsafe fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
     let mut file = std::ptr::null_mut();
     spawn(shell_loads, std::ptr::null(), || {
         // SAFETY: as the caller says.

@@ -26,7 +26,7 @@ fn what_is_wrong_in_the_variable_is_told() {
         ("fewer=1", "names \"fewer\", which is no limit"),
         (
             "few",
-            "sets few to \"\", which must be a number from 0 to 4096",
+            "sets few to \"\", which must be a number from 0 to 4096 (8 by default)",
         ),
         ("few=many", "sets few to \"many\", which must be"),
         ("few=-1", "sets few to \"-1\", which must be"),
