@@ -4,10 +4,11 @@
 //! Several threads may ask at once, and whoever reads the control connection reads all that has come:
 //! so who asks takes a place, and answers are put there.
 
-use super::attach::{CONTROL, RETRY_MS, attach, is_as_attached, is_disabled};
+use super::attach::{CONTROL, attach, is_as_attached, is_disabled};
 use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
+use super::pauses::RETRY_MS;
 use crate::{clock, sys};
 use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
