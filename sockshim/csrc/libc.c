@@ -10,11 +10,12 @@ extern void *__libc_dlopen_mode(const char *name, int mode) __attribute__((weak)
 extern const char *gnu_get_libc_version(void) __attribute__((weak));
 extern int __register_atfork(void (*)(void), void (*)(void), void (*)(void), void *) __attribute__((weak));
 extern int __cxa_atexit(void (*)(void *), void *, void *) __attribute__((weak));
+extern unsigned long getauxval(unsigned long) __attribute__((weak));
 extern void __chk_fail(void) __attribute__((weak, noreturn));
 
 /* What the compiler names as the handler of unwinding, which the shim never does. For itself alone: a program may have one
- * of this name. */
-__attribute__((visibility("hidden"))) void rust_eh_personality(void)
+ * of this name. Weak, for the shim's unit tests, which have the standard library's. */
+__attribute__((weak, visibility("hidden"))) void rust_eh_personality(void)
 {
     __builtin_trap();
 }
@@ -77,6 +78,15 @@ void rdsock_find_memcpy(void)
 int rdsock_is_glibc(void)
 {
     return gnu_get_libc_version != NULL;
+}
+
+/* Whether the program was given rights that its caller lacks, so that it must not do what the environment says. The loader
+ * takes LD_PRELOAD away from it, but not what /etc/ld.so.preload names. */
+int rdsock_is_privileged(void)
+{
+    enum { SECURE = 23 }; /* AT_SECURE */
+
+    return getauxval != NULL && getauxval(SECURE) != 0;
 }
 
 /* pthread_atfork; glibc links that into each library, with this underneath. */

@@ -101,8 +101,7 @@ unsafe extern "C" fn start_copy(start: *mut c_void) -> c_int {
 
 /// # Safety
 /// As `clone(2)`; what comes after the fourth argument is only there when the flags say so, and passes through.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn clone(
+pub unsafe fn clone(
     run: Option<unsafe extern "C" fn(*mut c_void) -> c_int>,
     stack: *mut c_void,
     flags: c_int,
@@ -139,8 +138,7 @@ pub unsafe extern "C" fn clone(
 
 /// # Safety
 /// As `_Fork(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn _Fork() -> pid_t {
+pub unsafe fn fork_alone() -> pid_t {
     let birth = Birth::begin(0);
     // SAFETY: takes nothing.
     let pid = unsafe { real::_Fork() };
@@ -182,8 +180,7 @@ pub unsafe fn clone3_by_number(args: c_ulong, size: c_ulong) -> c_long {
 
 /// # Safety
 /// As `unshare(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn unshare(flags: c_int) -> c_int {
+pub unsafe fn unshare(flags: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::unshare(flags) };
     if result == 0 && flags & libc::CLONE_NEWPID != 0 {
@@ -194,8 +191,7 @@ pub unsafe extern "C" fn unshare(flags: c_int) -> c_int {
 
 /// # Safety
 /// As `setns(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn setns(fd: c_int, kind: c_int) -> c_int {
+pub unsafe fn setns(fd: c_int, kind: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::setns(fd, kind) };
     if result == 0 && (kind == 0 || kind & libc::CLONE_NEWPID != 0) {

@@ -4,9 +4,9 @@
 use crate::conn::{self, Use};
 use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
-use crate::{clock, demote, real, sys, tenant, wait};
+use crate::{clock, demote, limits, real, sys, tenant, wait};
 use libc::c_int;
-use rdsock_shm::end::{self, Anchor, Got, Process, Shut, Take, Until};
+use rdsock_shm::end::{self, Anchor, Got, Limits, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::lock::Owner;
 use rdsock_shm::reason::{Reason, State};
@@ -191,6 +191,15 @@ impl Process for Socket<'_> {
 
     fn broken(&self, reason: Reason) {
         tenant::stream_left(self.fd, self.stream, State::Reset, reason);
+    }
+
+    #[inline]
+    fn limits(&self) -> Limits {
+        Limits {
+            piece: limits::PIECE.get(),
+            chunk: limits::CHUNK.get(),
+            hot_mask: limits::HOT_AFTER.mask(),
+        }
     }
 
     fn left(&self, reason: Reason) {

@@ -25,7 +25,7 @@ pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
 
 use crate::conn::{self, Kind};
-use crate::{clock, stream, sys, tenant, wait};
+use crate::{clock, limits, stream, sys, tenant, wait};
 use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
 use links::{each, link, list_of, unlink};
 use rdsock_shm::layout::{BELL_BITS, Bell};
@@ -33,10 +33,8 @@ use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
-/// Epoll instances that can hold streams.
+/// Epoll instances that there is room for.
 const INSTANCES: usize = 256;
-/// Up to so many streams are simply looked at; with more, their peers ring the bell.
-const FEW: usize = 8;
 /// Words of a bitmap of registrations.
 const WORDS: usize = BELL_BITS / 64;
 /// Registrations of one connection that are followed.
@@ -179,7 +177,7 @@ impl State {
             })
             .unwrap_or(self.high);
         self.free = bit;
-        if bit >= BELL_BITS || self.slots.is_null() {
+        if bit >= limits::REGISTRATIONS.get() as usize || self.slots.is_null() {
             return None;
         }
         // SAFETY: the array has BELL_BITS entries.
@@ -243,7 +241,7 @@ impl Epoll {
     }
 
     fn is_few(&self) -> bool {
-        self.streams.load(Relaxed) as usize <= FEW
+        u64::from(self.streams.load(Relaxed)) <= limits::FEW.get()
     }
 }
 
@@ -296,7 +294,7 @@ fn at(index: usize) -> Option<&'static Epoll> {
 /// The program has made an epoll instance.
 pub fn track(fd: c_int) {
     make_pool();
-    for index in 0..INSTANCES {
+    for index in 0..limits::INSTANCES.get() as usize {
         let Some(epoll) = at(index) else { return };
         if epoll.refs.compare_exchange(0, 1, AcqRel, Relaxed).is_err() {
             continue;

@@ -42,8 +42,7 @@ fn take_named(options: &[u8]) {
 
 /// # Safety
 /// As `mount(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mount(
+pub unsafe fn mount(
     source: *const c_char,
     target: *const c_char,
     kind: *const c_char,
@@ -91,8 +90,7 @@ pub unsafe fn configuring(
 
 /// # Safety
 /// As `fsconfig(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fsconfig(
+pub unsafe fn fsconfig(
     fd: c_int,
     command: c_uint,
     key: *const c_char,
@@ -211,8 +209,7 @@ macro_rules! opens {
         $(
             /// # Safety
             /// As `open(2)`; its third argument comes in one register.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "C" fn $name(
+            pub unsafe fn $name(
                 path: *const c_char,
                 flags: c_int,
                 mode: mode_t,
@@ -233,8 +230,7 @@ macro_rules! opens_at {
         $(
             /// # Safety
             /// As `openat(2)`; its fourth argument comes in one register.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "C" fn $name(
+            pub unsafe fn $name(
                 folder: c_int,
                 path: *const c_char,
                 flags: c_int,

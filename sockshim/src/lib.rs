@@ -1,10 +1,10 @@
 //! The preload shim: carries the TCP connections of the program that it is loaded into over rings.
 //!
-//! `calls` holds the functions that programs call, thin wrappers all; `io`, `poll.rs` and
-//! `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a
-//! sleep as they end the kernel's; `demote.rs` goes back to the kernel; `tenant` talks to the
-//! daemon; `process.rs` follows fork and exec, `children.rs` and `spawn.rs` other
-//! ways to make a process. The shim never panics, never allocates from the
+//! `table.rs` lists the functions that programs call in place of libc's, and `exports.rs` exports them; `calls` holds their
+//! bodies, thin all; `io`, `poll.rs` and `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which
+//! `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a sleep as they end the kernel's;
+//! `demote.rs` goes back to the kernel; `tenant` talks to the daemon; `process.rs` follows fork and exec, `children.rs` and
+//! `spawn.rs` other ways to make a process; `limits.rs` has the thresholds. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
 //!
@@ -12,9 +12,14 @@
 //! keep any program from starting. `std` is another name of `core` here.
 
 #![cfg_attr(not(test), no_std)]
+// In unit tests nothing is exported, so that they run on libc's own functions.
+#![cfg_attr(test, allow(dead_code))]
 
 #[cfg(not(test))]
 extern crate core as std;
+
+#[macro_use]
+mod table;
 
 mod address;
 mod between;
@@ -25,9 +30,11 @@ mod conn;
 mod demote;
 mod end;
 mod epoll;
+mod exports;
 mod handing_over;
 mod io;
 mod known;
+mod limits;
 mod locked;
 mod names;
 mod options;

@@ -10,8 +10,7 @@ const OWN: &[u8] = b"memfd:rdsock-";
 
 /// # Safety
 /// As `mlockall(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
+pub unsafe fn mlockall(flags: c_int) -> c_int {
     let known = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
     if flags & libc::MCL_CURRENT == 0
         || flags & !known != 0

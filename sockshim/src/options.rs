@@ -15,8 +15,7 @@ fn note_nonblocking(held: &Use, on: bool) {
 
 /// # Safety
 /// As `fcntl(2)`; its third argument, whatever its type, comes in one register.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
+pub unsafe fn fcntl(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::fcntl(fd, command, arg) };
     if conn::kind(fd) == Kind::Other || result < 0 {
@@ -46,17 +45,8 @@ pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, arg: c_ulong) -> c_int
 }
 
 /// # Safety
-/// As `fcntl(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, arg: c_ulong) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe { fcntl(fd, command, arg) }
-}
-
-/// # Safety
 /// As `ioctl(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
+pub unsafe fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
     // The kernel looks at 32 bits, and some programs extend a sign.
     let known = request & 0xFFFF_FFFF;
     match conn::kind(fd) {
@@ -155,8 +145,7 @@ fn on_rings(fd: c_int) -> Option<Use> {
 
 /// # Safety
 /// As `setsockopt(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn setsockopt(
+pub unsafe fn setsockopt(
     fd: c_int,
     level: c_int,
     name: c_int,
@@ -219,8 +208,7 @@ fn note_option(held: &Use, bit: u32, is_on: bool) {
 
 /// # Safety
 /// As `getsockopt(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn getsockopt(
+pub unsafe fn getsockopt(
     fd: c_int,
     level: c_int,
     name: c_int,

@@ -34,48 +34,13 @@ fn or_nothing(address: *mut c_void) -> *const c_void {
 }
 
 /// What `dlopen` goes on to.
-extern "C" fn before_dlopen(_path: usize, mode: c_int) -> *const c_void {
+pub extern "C" fn before_dlopen(_path: usize, mode: c_int) -> *const c_void {
     before_loading(mode & RTLD_DEEPBIND != 0);
     or_nothing(DLOPEN.address_now())
 }
 
 /// What `dlmopen` goes on to.
-extern "C" fn before_dlmopen(namespace: usize, _path: usize, mode: c_int) -> *const c_void {
+pub extern "C" fn before_dlmopen(namespace: usize, _path: usize, mode: c_int) -> *const c_void {
     before_loading(mode & RTLD_DEEPBIND != 0 || namespace != LM_ID_BASE);
     or_nothing(DLMOPEN.address_now())
-}
-
-/// Functions that look who has called them, and must find the program: the shim has its turn, and jumps there with
-/// everything as it was.
-macro_rules! go_on {
-    ($($name:ident => $target:ident;)*) => {
-        $(
-            /// As the C function of this name.
-            #[unsafe(no_mangle)]
-            #[unsafe(naked)]
-            pub extern "C" fn $name() {
-                #[cfg(target_arch = "x86_64")]
-                std::arch::naked_asm!(
-                    "push rdi", "push rsi", "push rdx",
-                    "call {}",
-                    "pop rdx", "pop rsi", "pop rdi",
-                    "jmp rax",
-                    sym $target
-                );
-                #[cfg(target_arch = "aarch64")]
-                std::arch::naked_asm!(
-                    "stp x0, x1, [sp, -32]!", "stp x2, x30, [sp, 16]",
-                    "bl {}", "mov x16, x0",
-                    "ldp x2, x30, [sp, 16]", "ldp x0, x1, [sp], 32",
-                    "br x16",
-                    sym $target
-                );
-            }
-        )*
-    };
-}
-
-go_on! {
-    dlopen => before_dlopen;
-    dlmopen => before_dlmopen;
 }

@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, Use};
 use crate::end::End;
-use crate::{clock, demote, epoll, io, ready, real, sys, tenant, wait};
+use crate::{clock, demote, epoll, io, limits, ready, real, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
@@ -10,10 +10,8 @@ use libc::{
 use rdsock_shm::layout::{Counter, phase, want};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
-/// Entries for which no memory must be mapped.
+/// Entries for which no memory must be mapped: the most that [`limits::ON_STACK`] can be.
 const FEW: usize = 64;
-/// Microseconds between two questions to the kernel while the rings are watched.
-const ASK_KERNEL_US: u64 = 10;
 /// Nanoseconds of sleep at a time where the anchor can't be slept on.
 const STEP_NS: u64 = 1_000_000;
 
@@ -191,8 +189,12 @@ pub unsafe fn ppoll(
     let mut few_entered = [Entered::Nothing; FEW];
     let size = count * std::mem::size_of::<pollfd>();
     let all = size + count * std::mem::size_of::<Entered>();
-    let mapped = if count > FEW { sys::map(-1, all) } else { None };
-    if count > FEW && mapped.is_none() {
+    let mapped = if count > limits::ON_STACK.get() as usize {
+        sys::map(-1, all)
+    } else {
+        None
+    };
+    if count > limits::ON_STACK.get() as usize && mapped.is_none() {
         sys::set_errno(libc::ENOMEM);
         return -1;
     }
@@ -258,7 +260,8 @@ impl Work<'_> {
     fn look(&mut self) -> usize {
         let (rings, others) = look(self.fds, false);
         let now = clock::ticks();
-        if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(ASK_KERNEL_US) {
+        if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(limits::ASK_KERNEL_US.get())
+        {
             self.asked_at = now;
             self.ask();
             let got = sys::poll_now(self.copy);
@@ -520,7 +523,7 @@ impl Sets {
             .filter(|fd| (0..3).any(|which| self.has(which, *fd)))
             .count();
         let size = wanted * std::mem::size_of::<pollfd>();
-        let mapped = if wanted > FEW {
+        let mapped = if wanted > limits::ON_STACK.get() as usize {
             sys::map(-1, size)
         } else {
             None

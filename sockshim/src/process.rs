@@ -2,7 +2,7 @@
 
 use crate::conn::{self, Kind, born};
 use crate::io::TcpInfo;
-use crate::{between, children, clock, demote, epoll, real, stream, sys, tenant, wait};
+use crate::{between, children, clock, demote, epoll, limits, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 /// Inherited descriptors that are looked at when a program starts.
 const INHERITED: usize = 256;
 
+#[cfg(not(test))]
 #[used]
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = construct;
@@ -42,9 +43,10 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     real::resolve();
     // SAFETY: it takes nothing, and no other thread runs yet.
     unsafe { rdsock_find_memcpy() };
-    // In a program of another libc it does nothing: every call is that libc's own.
-    // SAFETY: asks for a number.
-    if unsafe { rdsock_is_glibc() } == 0 {
+    // In a program of another libc it does nothing: every call is that libc's own. Nor in one that has rights which its
+    // caller lacks (set-user-id, say), whose environment is the caller's.
+    // SAFETY: both ask for a number.
+    if unsafe { rdsock_is_glibc() == 0 || rdsock_is_privileged() != 0 } {
         return;
     }
     // SAFETY: the loader's array, and the program cannot change it yet.
@@ -56,6 +58,8 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     let spin = env(c"RDSOCK_SPIN_US")
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse().ok());
+    // SAFETY: no other thread runs yet.
+    unsafe { limits::start(env(c"RDSOCK_TEST_LIMITS")) };
     wait::start(spin, cores());
     tenant::start(env(c"RDSOCK_SOCKET"), disabled);
     if !disabled {
@@ -84,6 +88,8 @@ unsafe extern "C" {
     fn rdsock_at_exit(last: extern "C" fn(*mut libc::c_void)) -> c_int;
     /// Of `csrc/libc.c`: whether this is the libc that the shim was made for.
     fn rdsock_is_glibc() -> c_int;
+    /// Of `csrc/libc.c`: whether the program was given rights that its caller lacks.
+    fn rdsock_is_privileged() -> c_int;
 }
 
 /// Has libc call us around each `fork`.
@@ -513,37 +519,15 @@ pub unsafe extern "C" fn rdsock_execvp(file: *const c_char, argv: *const *const 
 }
 
 /// # Safety
-/// As `execve`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execve(
-    path: *const c_char,
-    argv: *const *const c_char,
-    envp: *const *const c_char,
-) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe { rdsock_execve(path, argv, envp) }
-}
-
-/// # Safety
 /// As `execv`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execv(path: *const c_char, argv: *const *const c_char) -> c_int {
+pub unsafe fn execv(path: *const c_char, argv: *const *const c_char) -> c_int {
     // SAFETY: as the caller says; environ is libc's.
     unsafe { rdsock_execve(path, argv, environ) }
 }
 
 /// # Safety
-/// As `execvp`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execvp(file: *const c_char, argv: *const *const c_char) -> c_int {
-    // SAFETY: as the caller says.
-    unsafe { rdsock_execvp(file, argv) }
-}
-
-/// # Safety
 /// As `execvpe`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execvpe(
+pub unsafe fn execvpe(
     file: *const c_char,
     argv: *const *const c_char,
     envp: *const *const c_char,
@@ -554,12 +538,7 @@ pub unsafe extern "C" fn execvpe(
 
 /// # Safety
 /// As `fexecve`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fexecve(
-    fd: c_int,
-    argv: *const *const c_char,
-    envp: *const *const c_char,
-) -> c_int {
+pub unsafe fn fexecve(fd: c_int, argv: *const *const c_char, envp: *const *const c_char) -> c_int {
     // SAFETY: as the caller says.
     unsafe {
         before_exec(names_shim(envp) && is_dynamic_file(fd, 0));
@@ -569,8 +548,7 @@ pub unsafe extern "C" fn fexecve(
 
 /// # Safety
 /// As `execveat(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn execveat(
+pub unsafe fn execveat(
     folder: c_int,
     path: *const c_char,
     argv: *const *const c_char,
@@ -597,34 +575,6 @@ pub unsafe extern "C" fn execveat(
         let [path, argv, envp, flags] = args;
         real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
     }
-}
-
-macro_rules! jump {
-    ($($name:ident => $target:ident;)*) => {
-        $(
-            /// As the C function of this name; its variable arguments are gathered in C.
-            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-            #[unsafe(no_mangle)]
-            #[unsafe(naked)]
-            pub extern "C" fn $name() {
-                unsafe extern "C" { fn $target(); }
-                #[cfg(target_arch = "x86_64")]
-                std::arch::naked_asm!("jmp {}", sym $target);
-                #[cfg(target_arch = "aarch64")]
-                std::arch::naked_asm!("b {}", sym $target);
-            }
-        )*
-    };
-}
-
-jump! {
-    execl => rdsock_execl;
-    execlp => rdsock_execlp;
-    execle => rdsock_execle;
-    dprintf => rdsock_dprintf;
-    vdprintf => rdsock_vdprintf;
-    __dprintf_chk => rdsock_dprintf_chk;
-    __vdprintf_chk => rdsock_vdprintf_chk;
 }
 
 /// libc's `vdprintf`; the argument list passes through as the pointer that it is in these ABIs.

@@ -3,11 +3,8 @@
 //! it is ended by both, and which handler has run is not known afterwards. So signals are held back,
 //! looked at, and let through.
 
-use crate::{conn, sys, tenant};
+use crate::{conn, limits, sys, tenant};
 use libc::c_int;
-
-/// Milliseconds of one wait where the process may have no more fds: a signal is found only then.
-const STEP_MS: i64 = 5;
 
 /// This thread's signals, held back until [`Held::release`].
 #[derive(Debug)]
@@ -41,8 +38,9 @@ impl Held {
         let mut fds = [entry(fd, events), entry(self.fd, libc::POLLIN)];
         let ms = match ms {
             _ if self.fd >= 0 => ms,
-            Some(ms) => Some(ms.min(STEP_MS)),
-            None => Some(STEP_MS),
+            // Without a descriptor, a signal is found only at the end of a wait.
+            Some(ms) => Some(ms.min(limits::STEP_MS.get() as i64)),
+            None => Some(limits::STEP_MS.get() as i64),
         };
         sys::poll_for(&mut fds, ms) > 0
     }

@@ -1,142 +1,41 @@
 //! Programs that are started by `posix_spawn` and its kin, `system` and `popen`: libc makes the child by itself, and calls
 //! no handler. What the child gets is counted before, since the parent may close it before the child has asked for it.
 
+mod actions;
+
 use crate::conn::{self, CONNS, Kind, Use};
 use crate::process::{
     fits_new_program, in_path, is_dynamic, is_foreign, is_kept_over_exec, is_ready, names_shim,
 };
 use crate::{demote, real, sys, tenant};
+use actions::Actions;
 use libc::{c_char, c_int, c_void};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::Ordering::*;
 
-/// File actions that are remembered at once, of all objects.
-const ACTIONS: usize = 1 << 16;
-
-/// A descriptor that a spawned program gets under another number: what `adddup2` was told for one object of file actions.
-struct Action {
-    /// The object, while it says so; else null.
-    of: AtomicPtr<c_void>,
-    /// The descriptor and its new number, in the upper and the lower half.
-    copy: AtomicU64,
-    /// Which of an object's actions comes first.
-    turn: AtomicU32,
-}
-
-/// Mapped with the first action.
-static TABLE: AtomicPtr<Action> = AtomicPtr::new(std::ptr::null_mut());
-/// One more than the highest entry ever used.
-static HIGH: AtomicU32 = AtomicU32::new(0);
-static TURNS: AtomicU32 = AtomicU32::new(0);
-/// 1 when an action could not be noted: a spawned program may get anything then.
-static OVERFLOWN: AtomicU32 = AtomicU32::new(0);
-
-fn entry(index: usize) -> Option<&'static Action> {
-    let table = TABLE.load(Acquire);
-    // SAFETY: the table has so many zeroed entries, of atomics, and is never unmapped.
-    (index < ACTIONS && !table.is_null()).then(|| unsafe { &*table.add(index) })
-}
-
-fn entries() -> impl Iterator<Item = &'static Action> {
-    (0..HIGH.load(Acquire) as usize).map_while(entry)
-}
-
-fn make_table() {
-    let size = ACTIONS * size_of::<Action>();
-    if TABLE.load(Acquire).is_null()
-        && let Some(table) = sys::map(-1, size)
-        && TABLE
-            .compare_exchange(std::ptr::null_mut(), table.cast(), AcqRel, Relaxed)
-            .is_err()
-    {
-        // SAFETY: just mapped, and another thread's stands in its place.
-        unsafe { sys::unmap(table, size) };
-    }
-}
-
-/// Notes an action of an object. False when there is no room.
-fn note(of: *mut c_void, fd: c_int, new: c_int) -> bool {
-    make_table();
-    let copy = u64::from(fd as u32) << 32 | u64::from(new as u32);
-    let turn = TURNS.fetch_add(1, Relaxed);
-    // Taken under a name that is nobody's until the rest is there.
-    let taken = std::ptr::without_provenance_mut(1);
-    for index in 0..ACTIONS {
-        let Some(action) = entry(index) else {
-            return false;
-        };
-        let null = std::ptr::null_mut();
-        if action
-            .of
-            .compare_exchange(null, taken, AcqRel, Relaxed)
-            .is_ok()
-        {
-            action.copy.store(copy, Relaxed);
-            action.turn.store(turn, Relaxed);
-            action.of.store(of, Release);
-            HIGH.fetch_max(index as u32 + 1, AcqRel);
-            return true;
-        }
-    }
-    false
-}
-
-/// An object of file actions begins, or ends.
-fn forget(of: *mut c_void) {
-    for action in entries() {
-        let _ = action
-            .of
-            .compare_exchange(of, std::ptr::null_mut(), AcqRel, Relaxed);
-    }
-}
-
-/// The new numbers that an object's actions give, with the descriptor that each was copied from at first.
-fn copies(of: *const c_void, mut found: impl FnMut(c_int, c_int)) {
-    let numbers = |action: &Action| {
-        let copy = action.copy.load(Relaxed);
-        ((copy >> 32) as c_int, copy as u32 as c_int)
-    };
-    let own = || entries().filter(move |action| action.of.load(Acquire).cast_const() == of);
-    for action in own() {
-        let (mut from, new) = numbers(action);
-        // It may be a copy of a copy.
-        let mut turn = action.turn.load(Relaxed);
-        let before = |turn: u32, from: c_int| {
-            own()
-                .filter(|other| other.turn.load(Relaxed) < turn && numbers(other).1 == from)
-                .max_by_key(|other| other.turn.load(Relaxed))
-        };
-        while let Some(other) = before(turn, from) {
-            from = numbers(other).0;
-            turn = other.turn.load(Relaxed);
-        }
-        found(from, new);
-    }
-}
+/// What the program has put into its objects of file actions.
+static ACTIONS: Actions = Actions::new();
 
 /// # Safety
 /// As `posix_spawn_file_actions_init`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
-    forget(actions);
+pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
+    ACTIONS.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_init(actions) }
 }
 
 /// # Safety
 /// As `posix_spawn_file_actions_destroy`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
-    forget(actions);
+pub unsafe fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
+    ACTIONS.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_destroy(actions) }
 }
 
 /// # Safety
 /// As `posix_spawn_file_actions_adddup2`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
+pub unsafe fn posix_spawn_file_actions_adddup2(
     actions: *mut c_void,
     fd: c_int,
     new: c_int,
@@ -144,8 +43,8 @@ pub unsafe extern "C" fn posix_spawn_file_actions_adddup2(
     // SAFETY: as the caller says.
     let result = unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) };
     // Also where it is no connection yet: it may be one when the program is spawned.
-    if result == 0 && is_ready() && !is_foreign() && !note(actions, fd, new) {
-        OVERFLOWN.store(1, Relaxed);
+    if result == 0 && is_ready() && !is_foreign() {
+        ACTIONS.note(actions, fd, new);
     }
     result
 }
@@ -189,8 +88,8 @@ impl Given {
 /// True when a new program gets any connection: where each is closed by `exec`, nothing has to be done.
 fn gets_any(actions: *const c_void) -> bool {
     let is_connection = |fd: c_int| matches!(conn::kind(fd), Kind::Conn(_));
-    let mut any = OVERFLOWN.load(Relaxed) != 0;
-    copies(actions, |fd, _| any |= is_connection(fd));
+    let mut any = ACTIONS.has_missed_some();
+    ACTIONS.copies(actions, |fd, _| any |= is_connection(fd));
     let mut from = 0;
     while let Some(fd) = conn::next_noted(from).filter(|_| !any) {
         any = is_connection(fd) && is_kept_over_exec(fd);
@@ -211,9 +110,9 @@ fn spawn(
     tenant::before_exec();
     let mut given = Given([0; CONNS / 64]);
     if crate::process::has_streams() {
-        let keep = loads_shim() && OVERFLOWN.load(Relaxed) == 0;
+        let keep = loads_shim() && !ACTIONS.has_missed_some();
         // What the program is meant to get comes first: where both ends are here, the other one must not end before.
-        copies(actions, |fd, new| {
+        ACTIONS.copies(actions, |fd, new| {
             if let Some(held) = conn::of(fd) {
                 given.give(&held, fd, keep && crate::process::is_looked_at(new));
             }
@@ -227,7 +126,7 @@ fn spawn(
             }
             from = fd + 1;
         }
-        if OVERFLOWN.load(Relaxed) != 0 {
+        if ACTIONS.has_missed_some() {
             demote::abandon_all(Reason::Exec);
         }
     }
@@ -245,8 +144,7 @@ macro_rules! spawns {
         $(
             /// # Safety
             /// As `posix_spawn(3)`.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "C" fn $name(
+            pub unsafe fn $name(
                 child: *mut c_int,
                 path: *const c_char,
                 actions: *const c_void,
@@ -289,8 +187,7 @@ fn shell_loads() -> bool {
 
 /// # Safety
 /// As `system(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn system(command: *const c_char) -> c_int {
+pub unsafe fn system(command: *const c_char) -> c_int {
     let mut status = -1;
     spawn(shell_loads, std::ptr::null(), || {
         // SAFETY: as the caller says.
@@ -303,8 +200,7 @@ pub unsafe extern "C" fn system(command: *const c_char) -> c_int {
 
 /// # Safety
 /// As `popen(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+pub unsafe fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
     let mut file = std::ptr::null_mut();
     spawn(shell_loads, std::ptr::null(), || {
         // SAFETY: as the caller says.

@@ -15,6 +15,7 @@ mod lock;
 mod memory;
 mod messages;
 mod offer;
+mod pauses;
 mod requests;
 mod routes;
 

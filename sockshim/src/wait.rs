@@ -5,7 +5,7 @@
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::end::End;
-use crate::{real, signals, sys, tenant};
+use crate::{limits, real, signals, sys, tenant};
 use libc::c_int;
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
@@ -14,18 +14,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 /// Best [`Conn::spin_score`].
 pub const FULL_SCORE: u32 = 8;
-/// Of the waits of a connection whose spinning does not pay, one in so many tries it again.
-const PROBE_EVERY: u32 = 16;
 /// Microseconds of spinning before sleep, unless `RDSOCK_SPIN_US` says otherwise.
 const DEFAULT_SPIN_US: u64 = 50;
-/// Spins at first without giving the core away; later it yields in between.
-const YIELD_AFTER_US: u64 = 4;
-
-/// Milliseconds that a sender of a process with threads sleeps at a time.
-const SLICE_MS: i64 = 50;
-
-/// A yield that took longer gave the core to somebody else.
-const LOST_US: u64 = 20;
 /// Milliseconds without spinning after the core was lost: the least and the most.
 const QUIET_MS: [u64; 2] = [8, 512];
 
@@ -56,14 +46,17 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
         return false;
     }
     let points = score.load(Relaxed);
-    if points == 0 && !PROBES.fetch_add(1, Relaxed).is_multiple_of(PROBE_EVERY) {
+    if points == 0 && !limits::PROBE_EVERY.divides(PROBES.fetch_add(1, Relaxed)) {
         return false;
     }
     let start = clock::ticks();
     if start < QUIET_UNTIL.load(Relaxed) {
         return false;
     }
-    let (budget, quiet) = (clock::ticks_of(us), clock::ticks_of(YIELD_AFTER_US));
+    let (budget, quiet) = (
+        clock::ticks_of(us),
+        clock::ticks_of(limits::YIELD_AFTER_US.get()),
+    );
     let mut turns = 0_u32;
     loop {
         if ready() {
@@ -93,7 +86,7 @@ fn yield_has_lost_core() -> bool {
     let before = clock::ticks();
     sys::sched_yield();
     let now = clock::ticks();
-    let lost = now.wrapping_sub(before) > clock::ticks_of(LOST_US);
+    let lost = now.wrapping_sub(before) > clock::ticks_of(limits::LOST_US.get());
     let quiet_for = QUIET_FOR_MS.load(Relaxed);
     if lost {
         let [least, most] = QUIET_MS;
@@ -109,9 +102,6 @@ fn yield_has_lost_core() -> bool {
 /// The core, plus 1, on which a poll core has to run before anything goes on for a stream of this
 /// process; 0 for none. Where it is this thread's own, spinning keeps it from that.
 static OWED: AtomicU32 = AtomicU32::new(0);
-/// Receives in a row that found nothing and did not wait, after which a poll core on the same core gets a
-/// turn in any case: some ten microseconds.
-const MISSES: u32 = 256;
 /// A poll core on the same core gets a turn when so large a part of the ring was read: the other end may
 /// wait for that.
 const OWED_PER_RING: u64 = 8;
@@ -171,7 +161,7 @@ pub fn missed(conn: &Conn, stream: &Shared) -> bool {
     }
     let misses = conn.misses.load(Relaxed).wrapping_add(1);
     conn.misses.store(misses, Relaxed);
-    if misses.is_multiple_of(MISSES) {
+    if limits::MISSES.divides(misses) {
         owe_to(core);
     }
     // One that asks once will do something else now, and then wait.
@@ -280,7 +270,7 @@ fn sleep_for_send(held: &Use, fd: c_int) -> isize {
     let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
     if send == 0 && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0) {
         // Another thread's (or process's) shutdown leaves no trace on the anchor: look for it now and then.
-        return sleep_until(fd, Some(SLICE_MS));
+        return sleep_until(fd, Some(limits::SLICE_MS.get() as i64));
     }
     if send == 0 && receive == 0 {
         let got = peek(fd);
@@ -319,16 +309,8 @@ fn finish(end: &End<'_>, held: &Use, result: isize) -> Result<(), isize> {
     Ok(())
 }
 
-/// Receives in a row, without a send between them, after which a connection is taken for a stream
-/// of messages in one direction.
-const ONE_WAY_AFTER: u32 = 64;
-/// Steps of looking away, at most; each is so many pauses, some hundred nanoseconds.
-const GATHER_STEPS: u32 = 6;
+/// Pauses of each step of looking away: some hundred nanoseconds.
 const GATHER_PAUSES: u32 = 6;
-/// Of the receives of a stream for which looking away does not pay, one in so many tries it again.
-const GATHER_PROBE: u32 = 64;
-/// Bytes that are enough without.
-const GATHERED: u64 = 4096;
 
 /// On a stream of messages in one direction, a receiver that looks all the time takes the
 /// producer's cache lines away for each single message. So it looks away for a moment when it has
@@ -337,11 +319,14 @@ const GATHERED: u64 = 4096;
 #[inline]
 pub fn let_gather(conn: &Conn, found: u64, look: impl FnOnce() -> u64) {
     let calls = conn.one_way.load(Relaxed);
-    if calls < ONE_WAY_AFTER || found >= GATHERED {
+    if u64::from(calls) < limits::ONE_WAY_AFTER.get() || found >= limits::GATHERED.get() {
         return;
     }
-    let steps = conn.gather.load(Relaxed).min(GATHER_STEPS);
-    if steps == 0 && !calls.is_multiple_of(GATHER_PROBE) {
+    let steps = conn
+        .gather
+        .load(Relaxed)
+        .min(limits::GATHER_STEPS.get() as u32);
+    if steps == 0 && !limits::GATHER_PROBE.divides(calls) {
         return;
     }
     for _ in 0..steps.max(1) * GATHER_PAUSES {

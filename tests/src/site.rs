@@ -22,7 +22,15 @@ pub enum Mode {
     Neither,
     /// Both, on two nodes: each has a daemon of its own, with a model of the device.
     Nodes,
+    /// Both, with the smallest rings and the [`LOWEST`] thresholds: what else takes many bytes or connections happens at once.
+    Lowest,
 }
+
+/// Thresholds that are crossed all the time, for `RDSOCK_TEST_LIMITS`. Those of pieces do not divide one another, nor the
+/// ring.
+pub const LOWEST: &str = "few=0,on_stack=0,ask_kernel_us=0,look_every_us=0,peer_check_us=0,calls=1,bytes=1,piece=1000,\
+    chunk=700,file_piece=900,pipe_piece=600,give_way_turns=1,give_way_ms=1,slice_ms=1,step_ms=1,probe_every=1,\
+    yield_after_us=0,misses=1,hot_after=1,one_way_after=0,gather_steps=1,gather_probe=1,gathered=1";
 
 /// A folder, a daemon where one is needed, and programs started as the mode says.
 #[derive(Debug)]
@@ -52,6 +60,11 @@ pub struct Seen {
 impl Site {
     /// With a daemon of its own, unless neither end is preloaded.
     pub fn new(mode: Mode) -> Self {
+        Self::with_rings(mode, 4096)
+    }
+
+    /// The same, with rings of so many bytes in [`Mode::Lowest`], for programs that take a buffer for granted.
+    pub fn with_rings(mode: Mode, bytes: u32) -> Self {
         let folder = Folder::new();
         let mut descriptors = [0; 2];
         let (daemon, clients) = match mode {
@@ -61,6 +74,10 @@ impl Site {
                 descriptors = daemons.each_mut().map(Daemon::descriptors);
                 let [servers, clients] = daemons;
                 (Some(servers), Some(clients))
+            }
+            Mode::Lowest => {
+                let config = format!("{LOG}ring_size = {bytes}\n");
+                (Some(Daemon::start(&config)), None)
             }
             _ => (Some(Daemon::start(LOG)), None),
         };
@@ -76,6 +93,9 @@ impl Site {
     fn program(&self, name: impl AsRef<OsStr>, daemon: Option<&Daemon>) -> Program {
         let program = Program::new(name, self.folder.path());
         match daemon {
+            Some(daemon) if self.mode == Mode::Lowest => program
+                .preloaded(&daemon.socket())
+                .env("RDSOCK_TEST_LIMITS", LOWEST),
             Some(daemon) => program.preloaded(&daemon.socket()),
             None => program,
         }
@@ -141,7 +161,7 @@ impl Site {
         }
         let output = client.finish(Duration::from_secs(1));
         match self.mode {
-            Mode::Both | Mode::Nodes => assert!(
+            Mode::Both | Mode::Nodes | Mode::Lowest => assert!(
                 seen.on_rings >= expected,
                 "expected {expected} connections to port {port} on rings, saw at most {} in {} \
                  looks; last: {:#?}",
@@ -161,7 +181,8 @@ impl Site {
     pub fn wait_for_rings(&self, port: u16, expected: usize) {
         let mut seen = Seen::default();
         let end = Instant::now() + Duration::from_secs(10);
-        while matches!(self.mode, Mode::Both | Mode::Nodes) && seen.on_rings < expected {
+        let is_on_both = matches!(self.mode, Mode::Both | Mode::Nodes | Mode::Lowest);
+        while is_on_both && seen.on_rings < expected {
             assert!(Instant::now() < end, "never on rings: {:#?}", seen.last);
             std::thread::sleep(Duration::from_millis(10));
             self.look(port, &mut seen);
@@ -265,6 +286,21 @@ macro_rules! between_nodes {
                 #[test]
                 fn $name() {
                     super::$name($crate::Site::new($crate::Mode::Nodes));
+                }
+            )*
+        }
+    };
+}
+
+/// Makes a test of each function that takes a [`Site`]: both ends on rings, with the lowest thresholds.
+#[macro_export]
+macro_rules! with_the_lowest_limits {
+    ($($name:ident),* $(,)?) => {
+        mod with_the_lowest_limits {
+            $(
+                #[test]
+                fn $name() {
+                    super::$name($crate::Site::new($crate::Mode::Lowest));
                 }
             )*
         }

@@ -170,6 +170,22 @@ fn b_spinning_for_long() {
     preloaded("--need-rings --swap", Some("2000"));
 }
 
+/// Cases that fail with the lowest thresholds alone, each with its fault.
+const LOWEST_FAULTS: &str = include_str!("../conformance/lowest-faults.txt");
+
+/// With rings as small as the cases allow, which take a socket buffer for granted.
+#[test]
+fn b_rings_with_the_lowest_limits() {
+    let site = Site::with_rings(Mode::Lowest, 64 << 10);
+    for line in LOWEST_FAULTS.lines() {
+        say(&format!("LEFT OUT with the lowest limits: {line}"));
+    }
+    check(
+        |more| site.client(sockconf()).args(&format!("--need-rings{more}")),
+        &format!("{KNOWN_DIFFERENCES}\n{LOWEST_FAULTS}"),
+    );
+}
+
 /// What waits and closes, with errors in place of calls that a kernel or a container's profile does not know
 /// (`close_range`, `epoll_pwait2` and those between, by number).
 const REFUSED: &str = "436,437,438,439,440,441,442";

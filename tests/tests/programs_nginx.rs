@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
+use rdsock_tests::{
+    Running, Site, between_nodes, folder, in_each_mode, place, with_the_lowest_limits,
+};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const BIG: usize = 100 << 20;
@@ -271,3 +273,5 @@ between_nodes!(
     reload_under_load,
     graceful_end,
 );
+
+with_the_lowest_limits!(big_file_by_checksum, wrk_load, graceful_end);

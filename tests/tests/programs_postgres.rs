@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::User;
-use rdsock_tests::{Program, Running, Site, between_nodes, folder, in_each_mode, place};
+use rdsock_tests::{
+    Program, Running, Site, between_nodes, folder, in_each_mode, place, with_the_lowest_limits,
+};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -310,3 +312,5 @@ SELECT count(*) FROM pgbench_accounts;
 in_each_mode!(benchmark, new_connections, copy_by_checksum, signals);
 
 between_nodes!(benchmark, new_connections, copy_by_checksum, signals);
+
+with_the_lowest_limits!(benchmark, copy_by_checksum);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, between_nodes, in_each_mode, place};
+use rdsock_tests::{Running, Site, between_nodes, in_each_mode, place, with_the_lowest_limits};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -182,3 +182,5 @@ in_each_mode!(
 );
 
 between_nodes!(http_server, asyncio_echo);
+
+with_the_lowest_limits!(http_server, asyncio_echo, threads_in_one_process);

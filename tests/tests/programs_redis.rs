@@ -4,7 +4,9 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rdsock_tests::{Mode, Running, Site, between_nodes, folder, in_each_mode, place};
+use rdsock_tests::{
+    Mode, Running, Site, between_nodes, folder, in_each_mode, place, with_the_lowest_limits,
+};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -39,10 +41,10 @@ fn benchmark(site: &Site, port: u16, options: &str, on_rings: usize) {
     );
 }
 
-/// The number of requests: fewer between nodes, where two daemons share the processors with them.
+/// The number of requests: fewer between nodes, where two daemons share the processors with them, and where each piece is small.
 fn requests(site: &Site, number: u32) -> u32 {
     match site.mode {
-        Mode::Nodes => number / 10,
+        Mode::Nodes | Mode::Lowest => number / 10,
         _ => number,
     }
 }
@@ -238,3 +240,5 @@ between_nodes!(
     a_64_mb_value,
     waiting_clients,
 );
+
+with_the_lowest_limits!(pipelines, five_hundred_clients, answers_are_right, pub_sub);

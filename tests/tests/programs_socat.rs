@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use rdsock_tests::{Running, Site, between_nodes, folder, in_each_mode, place};
+use rdsock_tests::{
+    Running, Site, between_nodes, folder, in_each_mode, place, with_the_lowest_limits,
+};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -110,3 +112,6 @@ in_each_mode!(
 );
 
 between_nodes!(half_close, echo_with_half_close, program_on_the_connection);
+
+// Not `echo_with_half_close`: it writes 8 KiB at a time and reads meanwhile nothing, which takes a buffer for granted.
+with_the_lowest_limits!(half_close, relay);

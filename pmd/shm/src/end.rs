@@ -36,7 +36,7 @@ mod state;
 mod switch;
 mod token;
 
-pub use anchor::{Anchor, Drained, Got, Process, Shut, Take, Until};
+pub use anchor::{Anchor, Drained, Got, Limits, Process, Shut, Take, Until};
 pub use buffers::{Buffers, MOST};
 pub use half::{Receiving, Sending};
 pub use receive::{How, Received};

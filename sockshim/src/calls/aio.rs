@@ -40,8 +40,7 @@ macro_rules! posix {
         $(
             /// # Safety
             /// As `aio_read(3)`.
-            #[unsafe(no_mangle)]
-            pub unsafe extern "C" fn $name(block: *mut aiocb) -> c_int {
+            pub unsafe fn $name(block: *mut aiocb) -> c_int {
                 // SAFETY: arguments pass through.
                 unsafe {
                     begins(block);
@@ -56,8 +55,7 @@ posix! { aio_read aio_read64 aio_write aio_write64 }
 
 /// # Safety
 /// As `lio_listio(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn lio_listio(
+pub unsafe fn lio_listio(
     mode: c_int,
     list: *const *mut aiocb,
     count: c_int,
@@ -72,8 +70,7 @@ pub unsafe extern "C" fn lio_listio(
 
 /// # Safety
 /// As `lio_listio(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn lio_listio64(
+pub unsafe fn lio_listio64(
     mode: c_int,
     list: *const *mut aiocb,
     count: c_int,
@@ -117,8 +114,7 @@ pub unsafe fn submitting(count: c_long, blocks: *const *const c_void) {
 ///
 /// # Safety
 /// As `io_submit(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn io_submit(
+pub unsafe fn io_submit(
     context: *mut c_void,
     count: c_long,
     blocks: *const *const c_void,
@@ -140,12 +136,7 @@ pub fn making_uring() {
 ///
 /// # Safety
 /// As `io_uring_queue_init(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn io_uring_queue_init(
-    entries: c_uint,
-    ring: *mut c_void,
-    flags: c_uint,
-) -> c_int {
+pub unsafe fn io_uring_queue_init(entries: c_uint, ring: *mut c_void, flags: c_uint) -> c_int {
     making_uring();
     // SAFETY: arguments pass through.
     unsafe { real::io_uring_queue_init(entries, ring, flags) }
@@ -153,8 +144,7 @@ pub unsafe extern "C" fn io_uring_queue_init(
 
 /// # Safety
 /// As `io_uring_queue_init_params(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn io_uring_queue_init_params(
+pub unsafe fn io_uring_queue_init_params(
     entries: c_uint,
     ring: *mut c_void,
     params: *mut c_void,
@@ -166,8 +156,7 @@ pub unsafe extern "C" fn io_uring_queue_init_params(
 
 /// # Safety
 /// As `io_uring_queue_init_mem(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn io_uring_queue_init_mem(
+pub unsafe fn io_uring_queue_init_mem(
     entries: c_uint,
     ring: *mut c_void,
     params: *mut c_void,
@@ -181,8 +170,7 @@ pub unsafe extern "C" fn io_uring_queue_init_mem(
 
 /// # Safety
 /// As `io_uring_setup(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn io_uring_setup(entries: c_uint, params: *mut c_void) -> c_int {
+pub unsafe fn io_uring_setup(entries: c_uint, params: *mut c_void) -> c_int {
     making_uring();
     // SAFETY: arguments pass through.
     unsafe { real::io_uring_setup(entries, params) }

@@ -21,13 +21,7 @@ fn fortify(len: size_t, room: size_t) {
 
 /// # Safety
 /// As `read(2)`, with the buffer's size.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __read_chk(
-    fd: c_int,
-    buf: *mut c_void,
-    len: size_t,
-    room: size_t,
-) -> ssize_t {
+pub unsafe fn __read_chk(fd: c_int, buf: *mut c_void, len: size_t, room: size_t) -> ssize_t {
     fortify(len, room);
     // SAFETY: as the caller says.
     unsafe { read(fd, buf, len) }
@@ -35,8 +29,7 @@ pub unsafe extern "C" fn __read_chk(
 
 /// # Safety
 /// As `recv(2)`, with the buffer's size.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __recv_chk(
+pub unsafe fn __recv_chk(
     fd: c_int,
     buf: *mut c_void,
     len: size_t,
@@ -50,8 +43,7 @@ pub unsafe extern "C" fn __recv_chk(
 
 /// # Safety
 /// As `recvfrom(2)`, with the buffer's size.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __recvfrom_chk(
+pub unsafe fn __recvfrom_chk(
     fd: c_int,
     buf: *mut c_void,
     len: size_t,
@@ -67,13 +59,7 @@ pub unsafe extern "C" fn __recvfrom_chk(
 
 /// # Safety
 /// As `poll(2)`, with the array's size.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __poll_chk(
-    fds: *mut pollfd,
-    count: nfds_t,
-    ms: c_int,
-    room: size_t,
-) -> c_int {
+pub unsafe fn __poll_chk(fds: *mut pollfd, count: nfds_t, ms: c_int, room: size_t) -> c_int {
     fortify(count as usize, room / size_of::<pollfd>());
     // SAFETY: as the caller says.
     unsafe { poll(fds, count, ms) }
@@ -81,8 +67,7 @@ pub unsafe extern "C" fn __poll_chk(
 
 /// # Safety
 /// As `ppoll(2)`, with the array's size.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __ppoll_chk(
+pub unsafe fn __ppoll_chk(
     fds: *mut pollfd,
     count: nfds_t,
     limit: *const timespec,

@@ -35,8 +35,7 @@ fn closing(fd: c_int) -> bool {
 
 /// # Safety
 /// As `close(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+pub unsafe fn close(fd: c_int) -> c_int {
     if !closing(fd) {
         sys::set_errno(libc::EBADF);
         return -1;
@@ -47,8 +46,7 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
 
 /// # Safety
 /// As `close_range(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+pub unsafe fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     const UNSHARE: c_int = 2;
     const CLOEXEC: c_int = 4;
     if first > last
@@ -83,8 +81,7 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
 
 /// # Safety
 /// As `closefrom(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn closefrom(first: c_int) {
+pub unsafe fn closefrom(first: c_int) {
     let first = first.max(0);
     if sys::has_close_range() {
         // SAFETY: any numbers are sound.
@@ -149,8 +146,7 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
 
 /// # Safety
 /// As `dup(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
+pub unsafe fn dup(fd: c_int) -> c_int {
     // SAFETY: arguments pass through.
     copied(fd, unsafe { real::dup(fd) })
 }
@@ -180,8 +176,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
 
 /// # Safety
 /// As `dup2(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
+pub unsafe fn dup2(old: c_int, new: c_int) -> c_int {
     if !making_room(old, new) {
         return -1;
     }
@@ -196,8 +191,7 @@ pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
 
 /// # Safety
 /// As `dup3(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+pub unsafe fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
     if !making_room(old, new) {
         return -1;
     }

@@ -7,16 +7,14 @@ use libc::{c_int, epoll_event, sigset_t, timespec};
 
 /// # Safety
 /// As `epoll_create(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_create(size: c_int) -> c_int {
+pub unsafe fn epoll_create(size: c_int) -> c_int {
     // SAFETY: arguments pass through.
     made_epoll(unsafe { real::epoll_create(size) })
 }
 
 /// # Safety
 /// As `epoll_create1(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_create1(flags: c_int) -> c_int {
+pub unsafe fn epoll_create1(flags: c_int) -> c_int {
     // SAFETY: arguments pass through.
     made_epoll(unsafe { real::epoll_create1(flags) })
 }
@@ -30,13 +28,7 @@ fn made_epoll(fd: c_int) -> c_int {
 
 /// # Safety
 /// As `epoll_ctl(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_ctl(
-    epfd: c_int,
-    op: c_int,
-    fd: c_int,
-    event: *mut epoll_event,
-) -> c_int {
+pub unsafe fn epoll_ctl(epfd: c_int, op: c_int, fd: c_int, event: *mut epoll_event) -> c_int {
     // SAFETY: arguments pass through.
     unsafe {
         match epoll::ctl(epfd, op, fd, event) {
@@ -48,13 +40,7 @@ pub unsafe extern "C" fn epoll_ctl(
 
 /// # Safety
 /// As `epoll_wait(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_wait(
-    epfd: c_int,
-    events: *mut epoll_event,
-    most: c_int,
-    ms: c_int,
-) -> c_int {
+pub unsafe fn epoll_wait(epfd: c_int, events: *mut epoll_event, most: c_int, ms: c_int) -> c_int {
     let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through.
     unsafe {
@@ -66,8 +52,7 @@ pub unsafe extern "C" fn epoll_wait(
 
 /// # Safety
 /// As `epoll_pwait(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_pwait(
+pub unsafe fn epoll_pwait(
     epfd: c_int,
     events: *mut epoll_event,
     most: c_int,
@@ -85,8 +70,7 @@ pub unsafe extern "C" fn epoll_pwait(
 
 /// # Safety
 /// As `epoll_pwait2(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn epoll_pwait2(
+pub unsafe fn epoll_pwait2(
     epfd: c_int,
     events: *mut epoll_event,
     most: c_int,

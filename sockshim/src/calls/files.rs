@@ -7,13 +7,7 @@ use libc::{c_int, c_uint, off_t, off64_t, size_t, ssize_t};
 
 /// # Safety
 /// As `sendfile(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendfile(
-    out: c_int,
-    from: c_int,
-    offset: *mut off_t,
-    count: size_t,
-) -> ssize_t {
+pub unsafe fn sendfile(out: c_int, from: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
     // SAFETY: arguments pass through.
     unsafe {
         send_file(out, from, offset, count, &|| {
@@ -24,13 +18,7 @@ pub unsafe extern "C" fn sendfile(
 
 /// # Safety
 /// As `sendfile(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendfile64(
-    out: c_int,
-    from: c_int,
-    offset: *mut off64_t,
-    count: size_t,
-) -> ssize_t {
+pub unsafe fn sendfile64(out: c_int, from: c_int, offset: *mut off64_t, count: size_t) -> ssize_t {
     // SAFETY: arguments pass through.
     unsafe {
         send_file(out, from, offset, count, &|| {
@@ -67,8 +55,7 @@ unsafe fn send_file(
 
 /// # Safety
 /// As `splice(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn splice(
+pub unsafe fn splice(
     from: c_int,
     from_at: *mut off64_t,
     to: c_int,

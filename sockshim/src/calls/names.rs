@@ -7,12 +7,7 @@ use libc::{c_int, c_void, sockaddr, socklen_t};
 
 /// # Safety
 /// As `getsockname(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn getsockname(
-    fd: c_int,
-    address: *mut sockaddr,
-    len: *mut socklen_t,
-) -> c_int {
+pub unsafe fn getsockname(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
     let told = conn::of(fd).and_then(|held| held.conn.names.local());
     // SAFETY: arguments pass through.
     unsafe { name(told, address, len, || real::getsockname(fd, address, len)) }
@@ -20,12 +15,7 @@ pub unsafe extern "C" fn getsockname(
 
 /// # Safety
 /// As `getpeername(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn getpeername(
-    fd: c_int,
-    address: *mut sockaddr,
-    len: *mut socklen_t,
-) -> c_int {
+pub unsafe fn getpeername(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
     let told = conn::of(fd).and_then(|held| held.conn.names.peer());
     // SAFETY: arguments pass through.
     unsafe { name(told, address, len, || real::getpeername(fd, address, len)) }

@@ -7,8 +7,7 @@ use libc::{c_int, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
 
 /// # Safety
 /// As `poll(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_int {
+pub unsafe fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_int {
     // SAFETY: arguments pass through; bad ones are the kernel's to refuse.
     unsafe {
         if sys::is_bad_pointer(fds.cast())
@@ -24,8 +23,7 @@ pub unsafe extern "C" fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_i
 
 /// # Safety
 /// As `ppoll(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ppoll(
+pub unsafe fn ppoll(
     fds: *mut pollfd,
     count: nfds_t,
     limit: *const timespec,
@@ -48,8 +46,7 @@ pub unsafe extern "C" fn ppoll(
 
 /// # Safety
 /// As `select(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn select(
+pub unsafe fn select(
     count: c_int,
     read: *mut fd_set,
     write: *mut fd_set,
@@ -86,8 +83,7 @@ pub unsafe extern "C" fn select(
 
 /// # Safety
 /// As `pselect(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn pselect(
+pub unsafe fn pselect(
     count: c_int,
     read: *mut fd_set,
     write: *mut fd_set,

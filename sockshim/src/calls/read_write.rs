@@ -7,8 +7,7 @@ use libc::{c_int, c_void, iovec, off_t, size_t, ssize_t};
 
 /// # Safety
 /// As `read(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
+pub unsafe fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
     // SAFETY: arguments pass through; a tracked fd's buffer is described by the local entry.
     unsafe {
         if conn::kind(fd) == Kind::Other || len == 0 {
@@ -26,8 +25,7 @@ pub unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize
 
 /// # Safety
 /// As `write(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
+pub unsafe fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other || len == 0 {
@@ -46,8 +44,7 @@ pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, len: size_t) -> ss
 
 /// # Safety
 /// As `readv(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn readv(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
+pub unsafe fn readv(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
     // SAFETY: arguments pass through.
     unsafe {
         if conn::kind(fd) == Kind::Other
@@ -62,8 +59,7 @@ pub unsafe extern "C" fn readv(fd: c_int, iov: *const iovec, count: c_int) -> ss
 
 /// # Safety
 /// As `writev(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
+pub unsafe fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t {
     // SAFETY: arguments pass through.
     unsafe {
         if conn::kind(fd) == Kind::Other
@@ -78,8 +74,7 @@ pub unsafe extern "C" fn writev(fd: c_int, iov: *const iovec, count: c_int) -> s
 
 /// # Safety
 /// As `preadv2(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn preadv2(
+pub unsafe fn preadv2(
     fd: c_int,
     iov: *const iovec,
     count: c_int,
@@ -110,8 +105,7 @@ pub unsafe extern "C" fn preadv2(
 
 /// # Safety
 /// As `pwritev2(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn pwritev2(
+pub unsafe fn pwritev2(
     fd: c_int,
     iov: *const iovec,
     count: c_int,
@@ -138,32 +132,4 @@ pub unsafe extern "C" fn pwritev2(
         };
         transmit(fd, iov, count as usize, flags, &in_kernel)
     }
-}
-
-/// # Safety
-/// As `preadv2(2)`; the name that programs built for large files use.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn preadv64v2(
-    fd: c_int,
-    iov: *const iovec,
-    count: c_int,
-    offset: off_t,
-    flags: c_int,
-) -> ssize_t {
-    // SAFETY: arguments pass through.
-    unsafe { preadv2(fd, iov, count, offset, flags) }
-}
-
-/// # Safety
-/// As `pwritev2(2)`; the name that programs built for large files use.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn pwritev64v2(
-    fd: c_int,
-    iov: *const iovec,
-    count: c_int,
-    offset: off_t,
-    flags: c_int,
-) -> ssize_t {
-    // SAFETY: arguments pass through.
-    unsafe { pwritev2(fd, iov, count, offset, flags) }
 }

@@ -16,8 +16,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// # Safety
 /// As `recv(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
+pub unsafe fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
@@ -31,8 +30,7 @@ pub unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, len: size_t, flags: c
 
 /// # Safety
 /// As `send(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags: c_int) -> ssize_t {
+pub unsafe fn send(fd: c_int, buf: *const c_void, len: size_t, flags: c_int) -> ssize_t {
     // SAFETY: as in `read`.
     unsafe {
         if conn::kind(fd) == Kind::Other {
@@ -47,8 +45,7 @@ pub unsafe extern "C" fn send(fd: c_int, buf: *const c_void, len: size_t, flags:
 
 /// # Safety
 /// As `recvfrom(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn recvfrom(
+pub unsafe fn recvfrom(
     fd: c_int,
     buf: *mut c_void,
     len: size_t,
@@ -76,8 +73,7 @@ pub unsafe extern "C" fn recvfrom(
 
 /// # Safety
 /// As `sendto(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendto(
+pub unsafe fn sendto(
     fd: c_int,
     buf: *const c_void,
     len: size_t,
@@ -99,8 +95,7 @@ pub unsafe extern "C" fn sendto(
 
 /// # Safety
 /// As `recvmsg(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
+pub unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: arguments pass through; a header is only read when it is not null.
     unsafe {
         // The kernel fills what the program gave it. Whether there is a stream afterwards does not say so: it may have come
@@ -183,8 +178,7 @@ unsafe fn put_unread(header: &mut msghdr, room: usize, unread: c_int) {
 
 /// # Safety
 /// As `sendmsg(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t {
+pub unsafe fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t {
     // SAFETY: arguments pass through; a header is only read when it is not null.
     unsafe {
         let in_kernel = || real::sendmsg(fd, msg, flags);
@@ -216,8 +210,7 @@ pub unsafe extern "C" fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) ->
 
 /// # Safety
 /// As `recvmmsg(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn recvmmsg(
+pub unsafe fn recvmmsg(
     fd: c_int,
     msgs: *mut mmsghdr,
     count: c_uint,
@@ -257,13 +250,7 @@ pub unsafe extern "C" fn recvmmsg(
 
 /// # Safety
 /// As `sendmmsg(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendmmsg(
-    fd: c_int,
-    msgs: *mut mmsghdr,
-    count: c_uint,
-    flags: c_int,
-) -> c_int {
+pub unsafe fn sendmmsg(fd: c_int, msgs: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int {
     // SAFETY: arguments pass through.
     unsafe {
         if sys::is_bad_pointer(msgs.cast()) {

@@ -11,8 +11,7 @@ use std::sync::atomic::Ordering::*;
 
 /// # Safety
 /// As `socket(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+pub unsafe fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let fd = unsafe { real::socket(domain, kind, protocol) };
     handing_over::made_socket(fd, domain, protocol);
@@ -34,16 +33,14 @@ pub unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> 
 
 /// # Safety
 /// As `bind(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn bind(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+pub unsafe fn bind(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     // SAFETY: arguments pass through: a port is the kernel's to give.
     unsafe { real::bind(fd, address, len) }
 }
 
 /// # Safety
 /// As `listen(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
+pub unsafe fn listen(fd: c_int, backlog: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::listen(fd, backlog) };
     if result == 0
@@ -56,8 +53,7 @@ pub unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
 
 /// # Safety
 /// As `connect(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
+pub unsafe fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     if !sys::is_bad_pointer(address.cast())
         && len as usize >= size_of::<libc::sa_family_t>()
         // SAFETY: an address of the length given, as the caller says.
@@ -113,16 +109,14 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
 
 /// # Safety
 /// As `accept(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
+pub unsafe fn accept(fd: c_int, address: *mut sockaddr, len: *mut socklen_t) -> c_int {
     // SAFETY: arguments pass through.
     unsafe { accept_by(fd, address, len, || real::accept(fd, address, len)) }
 }
 
 /// # Safety
 /// As `accept4(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn accept4(
+pub unsafe fn accept4(
     fd: c_int,
     address: *mut sockaddr,
     len: *mut socklen_t,
@@ -201,8 +195,7 @@ fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
 
 /// # Safety
 /// As `shutdown(2)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
+pub unsafe fn shutdown(fd: c_int, how: c_int) -> c_int {
     if let Some(held) = conn::of(fd) {
         match demote::shutdown(&held, fd, how) {
             Some(0) => return 0,
@@ -222,8 +215,7 @@ pub unsafe extern "C" fn shutdown(fd: c_int, how: c_int) -> c_int {
 
 /// # Safety
 /// As `sockatmark(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
+pub unsafe fn sockatmark(fd: c_int) -> c_int {
     if let Some(held) = conn::of(fd)
         && mark_is_behind_ring(&held, fd)
     {

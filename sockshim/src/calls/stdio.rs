@@ -12,8 +12,7 @@ use rdsock_shm::reason::Reason;
 
 /// # Safety
 /// As `fdopen(3)`.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn fdopen(fd: c_int, mode: *const libc::c_char) -> *mut libc::FILE {
+pub unsafe fn fdopen(fd: c_int, mode: *const libc::c_char) -> *mut libc::FILE {
     // SAFETY: arguments pass through; the mode is a C string.
     unsafe {
         let file = real::fdopen(fd, mode);

@@ -4,14 +4,10 @@
 use crate::conn::{self, Use, phase};
 use crate::io::{self, InKernel, Outcome};
 use crate::stream::Stream;
-use crate::{demote, signals, sys, tenant};
+use crate::{demote, limits, signals, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
-
-/// A receiver gives way to an offer for so many turns of so many milliseconds, unless bytes come.
-const GIVE_WAY_TURNS: u32 = 20;
-const GIVE_WAY_MS: i64 = 5;
 
 /// Where a call moves bytes, as its program sees it.
 #[derive(Clone, Copy, PartialEq)]
@@ -100,10 +96,10 @@ fn give_way_to_offer(held: &Use, fd: c_int) -> Result<(), isize> {
         return Ok(());
     }
     let signals = signals::Held::hold();
-    for _ in 0..GIVE_WAY_TURNS {
+    for _ in 0..limits::GIVE_WAY_TURNS.get() {
         if held.conn.offered.load(Relaxed) == 0
             || !waits(fd)
-            || signals.wait(fd, libc::POLLIN, Some(GIVE_WAY_MS))
+            || signals.wait(fd, libc::POLLIN, Some(limits::GIVE_WAY_MS.get() as i64))
         {
             break;
         }

@@ -417,7 +417,7 @@ pub fn has_left(stream: &Stream) -> bool {
 pub(super) fn follow_leavers(epoll: &Epoll) {
     for _ in 0..BELL_BITS {
         let mut leaver = None;
-        let mut nested = [None; FEW];
+        let mut nested = [None; 8];
         if let Some(guard) = take(epoll) {
             let state = guard.state();
             let mut count = 0;

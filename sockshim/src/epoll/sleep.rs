@@ -8,9 +8,6 @@ use libc::{sigset_t, timespec};
 use rdsock_shm::bell;
 use rdsock_shm::layout::{Counter, want};
 
-/// Microseconds between two questions to the kernel while the rings are watched.
-const ASK_KERNEL_US: u64 = 10;
-
 /// `epoll_wait` and its kin; `kernel` is the kernel's own call.
 ///
 /// # Safety
@@ -130,7 +127,7 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     let Some(guard) = take(epoll) else { return 0 };
     let state = guard.state();
     let now = clock::ticks();
-    if now.wrapping_sub(state.asked_at) <= clock::ticks_of(ASK_KERNEL_US) {
+    if now.wrapping_sub(state.asked_at) <= clock::ticks_of(limits::ASK_KERNEL_US.get()) {
         return collect(epoll, &guard, events, 0, 0);
     }
     state.asked_at = now;

@@ -3,13 +3,10 @@
 use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
-use crate::demote;
+use crate::{demote, limits};
 use rdsock_shm::end::{MOST, Way};
 use rdsock_shm::layout::phase;
 use rdsock_shm::reason::Reason;
-
-/// Bytes that are read into the ring before they are published.
-const PIECE: u64 = 64 * 1024;
 
 /// What bytes are read from.
 #[derive(Clone, Copy, PartialEq)]
@@ -100,7 +97,10 @@ fn read_in<'a>(
         }
         let (mut full, mut stop) = (false, None);
         while done < count && stop.is_none() && stream.tx().phase.load(Relaxed) == phase::RING {
-            let space = match half.sender.reserve(((count - done) as u64).min(PIECE)) {
+            let space = match half
+                .sender
+                .reserve(((count - done) as u64).min(limits::FILE_PIECE.get()))
+            {
                 Ok(Some(space)) => space,
                 Ok(None) => {
                     full = true;
@@ -189,7 +189,7 @@ pub fn splice_in<'a>(
     }
 }
 
-/// Bytes that a pipe takes without blocking once it is writable.
+/// Bytes that a pipe takes without blocking once it is writable: the most that [`limits::PIPE_PIECE`] can be.
 const PIPE_PIECE: usize = 4096;
 
 /// `splice` from a stream into a pipe: as much as is there and the pipe has room for.
@@ -239,7 +239,7 @@ fn splice_piece<'a>(
         iov_base: start.cast(),
         iov_len: len,
     };
-    let wanted = part(len.min(PIPE_PIECE));
+    let wanted = part(len.min(limits::PIPE_PIECE.get() as usize));
     // SAFETY: one entry that describes the local buffer.
     let Ok(room) = (unsafe { buffers(&wanted, 1, 0) }) else {
         return Outcome::Done(AGAIN);

@@ -3,12 +3,8 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
-use crate::{clock, epoll, wait};
+use crate::{clock, epoll, limits, wait};
 use rdsock_shm::end::{How, Received};
-
-/// Microseconds between two looks at the anchor of a connection whose ring is found empty by
-/// calls that do not wait.
-const LOOK_EVERY_US: u64 = 20;
 
 /// Receives from a stream.
 pub fn recv<'a>(
@@ -114,7 +110,8 @@ fn recv_rest(fd: c_int, to: &Buffers, done: usize, flags: c_int) -> usize {
 pub fn look_is_due(held: &Use) -> bool {
     let now = clock::ticks();
     if held.conn.look.load(Relaxed) == 0
-        && now.wrapping_sub(held.conn.looked_at.load(Relaxed)) < clock::ticks_of(LOOK_EVERY_US)
+        && now.wrapping_sub(held.conn.looked_at.load(Relaxed))
+            < clock::ticks_of(limits::LOOK_EVERY_US.get())
     {
         return false;
     }

@@ -3,12 +3,9 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
-use crate::{clock, wait};
+use crate::{clock, limits, wait};
 use rdsock_shm::end::{Anchor, Sent};
 use rdsock_shm::layout::{mark, phase, want};
-
-/// Microseconds between two looks at the anchor of a sender whose peer takes nothing.
-const PEER_CHECK_US: u64 = 1000;
 
 /// Sends on a stream.
 pub fn send<'a>(
@@ -121,7 +118,9 @@ fn check_is_due(held: &Use) -> bool {
         return false;
     }
     let now = clock::ticks();
-    if now.wrapping_sub(held.conn.looked_at.load(Relaxed)) < clock::ticks_of(PEER_CHECK_US) {
+    if now.wrapping_sub(held.conn.looked_at.load(Relaxed))
+        < clock::ticks_of(limits::PEER_CHECK_US.get())
+    {
         return false;
     }
     held.conn.looked_at.store(now, Relaxed);

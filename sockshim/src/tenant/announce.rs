@@ -10,16 +10,11 @@ use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{Conn, born, phase};
 use crate::process::STDERR;
-use crate::sys;
+use crate::{limits, sys};
 use libc::c_int;
 use rdsock_shm::control::{Request, request};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
-
-/// Calls on a connection before it is announced.
-const CALLS_TO_ANNOUNCE: u32 = 4;
-/// Bytes in one call that show as well that a connection is worth it.
-const BYTES_TO_ANNOUNCE: usize = 32 * 1024;
 
 /// After a kernel call on a connection: announces it when it has shown that it lasts, and follows
 /// an offer that waits.
@@ -28,15 +23,16 @@ pub fn after_call(index: usize, conn: &'static Conn, fd: c_int, bytes: isize) {
     if bytes <= 0 {
         return;
     }
-    let step = if bytes >= BYTES_TO_ANNOUNCE as isize {
-        CALLS_TO_ANNOUNCE
+    let enough = limits::CALLS.get() as u32;
+    let step = if bytes as u64 >= limits::BYTES.get() {
+        enough
     } else {
         1
     };
     let calls = conn.calls.load(Relaxed) + step;
     conn.calls.store(calls, Relaxed);
     match conn.phase.load(Relaxed) {
-        phase::KERNEL if calls >= CALLS_TO_ANNOUNCE => announce(index, conn, fd),
+        phase::KERNEL if calls >= enough => announce(index, conn, fd),
         phase::ANNOUNCED => {
             look();
             if conn.offered.load(Relaxed) != 0
@@ -55,7 +51,7 @@ pub fn after_call(index: usize, conn: &'static Conn, fd: c_int, bytes: isize) {
 /// Announces a connection to another node, which the daemon carries already: at once, or with the
 /// next call on it where it is not established yet.
 pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
-    conn.calls.store(CALLS_TO_ANNOUNCE, Relaxed);
+    conn.calls.store(limits::CALLS.get() as u32, Relaxed);
     if conn.phase.load(Relaxed) == phase::KERNEL {
         announce(index, conn, fd);
     }

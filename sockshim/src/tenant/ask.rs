@@ -4,10 +4,11 @@
 //! Several threads may ask at once, and whoever reads the control connection reads all that has come:
 //! so who asks takes a place, and answers are put there.
 
-use super::attach::{CONTROL, RETRY_MS, attach, is_as_attached, is_disabled};
+use super::attach::{CONTROL, attach, is_as_attached, is_disabled};
 use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
+use super::pauses::RETRY_MS;
 use crate::{clock, sys};
 use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
@@ -52,30 +53,62 @@ const FREE: Place = Place {
     answer: None,
 };
 
-static PLACES_TAKEN: Shared<[Place; PLACES]> = Shared(UnsafeCell::new([FREE; PLACES]));
+/// The places of all threads.
+struct Places([Place; PLACES]);
+
+impl Places {
+    const fn new() -> Self {
+        Places([FREE; PLACES])
+    }
+
+    /// Takes a place that nobody waits at, for a question of which none waits beyond `until`. False where there is none.
+    fn take(&mut self, question: u64, until: u64, now: u64) -> bool {
+        let free = self.0.iter_mut().find(|place| place.until < now);
+        let is_there = free.is_some();
+        if let Some(place) = free {
+            *place = Place {
+                question,
+                until,
+                answer: None,
+            };
+        }
+        is_there
+    }
+
+    /// The answer to a question, once it has come.
+    fn answer(&self, question: u64) -> Option<Answer> {
+        let mut own = self.0.iter().filter(|place| place.question == question);
+        own.next()?.answer
+    }
+
+    /// Puts an answer where who asked looks for it. Nobody waits for one that comes late.
+    fn deliver(&mut self, answer: Answer) {
+        let question = answer.question();
+        for place in &mut self.0 {
+            if place.question == question && question != 0 {
+                place.answer = Some(answer);
+            }
+        }
+    }
+
+    /// Nobody waits for that answer any more.
+    fn give_back(&mut self, question: u64) {
+        for place in self.0.iter_mut().filter(|place| place.question == question) {
+            *place = FREE;
+        }
+    }
+}
+
+static PLACES_TAKEN: Shared<Places> = Shared(UnsafeCell::new(Places::new()));
 static QUESTIONS: AtomicU64 = AtomicU64::new(0);
 /// When the daemon last left a question without an answer.
 static SILENT_AT: AtomicU64 = AtomicU64::new(0);
 /// Nanoseconds that the daemon has for an answer, as it said.
 static ANSWER: AtomicU64 = AtomicU64::new(0);
 
-fn with_places<T>(_guard: &Guard, use_them: impl FnOnce(&mut [Place; PLACES]) -> T) -> T {
+fn with_places<T>(_guard: &Guard, use_them: impl FnOnce(&mut Places) -> T) -> T {
     // SAFETY: the lock is held, and no caller comes here again from within.
     use_them(unsafe { &mut *PLACES_TAKEN.0.get() })
-}
-
-/// Takes a place that nobody waits at.
-fn take_place(guard: &Guard, question: u64, until: u64) -> Option<()> {
-    let now = clock::nanoseconds();
-    with_places(guard, |places| {
-        let place = places.iter_mut().find(|place| place.until < now)?;
-        *place = Place {
-            question,
-            until,
-            answer: None,
-        };
-        Some(())
-    })
 }
 
 /// The daemon has greeted this process.
@@ -133,12 +166,10 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
         sys::poll_one(-1, 0, 1);
     }
     let answer = await_message(end, |guard| {
-        with_places(guard, |places| {
-            places.iter().find(|place| place.question == number)?.answer
-        })
+        with_places(guard, |places| places.answer(number))
     });
     if let Some(guard) = Guard::take() {
-        give_back(&guard, number);
+        with_places(&guard, |places| places.give_back(number));
     }
     if answer.is_none() {
         SILENT_AT.store(clock::nanoseconds(), Relaxed);
@@ -156,37 +187,86 @@ fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
     if control < 0 || !is_as_attached() {
         return None;
     }
-    if take_place(&guard, number, end).is_none() {
+    let now = clock::nanoseconds();
+    if !with_places(&guard, |places| places.take(number, end, now)) {
         return Some(false);
     }
     if send_with(control, &Message::new(what, question), &[]) < 0 {
-        give_back(&guard, number);
+        with_places(&guard, |places| places.give_back(number));
         return None;
     }
     Some(true)
 }
 
-fn give_back(guard: &Guard, question: u64) {
-    with_places(guard, |places| {
-        for place in places.iter_mut().filter(|place| place.question == question) {
-            *place = FREE;
-        }
-    });
-}
-
 /// Puts an answer where who asked looks for it. Nobody waits for one that comes late.
 pub(super) fn deliver(guard: &Guard, answer: Answer) {
-    let question = answer.question();
-    with_places(guard, |places| {
-        for place in places.iter_mut() {
-            if place.question == question && question != 0 {
-                place.answer = Some(answer);
-            }
-        }
-    });
+    with_places(guard, |places| places.deliver(answer));
 }
 
 /// After fork, in the child: who asked was another process, and its daemon may answer this one.
 pub(super) fn after_fork_in_child() {
     SILENT_AT.store(0, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reached(question: u64, ticket: u64) -> Answer {
+        Answer::Reached(Reached {
+            question,
+            ticket,
+            anchor: [0; 16],
+            local: [0; 16],
+            anchor_port: 0,
+            reason: 0,
+        })
+    }
+
+    fn ticket(places: &Places, question: u64) -> Option<u64> {
+        match places.answer(question)? {
+            Answer::Reached(reached) => Some(reached.ticket),
+            Answer::Caller(_) => None,
+        }
+    }
+
+    #[test]
+    fn each_who_asks_finds_the_own_answer() {
+        let mut places = Places::new();
+        assert!(places.take(1, 100, 10) && places.take(2, 100, 10));
+        assert_eq!(ticket(&places, 1), None);
+        places.deliver(reached(2, 22));
+        places.deliver(reached(1, 11));
+        assert_eq!(
+            (ticket(&places, 1), ticket(&places, 2)),
+            (Some(11), Some(22))
+        );
+    }
+
+    #[test]
+    fn an_answer_that_comes_late_is_nobodys() {
+        let mut places = Places::new();
+        assert!(places.take(1, 100, 10));
+        places.give_back(1);
+        places.deliver(reached(1, 11));
+        assert!(places.take(2, 200, 101));
+        assert_eq!((ticket(&places, 1), ticket(&places, 2)), (None, None));
+        // A question has a number: 0 is in no message, and in each free place.
+        places.deliver(reached(0, 9));
+        assert_eq!(ticket(&places, 0), None);
+    }
+
+    #[test]
+    fn one_too_many_waits_until_a_place_is_free() {
+        let mut places = Places::new();
+        for question in 1..=PLACES as u64 {
+            assert!(places.take(question, 100, 10));
+        }
+        assert!(!places.take(99, 100, 100));
+        // Given back, or of one that was cancelled while it waited.
+        places.give_back(7);
+        assert!(places.take(99, 100, 100));
+        assert!(!places.take(100, 200, 100));
+        assert!(places.take(100, 200, 101));
+    }
 }

@@ -6,6 +6,7 @@ use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
 use super::memory::{MEMFDS, MEMORY, handed_over, make_memory, memory, renew};
 use super::messages::{SEEN, read_messages, send_with};
+use super::pauses::{Attempts, Changes};
 use super::requests::PUTTER;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::{clock, sys};
@@ -18,36 +19,26 @@ use std::cell::UnsafeCell;
 use std::mem::size_of;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
-/// Milliseconds between two attempts to reach a daemon.
-pub(super) const RETRY_MS: u64 = 500;
 /// Milliseconds between two looks whether the daemon is still there,
 const LOOK_MS: u64 = 1000;
 /// and while its greeting is awaited.
 const GREETING_MS: u64 = 20;
-/// Milliseconds between two times that a process attaches anew since its user has changed: the least and the most. One
-/// that has kept its user for longer than the most is followed at once.
-const FOLLOW_MS: [u64; 2] = [1000, 64_000];
-/// Milliseconds for which a daemon is left alone that is at a limit, or found this process not to be who it was: the
-/// least and the most.
-const REFUSED_MS: [u64; 2] = [1000, 64_000];
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
 pub(super) static INHERITED: AtomicI32 = AtomicI32::new(-1);
-pub(super) static TRIED_AT: AtomicU64 = AtomicU64::new(0);
+/// When the daemon is asked (again).
+static ATTEMPTS: Attempts = Attempts::new();
 /// Counts attachments: a stream of an earlier one is unknown to the present daemon.
 pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
 /// Effective user and group at HELLO, in the upper and the lower half.
 static ATTACHED_AS: AtomicU64 = AtomicU64::new(0);
-/// When this process last attached anew since its user had changed, and the milliseconds until it may do so again.
-static FOLLOWED_AT: AtomicU64 = AtomicU64::new(0);
-static FOLLOW_PAUSE_MS: AtomicU64 = AtomicU64::new(0);
+/// When this process has attached anew since its user had changed.
+static CHANGES: Changes = Changes::new();
 /// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
 pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
 /// When it was last looked whether the daemon is there, in ticks.
 static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
-/// Milliseconds from [`TRIED_AT`] in which no daemon is asked again.
-static PAUSE_MS: AtomicU64 = AtomicU64::new(RETRY_MS);
 /// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
 static DISABLED: AtomicU32 = AtomicU32::new(0);
 static PATH: Shared<[u8; 108]> = Shared(UnsafeCell::new([0; 108]));
@@ -143,27 +134,22 @@ pub(super) fn note_hang_up(guard: &Guard) {
 /// The daemon has no place for this process now: it is asked again after a while, each time a longer
 /// one.
 pub(super) fn refused_for_now() {
-    let [least, most] = REFUSED_MS;
-    let pause = PAUSE_MS.load(Relaxed);
-    let longer = if pause < least { least } else { pause * 2 };
-    PAUSE_MS.store(longer.min(most), Relaxed);
-    TRIED_AT.store(clock::nanoseconds(), Relaxed);
+    ATTEMPTS.refused(clock::nanoseconds());
     detach();
 }
 
 /// The daemon has greeted this process.
 pub(super) fn welcomed() {
-    PAUSE_MS.store(RETRY_MS, Relaxed);
+    ATTEMPTS.welcomed();
     AWAITED.store(0, Relaxed);
 }
 
 /// After fork, in the child.
 pub(super) fn after_fork_in_child() {
     LOOKED_AT.store(0, Relaxed);
-    TRIED_AT.store(0, Relaxed);
+    ATTEMPTS.forget();
     AWAITED.store(0, Relaxed);
-    FOLLOWED_AT.store(0, Relaxed);
-    FOLLOW_PAUSE_MS.store(0, Relaxed);
+    CHANGES.forget();
 }
 
 /// True while the process has the user that it attached as: as another one the daemon would turn it away, and it asks for
@@ -177,7 +163,7 @@ pub(super) fn is_as_attached() -> bool {
 /// server that works as the user of each request) stays who it was meanwhile, and is that again when it has changed
 /// back: it attaches anew ever more seldom.
 fn follow_user() {
-    if CONTROL.load(Relaxed) < 0 || is_as_attached() || !may_follow(clock::nanoseconds()) {
+    if CONTROL.load(Relaxed) < 0 || is_as_attached() || !CHANGES.may_follow(clock::nanoseconds()) {
         return;
     }
     let control = CONTROL.swap(-1, AcqRel);
@@ -186,23 +172,7 @@ fn follow_user() {
         close_hidden(spare);
     }
     detach();
-    TRIED_AT.store(0, Relaxed);
-}
-
-/// Is it time to attach anew? Takes the time as that of the next pause's beginning if it is.
-fn may_follow(now: u64) -> bool {
-    const MILLISECOND: u64 = 1_000_000;
-    let [least, most] = FOLLOW_MS;
-    let (before, pause) = (FOLLOWED_AT.load(Relaxed), FOLLOW_PAUSE_MS.load(Relaxed));
-    let since = now.wrapping_sub(before) / MILLISECOND;
-    if before != 0 && since < pause {
-        return false;
-    }
-    let calm = before == 0 || since > 2 * most;
-    let next = if calm { least } else { (pause * 2).min(most) };
-    FOLLOW_PAUSE_MS.store(next, Relaxed);
-    FOLLOWED_AT.store(now.max(1), Relaxed);
-    true
+    ATTEMPTS.forget();
 }
 
 fn ids() -> u64 {
@@ -213,12 +183,10 @@ fn ids() -> u64 {
 pub(super) fn attach(guard: &Guard) {
     follow_user();
     let now = clock::nanoseconds();
-    let tried = TRIED_AT.load(Relaxed);
-    let pause = PAUSE_MS.load(Relaxed) * 1_000_000;
-    if CONTROL.load(Relaxed) >= 0 || (tried != 0 && now.wrapping_sub(tried) < pause) {
+    if CONTROL.load(Relaxed) >= 0 || !ATTEMPTS.are_due(now) {
         return;
     }
-    TRIED_AT.store(now, Relaxed);
+    ATTEMPTS.begin(now);
     if memory().is_none() {
         return;
     }

@@ -1,9 +1,10 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{CONTROL, EPOCH, RETRY_MS, attach, is_as_attached, is_disabled, note_hang_up};
+use super::attach::{CONTROL, EPOCH, attach, is_as_attached, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
+use super::pauses::RETRY_MS;
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, Use};

@@ -139,6 +139,27 @@ pub enum Until {
     Room,
 }
 
+/// Thresholds of an end. They decide when something is done, never what is right: a test sets them low, since most faults lie
+/// on the other side of one.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes taken off the ring before that is published, so that the other end writes while this one reads.
+    pub piece: u64,
+    /// Bytes put into the ring before they are published, so that the other end reads while this one writes.
+    pub chunk: u64,
+    /// One less than the receives without a sleep after which a receiver is hot (a power of two): see [`crate::wake`].
+    pub hot_mask: u32,
+}
+
+impl Limits {
+    /// Those that a program has.
+    pub const DEFAULT: Limits = Limits {
+        piece: 256 * 1024,
+        chunk: 16 * 1024,
+        hot_mask: 255,
+    };
+}
+
 /// The process that an end lives in.
 pub trait Process {
     /// Who locks: this thread.
@@ -186,6 +207,12 @@ pub trait Process {
 
     /// The next question about readiness is to look at the anchor.
     fn look_later(&self);
+
+    /// When some things are done, and how much at a time.
+    #[inline]
+    fn limits(&self) -> Limits {
+        Limits::DEFAULT
+    }
 
     /// The stream was broken just now, for this reason.
     fn broken(&self, reason: Reason);

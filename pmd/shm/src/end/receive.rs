@@ -8,9 +8,6 @@ use crate::ring::Receiver;
 use crate::sync::Ordering::*;
 use crate::wake;
 
-/// Bytes taken off the ring before that is published, so that the other end writes while this one reads.
-const PIECE: u64 = if cfg!(loom) { 4 } else { 256 * 1024 };
-
 /// How a program receives.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct How {
@@ -203,7 +200,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if how.peek {
             return self.peek_ring(available, to, how, done);
         }
-        let len = wanted.min(available.len).min(PIECE);
+        let len = wanted.min(available.len).min(end.socket.limits().piece);
         if !how.discard {
             to.each(*done, len as usize, |at, len, skip| {
                 // SAFETY: the program's buffer, as long as it says.

@@ -7,9 +7,6 @@ use crate::ring::Violation;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
 use crate::wake;
 
-/// Bytes copied before they are published, so that the other end reads while this one writes.
-pub(super) const CHUNK: u64 = 16 * 1024;
-
 /// A counter that is one higher while somebody is inside a kernel call.
 #[derive(Debug)]
 pub struct Counted<'a>(&'a AtomicU32);
@@ -167,7 +164,8 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
     fn fill(&self, from: &Buffers, done: &mut usize) -> Result<(), Violation> {
         let sender = &self.sender;
         while *done < from.total {
-            let Some(space) = sender.reserve(((from.total - *done) as u64).min(CHUNK))? else {
+            let left = (from.total - *done) as u64;
+            let Some(space) = sender.reserve(left.min(self.end.socket.limits().chunk))? else {
                 return Ok(());
             };
             from.each(*done, space.len as usize, |at, len, skip| {

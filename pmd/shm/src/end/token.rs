@@ -7,9 +7,6 @@ use crate::reason::Reason;
 use crate::sync::{AtomicU32, Ordering::*};
 use crate::wake;
 
-/// Receives without a sleep after which a receiver is hot: see [`crate::wake`].
-const HOT_AFTER: u32 = if cfg!(loom) { 3 } else { 256 };
-
 /// The tokens that come to an end: counted by the other end before each is sent, and by this one when it is taken. Only
 /// as many are taken as were counted, since behind them may come data.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +125,7 @@ impl<S: Anchor + Process> End<'_, S> {
     pub fn note_busy(&self) {
         let calls = self.rx().quiet_calls.load(Relaxed).wrapping_add(1);
         self.rx().quiet_calls.store(calls, Relaxed);
-        if calls.is_multiple_of(HOT_AFTER)
+        if calls & self.socket.limits().hot_mask == 0
             && self.incoming().producer.barriers.load(Relaxed) != 0
             && self.socket.has_barriers()
         {

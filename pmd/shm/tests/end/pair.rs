@@ -1,7 +1,7 @@
 //! Both ends of a connection in one thread, over two queues of bytes with little room.
 
 use rdsock_shm::end::{
-    Anchor, Buffers, End, Got, How, Process, Received, Sent, Shared, Shut, Take, Until,
+    Anchor, Buffers, End, Got, How, Limits, Process, Received, Sent, Shared, Shut, Take, Until,
 };
 use rdsock_shm::layout::{BELLS, Bell, Counter, Direction, EndPage, MIN_RING, NOT_SWITCHED, phase};
 use rdsock_shm::lock::Owner;
@@ -45,6 +45,7 @@ pub struct Wire {
     memory: [Box<[Cell<u8>]>; 2],
     bells: Option<Box<[Bell; BELLS]>>,
     pipes: [Pipe; 2],
+    limits: Limits,
 }
 
 /// One end and its process.
@@ -72,6 +73,11 @@ unsafe fn zeroed<T>() -> Box<T> {
 impl Wire {
     /// A connection that nobody has mapped.
     pub fn new() -> Self {
+        Self::with(Limits::DEFAULT)
+    }
+
+    /// The same, with other thresholds than a program has.
+    pub fn with(limits: Limits) -> Self {
         let wire = Wire {
             // SAFETY: made of atomics and integers.
             directions: unsafe { zeroed() },
@@ -82,6 +88,7 @@ impl Wire {
             // SAFETY: as above.
             bells: Some(unsafe { zeroed() }),
             pipes: Default::default(),
+            limits,
         };
         for direction in &*wire.directions {
             direction.producer.switch_at.store(NOT_SWITCHED, Relaxed);
@@ -247,6 +254,10 @@ impl Process for &Side<'_> {
 
     fn look_later(&self) {
         self.looks.set(self.looks.get() + 1);
+    }
+
+    fn limits(&self) -> Limits {
+        self.wire.limits
     }
 
     fn broken(&self, reason: Reason) {

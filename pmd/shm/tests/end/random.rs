@@ -3,7 +3,7 @@
 
 use crate::pair::{Gave, Program, RING, Wire};
 use proptest::prelude::*;
-use rdsock_shm::end::{How, Sleeper};
+use rdsock_shm::end::{How, Limits, Sleeper};
 use rdsock_shm::layout::{mark, phase, want};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
@@ -37,6 +37,16 @@ fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
         1 => Just(Step::Abandon),
     ];
     prop::collection::vec((0..2_usize, step), 1..80)
+}
+
+/// Those that a program has, or so low that each call crosses them.
+fn limits() -> impl Strategy<Value = Limits> {
+    let low = (1..300_u64, 1..300_u64).prop_map(|(piece, chunk)| Limits {
+        piece,
+        chunk,
+        ..Limits::DEFAULT
+    });
+    prop_oneof![Just(Limits::DEFAULT), low]
 }
 
 /// What a program has sent and the other has not received, in both directions.
@@ -157,8 +167,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 2000 }, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_order_of_calls_loses_or_adds_a_byte(steps in steps()) {
-        let wire = Wire::new();
+    fn no_order_of_calls_loses_or_adds_a_byte(limits in limits(), steps in steps()) {
+        let wire = Wire::with(limits);
         let [one, other] = wire.sides();
         let ends = [Program::new(&one), Program::new(&other)];
         let mut model = Model { bytes: Default::default(), next: 0 };

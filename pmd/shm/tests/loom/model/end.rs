@@ -6,7 +6,8 @@ use super::{Given, Memory, Pipe, direction};
 use loom::sync::atomic::{AtomicU32, Ordering::*, fence};
 use loom::thread::yield_now;
 use rdsock_shm::end::{
-    self, Anchor, Buffers, Got, How, Process, Received, Sent, Shared, Shut, Sleeper, Take, Until,
+    self, Anchor, Buffers, Got, How, Limits, Process, Received, Sent, Shared, Shut, Sleeper, Take,
+    Until,
 };
 use rdsock_shm::layout::{Counter, Direction, EndPage, RxState, TxState, phase, want};
 use rdsock_shm::lock::Owner;
@@ -203,6 +204,13 @@ impl Process for &End {
     fn count(&self, _: Counter) {}
 
     fn look_later(&self) {}
+
+    fn limits(&self) -> Limits {
+        Limits {
+            piece: 4,
+            ..Limits::DEFAULT
+        }
+    }
 
     fn broken(&self, reason: Reason) {
         panic!("end {} resets the stream: {reason:?}", self.number);
