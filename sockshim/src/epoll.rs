@@ -15,11 +15,13 @@
 mod fdinfo;
 mod links;
 mod moves;
+mod news;
 mod register;
 mod report;
 mod sleep;
 
-pub use moves::{close_copies, declines, demoted, forget, kick_all, mapped, renumber};
+pub use moves::{close_copies, declines, demoted, forget, mapped, renumber};
+pub use news::changed;
 pub use register::ctl;
 pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
@@ -86,6 +88,8 @@ struct Registration {
     moved: bool,
     /// It was reported since.
     reported_since: bool,
+    /// The inner instance watches for space on the anchor.
+    watches_space: bool,
     /// Something to report was not reported yet, whatever the positions say (added, modified).
     fresh: bool,
     /// What was last reported, for EPOLLET.
@@ -115,6 +119,8 @@ pub struct Epoll {
     score: AtomicU32,
     /// First of its own registrations in other instances.
     registrations: AtomicU32,
+    /// Registrations that must be looked at since something has changed in this process: see [`news`].
+    own: Bell,
     /// For each registration the next one of the same connection, under [`LINK`].
     links: AtomicPtr<AtomicU32>,
     state: UnsafeCell<State>,
@@ -484,16 +490,6 @@ fn take_word(word: &AtomicU64) -> Taken {
 
 fn take(epoll: &Epoll) -> Option<Guard<'_>> {
     (take_word(&epoll.lock) == Taken::Outer).then_some(Guard(epoll))
-}
-
-/// Wakes the threads of this process that sleep on an instance, so that they look again.
-fn kick(epoll: &Epoll) {
-    if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
-        let kicker = epoll.kicker.load(Acquire);
-        if kicker >= 0 {
-            sys::eventfd_add(kicker);
-        }
-    }
 }
 
 /// The instance behind an fd, if it holds streams.

@@ -6,7 +6,7 @@ use crate::end::End;
 use crate::stream::Stream;
 use crate::sys;
 use libc::{POLLERR, POLLHUP, POLLIN, POLLRDHUP, c_int};
-use rdsock_shm::end::{Anchor, Kernel, Outgoing, State, bit};
+use rdsock_shm::end::{Anchor, Kernel, Outgoing, Shared, State, bit};
 use rdsock_shm::layout::{mark, phase};
 use std::sync::atomic::Ordering::*;
 
@@ -31,7 +31,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
 }
 
 /// Does what is due before a question; true when the anchor was looked at.
-fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
+pub fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
     let stream = end.shared;
     end.settle_switch();
     if may_follow {
@@ -96,9 +96,15 @@ fn ask_behind(end: &End<'_>, state: &State, mut bits: i16) -> Kernel {
     kernel
 }
 
+/// True when what comes in matters to somebody who waits for `events`: by name, or since its end is a POLLHUP once the
+/// program has ended its own direction, which is told unasked.
+pub fn waits_for_bytes(stream: &Shared, events: i16) -> bool {
+    events & (IN | POLLRDHUP) != 0 || stream.tx().shut.load(Relaxed) != 0
+}
+
 /// Asks the other end for a sign (`how`: WAKE or BELL) when what `events` names comes.
 pub fn ask(end: &End<'_>, events: i16, how: u32) {
-    if events & (IN | POLLRDHUP) != 0 {
+    if waits_for_bytes(end.shared, events) {
         end.ask_for_bytes(how);
     }
     // Also before the direction has moved to its ring, which it may do with any send: whoever asks now may not ask again then.

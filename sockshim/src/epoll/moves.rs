@@ -1,6 +1,7 @@
 //! Where registrations go when their streams come and go, and when fds are closed.
 
 use super::fdinfo::has_fired;
+use super::news::hand_on;
 use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner};
 use super::*;
 use crate::conn::{Conn, Use};
@@ -11,19 +12,6 @@ use rdsock_shm::reason::Reason;
 /// True when a connection is on rings, or may yet go there.
 pub(super) fn is_on_rings(held: &Use) -> bool {
     held.conn.stream().is_some_and(demote::is_on_rings)
-}
-
-/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
-/// instance that has it must look.
-pub fn kick_all(conn: &Conn) {
-    each(&conn.registrations, |epoll, _, bit| {
-        if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
-            if let Some(guard) = take(epoll) {
-                guard.state().mark(bit);
-            }
-            kick(epoll);
-        }
-    });
 }
 
 /// True when a connection must not get a stream: it is registered in an instance that this process
@@ -54,6 +42,7 @@ pub(super) fn promoted(held: &Use) {
             && is_on_rings(held)
         {
             move_in(epoll, state, bit, Some(held)).unwrap_or_else(|fd| failed = Some(fd));
+            hand_on(epoll, state);
         }
         drop(guard);
         lift(index);
@@ -158,6 +147,7 @@ pub(super) fn lift(index: usize) {
             && slot.target == Kind::Epoll(index)
         {
             let _ = move_in(outer, state, bit, None);
+            hand_on(outer, state);
             drop(guard);
             lift(number);
         }

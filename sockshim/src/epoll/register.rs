@@ -1,6 +1,7 @@
 //! Registrations: `epoll_ctl`, and where each registration goes when its stream comes and goes.
 
 use super::moves::{close_copy, demoted, is_on_rings, lift, promoted};
+use super::news::{hand_on, reaches};
 use super::report::Snapshot;
 use super::*;
 use crate::conn::{Use, born};
@@ -11,7 +12,7 @@ use libc::{
 };
 use rdsock_shm::bell;
 use rdsock_shm::end::Shared;
-use rdsock_shm::layout::want;
+use rdsock_shm::layout::{phase, want};
 use rdsock_shm::reason::Reason;
 
 /// `epoll_ctl`. `None`: the call is the kernel's alone.
@@ -64,6 +65,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
     };
     let result = change.make(guard.state(), event);
     let leave = change.leave;
+    hand_on(epoll, guard.state());
     drop(guard);
     match &held {
         Some(held) => {
@@ -126,13 +128,6 @@ impl Change<'_> {
         known
     }
 
-    /// True when the anchor counts for nothing but its end.
-    fn is_all_on_rings(&self) -> bool {
-        self.held
-            .and_then(|held| held.conn.stream())
-            .is_some_and(|stream| stream.is_all_on_rings())
-    }
-
     fn kernel(&self, op: c_int, number: c_int, event: Option<&epoll_event>) -> Result<(), c_int> {
         match sys::epoll_ctl(self.epoll.fd.load(Relaxed), op, number, event) {
             0 => Ok(()),
@@ -186,6 +181,7 @@ impl Change<'_> {
             disabled: false,
             moved: false,
             reported_since: false,
+            watches_space: false,
             fresh: true,
             reported: Snapshot::default(),
         };
@@ -213,11 +209,6 @@ impl Change<'_> {
 
     /// The program makes a registration again that it has deleted.
     fn revive(&mut self, state: &mut State, bit: usize, event: epoll_event) {
-        if event.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
-            let event = inner_event(event.events, bit);
-            let inner = self.epoll.inner.load(Relaxed);
-            sys::epoll_ctl(inner, EPOLL_CTL_MOD, self.fd, Some(&event));
-        }
         let Some(slot) = state.slot(bit) else { return };
         *slot = Registration {
             events: event.events,
@@ -239,13 +230,8 @@ impl Change<'_> {
             return Err(libc::EINVAL);
         }
         match slot.place {
-            Place::Inner => {
-                if event.events & !slot.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
-                    let event = inner_event(event.events, bit);
-                    let inner = self.epoll.inner.load(Relaxed);
-                    sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event));
-                }
-            }
+            // Whoever looks at it next has space on the anchor watched, where that counts.
+            Place::Inner => {}
             Place::Parked => {
                 self.kernel(EPOLL_CTL_ADD, slot.number, Some(&event))?;
                 slot.place = Place::Kernel;
@@ -258,7 +244,6 @@ impl Change<'_> {
         slot.fresh = true;
         if slot.place == Place::Inner {
             state.mark(bit);
-            kick(self.epoll);
         }
         Ok(())
     }
@@ -379,11 +364,13 @@ pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Optio
     if got != 0 && got != -(libc::EEXIST as isize) {
         return false;
     }
+    slot.watches_space = got == 0 && slot.events & EPOLLOUT as u32 != 0;
     enter_inner(epoll, state, bit, held);
     true
 }
 
-/// A registration that is in the inner instance counts from now on.
+/// A registration that is in the inner instance counts from now on. Whoever sleeps has not asked this stream: the caller hands
+/// on.
 fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) {
     let Some(slot) = state.slot(bit) else { return };
     slot.place = Place::Inner;
@@ -394,8 +381,6 @@ fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>)
     if let Some(held) = held {
         set_place(epoll, state, bit, held);
     }
-    // Whoever sleeps has not asked this stream, nor been counted at a bell that was taken just now.
-    kick(epoll);
 }
 
 /// Says on the stream where its readiness is told: on the bell, if there is only one to tell. The
@@ -425,11 +410,15 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
     }
 }
 
-/// How a stream is to tell that it has something: by bell, where it has a place on this one.
-pub(super) fn how(state: &State, bit: usize, stream: &Shared) -> u32 {
+/// How a stream is to tell that it has something: by bell, where it has a place on this one that wakes whoever sleeps.
+fn how(epoll: &Epoll, state: &State, bit: usize, stream: &Shared) -> u32 {
     let place = stream.incoming().bytes.place.load(Relaxed);
     match state.bell {
-        Some((number, _)) if place == (bell::Place { bell: number, bit }).to_word() => want::BELL,
+        Some((number, bell))
+            if place == (bell::Place { bell: number, bit }).to_word() && reaches(epoll, bell) =>
+        {
+            want::BELL
+        }
         _ => want::WAKE,
     }
 }
@@ -444,7 +433,18 @@ pub(super) fn inner_event(events: u32, bit: usize) -> epoll_event {
     }
 }
 
+/// Has space on the anchor watched, where a registration waits for it, and the direction is there.
+pub(super) fn watch_space(epoll: &Epoll, state: &mut State, bit: usize, stream: &Shared) {
+    let Some(slot) = state.slot(bit) else { return };
+    let waits = slot.events & EPOLLOUT as u32 != 0 && !slot.watches_space;
+    if waits && stream.tx().phase.load(Acquire) != phase::RING {
+        let event = inner_event(slot.events, bit);
+        let inner = epoll.inner.load(Relaxed);
+        slot.watches_space = sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event)) == 0;
+    }
+}
+
 /// Asks for a sign when what a registration names comes.
-pub(super) fn ask(state: &State, bit: usize, end: &End<'_>, events: u32) {
-    ready::ask(end, events as i16, how(state, bit, end.shared));
+pub(super) fn ask(epoll: &Epoll, state: &State, bit: usize, end: &End<'_>, events: u32) {
+    ready::ask(end, events as i16, how(epoll, state, bit, end.shared));
 }

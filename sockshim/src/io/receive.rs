@@ -3,7 +3,7 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
-use crate::{clock, epoll, wait};
+use crate::{clock, wait};
 use rdsock_shm::end::{How, Received};
 
 /// Microseconds between two looks at the anchor of a connection whose ring is found empty by
@@ -86,7 +86,6 @@ fn look_in_vain(end: &End<'_>, held: &Use) -> bool {
     // While the program's bytes are on the anchor, only a receive may read there.
     if !stream.is_switching() && look_is_due(held) {
         end.look();
-        epoll::kick_all(held.conn);
         if stream.is_receivable() {
             return true;
         }
