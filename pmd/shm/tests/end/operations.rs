@@ -1,7 +1,7 @@
 //! Each operation by itself.
 
 use crate::pair::{Gave, Program, RING, stream};
-use rdsock_shm::end::{How, Received, Sleeper};
+use rdsock_shm::end::{Anchor, How, Received, Shut, Sleeper};
 use rdsock_shm::layout::{mark, phase, want};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::Relaxed;
@@ -132,6 +132,33 @@ fn a_sleeper_is_woken_by_one_token_that_no_program_sees() {
         assert_eq!(b.receive(100, PLAIN), gave(0..8));
         drop(Sleeper::enter(&end).expect("nobody else sleeps"));
         assert_eq!((b.side.on_anchor(), end.outstanding()), (0, 0));
+    });
+}
+
+/// Nobody else tells of what changes at one's own end.
+#[test]
+fn a_change_at_the_own_end_is_said() {
+    stream(true, |a, b| {
+        assert!(a.has_said_changes() && b.has_said_changes());
+        let end = b.end();
+        drop(Sleeper::enter(&end).expect("nobody else sleeps"));
+        end.ask_for_bytes(want::WAKE);
+        a.send(&bytes(0..4));
+        // Takes the token off.
+        end.look();
+        assert_eq!((b.side.on_anchor(), end.outstanding()), (0, 0));
+        assert!(b.has_said_changes());
+        assert!(end.shut_sending());
+        assert!(b.has_said_changes());
+        end.shut_receiving();
+        assert!(b.has_said_changes());
+        a.side.shut(Shut::Sending);
+        end.look();
+        assert!(b.has_said_changes());
+        a.end().leave();
+        assert!(a.has_said_changes());
+        end.reset(Reason::Bypass);
+        assert!(b.has_said_changes());
     });
 }
 
