@@ -492,6 +492,14 @@ fn take(epoll: &Epoll) -> Option<Guard<'_>> {
     (take_word(&epoll.lock) == Taken::Outer).then_some(Guard(epoll))
 }
 
+/// The instance behind an fd, if the shim follows it.
+pub fn followed(epfd: c_int) -> Option<&'static Epoll> {
+    match conn::kind(epfd) {
+        Kind::Epoll(index) => at(index),
+        _ => None,
+    }
+}
+
 /// The instance behind an fd, if it holds streams.
 pub fn with_streams(epfd: c_int) -> Option<&'static Epoll> {
     let Kind::Epoll(index) = conn::kind(epfd) else {

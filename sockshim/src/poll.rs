@@ -98,7 +98,8 @@ fn is_ours(fd: c_int) -> bool {
     }
 }
 
-/// True when any of the fds is on rings, so that the kernel alone can't tell.
+/// True when any of the fds is on rings, so that the kernel alone can't tell; or an epoll instance, to which a stream may come
+/// while the caller sleeps.
 ///
 /// # Safety
 /// `fds` points to `count` entries.
@@ -112,7 +113,7 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
                 tenant::look();
                 tracked = true;
             }
-            if is_ours(fd) {
+            if is_ours(fd) || epoll::followed(fd).is_some() {
                 return true;
             }
         }
@@ -408,7 +409,7 @@ impl Work<'_> {
                 // In use until it is left.
                 std::mem::forget(held);
             } else if let Kind::Epoll(index) = conn::kind(from.fd)
-                && let Some(epoll) = epoll::with_streams(from.fd)
+                && let Some(epoll) = epoll::followed(from.fd)
             {
                 *entered = Entered::Epoll(index as u32);
                 epoll::arm(epoll);
@@ -504,7 +505,7 @@ impl Sets {
                         tenant::stay_attached();
                         tracked = true;
                     }
-                    is_ours(fd as c_int)
+                    is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()
                 }
         })
     }
