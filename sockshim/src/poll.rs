@@ -398,7 +398,8 @@ impl Work<'_> {
                 let Some(stream) = held.conn.stream() else {
                     continue;
                 };
-                let waits = from.events & (ready::IN | ready::OUT | POLLRDHUP) != 0;
+                let needs = ready::needs(stream, from.events);
+                let waits = needs.bytes || from.events & ready::OUT != 0;
                 (to.events, in_steps) = if waits {
                     let (events, steps) = enter_stream(&stream.at(&held, from.fd), from)?;
                     (events, in_steps | steps)

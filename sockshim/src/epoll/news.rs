@@ -32,10 +32,12 @@
 //! `poll`, on an outer instance, or that went to sleep before the instance had a bell are not counted there. So as long as
 //! somebody sleeps who is not, everything is asked for by token ([`reaches`]).
 
-use super::report::has_some;
+use super::report::{has_left, has_some};
 use super::*;
 use crate::conn::Conn;
+use crate::ready;
 use rdsock_shm::bell;
+use rdsock_shm::layout::want;
 use std::sync::atomic::fence;
 
 /// Something has changed at this end of a connection, of which the other end tells nobody: every registration of it must be looked
@@ -56,6 +58,7 @@ pub fn changed(conn: &Conn) {
 pub(super) fn take_marks(epoll: &Epoll, state: &mut State) {
     let look = &mut state.look;
     let mut mark = |word: usize, bits: u64| {
+        epoll.news.fetch_add(1, Relaxed);
         if let Some(place) = look.get_mut(word) {
             *place |= bits;
         }
@@ -116,10 +119,71 @@ pub(super) fn hand_on(epoll: &Epoll, state: &mut State) {
 
 /// As [`hand_on`], for a thread that has not locked the instance.
 pub(super) fn leave(epoll: &Epoll) {
+    check(epoll);
     if epoll.inner.load(Acquire) >= 0
         && has_sleepers(epoll)
         && let Some(guard) = take(epoll)
     {
         hand_on(epoll, guard.state());
     }
+}
+
+/// In builds with assertions: the rule holds. A sign may just be on its way, so it gets some time.
+pub(super) fn check(epoll: &Epoll) {
+    if !cfg!(debug_assertions) || epoll.inner.load(Acquire) < 0 {
+        return;
+    }
+    const MILLISECONDS: u32 = 2000;
+    for _ in 0..MILLISECONDS {
+        if find_deaf(epoll).is_none() {
+            return;
+        }
+        sys::poll_one(-1, 0, 1);
+    }
+    debug_assert!(
+        false,
+        "registration {:?} is not marked, and has not asked for what it names",
+        find_deaf(epoll)
+    );
+}
+
+/// A registration that breaks the rule, as it seems.
+fn find_deaf(epoll: &Epoll) -> Option<usize> {
+    let guard = take(epoll)?;
+    let state = guard.state();
+    for bit in 0..state.high {
+        if is_deaf(state, bit) {
+            take_marks(epoll, state);
+            let marked = state.look.get(bit / 64).copied().unwrap_or(0) >> (bit % 64) & 1 != 0;
+            if !marked && is_deaf(state, bit) {
+                return Some(bit);
+            }
+        }
+    }
+    None
+}
+
+/// True when nothing was asked of the stream behind a registration that is armed, and no token of it is on the anchor.
+fn is_deaf(state: &mut State, bit: usize) -> bool {
+    let Some(slot) = state.slot(bit).copied().filter(|slot| slot.is_armed()) else {
+        return false;
+    };
+    let Kind::Conn(index) = slot.target else {
+        return false;
+    };
+    let Some(held) = conn::by_index(index) else {
+        return false;
+    };
+    let Some(stream) = held.conn.stream() else {
+        return false;
+    };
+    if has_left(stream) || stream.is_reset() {
+        return false;
+    }
+    let asked = want::BELL | want::WAKE | want::RINGING;
+    let needs = ready::needs(stream, slot.events as i16);
+    let quiet = |word: &AtomicU32| word.load(SeqCst) & asked == 0;
+    let deaf = needs.bytes && quiet(&stream.incoming().bytes.want)
+        || needs.space && quiet(&stream.out().space.want);
+    deaf && stream.at(&held, slot.number).outstanding() == 0
 }

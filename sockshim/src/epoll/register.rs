@@ -1,8 +1,7 @@
 //! Registrations: `epoll_ctl`, and where each registration goes when its stream comes and goes.
 
 use super::moves::{close_copy, demoted, is_on_rings, lift, promoted};
-use super::news::{hand_on, reaches};
-use super::report::Snapshot;
+use super::news::{check, hand_on, reaches};
 use super::*;
 use crate::conn::{Use, born};
 use crate::end::End;
@@ -89,6 +88,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
         }
     }
     lift(index);
+    check(epoll);
     Some(match result {
         Ok(()) => 0,
         Err(error) => {
@@ -118,11 +118,11 @@ impl Change<'_> {
         each(list_of(self.target)?, |_, index, bit| {
             if index == self.index
                 && let Some(slot) = state.slot(bit)
-                && slot.place != Place::Free
+                && slot.place() != Place::Free
                 && slot.fd == self.fd
                 && slot.target == self.target
             {
-                known = Some((bit, slot.place));
+                known = Some((bit, slot.place()));
             }
         });
         known
@@ -171,24 +171,17 @@ impl Change<'_> {
         if !self.on_rings {
             self.kernel(EPOLL_CTL_ADD, self.fd, Some(&event))?;
         }
-        let registration = Registration {
-            place: Place::Kernel,
+        let new = Slot {
+            registration: Registration::new(event.events, event.u64),
             fd: self.fd,
             number: self.fd,
             target: self.target,
-            events: event.events,
-            data: event.u64,
-            disabled: false,
-            moved: false,
-            reported_since: false,
             watches_space: false,
-            fresh: true,
-            reported: Snapshot::default(),
         };
-        let mut added = state.add(registration);
+        let mut added = state.add(new);
         if added.is_none() {
             (0..state.high).for_each(|bit| drop_resting(self.epoll, state, bit));
-            added = state.add(registration);
+            added = state.add(new);
         }
         let Some(bit) = added else {
             // No room: this connection stays with the kernel here.
@@ -200,7 +193,7 @@ impl Change<'_> {
             };
         };
         link(self.target, reference(self.index, bit));
-        if self.on_rings && !to_inner(self.epoll, state, bit, self.held) {
+        if self.on_rings && !to_inner(self.epoll, state, bit, self.held, false) {
             self.leave = Some(Reason::NoMemory);
             return self.kernel(EPOLL_CTL_ADD, self.fd, Some(&event));
         }
@@ -210,39 +203,30 @@ impl Change<'_> {
     /// The program makes a registration again that it has deleted.
     fn revive(&mut self, state: &mut State, bit: usize, event: epoll_event) {
         let Some(slot) = state.slot(bit) else { return };
-        *slot = Registration {
-            events: event.events,
-            data: event.u64,
-            disabled: false,
-            reported: Snapshot::default(),
-            ..*slot
-        };
+        slot.modify(event.events, event.u64);
         if let Some(held) = self.held {
             held.conn.resting.fetch_sub(1, Relaxed);
         }
-        enter_inner(self.epoll, state, bit, self.held);
+        enter_inner(self.epoll, state, bit, self.held, false);
     }
 
     fn modify(&mut self, state: &mut State, bit: usize, event: epoll_event) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-        if slot.place != Place::Kernel && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
+        if slot.place() != Place::Kernel
+            && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
         {
             return Err(libc::EINVAL);
         }
-        match slot.place {
+        match slot.place() {
             // Whoever looks at it next has space on the anchor watched, where that counts.
             Place::Inner => {}
             Place::Parked => {
                 self.kernel(EPOLL_CTL_ADD, slot.number, Some(&event))?;
-                slot.place = Place::Kernel;
             }
             _ => self.kernel(EPOLL_CTL_MOD, slot.number, Some(&event))?,
         }
-        slot.events = event.events;
-        slot.data = event.u64;
-        slot.disabled = false;
-        slot.fresh = true;
-        if slot.place == Place::Inner {
+        slot.modify(event.events, event.u64);
+        if slot.place() == Place::Inner {
             state.mark(bit);
         }
         Ok(())
@@ -250,14 +234,14 @@ impl Change<'_> {
 
     fn delete(&mut self, state: &mut State, bit: usize) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-        match slot.place {
+        match slot.place() {
             Place::Inner => {
                 if let Some(held) = self.held
                     && slot.number == self.fd
                     && !self.epoll.is_inherited()
                     && self.on_rings
                 {
-                    slot.place = Place::Resting;
+                    slot.rest();
                     held.conn.resting.fetch_add(1, Relaxed);
                     leave_inner(self.epoll, state, bit);
                     state.unmark(bit);
@@ -277,7 +261,7 @@ impl Change<'_> {
 /// Frees a slot, if it still is this target's.
 pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind) {
     let Some(slot) = state.slot(bit) else { return };
-    if slot.place == Place::Free || slot.target != target {
+    if slot.place() == Place::Free || slot.target != target {
         return;
     }
     epoll.arrived(slot);
@@ -285,7 +269,7 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
     if number != slot.fd {
         close_copy(number);
     }
-    match std::mem::replace(&mut slot.place, Place::Free) {
+    match slot.free() {
         Place::Inner => leave_inner(epoll, state, bit),
         Place::Resting => {
             if let Kind::Conn(index) = target
@@ -306,7 +290,7 @@ pub(super) fn drop_resting(epoll: &Epoll, state: &mut State, bit: usize) {
     let Some(slot) = state.slot(bit).copied() else {
         return;
     };
-    if slot.place == Place::Resting {
+    if slot.place() == Place::Resting {
         // In a forked child it is the parent's to take out.
         if !epoll.is_inherited() {
             let inner = epoll.inner.load(Relaxed);
@@ -350,8 +334,14 @@ fn make_inner(epoll: &Epoll, state: &mut State) -> bool {
 }
 
 /// Puts a registration into the inner instance. It is in neither when this is called, and stays so
-/// when this is false.
-pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> bool {
+/// when this is false. `fired`: with EPOLLONESHOT, where it was.
+pub(super) fn to_inner(
+    epoll: &Epoll,
+    state: &mut State,
+    bit: usize,
+    held: Option<&Use>,
+    fired: bool,
+) -> bool {
     if !make_inner(epoll, state) {
         return false;
     }
@@ -365,16 +355,17 @@ pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Optio
         return false;
     }
     slot.watches_space = got == 0 && slot.events & EPOLLOUT as u32 != 0;
-    enter_inner(epoll, state, bit, held);
+    enter_inner(epoll, state, bit, held, fired);
     true
 }
 
 /// A registration that is in the inner instance counts from now on. Whoever sleeps has not asked this stream: the caller hands
 /// on.
-fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) {
+fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>, fired: bool) {
     let Some(slot) = state.slot(bit) else { return };
-    slot.place = Place::Inner;
-    slot.fresh = true;
+    if !slot.enter(fired) {
+        return;
+    }
     set_bit(&mut state.inner, bit, true);
     epoll.streams.fetch_add(1, SeqCst);
     state.mark(bit);

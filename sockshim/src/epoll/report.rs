@@ -3,54 +3,26 @@
 use super::moves::is_on_rings;
 use super::news::{kick, take_mark, take_marks};
 use super::register;
+use super::registration::{Brought, Snapshot};
 use super::*;
 use crate::conn::Use;
 use crate::stream::Stream;
 use crate::{demote, ready};
-use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT};
+use libc::EPOLLONESHOT;
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
-/// What EPOLLET compares: when any of it changes there is an edge.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Snapshot {
-    /// The incoming position.
-    head: u64,
-    /// The marks, the anchor's end and the phases.
-    state: u64,
-    /// Sends that found no room.
-    refused: u32,
-}
-
-impl Snapshot {
-    fn of(held: &Use, stream: &Stream) -> Self {
-        let state = u64::from(stream.incoming().producer.mark.load(Acquire))
-            | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
-            | u64::from(stream.rx().phase.load(Acquire)) << 16
-            | u64::from(stream.tx().phase.load(Acquire)) << 24
-            | u64::from(stream.tx().shut.load(Acquire)) << 32
-            | u64::from(stream.rx().shut.load(Acquire)) << 40;
-        Snapshot {
-            head: stream.incoming().producer.head.load(Acquire),
-            state,
-            refused: held.conn.refused.load(SeqCst),
-        }
-    }
-
-    /// What is reported when this was `seen`, after what had been `reported`: a send that found no room waits until there is some.
-    fn told(self, seen: i16, reported: &Snapshot) -> Snapshot {
-        let refused = if seen & ready::OUT != 0 {
-            self.refused
-        } else {
-            reported.refused
-        };
-        Snapshot { refused, ..self }
-    }
-
-    /// True when there is an edge for EPOLLET: what was seen now, and had not been `reported`.
-    fn is_edge(&self, seen: i16, reported: &Snapshot) -> bool {
-        self.state != reported.state
-            || seen & ready::IN != 0 && self.head != reported.head
-            || seen & ready::OUT != 0 && self.refused != reported.refused
+/// What EPOLLET compares, now.
+fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
+    let state = u64::from(stream.incoming().producer.mark.load(Acquire))
+        | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
+        | u64::from(stream.rx().phase.load(Acquire)) << 16
+        | u64::from(stream.tx().phase.load(Acquire)) << 24
+        | u64::from(stream.tx().shut.load(Acquire)) << 32
+        | u64::from(stream.rx().shut.load(Acquire)) << 40;
+    Snapshot {
+        head: stream.incoming().producer.head.load(Acquire),
+        state,
+        refused: held.conn.refused.load(SeqCst),
     }
 }
 
@@ -128,7 +100,7 @@ fn is_of_streams(epoll: &Epoll, data: u64) -> bool {
         let Some(slot) = state.slot(bit).copied() else {
             continue;
         };
-        if slot.data != data || !matches!(slot.place, Place::Kernel | Place::Inner) {
+        if slot.data != data || !matches!(slot.place(), Place::Kernel | Place::Inner) {
             continue;
         }
         let Kind::Conn(index) = slot.target else {
@@ -151,18 +123,11 @@ fn was_reported(epoll: &Epoll, data: u64) -> bool {
         return false;
     };
     let state = guard.state();
-    let Some(bit) = (0..state.high).find(|bit| {
-        state
-            .slot(*bit)
-            .is_some_and(|slot| slot.moved && slot.data == data && slot.place == Place::Inner)
-    }) else {
-        return false;
-    };
-    state.slot(bit).is_some_and(|slot| {
-        epoll.arrived(slot);
-        slot.disabled |= !slot.reported_since;
-        slot.reported_since
-    })
+    let brought = (0..state.high).find_map(|bit| state.slot(bit)?.bring(data));
+    if brought.is_some() {
+        epoll.moved.fetch_sub(1, SeqCst);
+    }
+    brought == Some(Brought::Twice)
 }
 
 /// Takes what the inner instance has: those streams' anchors have something to say.
@@ -178,13 +143,14 @@ pub(super) fn harvest(epoll: &Epoll) {
             return;
         }
         let Some(guard) = take(epoll) else { return };
+        epoll.news.fetch_add(1, Relaxed);
         let state = guard.state();
         for event in events.iter().take(got as usize) {
             let bit = event.u64 as usize;
             let Some(slot) = state.slot(bit) else {
                 continue;
             };
-            match (slot.place, slot.target) {
+            match (slot.place(), slot.target) {
                 (Place::Inner, _) => {}
                 (Place::Resting, Kind::Conn(index)) => {
                     if let Some(held) = conn::by_index(index) {
@@ -202,12 +168,15 @@ pub(super) fn harvest(epoll: &Epoll) {
                     };
                     held.conn.look.store(1, Relaxed);
                     // An edge of the anchor is the program's while a direction is on it.
-                    slot.fresh |= held
+                    if held
                         .conn
                         .stream()
-                        .is_some_and(|stream| !stream.is_all_on_rings());
+                        .is_some_and(|stream| !stream.is_all_on_rings())
+                    {
+                        slot.note_news();
+                    }
                 }
-                _ => slot.fresh = true,
+                _ => slot.note_news(),
             }
             state.mark(bit);
         }
@@ -318,53 +287,49 @@ fn has_marked(epoll: &Epoll) -> bool {
 /// The event of one registration, if it has one now.
 fn report(epoll: &Epoll, state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
     let slot = *state.slot(bit)?;
-    if slot.place != Place::Inner || slot.disabled {
+    if !slot.is_armed() {
         state.unmark(bit);
         return None;
     }
-    let seen = match slot.target {
+    let bits = match slot.target {
         Kind::Conn(index) => of_stream(epoll, state, bit, &conn::by_index(index)?, look)?,
-        Kind::Epoll(index) => of_instance(state, bit, slot, at(index)?, look)?,
+        Kind::Epoll(index) => of_instance(state, bit, at(index)?, look)?,
         _ => return None,
     };
-    let bits = seen as u32 & (slot.events | (EPOLLERR | EPOLLHUP) as u32);
-    if bits == 0 {
-        return None;
-    }
-    if slot.events & EPOLLONESHOT as u32 != 0 && !look.peek {
-        let slot = state.slot(bit)?;
-        slot.disabled = true;
-        slot.reported_since = true;
-    }
     Some(epoll_event {
-        events: bits & 0xffff,
+        events: bits,
         u64: slot.data,
     })
 }
 
-/// The readiness of an instance in this one.
-fn of_instance(
-    state: &mut State,
-    bit: usize,
-    slot: Registration,
-    inner: &Epoll,
-    look: Look,
-) -> Option<i16> {
-    let waits = slot.events & EPOLLIN as u32 != 0;
-    if !waits || slot.events & EPOLLET as u32 != 0 && !slot.fresh {
-        return None;
+/// The event of an instance in this one.
+fn of_instance(state: &mut State, bit: usize, inner: &Epoll, look: Look) -> Option<u32> {
+    // What nobody sleeps for rings a bell, and makes no edge.
+    harvest(inner);
+    if let Some(guard) = take(inner) {
+        take_marks(inner, guard.state());
     }
-    if !look.peek {
-        state.slot(bit)?.fresh = false;
-    }
+    let now = Snapshot {
+        head: inner.news.load(Relaxed),
+        ..Snapshot::default()
+    };
+    let slot = state.slot(bit)?;
+    let seen = slot.event(ready::IN, &now);
+    let number = slot.number;
     if look.arm {
         sleep::ask_all(inner);
     }
-    has_event(inner, slot.number).then_some(ready::IN)
+    if seen == 0 || !has_event(inner, number) {
+        return None;
+    }
+    if !look.peek {
+        state.slot(bit)?.report(seen, now);
+    }
+    Some(seen)
 }
 
-/// The readiness of a stream, in the way in which it is registered.
-fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Look) -> Option<i16> {
+/// The event of a stream, in the way in which it is registered.
+fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Look) -> Option<u32> {
     let slot = *state.slot(bit)?;
     let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
@@ -382,20 +347,12 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     take_mark(epoll, bit);
     register::watch_space(epoll, state, bit, stream);
     let question = || {
-        let now = Snapshot::of(held, stream);
-        (
-            now,
-            ready::of(held, stream, fd, interest, false).unwrap_or(0),
-        )
+        let now = snapshot(held, stream);
+        let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+        (slot.event(seen, &now), seen, now)
     };
-    let has_event = |now: &Snapshot, seen: i16| {
-        seen != 0
-            && (slot.events & EPOLLET as u32 == 0
-                || slot.fresh
-                || now.is_edge(seen, &slot.reported))
-    };
-    let (mut now, mut seen) = question();
-    if !has_event(&now, seen) {
+    let (mut event, mut seen, mut now) = question();
+    if event == 0 {
         if !look.arm {
             state.mark(bit);
             return None;
@@ -403,28 +360,25 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         // Whoever publishes from now on gives a sign; look once more after that is said.
         state.unmark(bit);
         register::ask(epoll, state, bit, &end, slot.events);
-        (now, seen) = question();
-        if !has_event(&now, seen) {
+        (event, seen, now) = question();
+        if event == 0 {
             return None;
         }
         state.mark(bit);
     }
-    if look.peek || slot.events & EPOLLET as u32 == 0 {
-        return Some(seen);
+    if look.peek {
+        return Some(event);
     }
-    let slot = state.slot(bit)?;
-    slot.fresh = false;
-    slot.reported = now.told(seen, &slot.reported);
-    let events = slot.events;
-    if look.arm {
+    state.slot(bit)?.report(event, now);
+    if look.arm && slot.events & EPOLLET as u32 != 0 {
         state.unmark(bit);
-        register::ask(epoll, state, bit, &end, events);
+        register::ask(epoll, state, bit, &end, slot.events);
         // What came since the snapshot was taken must be found now: only what comes later gives a sign.
-        if question() != (now, seen) {
+        if question() != (event, seen, now) {
             state.mark(bit);
         }
     }
-    Some(seen)
+    Some(event)
 }
 
 /// True when a stream's other end has left, or the stream has, so that its registrations must move.

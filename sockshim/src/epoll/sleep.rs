@@ -247,7 +247,7 @@ fn ask(state: &mut State, bit: usize) {
     let Some(slot) = state.slot(bit).copied() else {
         return;
     };
-    if slot.place != Place::Inner || slot.disabled {
+    if !slot.is_armed() {
         return;
     }
     match slot.target {
