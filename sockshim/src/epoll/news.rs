@@ -32,11 +32,12 @@
 //! `poll`, on an outer instance, or that went to sleep before the instance had a bell are not counted there. So as long as
 //! somebody sleeps who is not, everything is asked for by token ([`reaches`]).
 
-use super::report::{has_left, has_some};
+use super::report::{has_left, has_some, snapshot};
 use super::*;
 use crate::conn::Conn;
 use crate::ready;
 use rdsock_shm::bell;
+use rdsock_shm::end::{self, Kernel};
 use rdsock_shm::layout::want;
 use std::sync::atomic::fence;
 
@@ -142,7 +143,7 @@ pub(super) fn check(epoll: &Epoll) {
     }
     debug_assert!(
         false,
-        "registration {:?} is not marked, and has not asked for what it names",
+        "registration {:?} is not marked, and nobody is about to tell of what it names",
         find_deaf(epoll)
     );
 }
@@ -163,7 +164,8 @@ fn find_deaf(epoll: &Epoll) -> Option<usize> {
     None
 }
 
-/// True when nothing was asked of the stream behind a registration that is armed, and no token of it is on the anchor.
+/// True when nothing was asked of the stream behind a registration that is armed, and no token of it is on the anchor; or when it
+/// has something to report.
 fn is_deaf(state: &mut State, bit: usize) -> bool {
     let Some(slot) = state.slot(bit).copied().filter(|slot| slot.is_armed()) else {
         return false;
@@ -185,5 +187,18 @@ fn is_deaf(state: &mut State, bit: usize) -> bool {
     let quiet = |word: &AtomicU32| word.load(SeqCst) & asked == 0;
     let deaf = needs.bytes && quiet(&stream.incoming().bytes.want)
         || needs.space && quiet(&stream.out().space.want);
-    deaf && stream.at(&held, slot.number).outstanding() == 0
+    if deaf {
+        return stream.at(&held, slot.number).outstanding() == 0;
+    }
+    // A question that acts could take away what is to be found.
+    let kernel = Kernel {
+        bits: 0,
+        least: 1,
+        behind: 0,
+    };
+    let seen = stream.is_all_on_rings().then(|| {
+        let state = end::State::of(stream);
+        state.readiness(&kernel, stream.ring_size(), slot.events as i16)
+    });
+    seen.is_some_and(|seen| slot.event(seen, &snapshot(&held, stream)) != 0)
 }

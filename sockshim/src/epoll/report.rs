@@ -12,7 +12,7 @@ use libc::EPOLLONESHOT;
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
 /// What EPOLLET compares, now.
-fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
+pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
     let state = u64::from(stream.incoming().producer.mark.load(Acquire))
         | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
         | u64::from(stream.rx().phase.load(Acquire)) << 16
