@@ -190,7 +190,11 @@ impl State {
     }
 
     fn unmark(&mut self, bit: usize) {
-        set_bit(&mut self.look, bit, false);
+        self.mark_if(bit, false);
+    }
+
+    fn mark_if(&mut self, bit: usize, marked: bool) {
+        set_bit(&mut self.look, bit, marked);
     }
 
     /// The bits of a word that are looked at.

@@ -160,6 +160,8 @@ struct Work<'a> {
     /// What was counted in for each before sleep.
     entered: &'a mut [Entered],
     asked_at: u64,
+    /// Something is on rings, so that spinning may pay.
+    spins: bool,
     mask: *const sigset_t,
 }
 
@@ -184,6 +186,16 @@ pub unsafe fn ppoll(
     ns: Option<u64>,
     mask: *const sigset_t,
 ) -> c_int {
+    // SAFETY: the caller vouches for `count` entries.
+    let ours = (0..count).any(|i| is_ours(unsafe { (*fds.add(i)).fd }));
+    if !ours && let Some(0) = ns {
+        let now = timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: arguments pass through.
+        return unsafe { real::ppoll(fds, count as nfds_t, &now, mask) };
+    }
     let mut few = [pollfd {
         fd: -1,
         events: 0,
@@ -223,6 +235,7 @@ pub unsafe fn ppoll(
         copy,
         entered,
         asked_at: 0,
+        spins: ours,
         mask,
     };
     let result = work.wait(Deadline::after(ns));
@@ -237,7 +250,7 @@ impl Work<'_> {
     fn wait(&mut self, deadline: Deadline) -> c_int {
         loop {
             let mut found = self.look();
-            if found == 0 && !deadline.is_now() {
+            if found == 0 && self.spins && !deadline.is_now() {
                 wait::spin(&SCORE, || {
                     found = self.look();
                     found != 0
@@ -494,7 +507,7 @@ impl Sets {
         }
     }
 
-    /// True when any of the fds is on rings.
+    /// As [`concerns`].
     pub fn concern(&self) -> bool {
         let mut tracked = false;
         (0..self.count).any(|fd| {

@@ -56,16 +56,17 @@ fn server(site: &Site) -> Mariadb {
 fn load(site: Site) {
     let mut server = server(&site);
     for connections in [16, 4] {
-        let output = site
+        let client = site
             .client(place::command(&["mariadb-slap"]))
             .args("--no-defaults --protocol=tcp --host=127.0.0.1 --user=root --silent")
             .args(&format!(
                 "--port={} --concurrency={connections}",
                 server.port
             ))
-            .args("--iterations=3 --auto-generate-sql --auto-generate-sql-load-type=read")
-            .args("--auto-generate-sql-write-number=20 --number-of-queries=6000")
-            .run(LIMIT);
+            .args("--auto-generate-sql --auto-generate-sql-load-type=read")
+            .args("--auto-generate-sql-write-number=20 --number-of-queries=40000")
+            .start();
+        let (output, _) = site.finish(client, server.port, connections, LIMIT);
         assert!(!output.contains("ERROR"), "mariadb-slap says:\n{output}");
     }
     assert!(server.running.ended().is_none(), "the server runs");

@@ -346,6 +346,8 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     ready::settle(&end, held, false);
     take_mark(epoll, bit);
     register::watch_space(epoll, state, bit, stream);
+    // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
+    let alone = stream.page().holders.load(Relaxed) <= 1;
     let question = || {
         let now = snapshot(held, stream);
         let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
@@ -358,7 +360,7 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
             return None;
         }
         // Whoever publishes from now on gives a sign; look once more after that is said.
-        state.unmark(bit);
+        state.mark_if(bit, !alone);
         register::ask(epoll, state, bit, &end, slot.events);
         (event, seen, now) = question();
         if event == 0 {
@@ -371,7 +373,7 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     }
     state.slot(bit)?.report(event, now);
     if look.arm && slot.events & EPOLLET as u32 != 0 {
-        state.unmark(bit);
+        state.mark_if(bit, !alone);
         register::ask(epoll, state, bit, &end, slot.events);
         // What came since the snapshot was taken must be found now: only what comes later gives a sign.
         if question() != (event, seen, now) {
