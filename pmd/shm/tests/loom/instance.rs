@@ -261,7 +261,9 @@ impl Instance {
             By::Poll => {
                 let mut state = self.state.lock().unwrap();
                 state.marked = true;
-                wake::ask(&self.ask.want, want::WAKE);
+                if state.slot.is_armed() {
+                    wake::ask(&self.ask.want, want::WAKE);
+                }
             }
         }
         let found = {
