@@ -7,6 +7,7 @@ set -eu
 # command:package. nginx is handled below, since its package has two names, and postgres, which Debian keeps
 # in a folder for each version.
 NEEDED="redis-server:redis-server redis-cli:redis-tools redis-benchmark:redis-tools nginx:nginx wrk:wrk curl:curl
+ab:apache2-utils mariadbd:mariadb-server mariadb-install-db:mariadb-server mariadb-slap:mariadb-client
 iperf3:iperf3 sockperf:sockperf socat:socat python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind
 sshd:openssh-server ssh:openssh-client sftp:openssh-client ssh-keygen:openssh-client setpriv:util-linux
 systemd-analyze:systemd musl-gcc:musl-tools"
@@ -76,6 +77,7 @@ if command -v systemctl >/dev/null 2>&1; then
     for package in $packages; do
         case $package in
             redis-server | nginx | postgresql) systemctl disable --now "$package" >/dev/null 2>&1 || true ;;
+            mariadb-server) systemctl disable --now mariadb >/dev/null 2>&1 || true ;;
             openssh-server) systemctl disable --now ssh ssh.socket >/dev/null 2>&1 || true ;;
         esac
     done

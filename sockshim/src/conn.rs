@@ -108,8 +108,8 @@ pub struct Conn {
     pub spin_score: AtomicU32,
     /// 1 when `poll` or `epoll` has seen something on the anchor since it was last looked at.
     pub look: AtomicU32,
-    /// 1 when a send found the ring full and did not wait: an edge for EPOLLET when space comes.
-    pub wants_space: AtomicU32,
+    /// Sends that found no room and did not wait: an edge for EPOLLET, in each instance, when space comes.
+    pub refused: AtomicU32,
     /// Receives that found bytes since this end last sent: see [`crate::wait::let_gather`].
     pub one_way: AtomicU32,
     /// How long its receiver looks away to let bytes gather, in steps.
@@ -156,6 +156,11 @@ impl Conn {
     /// announced to it, to look who it is.
     pub fn may_be_looked_at(&self) -> bool {
         self.cookie.load(Relaxed) != 0 || self.listens.load(Relaxed) != 0
+    }
+
+    /// A send has found no room, and does not wait.
+    pub fn note_refused(&self) {
+        self.refused.fetch_add(1, SeqCst);
     }
 
     /// The stream, in phase MAPPED.
@@ -495,7 +500,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
         &conn.resting,
         &conn.options,
         &conn.listens,
-        &conn.wants_space,
+        &conn.refused,
         &conn.one_way,
         &conn.gather,
         &conn.misses,

@@ -185,6 +185,10 @@ impl Process for Socket<'_> {
         tenant::count(what);
     }
 
+    fn changed(&self) {
+        crate::epoll::changed(self.held.conn);
+    }
+
     fn look_later(&self) {
         self.held.conn.look.store(1, Relaxed);
     }

@@ -15,11 +15,14 @@
 mod fdinfo;
 mod links;
 mod moves;
+mod news;
 mod register;
+pub mod registration;
 mod report;
 mod sleep;
 
-pub use moves::{close_copies, declines, demoted, forget, kick_all, mapped, renumber};
+pub use moves::{close_copies, declines, demoted, forget, mapped, renumber};
+pub use news::changed;
 pub use register::ctl;
 pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
@@ -30,6 +33,7 @@ use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
 use links::{each, link, list_of, unlink};
 use rdsock_shm::layout::{BELL_BITS, Bell};
 use rdsock_shm::lock::{self, Owner, Taken};
+use registration::{Place, Registration};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
@@ -50,44 +54,32 @@ static STARTED: AtomicU32 = AtomicU32::new(0);
 /// Taken while the lists of registrations are read or changed.
 static LINK: AtomicU64 = AtomicU64::new(0);
 
-/// Where a registration is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Free,
-    /// In the program's instance.
-    Kernel,
-    /// In the inner one.
-    Inner,
-    /// In the inner one, but deleted by the program. Many delete and add one several times for each
-    /// message; it goes when there is an edge that nobody waits for.
-    Resting,
-    /// In neither: EPOLLONESHOT has fired, and the kernel would report errors all the same.
-    Parked,
-}
-
-/// The program's registration of a connection, or of another instance.
+/// The program's registration of a connection, or of another instance, and where it leads.
 #[derive(Clone, Copy, Debug)]
-struct Registration {
-    place: Place,
+struct Slot {
+    registration: Registration,
     /// The number that the program registered.
     fd: c_int,
     /// The number by which the kernel knows it, another one when `fd` was closed and a duplicate
     /// lives; -1 when no number leads to it any more.
     number: c_int,
     target: Kind,
-    events: u32,
-    data: u64,
-    /// EPOLLONESHOT has fired.
-    disabled: bool,
-    /// It was armed with EPOLLONESHOT when it came here from the program's instance. A thread may
-    /// still be on its way back with the event: see [`report::strip`].
-    moved: bool,
-    /// It was reported since.
-    reported_since: bool,
-    /// Something to report was not reported yet, whatever the positions say (added, modified).
-    fresh: bool,
-    /// What was last reported, for EPOLLET.
-    reported: report::Snapshot,
+    /// The inner instance watches for space on the anchor.
+    watches_space: bool,
+}
+
+impl std::ops::Deref for Slot {
+    type Target = Registration;
+
+    fn deref(&self) -> &Registration {
+        &self.registration
+    }
+}
+
+impl std::ops::DerefMut for Slot {
+    fn deref_mut(&mut self) -> &mut Registration {
+        &mut self.registration
+    }
 }
 
 /// One epoll instance of the program.
@@ -106,22 +98,26 @@ pub struct Epoll {
     sleepers: AtomicU32,
     /// Registrations in the inner instance.
     streams: AtomicU32,
-    /// Those with `moved` set, or about to be.
+    /// Registrations of which a thread may be on its way with an event from the program's instance.
     moved: AtomicU32,
     /// [`MAPPED`] when the kernel's events were last compared with it.
     mapped: AtomicU32,
     score: AtomicU32,
     /// First of its own registrations in other instances.
     registrations: AtomicU32,
+    /// Registrations that must be looked at since something has changed in this process: see [`news`].
+    own: Bell,
     /// For each registration the next one of the same connection, under [`LINK`].
     links: AtomicPtr<AtomicU32>,
+    /// How often marks or edges were taken: news for an instance that has this one, with EPOLLET.
+    news: AtomicU64,
     state: UnsafeCell<State>,
 }
 
 /// What the lock protects.
 #[derive(Debug)]
 struct State {
-    slots: *mut Registration,
+    slots: *mut Slot,
     /// One more than the highest slot ever used.
     high: usize,
     /// No slot below this is free.
@@ -163,17 +159,17 @@ fn set_bit(words: &mut [u64; WORDS], bit: usize, on: bool) {
 }
 
 impl State {
-    fn slot(&mut self, bit: usize) -> Option<&mut Registration> {
+    fn slot(&mut self, bit: usize) -> Option<&mut Slot> {
         // SAFETY: the array has BELL_BITS entries, written up to `high`.
         (bit < self.high && !self.slots.is_null()).then(|| unsafe { &mut *self.slots.add(bit) })
     }
 
     /// A free slot, now used.
-    fn add(&mut self, registration: Registration) -> Option<usize> {
+    fn add(&mut self, new: Slot) -> Option<usize> {
         let bit = (self.free..self.high)
             .find(|bit| {
                 self.slot(*bit)
-                    .is_some_and(|slot| slot.place == Place::Free)
+                    .is_some_and(|slot| slot.place() == Place::Free)
             })
             .unwrap_or(self.high);
         self.free = bit;
@@ -181,7 +177,7 @@ impl State {
             return None;
         }
         // SAFETY: the array has BELL_BITS entries.
-        unsafe { self.slots.add(bit).write(registration) };
+        unsafe { self.slots.add(bit).write(new) };
         self.high = self.high.max(bit + 1);
         self.free = bit + 1;
         Some(bit)
@@ -192,7 +188,11 @@ impl State {
     }
 
     fn unmark(&mut self, bit: usize) {
-        set_bit(&mut self.look, bit, false);
+        self.mark_if(bit, false);
+    }
+
+    fn mark_if(&mut self, bit: usize, marked: bool) {
+        set_bit(&mut self.look, bit, marked);
     }
 
     /// The bits of a word that are looked at.
@@ -234,8 +234,8 @@ impl Epoll {
     }
 
     /// Nobody is on the way back with an event of this registration any more.
-    fn arrived(&self, slot: &mut Registration) {
-        if std::mem::take(&mut slot.moved) {
+    fn arrived(&self, slot: &mut Slot) {
+        if slot.registration.arrived() {
             self.moved.fetch_sub(1, SeqCst);
         }
     }
@@ -321,7 +321,7 @@ pub fn track(fd: c_int) {
         // SAFETY: the instance is new, nobody else uses its state.
         let mut slots = unsafe { (*epoll.state.get()).slots };
         if slots.is_null() && !epoll.links.load(Relaxed).is_null() {
-            slots = sys::map(-1, BELL_BITS * std::mem::size_of::<Registration>())
+            slots = sys::map(-1, BELL_BITS * std::mem::size_of::<Slot>())
                 .map_or(std::ptr::null_mut(), |at| at.cast());
         }
         // SAFETY: as above.
@@ -484,13 +484,11 @@ fn take(epoll: &Epoll) -> Option<Guard<'_>> {
     (take_word(&epoll.lock) == Taken::Outer).then_some(Guard(epoll))
 }
 
-/// Wakes the threads of this process that sleep on an instance, so that they look again.
-fn kick(epoll: &Epoll) {
-    if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
-        let kicker = epoll.kicker.load(Acquire);
-        if kicker >= 0 {
-            sys::eventfd_add(kicker);
-        }
+/// The instance behind an fd, if the shim follows it.
+pub fn followed(epfd: c_int) -> Option<&'static Epoll> {
+    match conn::kind(epfd) {
+        Kind::Epoll(index) => at(index),
+        _ => None,
     }
 }
 

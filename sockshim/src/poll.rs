@@ -96,7 +96,8 @@ fn is_ours(fd: c_int) -> bool {
     }
 }
 
-/// True when any of the fds is on rings, so that the kernel alone can't tell.
+/// True when any of the fds is on rings, so that the kernel alone can't tell; or an epoll instance, to which a stream may come
+/// while the caller sleeps.
 ///
 /// # Safety
 /// `fds` points to `count` entries.
@@ -110,7 +111,7 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
                 tenant::look();
                 tracked = true;
             }
-            if is_ours(fd) {
+            if is_ours(fd) || epoll::followed(fd).is_some() {
                 return true;
             }
         }
@@ -157,6 +158,8 @@ struct Work<'a> {
     /// What was counted in for each before sleep.
     entered: &'a mut [Entered],
     asked_at: u64,
+    /// Something is on rings, so that spinning may pay.
+    spins: bool,
     mask: *const sigset_t,
 }
 
@@ -181,6 +184,16 @@ pub unsafe fn ppoll(
     ns: Option<u64>,
     mask: *const sigset_t,
 ) -> c_int {
+    // SAFETY: the caller vouches for `count` entries.
+    let ours = (0..count).any(|i| is_ours(unsafe { (*fds.add(i)).fd }));
+    if !ours && let Some(0) = ns {
+        let now = timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: arguments pass through.
+        return unsafe { real::ppoll(fds, count as nfds_t, &now, mask) };
+    }
     let mut few = [pollfd {
         fd: -1,
         events: 0,
@@ -224,6 +237,7 @@ pub unsafe fn ppoll(
         copy,
         entered,
         asked_at: 0,
+        spins: ours,
         mask,
     };
     let result = work.wait(Deadline::after(ns));
@@ -238,7 +252,7 @@ impl Work<'_> {
     fn wait(&mut self, deadline: Deadline) -> c_int {
         loop {
             let mut found = self.look();
-            if found == 0 && !deadline.is_now() {
+            if found == 0 && self.spins && !deadline.is_now() {
                 wait::spin(&SCORE, || {
                     found = self.look();
                     found != 0
@@ -400,7 +414,8 @@ impl Work<'_> {
                 let Some(stream) = held.conn.stream() else {
                     continue;
                 };
-                let waits = from.events & (ready::IN | ready::OUT | POLLRDHUP) != 0;
+                let needs = ready::needs(stream, from.events);
+                let waits = needs.bytes || from.events & ready::OUT != 0;
                 (to.events, in_steps) = if waits {
                     let (events, steps) = enter_stream(&stream.at(&held, from.fd), from)?;
                     (events, in_steps | steps)
@@ -411,7 +426,7 @@ impl Work<'_> {
                 // In use until it is left.
                 std::mem::forget(held);
             } else if let Kind::Epoll(index) = conn::kind(from.fd)
-                && let Some(epoll) = epoll::with_streams(from.fd)
+                && let Some(epoll) = epoll::followed(from.fd)
             {
                 *entered = Entered::Epoll(index as u32);
                 epoll::arm(epoll);
@@ -495,7 +510,7 @@ impl Sets {
         }
     }
 
-    /// True when any of the fds is on rings.
+    /// As [`concerns`].
     pub fn concern(&self) -> bool {
         let mut tracked = false;
         (0..self.count).any(|fd| {
@@ -507,7 +522,7 @@ impl Sets {
                         tenant::stay_attached();
                         tracked = true;
                     }
-                    is_ours(fd as c_int)
+                    is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()
                 }
         })
     }

@@ -3,10 +3,11 @@
 
 use crate::conn::Use;
 use crate::end::End;
+use crate::epoll::registration::{self, Needs};
 use crate::stream::Stream;
 use crate::sys;
-use libc::{POLLERR, POLLHUP, POLLIN, POLLRDHUP, c_int};
-use rdsock_shm::end::{Anchor, Kernel, Outgoing, State, bit};
+use libc::{POLLERR, POLLHUP, POLLIN, c_int};
+use rdsock_shm::end::{Anchor, Kernel, Outgoing, Shared, State, bit};
 use rdsock_shm::layout::{mark, phase};
 use std::sync::atomic::Ordering::*;
 
@@ -31,7 +32,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
 }
 
 /// Does what is due before a question; true when the anchor was looked at.
-fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
+pub fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
     let stream = end.shared;
     end.settle_switch();
     if may_follow {
@@ -96,13 +97,22 @@ fn ask_behind(end: &End<'_>, state: &State, mut bits: i16) -> Kernel {
     kernel
 }
 
+/// What has to be asked for by whoever waits for `events`.
+pub fn needs(stream: &Shared, events: i16) -> Needs {
+    let shut = stream.tx().shut.load(Relaxed) != 0;
+    let needs = registration::needs(events as u16 as u32, shut);
+    // Also before the direction has moved to its ring, which it may do with any send: whoever asks now may not ask again then.
+    let space = needs.space && stream.tx().phase.load(Relaxed) != phase::DEMOTED;
+    Needs { space, ..needs }
+}
+
 /// Asks the other end for a sign (`how`: WAKE or BELL) when what `events` names comes.
 pub fn ask(end: &End<'_>, events: i16, how: u32) {
-    if events & (IN | POLLRDHUP) != 0 {
+    let needs = needs(end.shared, events);
+    if needs.bytes {
         end.ask_for_bytes(how);
     }
-    // Also before the direction has moved to its ring, which it may do with any send: whoever asks now may not ask again then.
-    if events & OUT != 0 && end.shared.tx().phase.load(Relaxed) != phase::DEMOTED {
+    if needs.space {
         end.ask_for_space(how);
     }
 }

@@ -476,6 +476,12 @@ pub fn raise(signal: c_int) {
     syscall!(SYS_tgkill, getpid(), gettid(), signal);
 }
 
+/// Writes to the standard error output, for a process that is about to end.
+#[cfg_attr(test, expect(dead_code))]
+pub fn print_error(text: &str) {
+    syscall!(SYS_write, libc::STDERR_FILENO, text.as_ptr(), text.len());
+}
+
 /// Blocks all signals of this thread; the mask before.
 pub fn block_signals() -> u64 {
     let (all, mut old) = (u64::MAX, 0_u64);

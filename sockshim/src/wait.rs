@@ -197,7 +197,6 @@ fn sleep(
         end.socket.give_way();
         return finish(end, held, 1);
     };
-    crate::epoll::kick_all(held.conn);
     ask();
     let result = if is_ready() { 1 } else { sleep(fd) };
     drop(sleeper);

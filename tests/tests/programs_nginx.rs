@@ -1,4 +1,4 @@
-//! nginx (two workers, sendfile on) with curl and wrk.
+//! nginx (two workers, sendfile on) with curl and wrk, and as a proxy that keeps its connections with ab.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -70,6 +70,113 @@ http {{
         .start()
         .wait_for_port(port);
     Nginx { running, port, big }
+}
+
+/// A proxy in front of another server of the same two workers, with connections to it that are kept. Its port.
+fn proxy(site: &Site) -> (Running, u16) {
+    let (port, behind) = (place::free_port(), place::free_port());
+    site.folder.write_noise("big", BIG);
+    site.folder.write_noise("page", 20_000);
+    let user = if place::is_root() {
+        "user nobody nogroup;"
+    } else {
+        ""
+    };
+    let here = site.folder.path().display();
+    let config = format!(
+        "{user}
+worker_processes 2;
+daemon off;
+pid {here}/nginx.pid;
+error_log stderr notice;
+events {{ worker_connections 1000; }}
+http {{
+    access_log off;
+    sendfile on;
+    tcp_nopush on;
+    keepalive_requests 1000000;
+    client_body_temp_path {here}/body;
+    proxy_temp_path {here}/proxy;
+    fastcgi_temp_path {here}/fastcgi;
+    uwsgi_temp_path {here}/uwsgi;
+    scgi_temp_path {here}/scgi;
+    upstream behind {{ server 127.0.0.1:{behind}; keepalive 16; }}
+    server {{ listen 127.0.0.1:{behind}; root {here}; }}
+    server {{
+        listen 127.0.0.1:{port} reuseport;
+        location / {{
+            proxy_pass http://behind;
+            proxy_http_version 1.1;
+            proxy_set_header Connection \"\";
+        }}
+    }}
+}}
+"
+    );
+    let config = site.folder.write("nginx.conf", &config);
+    let running = site
+        .server(place::command(&["nginx"]))
+        .arg("-p")
+        .arg(site.folder.path())
+        .arg("-c")
+        .arg(config)
+        .arg("-e")
+        .arg("stderr")
+        .start()
+        .wait_for_port(port);
+    (running, port)
+}
+
+fn a_proxy_with_kept_connections(site: Site) {
+    let (_running, port) = proxy(&site);
+    for _ in 0..3 {
+        let output = site
+            .client(place::command(&["ab"]))
+            .args("-q -k -n 3000 -c 50")
+            .arg(format!("http://127.0.0.1:{port}/page"))
+            .run(LIMIT);
+        let figure = |name: &str| {
+            let line = output.lines().find(|line| line.starts_with(name));
+            line.and_then(|line| line.split_whitespace().last()?.parse().ok())
+        };
+        assert_eq!(
+            (figure("Complete requests:"), figure("Failed requests:")),
+            (Some(3000), Some(0)),
+            "ab says:\n{output}"
+        );
+    }
+}
+
+fn eight_downloads_through_a_proxy(site: Site) {
+    let (_running, port) = proxy(&site);
+    let big = site.folder.at("big");
+    let clients: Vec<_> = (0..8)
+        .map(|number| {
+            let back = site.folder.at(&format!("back{number}"));
+            let client = site
+                .client(place::command(&["curl"]))
+                .args("-sS --fail -o")
+                .arg(&back)
+                .arg(format!("http://127.0.0.1:{port}/big"))
+                .start();
+            (client, back)
+        })
+        .collect();
+    for (client, back) in clients {
+        client.finish(LIMIT);
+        assert!(folder::same_bytes(&big, &back), "each download is whole");
+        std::fs::remove_file(back).expect("it is ours");
+    }
+}
+
+fn wrk_load_on_a_proxy(site: Site) {
+    let (_running, port) = proxy(&site);
+    let output = site
+        .client(place::command(&["wrk"]))
+        .args(&format!("-t 2 -c 40 -d 3s http://127.0.0.1:{port}/page"))
+        .run(LIMIT);
+    let (errors, requests) = wrk_figures(&output);
+    assert!(errors == 0 && requests > 500, "wrk says:\n{output}");
 }
 
 fn big_file_by_checksum(site: Site) {
@@ -263,6 +370,9 @@ in_each_mode!(
     wrk_load_on_ever_new_connections,
     reload_under_load,
     graceful_end,
+    a_proxy_with_kept_connections,
+    eight_downloads_through_a_proxy,
+    wrk_load_on_a_proxy,
 );
 
 between_nodes!(

@@ -60,6 +60,17 @@ pub fn take(bell: &Bell, mut found: impl FnMut(usize, u64)) {
     }
 }
 
+/// Takes one bit, just before what stands behind it is looked at.
+#[inline]
+pub fn unring(bell: &Bell, bit: usize) {
+    let Some(word) = bell.words.get(bit / 64) else {
+        return;
+    };
+    if word.load(Ordering::Relaxed) >> (bit % 64) & 1 != 0 {
+        word.fetch_and(!(1 << (bit % 64)), Ordering::AcqRel);
+    }
+}
+
 /// True when a bit waits to be taken.
 pub fn is_rung(bell: &Bell) -> bool {
     bell.summary.load(Ordering::Relaxed) != 0
@@ -108,5 +119,11 @@ mod tests {
         assert_eq!(bits, [0, 1, 63, 64, 4095]);
         assert!(!is_rung(&bell));
         assert!(!ring(&bell, BELL_BITS + 5));
+        ring(&bell, 7);
+        ring(&bell, 8);
+        unring(&bell, 7);
+        let mut bits = Vec::new();
+        take(&bell, |word, set| bits.push((word, set)));
+        assert_eq!(bits, [(0, 1 << 8)]);
     }
 }

@@ -26,6 +26,7 @@
 
 mod anchor;
 mod buffers;
+mod change;
 mod half;
 mod leave;
 mod quick;

@@ -21,6 +21,11 @@ impl Owner {
         Owner(((pid as u64) << 42) | ((thread >> 4) & ((1 << 42) - 1)))
     }
 
+    /// As it stands in a lock that it holds.
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+
     /// The process of an owner word.
     pub const fn pid_of(word: u64) -> u32 {
         (word >> 42) as u32

@@ -42,7 +42,7 @@ pub(super) fn transfer(
                     if counted.is_some() {
                         let error = sys::errno();
                         if result < 0 && error == libc::EAGAIN {
-                            held.conn.wants_space.store(1, SeqCst);
+                            held.conn.note_refused();
                         }
                         drop(counted);
                         io::after_kernel_send(&held, stream, fd);

@@ -1,6 +1,7 @@
 //! The lists of registrations: of each connection, and of each instance nested in others.
 
 use super::*;
+use std::sync::atomic::fence;
 
 /// The lists of registrations, held. Nothing else is locked inside.
 struct Links(Taken);
@@ -37,6 +38,8 @@ pub(super) fn link(target: Kind, reference: u32) {
     if let (Some(list), Some(next)) = (list_of(target), next_of(reference)) {
         next.store(list.load(Relaxed), Relaxed);
         list.store(reference, Release);
+        // See `news::changed`.
+        fence(SeqCst);
     }
 }
 

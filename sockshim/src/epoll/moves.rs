@@ -1,6 +1,7 @@
 //! Where registrations go when their streams come and go, and when fds are closed.
 
 use super::fdinfo::has_fired;
+use super::news::hand_on;
 use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner};
 use super::*;
 use crate::conn::{Conn, Use};
@@ -11,19 +12,6 @@ use rdsock_shm::reason::Reason;
 /// True when a connection is on rings, or may yet go there.
 pub(super) fn is_on_rings(held: &Use) -> bool {
     held.conn.stream().is_some_and(demote::is_on_rings)
-}
-
-/// A wake byte of a connection was taken off its anchor outside of epoll: whoever sleeps on an
-/// instance that has it must look.
-pub fn kick_all(conn: &Conn) {
-    each(&conn.registrations, |epoll, _, bit| {
-        if epoll.sleepers.load(SeqCst) != 0 || epoll.registrations.load(SeqCst) != 0 {
-            if let Some(guard) = take(epoll) {
-                guard.state().mark(bit);
-            }
-            kick(epoll);
-        }
-    });
 }
 
 /// True when a connection must not get a stream: it is registered in an instance that this process
@@ -54,6 +42,7 @@ pub(super) fn promoted(held: &Use) {
             && is_on_rings(held)
         {
             move_in(epoll, state, bit, Some(held)).unwrap_or_else(|fd| failed = Some(fd));
+            hand_on(epoll, state);
         }
         drop(guard);
         lift(index);
@@ -69,29 +58,26 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
         return Ok(());
     };
     let epfd = epoll.fd.load(Relaxed);
-    match slot.place {
+    let mut fired = false;
+    match slot.place() {
         Place::Kernel => {
-            let once = slot.events & EPOLLONESHOT as u32 != 0;
-            if once && !slot.moved {
+            if slot.begin_to_move() {
                 // Said first: it may fire until it is deleted.
-                slot.moved = true;
                 epoll.moved.fetch_add(1, SeqCst);
             }
-            slot.reported_since = false;
-            slot.disabled = once && has_fired(epfd, slot.number);
+            fired = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
             sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
-            if slot.disabled {
+            if fired {
                 epoll.arrived(slot);
             }
         }
         Place::Parked => {}
         _ => return Ok(()),
     }
-    if to_inner(epoll, state, bit, held) {
+    if to_inner(epoll, state, bit, held, fired) {
         return Ok(());
     }
-    let slot = state.slot(bit).ok_or(-1)?;
-    slot.place = Place::Inner;
+    state.slot(bit).ok_or(-1)?.enter(fired);
     set_bit(&mut state.inner, bit, true);
     epoll.streams.fetch_add(1, Relaxed);
     let number = move_out(epoll, state, bit);
@@ -106,10 +92,7 @@ fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
         return -1;
     };
     sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.number, None);
-    if slot.disabled {
-        slot.place = Place::Parked;
-    } else {
-        slot.place = Place::Kernel;
+    if slot.leave() {
         let event = epoll_event {
             events: slot.events,
             u64: slot.data,
@@ -133,7 +116,7 @@ pub fn demoted(held: &Use, _fd: c_int) {
         if let Some(slot) = state.slot(bit)
             && slot.target == Kind::Conn(held.index)
         {
-            match slot.place {
+            match slot.place() {
                 Place::Inner => {
                     move_out(epoll, state, bit);
                 }
@@ -154,10 +137,11 @@ pub(super) fn lift(index: usize) {
         let Some(guard) = take(outer) else { return };
         let state = guard.state();
         if let Some(slot) = state.slot(bit)
-            && slot.place == Place::Kernel
+            && slot.place() == Place::Kernel
             && slot.target == Kind::Epoll(index)
         {
             let _ = move_in(outer, state, bit, None);
+            hand_on(outer, state);
             drop(guard);
             lift(number);
         }
@@ -182,7 +166,7 @@ pub fn forget(conn: &Conn) {
             && conn::at(index).is_some_and(|other| std::ptr::eq(other, conn))
         {
             let is_own = conn.shared.load(Acquire) == 0;
-            let set = match slot.place {
+            let set = match slot.place() {
                 Place::Inner | Place::Resting if is_own => epoll.inner.load(Relaxed),
                 Place::Kernel if is_own && conn.may_be_looked_at() && !epoll.is_inherited() => {
                     epoll.fd.load(Relaxed)
@@ -214,21 +198,20 @@ pub fn renumber(held: &Use, fd: c_int) {
         if slot.number != fd || slot.target != Kind::Conn(held.index) {
             return;
         }
-        let copy = (slot.place != Place::Resting).then(|| tenant::hidden_copy(fd));
+        let copy = (slot.place() != Place::Resting).then(|| tenant::hidden_copy(fd));
         let other = copy
             .flatten()
             .or_else(|| conn::fd_of(Kind::Conn(held.index), fd))
             .unwrap_or(-1);
-        if slot.place == Place::Resting {
+        if slot.place() == Place::Resting {
             drop_resting(epoll, guard.state(), bit);
             return;
         }
-        let (set, event) = match slot.place {
+        let (set, event) = match slot.place() {
             Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
             Place::Kernel if slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, fd) => {
                 sys::epoll_ctl(epfd, EPOLL_CTL_DEL, fd, None);
-                slot.place = Place::Parked;
-                slot.disabled = true;
+                slot.park();
                 slot.number = other;
                 return;
             }
@@ -264,7 +247,7 @@ pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
         let Some(slot) = state.slot(bit).filter(|slot| slot.number == old) else {
             continue;
         };
-        let (set, event) = match slot.place {
+        let (set, event) = match slot.place() {
             Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
             Place::Kernel => {
                 let event = epoll_event {
@@ -297,7 +280,7 @@ pub fn close_copies() {
         let Some(guard) = take(epoll) else { continue };
         let state = guard.state();
         for bit in 0..state.high {
-            if let Some(slot) = state.slot(bit).filter(|slot| slot.place != Place::Free) {
+            if let Some(slot) = state.slot(bit).filter(|slot| slot.place() != Place::Free) {
                 let number = std::mem::replace(&mut slot.number, -1);
                 if number != slot.fd {
                     close_copy(number);

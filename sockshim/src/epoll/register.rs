@@ -1,7 +1,7 @@
 //! Registrations: `epoll_ctl`, and where each registration goes when its stream comes and goes.
 
 use super::moves::{close_copy, demoted, is_on_rings, lift, promoted};
-use super::report::Snapshot;
+use super::news::{check, hand_on, reaches};
 use super::*;
 use crate::conn::{Use, born};
 use crate::end::End;
@@ -11,7 +11,7 @@ use libc::{
 };
 use rdsock_shm::bell;
 use rdsock_shm::end::Shared;
-use rdsock_shm::layout::want;
+use rdsock_shm::layout::{phase, want};
 use rdsock_shm::reason::Reason;
 
 /// `epoll_ctl`. `None`: the call is the kernel's alone.
@@ -64,6 +64,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
     };
     let result = change.make(guard.state(), event);
     let leave = change.leave;
+    hand_on(epoll, guard.state());
     drop(guard);
     match &held {
         Some(held) => {
@@ -87,6 +88,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
         }
     }
     lift(index);
+    check(epoll);
     Some(match result {
         Ok(()) => 0,
         Err(error) => {
@@ -116,21 +118,14 @@ impl Change<'_> {
         each(list_of(self.target)?, |_, index, bit| {
             if index == self.index
                 && let Some(slot) = state.slot(bit)
-                && slot.place != Place::Free
+                && slot.place() != Place::Free
                 && slot.fd == self.fd
                 && slot.target == self.target
             {
-                known = Some((bit, slot.place));
+                known = Some((bit, slot.place()));
             }
         });
         known
-    }
-
-    /// True when the anchor counts for nothing but its end.
-    fn is_all_on_rings(&self) -> bool {
-        self.held
-            .and_then(|held| held.conn.stream())
-            .is_some_and(|stream| stream.is_all_on_rings())
     }
 
     fn kernel(&self, op: c_int, number: c_int, event: Option<&epoll_event>) -> Result<(), c_int> {
@@ -176,23 +171,17 @@ impl Change<'_> {
         if !self.on_rings {
             self.kernel(EPOLL_CTL_ADD, self.fd, Some(&event))?;
         }
-        let registration = Registration {
-            place: Place::Kernel,
+        let new = Slot {
+            registration: Registration::new(event.events, event.u64),
             fd: self.fd,
             number: self.fd,
             target: self.target,
-            events: event.events,
-            data: event.u64,
-            disabled: false,
-            moved: false,
-            reported_since: false,
-            fresh: true,
-            reported: Snapshot::default(),
+            watches_space: false,
         };
-        let mut added = state.add(registration);
+        let mut added = state.add(new);
         if added.is_none() {
             (0..state.high).for_each(|bit| drop_resting(self.epoll, state, bit));
-            added = state.add(registration);
+            added = state.add(new);
         }
         let Some(bit) = added else {
             // No room: this connection stays with the kernel here.
@@ -204,7 +193,7 @@ impl Change<'_> {
             };
         };
         link(self.target, reference(self.index, bit));
-        if self.on_rings && !to_inner(self.epoll, state, bit, self.held) {
+        if self.on_rings && !to_inner(self.epoll, state, bit, self.held, false) {
             self.leave = Some(Reason::NoMemory);
             return self.kernel(EPOLL_CTL_ADD, self.fd, Some(&event));
         }
@@ -213,66 +202,46 @@ impl Change<'_> {
 
     /// The program makes a registration again that it has deleted.
     fn revive(&mut self, state: &mut State, bit: usize, event: epoll_event) {
-        if event.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
-            let event = inner_event(event.events, bit);
-            let inner = self.epoll.inner.load(Relaxed);
-            sys::epoll_ctl(inner, EPOLL_CTL_MOD, self.fd, Some(&event));
-        }
         let Some(slot) = state.slot(bit) else { return };
-        *slot = Registration {
-            events: event.events,
-            data: event.u64,
-            disabled: false,
-            reported: Snapshot::default(),
-            ..*slot
-        };
+        slot.modify(event.events, event.u64);
         if let Some(held) = self.held {
             held.conn.resting.fetch_sub(1, Relaxed);
         }
-        enter_inner(self.epoll, state, bit, self.held);
+        enter_inner(self.epoll, state, bit, self.held, false);
     }
 
     fn modify(&mut self, state: &mut State, bit: usize, event: epoll_event) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-        if slot.place != Place::Kernel && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
+        if slot.place() != Place::Kernel
+            && (event.events | slot.events) & EPOLLEXCLUSIVE as u32 != 0
         {
             return Err(libc::EINVAL);
         }
-        match slot.place {
-            Place::Inner => {
-                if event.events & !slot.events & EPOLLOUT as u32 != 0 && !self.is_all_on_rings() {
-                    let event = inner_event(event.events, bit);
-                    let inner = self.epoll.inner.load(Relaxed);
-                    sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event));
-                }
-            }
+        match slot.place() {
+            // Whoever looks at it next has space on the anchor watched, where that counts.
+            Place::Inner => {}
             Place::Parked => {
                 self.kernel(EPOLL_CTL_ADD, slot.number, Some(&event))?;
-                slot.place = Place::Kernel;
             }
             _ => self.kernel(EPOLL_CTL_MOD, slot.number, Some(&event))?,
         }
-        slot.events = event.events;
-        slot.data = event.u64;
-        slot.disabled = false;
-        slot.fresh = true;
-        if slot.place == Place::Inner {
+        slot.modify(event.events, event.u64);
+        if slot.place() == Place::Inner {
             state.mark(bit);
-            kick(self.epoll);
         }
         Ok(())
     }
 
     fn delete(&mut self, state: &mut State, bit: usize) -> Result<(), c_int> {
         let slot = state.slot(bit).ok_or(libc::ENOENT)?;
-        match slot.place {
+        match slot.place() {
             Place::Inner => {
                 if let Some(held) = self.held
                     && slot.number == self.fd
                     && !self.epoll.is_inherited()
                     && self.on_rings
                 {
-                    slot.place = Place::Resting;
+                    slot.rest();
                     held.conn.resting.fetch_add(1, Relaxed);
                     leave_inner(self.epoll, state, bit);
                     state.unmark(bit);
@@ -292,7 +261,7 @@ impl Change<'_> {
 /// Frees a slot, if it still is this target's.
 pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind) {
     let Some(slot) = state.slot(bit) else { return };
-    if slot.place == Place::Free || slot.target != target {
+    if slot.place() == Place::Free || slot.target != target {
         return;
     }
     epoll.arrived(slot);
@@ -300,7 +269,7 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
     if number != slot.fd {
         close_copy(number);
     }
-    match std::mem::replace(&mut slot.place, Place::Free) {
+    match slot.free() {
         Place::Inner => leave_inner(epoll, state, bit),
         Place::Resting => {
             if let Kind::Conn(index) = target
@@ -321,7 +290,7 @@ pub(super) fn drop_resting(epoll: &Epoll, state: &mut State, bit: usize) {
     let Some(slot) = state.slot(bit).copied() else {
         return;
     };
-    if slot.place == Place::Resting {
+    if slot.place() == Place::Resting {
         // In a forked child it is the parent's to take out.
         if !epoll.is_inherited() {
             let inner = epoll.inner.load(Relaxed);
@@ -365,8 +334,14 @@ fn make_inner(epoll: &Epoll, state: &mut State) -> bool {
 }
 
 /// Puts a registration into the inner instance. It is in neither when this is called, and stays so
-/// when this is false.
-pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> bool {
+/// when this is false. `fired`: with EPOLLONESHOT, where it was.
+pub(super) fn to_inner(
+    epoll: &Epoll,
+    state: &mut State,
+    bit: usize,
+    held: Option<&Use>,
+    fired: bool,
+) -> bool {
     if !make_inner(epoll, state) {
         return false;
     }
@@ -379,23 +354,24 @@ pub(super) fn to_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Optio
     if got != 0 && got != -(libc::EEXIST as isize) {
         return false;
     }
-    enter_inner(epoll, state, bit, held);
+    slot.watches_space = got == 0 && slot.events & EPOLLOUT as u32 != 0;
+    enter_inner(epoll, state, bit, held, fired);
     true
 }
 
-/// A registration that is in the inner instance counts from now on.
-fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) {
+/// A registration that is in the inner instance counts from now on. Whoever sleeps has not asked this stream: the caller hands
+/// on.
+fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>, fired: bool) {
     let Some(slot) = state.slot(bit) else { return };
-    slot.place = Place::Inner;
-    slot.fresh = true;
+    if !slot.enter(fired) {
+        return;
+    }
     set_bit(&mut state.inner, bit, true);
     epoll.streams.fetch_add(1, SeqCst);
     state.mark(bit);
     if let Some(held) = held {
         set_place(epoll, state, bit, held);
     }
-    // Whoever sleeps has not asked this stream, nor been counted at a bell that was taken just now.
-    kick(epoll);
 }
 
 /// Says on the stream where its readiness is told: on the bell, if there is only one to tell. The
@@ -425,11 +401,15 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
     }
 }
 
-/// How a stream is to tell that it has something: by bell, where it has a place on this one.
-pub(super) fn how(state: &State, bit: usize, stream: &Shared) -> u32 {
+/// How a stream is to tell that it has something: by bell, where it has a place on this one that wakes whoever sleeps.
+fn how(epoll: &Epoll, state: &State, bit: usize, stream: &Shared) -> u32 {
     let place = stream.incoming().bytes.place.load(Relaxed);
     match state.bell {
-        Some((number, _)) if place == (bell::Place { bell: number, bit }).to_word() => want::BELL,
+        Some((number, bell))
+            if place == (bell::Place { bell: number, bit }).to_word() && reaches(epoll, bell) =>
+        {
+            want::BELL
+        }
         _ => want::WAKE,
     }
 }
@@ -444,7 +424,18 @@ pub(super) fn inner_event(events: u32, bit: usize) -> epoll_event {
     }
 }
 
+/// Has space on the anchor watched, where a registration waits for it, and the direction is there.
+pub(super) fn watch_space(epoll: &Epoll, state: &mut State, bit: usize, stream: &Shared) {
+    let Some(slot) = state.slot(bit) else { return };
+    let waits = slot.events & EPOLLOUT as u32 != 0 && !slot.watches_space;
+    if waits && stream.tx().phase.load(Acquire) != phase::RING {
+        let event = inner_event(slot.events, bit);
+        let inner = epoll.inner.load(Relaxed);
+        slot.watches_space = sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event)) == 0;
+    }
+}
+
 /// Asks for a sign when what a registration names comes.
-pub(super) fn ask(state: &State, bit: usize, end: &End<'_>, events: u32) {
-    ready::ask(end, events as i16, how(state, bit, end.shared));
+pub(super) fn ask(epoll: &Epoll, state: &State, bit: usize, end: &End<'_>, events: u32) {
+    ready::ask(end, events as i16, how(epoll, state, bit, end.shared));
 }

@@ -1,48 +1,59 @@
 //! What an instance has to report of its streams.
 
 use super::moves::is_on_rings;
-use super::register::{self, how};
+use super::news::{kick, take_mark, take_marks};
+use super::register;
+use super::registration::{Brought, Snapshot};
 use super::*;
 use crate::conn::Use;
 use crate::stream::Stream;
 use crate::{demote, ready};
-use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT};
-use rdsock_shm::bell;
+use libc::EPOLLONESHOT;
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
-/// What EPOLLET compares: when any of it changes there is an edge.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Snapshot {
-    /// The incoming position.
-    head: u64,
-    /// The marks, the anchor's end and the phases.
-    state: u64,
-}
-
-impl Snapshot {
-    fn of(stream: &Stream) -> Self {
-        let state = u64::from(stream.incoming().producer.mark.load(Acquire))
-            | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
-            | u64::from(stream.rx().phase.load(Acquire)) << 16
-            | u64::from(stream.tx().phase.load(Acquire)) << 24
-            | u64::from(stream.tx().shut.load(Acquire)) << 32
-            | u64::from(stream.rx().shut.load(Acquire)) << 40;
-        Snapshot {
-            head: stream.incoming().producer.head.load(Acquire),
-            state,
-        }
+/// What EPOLLET compares, now.
+pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
+    let state = u64::from(stream.incoming().producer.mark.load(Acquire))
+        | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
+        | u64::from(stream.rx().phase.load(Acquire)) << 16
+        | u64::from(stream.tx().phase.load(Acquire)) << 24
+        | u64::from(stream.tx().shut.load(Acquire)) << 32
+        | u64::from(stream.rx().shut.load(Acquire)) << 40;
+    Snapshot {
+        head: stream.incoming().producer.head.load(Acquire),
+        state,
+        refused: held.conn.refused.load(SeqCst),
     }
 }
 
 /// How a registration is looked at.
 #[derive(Clone, Copy, Debug)]
-struct Look {
+pub(super) struct Look {
     /// Every stream is looked at, marked or not.
     few: bool,
     /// Nothing is taken: edges and EPOLLONESHOT stay.
     peek: bool,
-    /// Other threads sleep on the instance, which must hear of what comes from now on.
-    others: bool,
+    /// Whoever has nothing is asked for a sign, and its mark goes. Else it is looked at again by the next one.
+    arm: bool,
+}
+
+impl Look {
+    /// A look that takes what it finds, by a thread that is awake, or one that is about to sleep.
+    pub(super) fn to_take(epoll: &Epoll, sleeps: bool) -> Self {
+        let few = epoll.is_few();
+        Look {
+            few: few && !sleeps,
+            peek: false,
+            arm: !few || sleeps,
+        }
+    }
+
+    /// A look on behalf of somebody who sleeps, or waits through another instance.
+    const FOR_OTHERS: Look = Look {
+        few: false,
+        peek: true,
+        arm: true,
+    };
 }
 
 /// Removes from events that the kernel gave what the instance reports by itself: how many are left,
@@ -89,7 +100,7 @@ fn is_of_streams(epoll: &Epoll, data: u64) -> bool {
         let Some(slot) = state.slot(bit).copied() else {
             continue;
         };
-        if slot.data != data || !matches!(slot.place, Place::Kernel | Place::Inner) {
+        if slot.data != data || !matches!(slot.place(), Place::Kernel | Place::Inner) {
             continue;
         }
         let Kind::Conn(index) = slot.target else {
@@ -112,18 +123,11 @@ fn was_reported(epoll: &Epoll, data: u64) -> bool {
         return false;
     };
     let state = guard.state();
-    let Some(bit) = (0..state.high).find(|bit| {
-        state
-            .slot(*bit)
-            .is_some_and(|slot| slot.moved && slot.data == data && slot.place == Place::Inner)
-    }) else {
-        return false;
-    };
-    state.slot(bit).is_some_and(|slot| {
-        epoll.arrived(slot);
-        slot.disabled |= !slot.reported_since;
-        slot.reported_since
-    })
+    let brought = (0..state.high).find_map(|bit| state.slot(bit)?.bring(data));
+    if brought.is_some() {
+        epoll.moved.fetch_sub(1, SeqCst);
+    }
+    brought == Some(Brought::Twice)
 }
 
 /// Takes what the inner instance has: those streams' anchors have something to say.
@@ -139,13 +143,14 @@ pub(super) fn harvest(epoll: &Epoll) {
             return;
         }
         let Some(guard) = take(epoll) else { return };
+        epoll.news.fetch_add(1, Relaxed);
         let state = guard.state();
         for event in events.iter().take(got as usize) {
             let bit = event.u64 as usize;
             let Some(slot) = state.slot(bit) else {
                 continue;
             };
-            match (slot.place, slot.target) {
+            match (slot.place(), slot.target) {
                 (Place::Inner, _) => {}
                 (Place::Resting, Kind::Conn(index)) => {
                     if let Some(held) = conn::by_index(index) {
@@ -163,12 +168,15 @@ pub(super) fn harvest(epoll: &Epoll) {
                     };
                     held.conn.look.store(1, Relaxed);
                     // An edge of the anchor is the program's while a direction is on it.
-                    slot.fresh |= held
+                    if held
                         .conn
                         .stream()
-                        .is_some_and(|stream| !stream.is_all_on_rings());
+                        .is_some_and(|stream| !stream.is_all_on_rings())
+                    {
+                        slot.note_news();
+                    }
                 }
-                _ => slot.fresh = true,
+                _ => slot.note_news(),
             }
             state.mark(bit);
         }
@@ -178,35 +186,19 @@ pub(super) fn harvest(epoll: &Epoll) {
     }
 }
 
-fn take_bell(state: &mut State) {
-    if let Some((_, bell)) = state.bell {
-        let look = &mut state.look;
-        bell::take(bell, |word, bits| {
-            if let Some(place) = look.get_mut(word) {
-                *place |= bits;
-            }
-        });
-    }
-}
-
 /// Collects what is ready into `events`, behind the first `kept` of them, which the kernel gave; how
-/// many there are then. `mine` is 1 when the caller counts as a sleeper.
+/// many there are then.
 pub(super) fn collect(
     epoll: &Epoll,
     guard: &Guard<'_>,
     events: &mut [epoll_event],
     kept: usize,
-    mine: u32,
+    look: Look,
 ) -> usize {
     let state = guard.state();
     // Since the kernel's were looked through, see `is_of_streams`.
     let may_have_moved = kept != 0 && may_have_moved(epoll);
-    take_bell(state);
-    let look = Look {
-        few: epoll.is_few(),
-        peek: false,
-        others: epoll.sleepers.load(SeqCst) > mine,
-    };
+    take_marks(epoll, state);
     let words = state.high.div_ceil(64);
     let mut found = kept;
     let start = state.cursor;
@@ -228,13 +220,9 @@ pub(super) fn collect(
             }
             let Some(place) = events.get_mut(found) else {
                 state.cursor = bit;
-                if look.others && has_some(epoll, state) {
-                    // There is more than the caller takes: the next one's.
-                    kick(epoll);
-                }
                 return found;
             };
-            if let Some(event) = report(state, bit, look) {
+            if let Some(event) = report(epoll, state, bit, look) {
                 *place = event;
                 found += 1;
             }
@@ -256,84 +244,93 @@ fn may_have_moved(epoll: &Epoll) -> bool {
     MAPPING.load(SeqCst) != 0 || MAPPED.load(SeqCst) != epoll.mapped.load(Relaxed)
 }
 
-/// True when some stream has an event now, which is not taken.
-fn has_some(epoll: &Epoll, state: &mut State) -> bool {
-    let look = Look {
-        few: epoll.is_few(),
-        peek: true,
-        others: false,
-    };
-    state.any(look.few, |state, bit| report(state, bit, look).is_some())
+/// True when some registration that is marked has an event now, which is not taken. Those that have none are asked for a sign.
+pub(super) fn has_some(epoll: &Epoll, state: &mut State) -> bool {
+    state.any(false, |state, bit| {
+        report(epoll, state, bit, Look::FOR_OTHERS).is_some() || must_move(state, bit)
+    })
+}
+
+/// True when the stream behind a registration is one whose other end has left.
+pub(super) fn must_move(state: &mut State, bit: usize) -> bool {
+    match state.slot(bit).map(|slot| slot.target) {
+        Some(Kind::Conn(index)) => {
+            conn::by_index(index).is_some_and(|held| held.conn.stream().is_some_and(has_left))
+        }
+        _ => false,
+    }
 }
 
 /// True when the instance (under `fd`) would report something, its kernel's fds included.
 pub fn has_event(epoll: &Epoll, fd: c_int) -> bool {
     harvest(epoll);
-    let ours = take(epoll).is_some_and(|guard| {
-        let state = guard.state();
-        take_bell(state);
-        has_some(epoll, state)
-    });
-    ours || sys::poll_one(fd, libc::POLLIN, 0) > 0 && {
-        // A wake byte that came meanwhile is no event.
-        harvest(epoll);
-        sys::poll_one(fd, libc::POLLIN, 0) > 0
-            || take(epoll).is_some_and(|guard| has_some(epoll, guard.state()))
+    let found = has_marked(epoll)
+        || sys::poll_one(fd, libc::POLLIN, 0) > 0 && {
+            // A wake byte that came meanwhile is no event.
+            harvest(epoll);
+            sys::poll_one(fd, libc::POLLIN, 0) > 0 || has_marked(epoll)
+        };
+    if found {
+        // An edge was taken, and what it told of is left to others.
+        kick(epoll);
     }
+    found
+}
+
+fn has_marked(epoll: &Epoll) -> bool {
+    take(epoll).is_some_and(|guard| {
+        take_marks(epoll, guard.state());
+        has_some(epoll, guard.state())
+    })
 }
 
 /// The event of one registration, if it has one now.
-fn report(state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
+fn report(epoll: &Epoll, state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
     let slot = *state.slot(bit)?;
-    if slot.place != Place::Inner || slot.disabled {
+    if !slot.is_armed() {
         state.unmark(bit);
         return None;
     }
-    let seen = match slot.target {
-        Kind::Conn(index) => of_stream(state, bit, slot, &conn::by_index(index)?, look)?,
-        Kind::Epoll(index) => of_instance(state, bit, slot, at(index)?, look)?,
+    let bits = match slot.target {
+        Kind::Conn(index) => of_stream(epoll, state, bit, &conn::by_index(index)?, look)?,
+        Kind::Epoll(index) => of_instance(state, bit, at(index)?, look)?,
         _ => return None,
     };
-    let bits = seen as u32 & (slot.events | (EPOLLERR | EPOLLHUP) as u32);
-    if bits == 0 {
-        return None;
-    }
-    if slot.events & EPOLLONESHOT as u32 != 0 && !look.peek {
-        let slot = state.slot(bit)?;
-        slot.disabled = true;
-        slot.reported_since = true;
-    }
     Some(epoll_event {
-        events: bits & 0xffff,
+        events: bits,
         u64: slot.data,
     })
 }
 
-/// The readiness of an instance in this one.
-fn of_instance(
-    state: &mut State,
-    bit: usize,
-    slot: Registration,
-    inner: &Epoll,
-    look: Look,
-) -> Option<i16> {
-    if slot.events & EPOLLET as u32 != 0 && !slot.fresh {
+/// The event of an instance in this one.
+fn of_instance(state: &mut State, bit: usize, inner: &Epoll, look: Look) -> Option<u32> {
+    // What nobody sleeps for rings a bell, and makes no edge.
+    harvest(inner);
+    if let Some(guard) = take(inner) {
+        take_marks(inner, guard.state());
+    }
+    let now = Snapshot {
+        head: inner.news.load(Relaxed),
+        ..Snapshot::default()
+    };
+    let slot = state.slot(bit)?;
+    let seen = slot.event(ready::IN, &now);
+    let number = slot.number;
+    if look.arm {
+        sleep::ask_all(inner);
+    }
+    if seen == 0 || !has_event(inner, number) {
         return None;
     }
     if !look.peek {
-        state.slot(bit)?.fresh = false;
+        state.slot(bit)?.report(seen, now);
     }
-    has_event(inner, slot.number).then_some(ready::IN)
+    Some(seen)
 }
 
-/// The readiness of a stream, in the way in which it is registered.
-fn of_stream(
-    state: &mut State,
-    bit: usize,
-    slot: Registration,
-    held: &Use,
-    look: Look,
-) -> Option<i16> {
+/// The event of a stream, in the way in which it is registered.
+fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Look) -> Option<u32> {
+    let slot = *state.slot(bit)?;
     let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
     let end = stream.at(held, fd);
@@ -345,58 +342,45 @@ fn of_stream(
     }
     let interest =
         (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
-    if held.conn.look.load(Relaxed) != 0 {
-        // What this finds out is a part of the snapshot, and no edge of its own.
-        ready::of(held, stream, fd, interest, false);
-    }
-    let mut before = Snapshot::of(stream);
-    let mut seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
-    if seen == 0 && !look.few {
-        // Whoever publishes from now on rings; look once more after that is said.
-        state.unmark(bit);
-        register::ask(state, bit, &end, slot.events);
-        before = Snapshot::of(stream);
-        seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
-        if seen != 0 {
+    // First what is due is done, which marks it. What that finds out is a part of the snapshot, and no edge of its own.
+    ready::settle(&end, held, false);
+    take_mark(epoll, bit);
+    register::watch_space(epoll, state, bit, stream);
+    // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
+    let alone = stream.page().holders.load(Relaxed) <= 1;
+    let question = || {
+        let now = snapshot(held, stream);
+        let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+        (slot.event(seen, &now), seen, now)
+    };
+    let (mut event, mut seen, mut now) = question();
+    if event == 0 {
+        if !look.arm {
             state.mark(bit);
+            return None;
         }
+        // Whoever publishes from now on gives a sign; look once more after that is said.
+        state.mark_if(bit, !alone);
+        register::ask(epoll, state, bit, &end, slot.events);
+        (event, seen, now) = question();
+        if event == 0 {
+            return None;
+        }
+        state.mark(bit);
     }
-    if seen == 0 {
-        return None;
-    }
-    if look.others && !look.peek {
-        register::ask(state, bit, &end, slot.events);
-    }
-    if slot.events & EPOLLET as u32 == 0 {
-        return Some(seen);
-    }
-    let space = seen & ready::OUT != 0
-        && if look.peek {
-            held.conn.wants_space.load(Acquire) != 0
-        } else {
-            held.conn.wants_space.swap(0, AcqRel) != 0
-        };
-    let new_bytes = seen & ready::IN != 0 && before.head != slot.reported.head;
-    let edge = slot.fresh || space || new_bytes || before.state != slot.reported.state;
     if look.peek {
-        return edge.then_some(seen);
+        return Some(event);
     }
-    let slot = state.slot(bit)?;
-    slot.fresh = false;
-    slot.reported = before;
-    let events = slot.events;
-    if !look.few {
-        state.unmark(bit);
-        register::ask(state, bit, &end, events);
-        // What came since the snapshot was taken must be found now: only what comes later rings.
-        if Snapshot::of(stream) != before
-            || ready::of(held, stream, fd, interest, false) != Some(seen)
-            || held.conn.wants_space.load(Acquire) != 0
-        {
+    state.slot(bit)?.report(event, now);
+    if look.arm && slot.events & EPOLLET as u32 != 0 {
+        state.mark_if(bit, !alone);
+        register::ask(epoll, state, bit, &end, slot.events);
+        // What came since the snapshot was taken must be found now: only what comes later gives a sign.
+        if question() != (event, seen, now) {
             state.mark(bit);
         }
     }
-    edge.then_some(seen)
+    Some(event)
 }
 
 /// True when a stream's other end has left, or the stream has, so that its registrations must move.
@@ -477,9 +461,4 @@ pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event])
         harvest(epoll);
     }
     kept
-}
-
-/// The way in which a stream tells, for [`super::sleep`].
-pub(super) fn way(state: &State, bit: usize, stream: &Stream) -> u32 {
-    how(state, bit, stream)
 }

@@ -1,6 +1,7 @@
 //! Waiting for an instance: by looking, then asleep in the kernel on the program's own fd.
 
-use super::report::{ask_kernel, collect, follow_leavers, harvest, has_left, strip, way};
+use super::news::{is_marked, leave};
+use super::report::{Look, ask_kernel, collect, follow_leavers, harvest, must_move, strip};
 use super::*;
 use crate::poll::Deadline;
 use crate::{ready, real};
@@ -33,7 +34,19 @@ pub unsafe fn wait_on(
     tenant::look();
     // SAFETY: as the caller says.
     let events = unsafe { std::slice::from_raw_parts_mut(events, most as usize) };
-    let deadline = Deadline::after(ns);
+    let found = wait_as_asked(epoll, epfd, events, Deadline::after(ns), mask, kernel);
+    leave(epoll);
+    found
+}
+
+fn wait_as_asked(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: *const sigset_t,
+    kernel: impl Fn() -> c_int,
+) -> c_int {
     epoll.sleepers.fetch_add(1, SeqCst);
     if epoll.streams.load(SeqCst) != 0 {
         count_out(epoll);
@@ -67,7 +80,8 @@ fn count_out(epoll: &Epoll) {
 fn now(epoll: &Epoll, events: &mut [epoll_event], kept: usize) -> usize {
     harvest(epoll);
     follow_leavers(epoll);
-    take(epoll).map_or(kept, |guard| collect(epoll, &guard, events, kept, 0))
+    let look = Look::to_take(epoll, false);
+    take(epoll).map_or(kept, |guard| collect(epoll, &guard, events, kept, look))
 }
 
 /// The wait on an instance that holds streams.
@@ -128,7 +142,7 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     let state = guard.state();
     let now = clock::ticks();
     if now.wrapping_sub(state.asked_at) <= clock::ticks_of(limits::ASK_KERNEL_US.get()) {
-        return collect(epoll, &guard, events, 0, 0);
+        return collect(epoll, &guard, events, 0, Look::to_take(epoll, false));
     }
     state.asked_at = now;
     // With room for one only, they take turns.
@@ -146,7 +160,7 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     if found < events.len()
         && let Some(guard) = take(epoll)
     {
-        found = collect(epoll, &guard, events, found, 0);
+        found = collect(epoll, &guard, events, found, Look::to_take(epoll, false));
     }
     if found == 0 && !kernel_first {
         found = ask_kernel(epoll, epfd, events);
@@ -185,22 +199,12 @@ fn sleep_counted(
     bell: Option<&Bell>,
 ) -> Option<c_int> {
     if let Some(guard) = take(epoll) {
-        let state = guard.state();
-        state.any(epoll.is_few(), |state, bit| {
-            ask(state, bit, false);
-            false
-        });
-        let found = collect(epoll, &guard, events, 0, 1);
+        let found = collect(epoll, &guard, events, 0, Look::to_take(epoll, true));
         if found != 0 {
             return Some(found as c_int);
         }
-        let left = |state: &mut State, bit| match state.slot(bit).map(|slot| slot.target) {
-            Some(Kind::Conn(index)) => {
-                conn::by_index(index).is_some_and(|held| held.conn.stream().is_some_and(has_left))
-            }
-            _ => false,
-        };
-        if bell.is_some_and(bell::is_rung) || guard.state().any(epoll.is_few(), left) {
+        let state = guard.state();
+        if is_marked(epoll, bell) || state.any(epoll.is_few(), must_move) {
             drop(guard);
             follow_leavers(epoll);
             return None;
@@ -218,17 +222,29 @@ fn sleep_counted(
     }
     let mut found = kept;
     if let Some(guard) = take(epoll) {
-        found = collect(epoll, &guard, events, kept, 1);
+        found = collect(epoll, &guard, events, kept, Look::to_take(epoll, false));
     }
     (found != 0 || (got == 0 && deadline.left() == Some(0))).then_some(found as c_int)
 }
 
-/// Asks what stands behind a registration for a sign.
-fn ask(state: &mut State, bit: usize, by_byte: bool) {
+/// Asks every stream of an instance for a byte, for somebody who sleeps on the instance's fd, or on one that it is in. All are
+/// marked: a peer that takes an earlier ask just now rings a bell that wakes nobody.
+pub(super) fn ask_all(epoll: &Epoll) {
+    if let Some(guard) = take(epoll) {
+        guard.state().any(true, |state, bit| {
+            state.mark(bit);
+            ask(state, bit);
+            false
+        });
+    }
+}
+
+/// Asks what stands behind a registration for a byte.
+fn ask(state: &mut State, bit: usize) {
     let Some(slot) = state.slot(bit).copied() else {
         return;
     };
-    if slot.place != Place::Inner || slot.disabled {
+    if !slot.is_armed() {
         return;
     }
     match slot.target {
@@ -236,13 +252,8 @@ fn ask(state: &mut State, bit: usize, by_byte: bool) {
             if let Some(held) = conn::by_index(index)
                 && let Some(stream) = held.conn.stream()
             {
-                let how = if by_byte {
-                    want::WAKE
-                } else {
-                    way(state, bit, stream)
-                };
                 let end = stream.at(&held, slot.number);
-                ready::ask(&end, slot.events as i16, how);
+                ready::ask(&end, slot.events as i16, want::WAKE);
             }
         }
         Kind::Epoll(index) => {
@@ -251,16 +262,6 @@ fn ask(state: &mut State, bit: usize, by_byte: bool) {
             }
         }
         _ => {}
-    }
-}
-
-/// Asks every stream of an instance for a byte, for somebody who sleeps on the instance's fd.
-fn ask_all(epoll: &Epoll) {
-    if let Some(guard) = take(epoll) {
-        guard.state().any(true, |state, bit| {
-            ask(state, bit, true);
-            false
-        });
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
-use crate::{clock, epoll, limits, wait};
+use crate::{clock, limits, wait};
 use rdsock_shm::end::{How, Received};
 
 /// Receives from a stream.
@@ -82,7 +82,6 @@ fn look_in_vain(end: &End<'_>, held: &Use) -> bool {
     // While the program's bytes are on the anchor, only a receive may read there.
     if !stream.is_switching() && look_is_due(held) {
         end.look();
-        epoll::kick_all(held.conn);
         if stream.is_receivable() {
             return true;
         }

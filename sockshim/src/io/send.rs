@@ -67,7 +67,7 @@ pub(super) fn wait_for_space(end: &End<'_>, held: &Use, flags: c_int) -> Result<
     }
     if flags & libc::MSG_DONTWAIT != 0 || stream.page().nonblock.load(Relaxed) != 0 {
         // Said before the last look, so that space which comes now is an edge.
-        held.conn.wants_space.store(1, SeqCst);
+        held.conn.note_refused();
         wait::owe(stream);
         wait::give_core();
         return if stream.is_sendable(stream.ring_size() / 3) {
@@ -99,7 +99,7 @@ fn send_rest(held: &Use, fd: c_int, from: &Buffers, done: usize, flags: c_int) -
             let got = unsafe { sys::send_raw(fd, at.wrapping_add(piece), len - piece, flags) };
             stopped = got <= 0;
             if got == AGAIN {
-                held.conn.wants_space.store(1, SeqCst);
+                held.conn.note_refused();
             }
             piece += got.max(0) as usize;
         }

@@ -205,6 +205,11 @@ pub trait Process {
     /// Adds one to a counter of the tenant.
     fn count(&self, what: Counter);
 
+    /// Something has changed at this end of which the other end tells nobody: a phase, an own shutdown, an end of the
+    /// anchor, tokens that were taken off it. Whoever waits for the connection and was not asleep on the anchor must
+    /// look. Called with a half held, so it takes no lock in which somebody may wait for a half.
+    fn changed(&self) {}
+
     /// The next question about readiness is to look at the anchor.
     fn look_later(&self);
 

@@ -134,7 +134,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         if !quiet || ended && unread || !receiving.take_last_tokens(IN_FLIGHT_MS) {
             return false;
         }
-        self.rx().phase.store(phase::DEMOTED, Release);
+        self.set_receiving(phase::DEMOTED);
         true
     }
 
@@ -161,7 +161,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         }
         match self.tx().phase.load(Acquire) {
             phase::RING => {
-                self.tx().shut.store(1, Release);
+                self.set_sending_shut();
                 half.sender.publish();
                 self.out().producer.mark.fetch_or(mark::FIN, SeqCst);
                 if wake::asked(&self.out().bytes) != 0 {
@@ -176,7 +176,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
             _ => {
                 // Not switched: the FIN goes behind the bytes on the anchor. No token can
                 // follow it, so the other end must not depend on one.
-                self.tx().shut.store(1, Release);
+                self.set_sending_shut();
                 half.end_sending();
                 false
             }
@@ -185,7 +185,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
 
     /// The program wants nothing more (`SHUT_RD`).
     pub fn shut_receiving(&self) {
-        self.rx().shut.store(1, Release);
+        self.set_receiving_shut();
         // The kernel's own mark wakes whoever sleeps on the anchor, in any process.
         self.socket.shut(Shut::Receiving);
     }
@@ -236,7 +236,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             // Nobody will read the ring. What the kernel says of a send to a closed connection is
             // provoked with one byte, and is right from the next call on.
             end.socket.signal();
-            end.tx().phase.store(phase::DEMOTED, Release);
+            end.set_sending(phase::DEMOTED);
             end.socket.look_later();
         } else if taken & want::LEAVE != 0 {
             self.end_sending();
@@ -291,7 +291,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
     /// The direction is the anchor's for ever.
     fn hand_over(&self) {
         let tx = self.end.tx();
-        tx.phase.store(phase::DEMOTED, Release);
+        self.end.set_sending(phase::DEMOTED);
         if tx.shut.load(Relaxed) != 0 {
             self.end.socket.shut(Shut::Sending);
         }
@@ -332,7 +332,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             end.socket.give_way();
         }
         if self.take_last_tokens(IN_FLIGHT_MS) {
-            rx.phase.store(phase::DEMOTED, Release);
+            end.set_receiving(phase::DEMOTED);
         } else {
             end.reset(Reason::NotQuiet);
         }

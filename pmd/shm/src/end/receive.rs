@@ -358,7 +358,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         match ahead {
             Ahead::Ring => {
                 self.receiver.switch(position);
-                rx.phase.store(phase::RING, Release);
+                end.set_receiving(phase::RING);
                 return Took::Again;
             }
             Ahead::Impossible => {

@@ -20,7 +20,7 @@ impl<S: Anchor + Process> End<'_, S> {
         self.page().installed.store(1, Release);
         self.page().nonblock.store(u32::from(nonblock), Relaxed);
         self.rx().tail.store(position, Relaxed);
-        self.rx().phase.store(phase::SWITCHING, Release);
+        self.set_receiving(phase::SWITCHING);
         // Whoever sleeps on the anchor already must be woken by the first byte on the ring.
         let incoming = self.incoming();
         incoming.bytes.want.fetch_or(want::WAKE, SeqCst);
@@ -49,7 +49,7 @@ impl<S: Anchor + Process> End<'_, S> {
             && at == rx.tail.load(Relaxed)
         {
             half.receiver.switch(at);
-            rx.phase.store(phase::RING, Release);
+            self.set_receiving(phase::RING);
         }
     }
 }
@@ -71,7 +71,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             return false;
         };
         self.sender.switch(at);
-        end.tx().phase.store(phase::RING, Release);
+        end.set_sending(phase::RING);
         true
     }
 }

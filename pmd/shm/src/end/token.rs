@@ -157,11 +157,11 @@ impl<S: Anchor + Process> End<'_, S> {
         if self.rx().phase.swap(phase::RESET, AcqRel) == phase::RESET {
             return;
         }
-        self.tx().phase.store(phase::RESET, Release);
         // Not reported yet, whatever the anchor has said.
         self.rx()
             .anchor
             .fetch_and(!(anchor::ERROR | anchor::SEND_ERROR), AcqRel);
+        self.set_sending(phase::RESET);
         self.page().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         self.socket.count(Counter::Reset);
@@ -195,7 +195,7 @@ impl<S: Anchor + Process> End<'_, S> {
         } else {
             anchor::EOF
         };
-        self.rx().anchor.fetch_or(bits, AcqRel);
+        self.add_anchor_bits(bits);
     }
 
     #[inline]
@@ -237,7 +237,13 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// Takes tokens off the anchor, whoever sleeps.
     pub(super) fn drain_all(&self) {
         let end = self.end;
-        match end.tokens().take(&end.socket) {
+        let before = end.rx().drained.load(Relaxed);
+        let drained = end.tokens().take(&end.socket);
+        if end.rx().drained.load(Relaxed) != before {
+            // An edge of the anchor that nobody has seen yet went with them.
+            end.socket.changed();
+        }
+        match drained {
             Drained::Nothing | Drained::Tokens(_) => {}
             Drained::Foreign(_) => end.reset(Reason::Bypass),
             Drained::End => end.note_end(false),

@@ -1,7 +1,7 @@
 //! Each operation by itself.
 
 use crate::pair::{Gave, Program, RING, Wire, stream, stream_over};
-use rdsock_shm::end::{How, Received, Sleeper};
+use rdsock_shm::end::{Anchor, How, Received, Shut, Sleeper};
 use rdsock_shm::layout::{mark, phase, want};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::Relaxed;
@@ -135,7 +135,33 @@ fn a_sleeper_is_woken_by_one_token_that_no_program_sees() {
     });
 }
 
-/// Whoever is counted in has not looked yet, and a token that is taken away would let it sleep on.
+/// Nobody else tells of what changes at one's own end.
+#[test]
+fn a_change_at_the_own_end_is_said() {
+    stream(true, |a, b| {
+        assert!(a.has_said_changes() && b.has_said_changes());
+        let end = b.end();
+        drop(Sleeper::enter(&end).expect("nobody else sleeps"));
+        end.ask_for_bytes(want::WAKE);
+        a.send(&bytes(0..4));
+        // Takes the token off.
+        end.look();
+        assert_eq!((b.side.on_anchor(), end.outstanding()), (0, 0));
+        assert!(b.has_said_changes());
+        assert!(end.shut_sending());
+        assert!(b.has_said_changes());
+        end.shut_receiving();
+        assert!(b.has_said_changes());
+        a.side.shut(Shut::Sending);
+        end.look();
+        assert!(b.has_said_changes());
+        a.end().leave();
+        assert!(a.has_said_changes());
+        end.reset(Reason::Bypass);
+        assert!(b.has_said_changes());
+    });
+}
+
 /// Nobody rings the bell of another user's program: who asks for that has a place on its board all the same.
 #[test]
 fn who_has_no_bells_of_its_peer_sends_a_token() {
@@ -161,6 +187,7 @@ fn who_has_no_bells_of_its_peer_sends_a_token() {
     assert_eq!(tokens(Wire::new()), [0, 0]);
 }
 
+/// Whoever is counted in has not looked yet, and a token that is taken away would let it sleep on.
 #[test]
 fn a_second_sleeper_leaves_the_token_to_the_first() {
     stream(true, |a, b| {

@@ -3,7 +3,9 @@
 use rdsock_shm::end::{
     Anchor, Buffers, End, Got, How, Limits, Process, Received, Sent, Shared, Shut, Take, Until,
 };
-use rdsock_shm::layout::{BELLS, Bell, Counter, Direction, EndPage, MIN_RING, NOT_SWITCHED, phase};
+use rdsock_shm::layout::{
+    BELLS, Bell, Counter, Direction, EndPage, MIN_RING, NOT_SWITCHED, anchor, phase,
+};
 use rdsock_shm::lock::Owner;
 use rdsock_shm::reason::Reason;
 use rdsock_shm::ring::RingMemory;
@@ -59,6 +61,10 @@ pub struct Side<'a> {
     broken: Cell<Option<Reason>>,
     left: Cell<Option<Reason>>,
     looks: Cell<u32>,
+    /// How often it was said that something has changed here,
+    changes: Cell<u32>,
+    /// and that with what it was about, when it was last compared.
+    noted: Cell<(u32, [u32; 6])>,
 }
 
 /// A value made of zeroes.
@@ -116,6 +122,8 @@ impl Wire {
             broken: Cell::new(None),
             left: Cell::new(None),
             looks: Cell::new(0),
+            changes: Cell::new(0),
+            noted: Cell::default(),
         })
     }
 
@@ -251,6 +259,10 @@ impl Process for &Side<'_> {
     }
 
     fn count(&self, _: Counter) {}
+
+    fn changed(&self) {
+        self.changes.set(self.changes.get() + 1);
+    }
 
     fn look_later(&self) {
         self.looks.set(self.looks.get() + 1);
@@ -438,6 +450,24 @@ impl<'a> Program<'a> {
             end.follow();
         }
         end.settle_incoming();
+    }
+
+    /// True when nothing has changed at this end since the last question that was not said: whoever waits elsewhere for
+    /// the connection is told by nobody else.
+    pub fn has_said_changes(&self) -> bool {
+        let (rx, tx) = (self.shared.rx(), self.shared.tx());
+        let told = anchor::EOF | anchor::BROKEN;
+        let words = [
+            rx.phase.load(Relaxed),
+            tx.phase.load(Relaxed),
+            rx.shut.load(Relaxed),
+            tx.shut.load(Relaxed),
+            rx.anchor.load(Relaxed) & told,
+            rx.drained.load(Relaxed),
+        ];
+        let now = (self.side.changes.get(), words);
+        let before = self.side.noted.replace(now);
+        before.1 == now.1 || before.0 != now.0
     }
 
     /// Where the incoming direction is: a value of [`phase`].

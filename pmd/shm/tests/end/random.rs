@@ -178,6 +178,7 @@ proptest! {
             }
             for end in &ends {
                 prop_assert_eq!(end.side.broken(), None, "after {:?}", what);
+                prop_assert!(end.has_said_changes(), "{:?} says nothing of what it changes", what);
             }
         }
         // Everything arrives in the end, and nothing but that.

@@ -5,6 +5,7 @@
 
 mod bell;
 mod demote;
+mod instance;
 mod lock;
 mod model;
 mod promote;

@@ -1,0 +1,41 @@
+//! What changes at one's own end, and is written here alone.
+//!
+//! The other end tells of what *it* changes, if it is asked ([`crate::wake`]). Of a phase, an own shutdown, an end of the
+//! anchor that was noted, and of tokens that were taken off it, nobody tells: whoever waits for the connection elsewhere
+//! in this process must look, and that is said by [`Process::changed`], behind each of them.
+
+use super::{Anchor, End, Process};
+use crate::sync::Ordering::*;
+
+impl<S: Anchor + Process> End<'_, S> {
+    /// The receiving half goes on to another phase.
+    pub(super) fn set_receiving(&self, phase: u32) {
+        self.rx().phase.store(phase, Release);
+        self.socket.changed();
+    }
+
+    /// The sending half goes on to another phase.
+    pub(super) fn set_sending(&self, phase: u32) {
+        self.tx().phase.store(phase, Release);
+        self.socket.changed();
+    }
+
+    /// The program has ended what it sends.
+    pub(super) fn set_sending_shut(&self) {
+        self.tx().shut.store(1, Release);
+        self.socket.changed();
+    }
+
+    /// The program wants nothing more.
+    pub(super) fn set_receiving_shut(&self) {
+        self.rx().shut.store(1, Release);
+        self.socket.changed();
+    }
+
+    /// The anchor has told something of its end: bits of `anchor`.
+    pub(super) fn add_anchor_bits(&self, bits: u32) {
+        if self.rx().anchor.fetch_or(bits, AcqRel) & bits != bits {
+            self.socket.changed();
+        }
+    }
+}
