@@ -123,7 +123,8 @@ impl Shrinking<'_> {
                 for lower in [1, 10, 100, number / 4, number / 2] {
                     let mut steps = self.program.steps.clone();
                     let word = steps.get_mut(at).and_then(|step| step.words.get_mut(place));
-                    if lower < number
+                    if 0 < lower
+                        && lower < number
                         && let Some(word) = word
                     {
                         *word = lower.to_string();
