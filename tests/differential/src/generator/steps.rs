@@ -60,10 +60,12 @@ impl Writer<'_> {
         if own.is_full || own.unread + size > most || own.pieces > 20 {
             return;
         }
-        if (own.has_shut || other_closed || is_odd) && !self.may("send-after-end") {
+        let actor = own.actor;
+        let has_ended = own.has_shut || other_closed || is_odd;
+        let other_shut = self.conns[conn].is_shut_both[1 - side];
+        if other_shut && !self.may("send-to-shut") {
             return;
         }
-        let actor = own.actor;
         let how = match self.rng.usize(..10) {
             0 => format!("write {end} {size}"),
             1 => format!("writev {end} {size} {}", self.rng.usize(1..5)),
@@ -74,6 +76,10 @@ impl Writer<'_> {
             6 => format!("send {end} {size} dontwait"),
             _ => format!("send {end} {size}"),
         };
+        if has_ended {
+            // TCP leaves open when a reset is seen; who asks sees it.
+            self.put(actor, format!("poll 0 {end}:in"));
+        }
         self.put(actor, how);
         let conn = &mut self.conns[conn];
         if other_closed {
@@ -307,7 +313,7 @@ impl Writer<'_> {
         let Some((conn, side)) = self.end() else {
             return;
         };
-        if !self.conns[conn].is_whole() || self.conns[conn].is_shared || !self.may("fill") {
+        if !self.conns[conn].is_whole() || !self.may("fill") {
             return;
         }
         let (end, far) = (self.conns[conn].end(side), self.conns[conn].end(1 - side));
@@ -388,11 +394,12 @@ impl Writer<'_> {
         let end = self.conns[conn].end(side);
         let how = self.any(&["wr", "wr", "wr", "rdwr", "rd"]);
         if how != "wr" {
-            if !self.may("shut-rd") {
+            if how == "rd" && !self.may("shut-rd") {
                 return;
             }
             self.conns[conn].is_odd = true;
         }
+        self.conns[conn].is_shut_both[side] |= how == "rdwr";
         let own = &mut self.conns[conn].sides[side];
         own.has_shut |= how != "rd";
         let actor = own.actor;
@@ -405,7 +412,12 @@ impl Writer<'_> {
         };
         let (end, conn) = (self.conns[conn].end(side), &mut self.conns[conn]);
         let resets = conn.sides[1 - side].unread > 0 || conn.sides[1 - side].is_full;
-        if conn.is_shared {
+        if conn.is_shared
+            && self
+                .left_out
+                .iter()
+                .any(|(name, _)| *name == "close-after-child")
+        {
             return;
         }
         let actor = conn.sides[side].actor;

@@ -9,7 +9,7 @@ impl Writer<'_> {
         let Some((conn, side)) = self.end() else {
             return;
         };
-        if !self.conns[conn].is_quiet() || self.conns[conn].is_shared {
+        if !self.conns[conn].is_quiet() {
             return;
         }
         let (end, actor) = (
@@ -126,7 +126,7 @@ impl Writer<'_> {
         let Some((conn, side)) = self.end() else {
             return;
         };
-        if !self.conns[conn].is_whole() || self.conns[conn].is_shared {
+        if !self.conns[conn].is_whole() {
             return;
         }
         let count = match self.rng.usize(..3) {
@@ -180,6 +180,11 @@ impl Writer<'_> {
         }
         let name = ['D', 'E', 'F'][self.children.len()];
         self.children.push(name);
+        let copied = |conn: &&mut super::Conn| conn.sides.iter().any(|side| side.actor == actor);
+        self.conns
+            .iter_mut()
+            .filter(copied)
+            .for_each(|conn| conn.is_shared = true);
         let how = self.any(&["fork", "fork", "clone", "bare", "vfork", "spawn"]);
         self.put(actor, format!("{how} {name}"));
         if self.chance(3) {
