@@ -54,6 +54,8 @@ struct Conductor<'a> {
     connections: Vec<Connection>,
     numbers: BTreeMap<String, usize>,
     ends: BTreeMap<String, End>,
+    /// Connections of which an end was shut or closed.
+    ended: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
     edges: BTreeSet<(String, String)>,
     pending: BTreeMap<(char, u8), Pending>,
@@ -69,6 +71,7 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         connections: Vec::new(),
         numbers: BTreeMap::new(),
         ends: BTreeMap::new(),
+        ended: BTreeSet::new(),
         edges: BTreeSet::new(),
         pending: BTreeMap::new(),
         children: BTreeSet::new(),
@@ -80,10 +83,11 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
     }
     for step in &program.steps {
         let line = conductor.step(step);
-        conductor.log.lines.push(line);
         if conductor.log.is_broken {
+            conductor.log.lines.push(format!("{line} ({step})"));
             return conductor.log;
         }
+        conductor.log.lines.push(line);
     }
     conductor.finish();
     conductor.log
@@ -174,7 +178,14 @@ impl Conductor<'_> {
             "interrupt" => self.interrupt(key, Signal::SIGUSR1, true),
             "poke" => self.interrupt(key, Signal::SIGUSR2, false),
             _ if self.pending.contains_key(&key) => "busy".to_owned(),
-            _ => {
+            word => {
+                let end = self.ends.get(step.word(1)).copied();
+                if end.is_some_and(|end| self.ended.contains(&end.conn))
+                    && transfer(word) == Some(true)
+                {
+                    // TCP leaves open when a reset is seen; who asks sees it.
+                    self.call(step.actor, &format!("poll 0 {}:in", step.word(1)));
+                }
                 let text = self.text(&step.words);
                 let answer = self.call_thread(step.actor, step.thread, &text);
                 self.note(&step.words, &answer)
@@ -240,6 +251,7 @@ impl Conductor<'_> {
                     self.ends.insert(word(2).to_owned(), end);
                 }
             }
+            "close" | "closerange" | "shut" => self.ended.extend(end.map(|end| end.conn)),
             "demote" => {
                 if let Some(connection) = end.and_then(|end| self.connections.get_mut(end.conn)) {
                     connection.is_demoted = true;

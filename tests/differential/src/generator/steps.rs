@@ -56,12 +56,11 @@ impl Writer<'_> {
     pub(super) fn send_on(&mut self, conn: usize, side: usize, size: usize) {
         let (most, end) = (self.most, self.conns[conn].end(side));
         let other_closed = self.conns[conn].sides[1 - side].has_closed;
-        let (is_odd, own) = (self.conns[conn].is_odd, &self.conns[conn].sides[side]);
+        let own = &self.conns[conn].sides[side];
         if own.is_full || own.unread + size > most || own.pieces > 20 {
             return;
         }
         let actor = own.actor;
-        let has_ended = own.has_shut || other_closed || is_odd;
         let other_shut = self.conns[conn].is_shut_both[1 - side];
         if other_shut && !self.may("send-to-shut") {
             return;
@@ -76,10 +75,6 @@ impl Writer<'_> {
             6 => format!("send {end} {size} dontwait"),
             _ => format!("send {end} {size}"),
         };
-        if has_ended {
-            // TCP leaves open when a reset is seen; who asks sees it.
-            self.put(actor, format!("poll 0 {end}:in"));
-        }
         self.put(actor, how);
         let conn = &mut self.conns[conn];
         if other_closed {
@@ -114,7 +109,7 @@ impl Writer<'_> {
         let how = match self.rng.usize(..10) {
             0 if is_safe => format!("read {end} {size}"),
             1 if is_safe => format!("readv {end} {size} {}", self.rng.usize(1..5)),
-            2 if is_safe && size < 100_000 => format!("spliceout {end} {size}"),
+            2 if is_safe && size <= other.unread => format!("spliceout {end} {size}"),
             3 => format!("recvmsg {end} {size} {} dontwait", self.rng.usize(1..4)),
             4..6 => format!("recv {end} {size} dontwait peek"),
             6 => format!("recv {end} {size} dontwait waitall"),
@@ -394,7 +389,7 @@ impl Writer<'_> {
         let end = self.conns[conn].end(side);
         let how = self.any(&["wr", "wr", "wr", "rdwr", "rd"]);
         if how != "wr" {
-            if how == "rd" && !self.may("shut-rd") {
+            if !self.may("shut-rd") {
                 return;
             }
             self.conns[conn].is_odd = true;
@@ -420,11 +415,15 @@ impl Writer<'_> {
         {
             return;
         }
+        let may_reset = !self.left_out.iter().any(|(name, _)| *name == "reset");
+        if resets && !may_reset {
+            return;
+        }
         let actor = conn.sides[side].actor;
         conn.sides[side].has_closed = true;
         conn.sides[side].has_shut = true;
         conn.is_odd |= resets;
-        let linger = self.rng.usize(..5) == 0;
+        let linger = may_reset && self.rng.usize(..5) == 0;
         if linger {
             self.conns
                 .iter_mut()
