@@ -363,6 +363,12 @@ impl Conductor<'_> {
                 open.retain(|_| pairs.next().is_some_and(|(before, after)| before != after));
                 self.log.reached += count - open.len();
             }
+            // Not tried again: those that a child has, too, will never be.
+            for (_, conn) in &open {
+                if let Some(connection) = self.connections.get_mut(*conn) {
+                    connection.is_demoted = true;
+                }
+            }
         }
         match failed.is_empty() {
             true => "ok".to_owned(),

@@ -40,6 +40,12 @@ pub fn shrink(
     }
 }
 
+/// The call that differs.
+fn kind(program: &Program, difference: &Difference) -> String {
+    let step = program.steps.get(difference.at);
+    step.map_or(String::new(), |step| step.word(0).to_owned())
+}
+
 struct Shrinking<'a> {
     judge: &'a mut Judge,
     program: Program,
@@ -58,8 +64,11 @@ impl Shrinking<'_> {
         if candidate == self.program || Instant::now() > self.end {
             return false;
         }
+        let kind = kind(&self.program, &self.difference);
         match self.judge.fails(&candidate, self.tries) {
             None => false,
+            // Another fault is for another time.
+            Some(difference) if self::kind(&candidate, &difference) != kind => false,
             Some(difference) => {
                 (self.program, self.difference) = (candidate, difference);
                 true

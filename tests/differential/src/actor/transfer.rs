@@ -104,7 +104,10 @@ fn beside(message: &libc::msghdr) -> String {
         let mut control = libc::CMSG_FIRSTHDR(message);
         while let Some(found) = control.as_ref() {
             let first = libc::CMSG_DATA(control).cast::<c_int>().read_unaligned();
-            told += &format!(" {}:{}={first}", found.cmsg_level, found.cmsg_type);
+            // Not the time of an arrival.
+            if found.cmsg_level != libc::SOL_SOCKET {
+                told += &format!(" {}:{}={first}", found.cmsg_level, found.cmsg_type);
+            }
             control = libc::CMSG_NXTHDR(message, control);
         }
     }

@@ -201,10 +201,20 @@ impl Writer<'_> {
     fn register(&mut self, which: usize, conn: usize, side: usize, bits: String) {
         let (end, instance) = (self.conns[conn].end(side), &mut self.instances[which]);
         let (name, actor) = (instance.name.clone(), instance.actor);
+        let is_full = instance.registered.len() >= 8;
         let known = instance
             .registered
             .iter_mut()
             .find(|entry| (entry.0, entry.1) == (conn, side));
+        if known.is_none()
+            && is_full
+            && self
+                .left_out
+                .iter()
+                .any(|(name, _)| *name == "many-in-instance")
+        {
+            return;
+        }
         match known {
             Some(entry) => {
                 entry.2 = bits.clone();
@@ -350,7 +360,14 @@ impl Writer<'_> {
         if !self.conns[conn].is_whole() {
             return;
         }
-        let how = self.any(&["lowat", "stamp", "async", "ioctl"]);
+        let is_registered =
+            |instance: &Instance| instance.registered.iter().any(|entry| entry.0 == conn);
+        if self.instances.iter().any(is_registered) && !self.may("demote-in-instance") {
+            return;
+        }
+        // After a control that is unknown, what was unread comes with the next call of the other end: a known difference.
+        let all = if self.conns[conn].is_quiet() { 4 } else { 3 };
+        let how = ["lowat", "stamp", "async", "ioctl"][self.rng.usize(..all)];
         self.put(
             self.conns[conn].sides[side].actor,
             format!("demote {end} {how}"),
@@ -388,6 +405,9 @@ impl Writer<'_> {
         };
         let end = self.conns[conn].end(side);
         let how = self.any(&["wr", "wr", "wr", "rdwr", "rd"]);
+        if self.conns[conn].sides[1 - side].has_closed && !self.may("shut-after-close") {
+            return;
+        }
         if how != "wr" {
             if !self.may("shut-rd") {
                 return;
