@@ -113,7 +113,9 @@ fn programs_that_failed_once() {
             .find(|verdict| *verdict != Verdict::Same);
         match (verdict, is_not_yet) {
             (None | Some(Verdict::Same), None) => {}
-            (None | Some(Verdict::Same), Some(why)) => eprintln!("RIGHT NOW, though marked \"not yet: {why}\": {name}"),
+            (None | Some(Verdict::Same), Some(why)) => {
+                eprintln!("RIGHT NOW, though marked \"not yet: {why}\": {name}")
+            }
             (Some(Verdict::Differs { .. }), Some(why)) => eprintln!("NOT YET: {name}: {why}"),
             (Some(Verdict::Undetermined(why)), _) => {
                 wrong.push(format!("{name}: undetermined: {why}"))

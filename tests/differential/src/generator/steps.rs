@@ -408,6 +408,9 @@ impl Writer<'_> {
         if self.conns[conn].sides[1 - side].has_closed && !self.may("shut-after-close") {
             return;
         }
+        if self.conns[conn].sides[side].unread > 0 && !self.may("end-behind-unread") {
+            return;
+        }
         if how != "wr" {
             if !self.may("shut-rd") {
                 return;
@@ -433,6 +436,10 @@ impl Writer<'_> {
                 .iter()
                 .any(|(name, _)| *name == "close-after-child")
         {
+            return;
+        }
+        let is_left_out = |feature: &str| self.left_out.iter().any(|(name, _)| *name == feature);
+        if conn.sides[side].unread > 0 && is_left_out("end-behind-unread") {
             return;
         }
         let may_reset = !self.left_out.iter().any(|(name, _)| *name == "reset");
