@@ -14,7 +14,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 COMPLETIONS := $(SHARE)/bash-completion/completions/rdsock $(SHARE)/zsh/site-functions/_rdsock \
 	$(SHARE)/fish/vendor_completions.d/rdsock.fish
 
-.PHONY: build test vm-test demo lint soak install uninstall clean help
+.PHONY: build test vm-test demo lint soak fuzz install uninstall clean help
 
 build: ## Build all programs and the shim (release) into target/release
 	$(CARGO) build --release --workspace
@@ -48,6 +48,13 @@ soak: ## Run the end-to-end tests for SOAK_MINUTES, then ten million messages of
 	done; echo "soak: $$round rounds without a failure"
 	.ci/fuzz
 	RDSOCK_SOAK=$${RDSOCK_SOAK:-1} .ci/loom
+
+FUZZ_MINUTES ?= 60
+FUZZ_FAILURES ?= 1
+fuzz: ## Compare programs of socket calls from fresh seeds with plain Linux for FUZZ_MINUTES (docs/differential.md)
+	$(CARGO) build --release -p rdsockd -p sockshim -p rdsock -p rdsock-differential
+	RDSOCK_BIN_DIR="$(abspath $(BUILT))" $(BUILT)/rdsock-differential --count 1000000000 \
+		--minutes $(FUZZ_MINUTES) --failures $(FUZZ_FAILURES)
 
 install: ## Install what `make` built below PREFIX (and DESTDIR)
 	@test -f $(BUILT)/librdsock.so || { echo "run make first" >&2; exit 1; }

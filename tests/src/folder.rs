@@ -13,10 +13,17 @@ impl Folder {
     /// Makes an empty one.
     pub fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rdsock-tests-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        // One of a test that was killed may lie there, in a namespace in which numbers of processes come again.
+        let path = loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("rdsock-tests-{}-{number}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            match std::fs::create_dir(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
+                Err(error) => panic!("{}: {error}", path.display()),
+                Ok(()) => break path,
+            }
+        };
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
         Folder(path)
     }

@@ -97,7 +97,9 @@ impl Shared {
     #[inline]
     pub(super) fn space(&self) -> u64 {
         let head = crate::ring::position(self.tx().head.load(Relaxed));
-        let tail = self.out().consumer.tail.load(Acquire);
+        // The other end's word is behind where this direction moved to the ring until it has made a call.
+        let seen = self.tx().seen_tail.load(Relaxed);
+        let tail = self.out().consumer.tail.load(Acquire).max(seen);
         self.ring_size().saturating_sub(head.saturating_sub(tail))
     }
 
