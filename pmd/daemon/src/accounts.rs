@@ -36,11 +36,13 @@ pub enum Thing {
     Unread,
     /// Sockets on which attached processes listen, for connections from other nodes.
     Listeners,
+    /// Ends of streams that attached processes have inherited.
+    Inherited,
 }
 
 impl Thing {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Thing; 10] = [
+    pub const ALL: [Thing; 11] = [
         Thing::Descriptors,
         Thing::Callers,
         Thing::Tenants,
@@ -51,6 +53,7 @@ impl Thing {
         Thing::Queries,
         Thing::Unread,
         Thing::Listeners,
+        Thing::Inherited,
     ];
 
     /// As `rdsock stat` shows it.
@@ -66,6 +69,7 @@ impl Thing {
             Thing::Queries => "queries",
             Thing::Unread => "unread",
             Thing::Listeners => "listeners",
+            Thing::Inherited => "inherited",
         }
     }
 }
@@ -122,6 +126,9 @@ impl Over {
             (Thing::Unread, _) => "max_unread_bytes_per_user is reached",
             (Thing::Listeners, _) => {
                 "its user listens on as many sockets as may be: other nodes reach further ones over the kernel"
+            }
+            (Thing::Inherited, _) => {
+                "its user's programs have inherited as many streams as may be (4 times max_streams_per_user)"
             }
             (Thing::Streams, true) => "too many streams: they stay on the kernel",
         }

@@ -3,10 +3,12 @@
 //! A state machine without I/O and clock: the daemon verifies what tenants say before it comes
 //! here, and carries out what follows from it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 
 use rdsock_shm::reason::Reason;
+
+use crate::accounts::Charge;
 
 /// The daemon's number of a tenant.
 pub type TenantId = u64;
@@ -88,12 +90,14 @@ pub enum Announcement {
 }
 
 /// A tenant that holds an end.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Holder {
-    /// By which of its connections.
+    /// By which of its connections: the last one for which it was found to hold the socket.
     pub conn: Conn,
     /// It said that it has mapped the stream.
     pub mapped: bool,
+    /// What that costs its user, if it has inherited the end.
+    _charge: Option<Charge>,
 }
 
 /// One end of a stream.
@@ -109,8 +113,8 @@ pub struct End {
     pub uid: u32,
     /// Where the socket leads.
     pub route: Route,
-    /// Who holds it.
-    pub holders: Vec<Holder>,
+    /// Who holds it: each tenant once.
+    pub holders: BTreeMap<TenantId, Holder>,
 }
 
 /// A stream and who holds it. `M` is its memory.
@@ -246,10 +250,14 @@ impl<M> Book<M> {
             pid: end.pid,
             uid: end.uid,
             route: end.route,
-            holders: vec![Holder {
-                conn: end.conn,
-                mapped: false,
-            }],
+            holders: BTreeMap::from([(
+                end.conn.tenant,
+                Holder {
+                    conn: end.conn,
+                    mapped: false,
+                    _charge: None,
+                },
+            )]),
         });
         let stream = Stream {
             ends,
@@ -260,8 +268,15 @@ impl<M> Book<M> {
         self.streams.insert(id, stream);
     }
 
-    /// A further tenant holds an end, by inheritance.
-    pub fn hold(&mut self, id: u64, end: usize, conn: Conn) {
+    /// Does a tenant hold an end?
+    pub fn holds(&self, tenant: TenantId, id: u64, end: usize) -> bool {
+        let end = self.streams.get(&id).and_then(|s| s.ends.get(end));
+        end.is_some_and(|end| end.holders.contains_key(&tenant))
+    }
+
+    /// A further tenant holds an end, by inheritance, at this cost. If it holds that end already, by another connection, it
+    /// does so by this one from now on.
+    pub fn hold(&mut self, id: u64, end: usize, conn: Conn, charge: Option<Charge>) {
         let Some(place) = self
             .streams
             .get_mut(&id)
@@ -269,7 +284,18 @@ impl<M> Book<M> {
         else {
             return;
         };
-        place.holders.push(Holder { conn, mapped: true });
+        let before = place.holders.remove(&conn.tenant);
+        let earlier = before.as_ref().map(|before| before.conn);
+        let charge = before.map_or(charge, |before| before._charge);
+        let holder = Holder {
+            conn,
+            mapped: true,
+            _charge: charge,
+        };
+        place.holders.insert(conn.tenant, holder);
+        if let Some(earlier) = earlier {
+            self.stand(earlier);
+        }
         self.sit(conn, Seat::Holding { stream: id, end });
     }
 
@@ -281,7 +307,7 @@ impl<M> Book<M> {
         self.streams
             .get_mut(&id)
             .and_then(|stream| stream.ends.get_mut(end))
-            .and_then(|end| end.holders.iter_mut().find(|holder| holder.conn == conn))
+            .and_then(|end| end.holders.get_mut(&conn.tenant))
             .is_some_and(|holder| !std::mem::replace(&mut holder.mapped, true))
     }
 
@@ -322,7 +348,7 @@ impl<M> Book<M> {
             }
             Seat::Holding { stream, end } => {
                 let holders = &mut self.streams.get_mut(&stream)?.ends.get_mut(end)?.holders;
-                holders.retain(|holder| holder.conn != conn);
+                holders.remove(&conn.tenant);
                 Some(stream)
             }
         }
@@ -359,7 +385,7 @@ impl<M> Book<M> {
             {
                 self.cookies.remove(&end.cookie);
             }
-            for holder in &end.holders {
+            for holder in end.holders.values() {
                 self.stand(holder.conn);
             }
         }

@@ -171,6 +171,8 @@ impl Config {
 const CALLERS: u64 = 512;
 /// Sockets of one user that other nodes may reach.
 const LISTENERS: u64 = 4096;
+/// So many processes may have inherited each stream of a user that has all it may.
+const HEIRS: u64 = 4;
 /// Descriptors kept back for the daemon itself.
 const RESERVE: u64 = 64;
 impl Config {
@@ -196,6 +198,10 @@ impl Config {
                 (Thing::Queries, _) => (u64::MAX, self.max_queries_per_user, false),
                 (Thing::Unread, _) => (u64::MAX, self.max_unread_bytes_per_user, false),
                 (Thing::Listeners, _) => (u64::MAX, LISTENERS, false),
+                (Thing::Inherited, _) => {
+                    let most = self.max_streams_per_user.saturating_mul(HEIRS);
+                    (u64::MAX, most, false)
+                }
             }
         };
         Limits {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
-use rdsock_shm::control::{Between, Message, Request, kind, question};
+use rdsock_shm::control::{Between, Message, Request, kind, question, request as what};
 use serde_json::Value;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
@@ -42,6 +42,7 @@ fn play(part: &Part) {
         "dead holder" => be_dead_holder(part),
         "restless" => be_restless(part),
         "listeners" => be_listeners(part),
+        "many records" => be_many_records(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -253,6 +254,55 @@ fn any_of_those_who_hold_a_socket_is_reached() {
     crowd.clear();
     server.wait_until("the first has gone", |stat| stat["tenants_now"] == 1);
     assert!(reaches(2003));
+}
+
+scene!(an_end_held_by_very_many_records_is_held_once, |test| {
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let bystander = Bystander::new(&daemon);
+    let mut actor = Actor::start(test, "many records", &daemon.socket(), ATTACKER);
+    actor.hear("ready");
+    // Of the first tenant, which has announced it, and of the other one, which says that it has inherited it.
+    let stat = daemon.stat();
+    assert_eq!(account(&stat, ATTACKER)["inherited"], 1);
+    let streams = stat["streams"].as_array().unwrap();
+    let held = streams.iter().find(|stream| stream["uid"] == ATTACKER);
+    assert_eq!(held.unwrap()["pids"][0].as_array().unwrap().len(), 2);
+    actor.kill();
+    let longest = bystander.goes_on(&daemon, "very many records that end", WATCH / 3);
+    println!("an answer after {longest:?} at most");
+    let nothing = |stat: &Value| account(stat, ATTACKER)["inherited"].as_u64().unwrap_or(0) == 0;
+    daemon.wait_until("nothing is left", nothing);
+    honest.promotion();
+});
+
+/// Says with many records of two tenants that each holds the same end of a stream.
+fn be_many_records(part: &Part) {
+    const RECORDS: u32 = 5000;
+    let mut tenants = [0; 2].map(|_| Tenant::attach_at(&part.socket));
+    let (connector, accepted) = tcp_pair();
+    tenants[0].announce(0, 1, &connector, 1);
+    tenants[0].announce(1, 1, &accepted, 0);
+    let (promote, _) = tenants[0].promote();
+    let end = if promote.conn == 0 {
+        promote.end
+    } else {
+        1 - promote.end
+    };
+    tenants[0].promote();
+    for number in 2..RECORDS {
+        for tenant in &mut tenants {
+            tenant.ask_for(&Request {
+                fd: connector.as_raw_fd(),
+                stream_id: promote.stream_id,
+                active: end,
+                ..tenant::request(what::HOLDS, number, 1)
+            });
+        }
+    }
+    wait_for_looks(&part.socket);
+    say("ready");
+    listen();
 }
 
 /// Looks that never end, and the one who asked for them has hung up: a process in the middle of `exec`, which waits there for a

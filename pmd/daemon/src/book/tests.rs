@@ -87,7 +87,7 @@ fn a_socket_that_is_held_elsewhere_gets_no_second_stream() {
         book.announce(child),
         Announcement::Refused(Reason::Shared)
     ));
-    book.hold(5, 1, child.conn);
+    book.hold(5, 1, child.conn, None);
     book.tenant_gone(SERVER);
     book.tenant_gone(CLIENT);
     assert!(!book.stream(5).unwrap().is_abandoned());
@@ -134,4 +134,26 @@ fn roles_must_agree() {
     assert_eq!(with(Role::Unknown, Role::Unknown), None);
     assert_eq!(with(Role::Active, Role::Active), None);
     assert_eq!(with(Role::Passive, Role::Passive), None);
+}
+
+#[test]
+fn a_tenant_holds_an_end_once_by_its_latest_record() {
+    let mut book = Book::default();
+    open(&mut book);
+    let record = |number| announced(CLIENT, number, Role::Active).conn;
+    for number in 100..200 {
+        book.hold(5, 0, record(number), None);
+    }
+    assert_eq!(book.stream(5).unwrap().ends[0].holders.len(), 1);
+    assert_eq!(book.seats[&CLIENT].len(), 1);
+    // Those before it are nothing any more.
+    assert_eq!(book.release(record(7)), None);
+    assert_eq!(book.release(record(150)), None);
+    assert!(book.holds(CLIENT, 5, 0));
+    assert_eq!(book.release(record(199)), Some(5));
+    assert!(!book.holds(CLIENT, 5, 0));
+    assert_eq!(book.tenant_gone(SERVER), [5]);
+    assert!(book.stream(5).unwrap().is_abandoned());
+    book.close(5);
+    assert!(book.seats.is_empty());
 }

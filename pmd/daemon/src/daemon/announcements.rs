@@ -376,10 +376,14 @@ impl Daemon {
         let (Some(place), Some(tenant)) = (place, tenant) else {
             return false;
         };
-        let may = self.rights.may_inherit(held, &tenant.passport, place);
-        if may {
-            self.take_seat(conn, stream, end);
+        let (uid, pid) = (tenant.passport.peer.uid, tenant.passport.peer.pid);
+        if !self.rights.may_inherit(held, &tenant.passport, place) {
+            return false;
         }
-        may
+        let taken = self.take_seat(conn, stream, end);
+        if let Err(over) = taken {
+            self.log_over(over, uid, pid);
+        }
+        taken.is_ok()
     }
 }

@@ -18,6 +18,8 @@ use crate::rights::Rights;
 
 /// Elements of a list in one piece.
 const ELEMENTS: usize = 64;
+/// Holders of one end that are looked at and named, the oldest ones. A server may have forked very often.
+const LISTED: usize = 64;
 
 /// What a tenant says of a connection, and what the daemon knows of it.
 #[derive(Debug, Serialize)]
@@ -207,7 +209,7 @@ impl Daemon {
                 .ends
                 .get(1 - end)
                 .into_iter()
-                .flat_map(|other| &other.holders)
+                .flat_map(|other| other.holders.values().take(LISTED))
                 .filter_map(|holder| Some(self.connections.get(holder.conn.tenant)?.peer.pid))
                 .collect(),
             _ => Vec::new(),
@@ -301,8 +303,10 @@ impl Daemon {
         let stream = self.streams.get(id)?;
         let pids = stream.ends.each_ref().map(|end| {
             let pid = |tenant| Some(self.seen(answering, tenant)?.0.peer.pid);
-            let tenants = end.holders.iter().map(|holder| holder.conn.tenant);
-            tenants.filter_map(pid).collect::<Vec<i32>>()
+            let tenants = end.holders.keys().take(LISTED);
+            tenants
+                .filter_map(|tenant| pid(*tenant))
+                .collect::<Vec<i32>>()
         });
         let seen = Rights::sees_all(answering.uid) || pids.iter().any(|pids| !pids.is_empty());
         if !seen {

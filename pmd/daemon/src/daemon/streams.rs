@@ -6,7 +6,7 @@ use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
-use crate::accounts::Thing;
+use crate::accounts::{Over, Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
@@ -91,16 +91,22 @@ impl Daemon {
         self.streams.promotion(conn, tenant.passport.peer.uid)
     }
 
-    pub(super) fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) {
+    /// A tenant has inherited an end, and holds it by this connection: that is on its user's account.
+    pub(super) fn take_seat(&mut self, conn: Conn, stream: u64, end: usize) -> Result<(), Over> {
         if self.streams.seat_of(conn) == Some((stream, end)) {
-            return;
+            return Ok(());
         }
-        // The new seat first, so that a stream that only moves is not found abandoned.
+        let uid = self.connections.get(conn.tenant).map(|one| one.peer.uid);
         let before = self.streams.replace(conn);
-        self.streams.hold(stream, end, conn);
+        let inherits = uid.filter(|_| !self.streams.holds(conn.tenant, stream, end));
+        let charge = inherits.map(|uid| self.accounts.charge(uid, &[(Thing::Inherited, 1)]));
+        let taken = charge.transpose();
+        let taken = taken.map(|charge| self.streams.hold(stream, end, conn, charge));
+        // Only now, so that a stream that only moves is not found abandoned.
         if let Some(before) = before {
             self.check_stream(before);
         }
+        taken
     }
 
     /// A tenant gave up a connection.
@@ -125,7 +131,7 @@ impl Daemon {
             .streams
             .get(id)
             .and_then(|stream| stream.ends.get(1 - end))
-            .map(|end| end.holders.iter().map(|holder| holder.conn).collect())
+            .map(|end| end.holders.values().map(|holder| holder.conn).collect())
             .unwrap_or_default();
         self.close_stream(id);
         for other in others.into_iter().filter(|other| *other != conn) {
