@@ -451,11 +451,26 @@ impl Daemon {
                     return self.agenda.after(PAUSE, Due::Anchors(listener));
                 }
             };
-            let tickets = self.fabric.as_ref().map(|fabric| fabric.promised_to(from));
-            for ticket in tickets.unwrap_or_default() {
-                if let Some(Anchor::Promised { held, .. }) = self.anchor_of(ticket) {
-                    self.attach_anchor(ticket, held);
-                }
+            self.attach_arrival(from);
+        }
+    }
+
+    /// An anchor has come in. Very many streams may be promised for the address that it comes from, by whoever names it: the
+    /// kernel is asked once which socket that is, and again only for those that are promised to who holds it.
+    fn attach_arrival(&mut self, from: SocketAddr) {
+        let fabric = self.fabric.as_ref();
+        let Some((tickets, to)) =
+            fabric.and_then(|f| Some((f.promised_to(from), f.arrived_at(from)?)))
+        else {
+            return;
+        };
+        let diag = self.rights.namespaces.home_diag();
+        let found = diag.and_then(|diag| diag.find_any(from, to).ok().flatten());
+        for ticket in tickets {
+            if let Some(Anchor::Promised { held, .. }) = self.anchor_of(ticket)
+                && found.is_some_and(|found| found.inode == held.inode)
+            {
+                self.attach_anchor(ticket, held);
             }
         }
     }

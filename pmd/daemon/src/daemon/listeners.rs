@@ -20,7 +20,7 @@ use crate::accounts::Thing;
 use crate::agenda::{Due, Token};
 use crate::book::TenantId;
 use crate::diag::Listener;
-use crate::fabric::{Anchor, Call, Carried, Listening, addresses, octets};
+use crate::fabric::{Call, Carried, Listening, addresses, octets};
 use crate::found::Errand;
 use crate::rights::{Held, NotHeld, Rights};
 
@@ -156,7 +156,7 @@ impl Daemon {
         let Some(fabric) = &mut self.fabric else {
             return Err(Refusal::Policy);
         };
-        fabric.callers.insert(local, ticket);
+        fabric.call_from(ticket, local);
         let called = connect(socket.as_raw_fd(), &SockaddrStorage::from(destination));
         if let Err(error) = called
             && error != Errno::EINPROGRESS
@@ -294,15 +294,9 @@ impl Daemon {
     fn carried_between(&self, names: (SocketAddr, SocketAddr)) -> Option<(u64, &Carried)> {
         let fabric = self.fabric.as_ref()?;
         let (local, peer) = names;
-        let accepted = fabric.callers.get(&peer);
-        let accepted = accepted.and_then(|ticket| Some((*ticket, fabric.carried.get(ticket)?)));
+        let accepted = fabric.called_from(peer);
         let accepted = accepted.filter(|(_, carried)| carried.destination == local);
-        accepted.or_else(|| {
-            let is = |carried: &Carried| matches!(carried.anchor, Anchor::Attached { names: has, .. } if has == names);
-            let mut all = fabric.carried.iter();
-            let found = all.find(|(_, carried)| is(carried));
-            found.map(|(ticket, carried)| (*ticket, carried))
-        })
+        accepted.or_else(|| fabric.anchored_at(names))
     }
 
     /// Tells a tenant whose connection it has, if it was found to have it.

@@ -26,7 +26,7 @@ use rdsock_rde::spec::counter;
 use rdsock_shm::control::Between;
 use rdsock_vfio::{BusError, EventFd, EventFlags};
 use serde_json::{Map, Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -154,7 +154,13 @@ pub struct Control {
     /// Connections to programs that listen, on their way, by ticket.
     pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
-    pub callers: HashMap<SocketAddr, u64>,
+    callers: HashMap<SocketAddr, u64>,
+    /// The same the other way round.
+    caller_of: HashMap<u64, SocketAddr>,
+    /// Streams by the addresses of their anchors, as the programs' sockets have them.
+    attached: HashMap<(SocketAddr, SocketAddr), u64>,
+    /// Streams that are promised to each tenant.
+    promised_of: HashMap<TenantId, HashSet<u64>>,
     /// The sockets that tenants listen on.
     pub listening: Listeners,
     /// There may be more notices.
@@ -242,6 +248,9 @@ impl Control {
             arrived: HashMap::new(),
             calls: HashMap::new(),
             callers: HashMap::new(),
+            caller_of: HashMap::new(),
+            attached: HashMap::new(),
+            promised_of: HashMap::new(),
             listening: Listeners::default(),
             busy: false,
             failed: false,
@@ -264,10 +273,13 @@ fn epoch() -> u64 {
 impl Control {
     /// For `rdsock stat`.
     pub fn answer(&self, config: &FabricConfig) -> Value {
+        let mut streams: HashMap<u16, usize> = HashMap::new();
+        for carried in self.carried.values() {
+            *streams.entry(carried.stream.node).or_default() += 1;
+        }
         let nodes: Vec<Value> = config
             .others()
             .map(|node| {
-                let streams = self.carried.values();
                 let violations = Count::ALL.iter().map(|count| {
                     let cores = self.poller.cores();
                     let seen: u64 = cores.map(|core| core.violations(node.id, *count)).sum();
@@ -278,7 +290,7 @@ impl Control {
                     "name": node.name,
                     "addresses": node.addresses,
                     "up": self.poller.is_up(node.id),
-                    "streams": streams.filter(|carried| carried.stream.node == node.id).count(),
+                    "streams": streams.get(&node.id).copied().unwrap_or(0),
                     "violations": violations.collect::<Map<String, Value>>(),
                 })
             })
@@ -406,17 +418,25 @@ impl Control {
         if let Some(carried) = self.carried.get_mut(&ticket) {
             carried.anchor = anchor;
         }
-        if let Anchor::Promised { from, .. } = anchor {
+        if let Anchor::Promised { from, tenant, .. } = anchor {
             self.promised.entry(from).or_default().push(ticket);
+            self.promised_of.entry(tenant).or_default().insert(ticket);
         }
     }
 
     /// The promise was kept, or is not kept any more.
     fn forget_promise(&mut self, ticket: u64) {
         let anchor = self.carried.get(&ticket).map(|carried| carried.anchor);
-        if let Some(Anchor::Promised { from, .. }) = anchor
-            && let Some(tickets) = self.promised.get_mut(&from)
-        {
+        let Some(Anchor::Promised { from, tenant, .. }) = anchor else {
+            return;
+        };
+        if let Some(tickets) = self.promised_of.get_mut(&tenant) {
+            tickets.remove(&ticket);
+            if tickets.is_empty() {
+                self.promised_of.remove(&tenant);
+            }
+        }
+        if let Some(tickets) = self.promised.get_mut(&from) {
             tickets.retain(|other| *other != ticket);
             if tickets.is_empty() {
                 self.promised.remove(&from);
@@ -462,21 +482,32 @@ impl Control {
 
     /// The streams that are promised to a tenant: to be made from an address, or from any.
     pub fn promised_tenant(&self, tenant: TenantId, from: Option<SocketAddr>) -> Vec<u64> {
-        let is = |anchor: &Anchor| match anchor {
-            Anchor::Promised {
-                tenant: whom,
-                from: place,
-                ..
-            } => *whom == tenant && from.is_none_or(|from| from == *place),
-            _ => false,
+        let place = |ticket: &u64| match self.carried.get(ticket)?.anchor {
+            Anchor::Promised { from, .. } => Some(from),
+            _ => None,
         };
-        let promised = self.promised.values().flatten().copied();
-        promised
-            .filter(|ticket| {
-                let carried = self.carried.get(ticket);
-                carried.is_some_and(|carried| is(&carried.anchor))
-            })
-            .collect()
+        let promised = self.promised_of.get(&tenant).into_iter().flatten();
+        let there =
+            |ticket: &u64| place(ticket).is_some_and(|at| from.is_none_or(|from| from == at));
+        promised.copied().filter(there).collect()
+    }
+
+    /// The daemon connects to a program that listens, from this address.
+    pub fn call_from(&mut self, ticket: u64, local: SocketAddr) {
+        self.callers.insert(local, ticket);
+        self.caller_of.insert(ticket, local);
+    }
+
+    /// The stream that the daemon has connected from this address for.
+    pub fn called_from(&self, local: SocketAddr) -> Option<(u64, &Carried)> {
+        let ticket = *self.callers.get(&local)?;
+        Some((ticket, self.carried.get(&ticket)?))
+    }
+
+    /// The stream whose anchor has these addresses, as the program's socket has them.
+    pub fn anchored_at(&self, names: (SocketAddr, SocketAddr)) -> Option<(u64, &Carried)> {
+        let ticket = *self.attached.get(&names)?;
+        Some((ticket, self.carried.get(&ticket)?))
     }
 
     /// Where the anchor that has come from an address leads to.
@@ -507,6 +538,7 @@ impl Control {
             cookie,
             inode,
         };
+        self.attached.insert(names, ticket);
         // Latency is what this is for. It can't fail on a TCP socket.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
         let stream = carried.stream.clone();
@@ -526,10 +558,20 @@ impl Control {
     /// Nothing touches a stream's memory any more.
     pub fn release(&mut self, ticket: u64) {
         self.forget_promise(ticket);
-        self.callers.retain(|_, other| *other != ticket);
+        // Addresses come again: a later stream may have them.
+        if let Some(local) = self.caller_of.remove(&ticket)
+            && self.callers.get(&local) == Some(&ticket)
+        {
+            self.callers.remove(&local);
+        }
         self.asking.remove(&ticket);
         self.calls.remove(&ticket);
-        self.carried.remove(&ticket);
+        if let Some(carried) = self.carried.remove(&ticket)
+            && let Anchor::Attached { names, .. } = carried.anchor
+            && self.attached.get(&names) == Some(&ticket)
+        {
+            self.attached.remove(&names);
+        }
     }
 
     /// Is this stream's connection to a program that listens, with these addresses as the program's socket has them, on
