@@ -360,6 +360,7 @@ impl Daemon {
                 connection,
                 received,
             } => self.on_unpacked(connection, received),
+            Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
             Found::Socket {
                 tenant,

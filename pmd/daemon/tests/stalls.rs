@@ -11,10 +11,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
-use rdsock_shm::control::{Message, kind};
+use rdsock_shm::control::{Message, kind, request};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::silent::{SilentFile, be_file_system};
@@ -43,6 +44,7 @@ fn play(part: &Part) {
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
         "many groups" => be_in_many_groups(part),
+        "watched" => be_watched(part),
         "early puncher" => be_often(part, punch_and_attach),
         other => panic!("no such part: {other}"),
     }
@@ -320,6 +322,41 @@ fn be_in_many_groups(part: &Part) {
             while tenant.receive_within(Duration::ZERO).is_some() {}
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+scene!(a_tenant_whose_socket_is_watched_very_often, |test| {
+    attack(test, "watched");
+});
+
+/// Who sends to a socket, and who receives what was sent on it, wakes all that watch it.
+fn be_watched(part: &Part) {
+    const DUPLICATES: usize = 500;
+    const INSTANCES: usize = 500;
+    raise_descriptors();
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let duplicates: Vec<_> = (0..DUPLICATES)
+        .map(|_| tenant.socket.try_clone().unwrap())
+        .collect();
+    let mut instances = Vec::new();
+    for _ in 0..INSTANCES {
+        let instance = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        for duplicate in &duplicates {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+            instance.add(duplicate, event).unwrap();
+        }
+        instances.push(instance);
+    }
+    say("ready");
+    listen();
+    // Each is turned down with a message.
+    let wrong = |number| rdsock_shm::control::Request {
+        active: 7,
+        ..tenant::request(request::ANNOUNCE, number, 1)
+    };
+    for number in (0..64).cycle() {
+        tenant.ask_for(&wrong(number));
+        while tenant.receive_within(Duration::ZERO).is_some() {}
     }
 }
 
