@@ -6,6 +6,7 @@ use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
 use crate::channel::{Receive, Sent};
+use crate::queries::Fetched;
 use crate::rights::{Changed, Held, NotHeld};
 
 /// What a load has found.
@@ -24,6 +25,13 @@ pub enum Found {
         connection: u64,
         /// What became of them.
         sent: Sent,
+    },
+    /// Something was read for the next part of an answer.
+    Fetched {
+        /// Whose.
+        asker: TenantId,
+        /// What.
+        fetched: Fetched,
     },
     /// A look at a tenant's process.
     Process {

@@ -12,7 +12,7 @@ pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_board, make_stream, make_stream_with,
     rounded,
 };
-pub use tenant::{BadMemory, Bells, ConnView, TenantMap};
+pub use tenant::{BadMemory, Bells, ConnView, Numbered, Records, TenantMap};
 pub use whole::can_be_whole;
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
