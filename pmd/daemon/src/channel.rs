@@ -2,11 +2,14 @@
 //!
 //! Descriptors that a stranger sends are taken in by a porter alone ([`unpack`]): to close one may have to be waited
 //! for, and so may be to drop a message that holds one. So the control thread looks first whether a datagram brings
-//! any ([`Channel::receive`]), and hands the channel to a porter if it does. A porter closes the socket, too.
+//! any ([`receive`]), and hands the channel to a porter if it does. A porter closes the socket, too.
 //!
 //! A socket that was handed over (ADOPT) is a stranger's itself: he may have kept it, take messages away between two looks, and
 //! hold its lock for as long as he likes. So porters receive all that comes there. To send, and to ask whether
 //! something has come, takes no lock that can be held for long.
+//!
+//! To send and to receive wakes whoever waits at the other end, at the expense of whoever does it: half a million watchers
+//! cost tens of milliseconds. So both are loads, quick ones as a rule: one datagram in, what waits out.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -145,8 +148,66 @@ impl Outgoing {
 pub struct Channel {
     socket: Arc<Foreign>,
     queue: VecDeque<Outgoing>,
-    /// What waits in the queue, on its user's account.
+    /// Datagrams that are being sent, and what they weigh.
+    under_way: Option<(usize, u64)>,
+    /// What waits to be sent, on its user's account.
     unread: Charge,
+}
+
+/// Datagrams to be sent, by whoever carries that ([`Batch::send`]).
+#[derive(Debug)]
+pub struct Batch {
+    socket: Arc<Foreign>,
+    queue: VecDeque<Outgoing>,
+}
+
+/// What became of them.
+#[derive(Debug)]
+pub struct Sent {
+    /// How many were sent.
+    pub count: usize,
+    /// Those that were not.
+    unsent: VecDeque<Outgoing>,
+    /// How far that came.
+    pub flushed: io::Result<Flush>,
+}
+
+impl Batch {
+    /// Sends what the socket takes. May be much work: who sends wakes whoever waits at the other end.
+    pub fn send(mut self) -> Sent {
+        let mut count = 0;
+        let flushed = loop {
+            let Some(message) = self.queue.front() else {
+                break Ok(Flush::Done);
+            };
+            match send(&self.socket, message) {
+                Ok(()) => {
+                    self.queue.pop_front();
+                    count += 1;
+                }
+                Err(Errno::EAGAIN) => break Ok(Flush::Full),
+                Err(Errno::ETOOMANYREFS | Errno::ENOBUFS | Errno::ENOMEM) => {
+                    break Ok(Flush::Later);
+                }
+                Err(Errno::EINTR) => {}
+                Err(error) => break Err(error.into()),
+            }
+        };
+        Sent {
+            count,
+            unsent: self.queue,
+            flushed,
+        }
+    }
+}
+
+fn send(socket: &Foreign, message: &Outgoing) -> Result<(), Errno> {
+    let fds: Vec<RawFd> = message.fds.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+    let parts = [IoSlice::new(&message.bytes)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<UnixAddr>(socket.as_raw_fd(), &parts, control, flags, None).map(drop)
 }
 
 impl Channel {
@@ -155,6 +216,7 @@ impl Channel {
         Channel {
             socket: Arc::new(socket),
             queue: VecDeque::new(),
+            under_way: None,
             unread,
         }
     }
@@ -169,82 +231,96 @@ impl Channel {
         self.socket.is_readable()
     }
 
-    /// The next datagram, unless it brings descriptors. For a socket that nobody else has.
-    pub fn receive(&self) -> io::Result<Receive> {
-        match take(&self.socket, MsgFlags::MSG_PEEK, 0)? {
-            // Nobody else reads, so what is there is what was looked at.
-            Taken::Whole(..) => {}
-            Taken::CutOff => return Ok(Receive::Descriptors),
-            Taken::Nothing => return Ok(Receive::Nothing),
-            Taken::Closed => return Ok(Receive::Closed),
-        }
-        match take(&self.socket, MsgFlags::empty(), 0)? {
-            Taken::Whole(bytes, sender, _) => Ok(Receive::Message(Received {
-                bytes,
-                sender,
-                luggage: Luggage::None,
-            })),
-            Taken::CutOff | Taken::Nothing => Ok(Receive::Nothing),
-            Taken::Closed => Ok(Receive::Closed),
-        }
-    }
-
-    /// Queues a datagram. Call [`Channel::flush`] afterwards. Fails when the other side does not read what it has
-    /// asked for. Consequence: it is cut off.
+    /// Queues a datagram. Fails when the other side does not read what it has asked for. Consequence: it is cut off.
     pub fn queue(&mut self, message: Outgoing) -> Result<(), Over> {
         self.unread.more(Thing::Unread, message.weight())?;
         self.queue.push_back(message);
         Ok(())
     }
 
-    /// Closes it.
+    /// Closes it, when what is queued was sent.
     pub fn dismiss(self, porters: &Porters<Found>) {
         dismiss_with(porters, self.socket, self.queue);
     }
 
     /// Datagrams that wait.
     pub fn queued(&self) -> usize {
-        self.queue.len()
+        self.queue.len() + self.under_way.map_or(0, |(count, _)| count)
     }
 
-    /// Sends what the socket takes; `count` is called behind each datagram. (Not before: a tenant
-    /// that saw the count and found nothing yet would not look again.)
-    pub fn flush(&mut self, mut count: impl FnMut()) -> io::Result<Flush> {
-        while let Some(message) = self.queue.front() {
-            let fds: Vec<RawFd> = message.fds.iter().map(|fd| fd.as_raw_fd()).collect();
-            let rights = [ControlMessage::ScmRights(&fds)];
-            let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-            let parts = [IoSlice::new(&message.bytes)];
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            match sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, control, flags, None) {
-                Ok(_) => {
-                    self.unread.less(Thing::Unread, message.weight());
-                    self.queue.pop_front();
-                    count();
-                }
-                Err(Errno::EAGAIN) => return Ok(Flush::Full),
-                Err(Errno::ETOOMANYREFS | Errno::ENOBUFS | Errno::ENOMEM) => {
-                    return Ok(Flush::Later);
-                }
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+    /// What is to be sent now, if anything is, and nothing is being sent: [`Channel::sent`] is to be told what became of
+    /// it.
+    pub fn batch(&mut self) -> Option<Batch> {
+        if self.queue.is_empty() || self.under_way.is_some() {
+            return None;
         }
-        Ok(Flush::Done)
+        let queue = std::mem::take(&mut self.queue);
+        let weight = queue.iter().map(Outgoing::weight).sum();
+        self.under_way = Some((queue.len(), weight));
+        let socket = self.socket.clone();
+        Some(Batch { socket, queue })
+    }
+
+    /// What became of a batch.
+    pub fn sent(&mut self, sent: Sent) -> io::Result<Flush> {
+        let weight = self.under_way.take().map_or(0, |(_, weight)| weight);
+        let left: u64 = sent.unsent.iter().map(Outgoing::weight).sum();
+        self.unread.less(Thing::Unread, weight.saturating_sub(left));
+        for message in sent.unsent.into_iter().rev() {
+            self.queue.push_front(message);
+        }
+        sent.flushed
     }
 }
 
-/// Closes a control connection when it has no user any more. What is unread is read first: else the other side would be
-/// told ECONNRESET, before it could read why it was refused.
-pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>) {
-    dismiss_with(porters, socket, VecDeque::new());
+/// The next datagram on a socket that nobody else has, unless it brings descriptors. May be much work: who receives wakes
+/// whoever waits to send.
+pub fn receive(socket: &Foreign) -> io::Result<Receive> {
+    match take(socket, MsgFlags::MSG_PEEK, 0)? {
+        // Nobody else reads, so what is there is what was looked at.
+        Taken::Whole(..) => {}
+        Taken::CutOff => return Ok(Receive::Descriptors),
+        Taken::Nothing => return Ok(Receive::Nothing),
+        Taken::Closed => return Ok(Receive::Closed),
+    }
+    match take(socket, MsgFlags::empty(), 0)? {
+        Taken::Whole(bytes, sender, _) => Ok(Receive::Message(Received {
+            bytes,
+            sender,
+            luggage: Luggage::None,
+        })),
+        Taken::CutOff | Taken::Nothing => Ok(Receive::Nothing),
+        Taken::Closed => Ok(Receive::Closed),
+    }
+}
+
+/// On whose behalf is sent: what is received and looked at for the same connection need not be waited for.
+pub fn sender(owner: Owner) -> Owner {
+    const SENDS: u64 = 1 << 63;
+    Owner {
+        connection: owner.connection | SENDS,
+        ..owner
+    }
+}
+
+/// Closes a control connection when it has no user any more, and says this before. What is unread is read first: else the
+/// other side would be told ECONNRESET, before it could read why it was refused.
+pub fn dismiss(porters: &Porters<Found>, socket: Arc<Foreign>, last: Outgoing) {
+    dismiss_with(porters, socket, VecDeque::from([last]));
 }
 
 /// The same, with what was not sent any more: that may be the last to hold a stream's memory.
 fn dismiss_with(porters: &Porters<Found>, socket: Arc<Foreign>, unsent: VecDeque<Outgoing>) {
-    // Nothing comes in from now on.
-    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-    porters.give(socket.owner(), move || {
+    // Behind what is being sent. To shut it down wakes whoever waits at the other end, too.
+    porters.give(sender(socket.owner()), move || {
+        let queue = unsent;
+        let batch = Batch {
+            socket: socket.clone(),
+            queue,
+        };
+        let unsent = batch.send();
+        // Nothing comes in from now on.
+        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
         // The kernel drops descriptors that there is no room for.
         while matches!(
             take(&socket, MsgFlags::empty(), 0),

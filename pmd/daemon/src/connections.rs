@@ -17,7 +17,9 @@ use crate::rights::Passport;
 pub enum Inbox {
     /// They are read as they come.
     Open,
-    /// A porter takes one in.
+    /// One is being received.
+    Receiving,
+    /// A porter takes one in, or the thread that receives it is held up: the socket is not watched meanwhile.
     Unpacked,
     /// They wait until this question is answered.
     Answering(Box<Answering>),

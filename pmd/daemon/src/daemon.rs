@@ -372,6 +372,8 @@ impl Daemon {
                 connection,
                 received,
             } => self.on_unpacked(connection, received),
+            Found::Sent { connection, sent } => self.on_sent(connection, sent),
+            Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
             Found::Socket {
                 tenant,

@@ -5,7 +5,8 @@ use std::io;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
-use crate::channel::Receive;
+use crate::channel::{Receive, Sent};
+use crate::queries::Fetched;
 use crate::rights::{Changed, Held, NotHeld};
 
 /// What a load has found.
@@ -17,6 +18,20 @@ pub enum Found {
         connection: u64,
         /// It, or why there is none.
         received: io::Result<Receive>,
+    },
+    /// Datagrams were sent, or not.
+    Sent {
+        /// To which connection.
+        connection: u64,
+        /// What became of them.
+        sent: Sent,
+    },
+    /// Something was read for the next part of an answer.
+    Fetched {
+        /// Whose.
+        asker: TenantId,
+        /// What.
+        fetched: Fetched,
     },
     /// A look at a tenant's process.
     Process {

@@ -1,14 +1,16 @@
 //! Questions of the command-line tool that are being answered: a piece at a time, so that neither a long answer nor an
 //! asker who does not read costs more than that piece.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 use rdsock_shm::control::{Query, bytes_of, head, kind};
 use serde::Serialize;
 
-use crate::accounts::Charge;
+use crate::accounts::{Charge, Paid};
 use crate::book::TenantId;
 use crate::channel::Outgoing;
+use crate::memory::{DirectionView, Numbered, Records};
 
 /// Bytes of one datagram: it must fit a socket's buffer.
 const PIECE: usize = 60_000;
@@ -41,10 +43,50 @@ pub struct Answering {
     pub tenants: VecDeque<TenantId>,
     /// Streams that are still to come.
     pub streams: VecDeque<u64>,
+    /// What was read for the next part.
+    pub fetched: Option<Fetched>,
+    /// That is being read.
+    pub fetching: bool,
     /// The list that is being written has an element already.
     pub follows: bool,
     /// On the account of who asks.
     pub _charge: Charge,
+}
+
+/// What was read of memory that others write.
+#[derive(Debug, Default)]
+pub struct Fetched {
+    /// Connection records, and where to go on.
+    pub records: (Vec<Numbered>, Option<u64>),
+    /// Both directions of streams, once they were read.
+    pub directions: Option<HashMap<u64, [DirectionView; 2]>>,
+}
+
+/// What is to be read next. Who has a page mapped very often can have each read of it wait: whoever reads is replaced then.
+#[derive(Debug)]
+pub enum Wanted {
+    /// Connection records from this place on.
+    Records(Records, u64),
+    /// Both directions of these streams.
+    Directions(Vec<(u64, Arc<Paid>)>),
+}
+
+impl Wanted {
+    /// Reads it, beside what was read before.
+    pub fn read(self, mut before: Fetched) -> Fetched {
+        match self {
+            Wanted::Records(records, from) => {
+                before.records = records.read(from).unwrap_or_default();
+            }
+            Wanted::Directions(streams) => {
+                let read = |(id, file): (u64, Arc<Paid>)| {
+                    Some((id, DirectionView::read_both(&*file).ok()?))
+                };
+                before.directions = Some(streams.into_iter().filter_map(read).collect());
+            }
+        }
+        before
+    }
 }
 
 impl Answering {

@@ -18,7 +18,7 @@ use crate::accounts::{Charge, Paid};
 use crate::book::{Book, Conn, Stream};
 use crate::channel::Outgoing;
 use crate::fabric::octets;
-use crate::memory::{DirectionView, HugePages, StreamFds, make_stream};
+use crate::memory::{HugePages, StreamFds, make_stream};
 use crate::rights::Rights;
 
 /// Streams for which there is memory ahead of time, at most.
@@ -107,9 +107,9 @@ impl Memory {
         }
     }
 
-    /// Both directions, as the ends have left them.
-    pub fn directions(&self) -> io::Result<[DirectionView; 2]> {
-        DirectionView::read_both(&self.stream)
+    /// Where both directions are, as the ends have left them: to be read by whoever may wait.
+    pub fn file(&self) -> Arc<Paid> {
+        self.stream.clone()
     }
 }
 

@@ -37,6 +37,36 @@ fn play(part: &Part) {
     }
 }
 
+/// The daemon has room for what a HELLO brings, and not for what it makes beside that: no fault of the tenant's, and it passes.
+#[test]
+fn a_hello_that_finds_no_descriptors_may_come_again() {
+    let daemon = Daemon::start(SMALL);
+    let mut tenant = Tenant::stranger(&daemon).unwrap();
+    // It has been taken in.
+    tenant.ask(question::STAT);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let open = open.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let open: Vec<u64> = open.map(|number| number.parse().unwrap()).collect();
+    let free = (0..).filter(|number| !open.contains(number));
+    let last = free.take(2).last().unwrap();
+    let limit = |soft| {
+        let limit = libc::rlimit {
+            rlim_cur: soft,
+            rlim_max: DESCRIPTORS,
+        };
+        let what = libc::RLIMIT_NOFILE;
+        // SAFETY: the call reads one limit, and writes none.
+        let set =
+            unsafe { libc::prlimit(daemon.pid(), what, &raw const limit, std::ptr::null_mut()) };
+        assert_eq!(set, 0);
+    };
+    limit(last + 1);
+    tenant.hello();
+    assert_eq!(tenant.refused().code, refusal::LIMIT);
+    limit(DESCRIPTORS);
+    Tenant::attach(&daemon);
+}
+
 /// Watches the daemon while it is attacked: it answers others in time, promotes their connections, and needs
 /// little memory.
 fn watch(daemon: &Daemon, bystander: &Bystander, honest: &mut Honest, before: u64) {

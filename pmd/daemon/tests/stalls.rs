@@ -5,16 +5,20 @@
 mod tenant;
 
 use std::fs::File;
+use std::mem::offset_of;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
-use rdsock_shm::control::{Message, kind};
+use rdsock_shm::control::{Message, kind, question, request};
+use rdsock_shm::layout::{ConnRecord, TenantMemory};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::silent::{SilentFile, be_file_system};
@@ -43,6 +47,8 @@ fn play(part: &Part) {
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
         "many groups" => be_in_many_groups(part),
+        "pager" => be_pager(part),
+        "watched" => be_watched(part),
         "early puncher" => be_often(part, punch_and_attach),
         other => panic!("no such part: {other}"),
     }
@@ -323,8 +329,91 @@ fn be_in_many_groups(part: &Part) {
     }
 }
 
+scene!(
+    records_that_are_paged_out_while_they_are_asked_for,
+    |test| {
+        attack(test, "pager");
+    }
+);
+
+/// Has a page of its connection records paged out without end, and asks for them.
+fn be_pager(part: &Part) {
+    const RECORD: usize = 40_000;
+    const ASKERS: usize = 7;
+    let mut tenant = Tenant::at(&part.socket).unwrap();
+    let file = tenant.memory.tenant.try_clone().unwrap();
+    let at = (offset_of!(TenantMemory, conns) + RECORD * size_of::<ConnRecord>()) as u64;
+    // Not through a mapping: a page that has two is left alone.
+    let generation = at + offset_of!(ConnRecord, generation) as u64;
+    file.write_all_at(&1u32.to_ne_bytes(), generation).unwrap();
+    let page = at - at % 4096;
+    map_often_at(&file, page);
+    let mut options = memmap2::MmapOptions::new();
+    let map = options.offset(page).len(4096).map_raw(&file).unwrap();
+    tenant.hello();
+    tenant.receive();
+    say("ready");
+    listen();
+    std::thread::scope(|scope| {
+        for _ in 0..ASKERS {
+            scope.spawn(|| {
+                loop {
+                    Tenant::at(&part.socket).unwrap().ask(question::WHY);
+                }
+            });
+        }
+        loop {
+            // SAFETY: within the mapping, which nobody refers to.
+            unsafe {
+                map.as_mut_ptr().write_volatile(1);
+                libc::madvise(map.as_mut_ptr().cast(), 4096, libc::MADV_PAGEOUT);
+            }
+        }
+    });
+}
+
+scene!(a_tenant_whose_socket_is_watched_very_often, |test| {
+    attack(test, "watched");
+});
+
+/// Who sends to a socket, and who receives what was sent on it, wakes all that watch it.
+fn be_watched(part: &Part) {
+    const DUPLICATES: usize = 500;
+    const INSTANCES: usize = 500;
+    raise_descriptors();
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let duplicates: Vec<_> = (0..DUPLICATES)
+        .map(|_| tenant.socket.try_clone().unwrap())
+        .collect();
+    let mut instances = Vec::new();
+    for _ in 0..INSTANCES {
+        let instance = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        for duplicate in &duplicates {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+            instance.add(duplicate, event).unwrap();
+        }
+        instances.push(instance);
+    }
+    say("ready");
+    listen();
+    // Each is turned down with a message.
+    let wrong = |number| rdsock_shm::control::Request {
+        active: 7,
+        ..tenant::request(request::ANNOUNCE, number, 1)
+    };
+    for number in (0..64).cycle() {
+        tenant.ask_for(&wrong(number));
+        while tenant.receive_within(Duration::ZERO).is_some() {}
+    }
+}
+
 /// Maps memory many times over, in this process and in children, which are returned.
 fn map_often(file: &File) -> Vec<Pid> {
+    map_often_at(file, 0)
+}
+
+/// The same with a page somewhere in it.
+fn map_often_at(file: &File, page: u64) -> Vec<Pid> {
     for _ in 0..MAPPINGS {
         // SAFETY: a new mapping, that nobody uses.
         let at = unsafe {
@@ -334,7 +423,7 @@ fn map_often(file: &File) -> Vec<Pid> {
                 libc::PROT_READ,
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
-                0,
+                page as i64,
             )
         };
         if at == libc::MAP_FAILED {

@@ -14,7 +14,9 @@ use tracing::debug;
 use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
-use crate::channel::{Channel, Flush, Foreign, Outgoing, Receive, dismiss, unpack};
+use crate::channel::{
+    Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, receive, sender, unpack,
+};
 use crate::connections::{Connection, Inbox};
 use crate::found::Found;
 use crate::porters::Owner;
@@ -105,11 +107,8 @@ fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
 impl Daemon {
     pub(super) fn on_handshake_due(&mut self, id: u64) -> Result<(), End> {
         // What it said while the daemon had no time for it counts.
-        if self
-            .connections
-            .get(id)
-            .is_some_and(|connection| !connection.adopted || connection.channel.has_message())
-        {
+        let connection = self.connections.get(id);
+        if connection.is_some_and(|connection| connection.channel.has_message()) {
             self.receive(id)?;
         }
         match self.connections.get(id) {
@@ -218,8 +217,7 @@ impl Daemon {
                     });
                     return;
                 }
-                refuse(&socket, over);
-                return dismiss(&self.porters, Arc::new(socket));
+                return dismiss(&self.porters, Arc::new(socket), refused(over));
             }
         };
         socket.charge_to(of_socket);
@@ -274,43 +272,40 @@ impl Daemon {
         Ok(())
     }
 
-    /// Reads what there is, unless that has to wait.
+    /// Has the next message received.
     pub(super) fn receive(&mut self, id: u64) -> Result<(), End> {
-        for _ in 0..DATAGRAMS {
-            let Some(connection) = self.connections.get_mut(id) else {
-                return Ok(());
-            };
-            if !matches!(connection.inbox, Inbox::Open) {
-                return Ok(());
-            }
-            if let Some(tenant) = &mut connection.tenant
-                && tenant.looks >= LOOKS
-            {
-                // It is read again when some of these are done.
-                tenant.unread = true;
-                return self.rewatch(id);
-            }
-            if connection.adopted {
-                self.have_unpacked(id);
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        match connection.inbox {
+            Inbox::Open => {}
+            Inbox::Receiving => {
+                // That takes longer than a turn.
+                connection.inbox = Inbox::Unpacked;
+                self.stop_watching(id);
                 return Ok(());
             }
-            match connection.channel.receive()? {
-                Receive::Message(message) => {
-                    let last = message.is_kick();
-                    self.on_message(id, message)?;
-                    if last {
-                        // It mostly comes alone. Whatever follows is told of.
-                        return Ok(());
-                    }
-                }
-                Receive::Descriptors => {
-                    self.have_unpacked(id);
-                    return Ok(());
-                }
-                Receive::Nothing => return Ok(()),
-                Receive::Closed => return Err(self.closed(id)),
-            }
+            Inbox::Unpacked | Inbox::Answering(_) => return Ok(()),
         }
+        if let Some(tenant) = &mut connection.tenant
+            && tenant.looks >= LOOKS
+        {
+            // It is read again when some of these are done.
+            tenant.unread = true;
+            return self.rewatch(id);
+        }
+        if connection.adopted {
+            self.have_unpacked(id);
+            return Ok(());
+        }
+        connection.inbox = Inbox::Receiving;
+        let socket = connection.channel.socket().clone();
+        self.porters.give_quick(socket.owner(), move || {
+            Some(Found::Message {
+                connection: id,
+                received: receive(&socket),
+            })
+        });
         Ok(())
     }
 
@@ -346,19 +341,21 @@ impl Daemon {
             let Some(connection) = daemon.connections.get_mut(id) else {
                 return Ok(());
             };
+            let unwatched = matches!(connection.inbox, Inbox::Unpacked);
             connection.inbox = Inbox::Open;
-            let adopted = connection.adopted;
-            daemon.rewatch(id)?;
-            match received? {
-                Receive::Message(message) => daemon.on_message(id, message)?,
-                // Somebody else has taken it.
-                Receive::Nothing | Receive::Descriptors => {}
-                Receive::Closed => return Err(daemon.closed(id)),
+            if unwatched {
+                daemon.rewatch(id)?;
             }
-            match adopted {
-                // Whatever follows is told of.
-                true => Ok(()),
-                false => daemon.receive(id),
+            // Whatever follows is told of.
+            match received? {
+                Receive::Message(message) => daemon.on_message(id, message),
+                Receive::Descriptors => {
+                    daemon.have_unpacked(id);
+                    Ok(())
+                }
+                // Somebody else has taken it.
+                Receive::Nothing => Ok(()),
+                Receive::Closed => Err(daemon.closed(id)),
             }
         });
     }
@@ -370,7 +367,7 @@ impl Daemon {
             .tenant
             .as_ref()
             .is_some_and(|tenant| tenant.unread);
-        let read = matches!(connection.inbox, Inbox::Open) && !held_up;
+        let read = matches!(connection.inbox, Inbox::Open | Inbox::Receiving) && !held_up;
         flags.set(EpollFlags::EPOLLIN, read);
         flags.set(EpollFlags::EPOLLOUT, connection.wants_write);
         flags
@@ -424,16 +421,54 @@ impl Daemon {
         self.flush(id)
     }
 
+    /// Has sent what waits, unless something is being sent.
     pub(super) fn flush(&mut self, id: u64) -> Result<(), End> {
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
         };
-        let tenant = connection.tenant.as_ref();
-        let flushed = connection.channel.flush(|| {
-            if let Some(tenant) = tenant {
+        let Some(batch) = connection.channel.batch() else {
+            if connection.channel.queued() == 0 {
+                self.go_on_answering(id);
+            }
+            return Ok(());
+        };
+        let owner = sender(connection.channel.socket().owner());
+        self.porters.give_quick(owner, move || {
+            Some(Found::Sent {
+                connection: id,
+                sent: batch.send(),
+            })
+        });
+        Ok(())
+    }
+
+    /// Messages were sent, or not.
+    pub(super) fn on_sent(&mut self, id: u64, sent: Sent) {
+        if self.connections.get(id).is_some() {
+            return self.serve(id, |daemon| daemon.after_sending(id, sent));
+        }
+        // These may be the last to hold a stream's memory.
+        let owner = Owner {
+            uid: NOBODY,
+            connection: id,
+        };
+        self.porters.give(owner, move || {
+            drop(sent);
+            None
+        });
+    }
+
+    fn after_sending(&mut self, id: u64, sent: Sent) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        // Not before: a tenant that saw the count and found nothing yet would not look again.
+        if let Some(tenant) = &connection.tenant {
+            for _ in 0..sent.count {
                 tenant.map.count_message();
             }
-        });
+        }
+        let flushed = connection.channel.sent(sent);
         let wants_write = match flushed {
             Ok(Flush::Done) => false,
             Ok(Flush::Full) => true,
@@ -450,7 +485,7 @@ impl Daemon {
             self.rewatch(id)?;
         }
         if flushed.is_ok_and(|flushed| flushed == Flush::Done) {
-            self.go_on_answering(id);
+            self.flush(id)?;
         }
         self.unthrottle(id);
         Ok(())
@@ -537,30 +572,22 @@ impl Daemon {
         }
     }
 
+    /// Sent before the connection is closed.
     fn say_refused(&mut self, id: u64, code: u32, expected: u32) {
         let message = Message::new(kind::REFUSED, &Refused { code, expected });
         if let Some(connection) = self.connections.get_mut(id) {
             let _ = connection.channel.queue(message.into());
-            let tenant = connection.tenant.as_ref();
-            let _ = connection.channel.flush(|| {
-                if let Some(tenant) = tenant {
-                    tenant.map.count_message();
-                }
-            });
         }
     }
 }
 
-/// Tells a caller that a limit is in the way. Its socket is fresh, so it takes a message.
-fn refuse(socket: &Foreign, over: Over) {
-    use nix::sys::socket::{MsgFlags, send};
+/// What a caller is told when a limit is in the way.
+fn refused(over: Over) -> Outgoing {
     let refused = Refused {
         code: refusal::LIMIT,
         expected: over.limit.min(u32::MAX.into()) as u32,
     };
-    let message = Message::new(kind::REFUSED, &refused);
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    let _ = send(socket.as_raw_fd(), message.as_bytes(), flags);
+    Message::new(kind::REFUSED, &refused).into()
 }
 
 fn is_hangup(error: &io::Error) -> bool {

@@ -3,6 +3,8 @@
 //! JSON text, in pieces of one datagram each; an empty piece ends it. A user sees the processes
 //! of that user; root and the daemon's own user see all.
 
+use std::collections::HashMap;
+
 use rdsock_shm::control::{Query, question, refusal};
 use rdsock_shm::layout::Counter;
 use serde::Serialize;
@@ -12,10 +14,14 @@ use super::{Daemon, End};
 use crate::accounts::{Statement, Thing};
 use crate::book::{Conn, Route, TenantId};
 use crate::connections::{Connection, Inbox, Tenant};
+use crate::found::Found;
 use crate::memory::{ConnView, DirectionView};
-use crate::queries::{Answering, Part, datagrams, member};
+use crate::porters::Owner;
+use crate::queries::{Answering, Fetched, Part, Wanted, datagrams, member};
 use crate::rights::Rights;
 
+/// In place of a user: on whose behalf answers read what others write. Who makes that wait makes other answers wait.
+const READERS: u32 = u32::MAX - 1;
 /// Elements of a list in one piece.
 const ELEMENTS: usize = 64;
 /// Holders of one end that are looked at and named, the oldest ones. A server may have forked very often.
@@ -70,6 +76,8 @@ impl Daemon {
                 question::STAT => self.streams.streams().map(|(id, _)| id).collect(),
                 _ => Default::default(),
             },
+            fetched: None,
+            fetching: false,
             follows: false,
             _charge: charge,
         };
@@ -101,6 +109,12 @@ impl Daemon {
         else {
             return Ok(());
         };
+        if answering.fetching || self.fetch(id, &mut answering) {
+            if let Some(asker) = self.connections.get_mut(id) {
+                asker.inbox = Inbox::Answering(answering);
+            }
+            return Ok(());
+        }
         let last = answering.part == Part::End;
         let mut text = String::new();
         match answering.query.what {
@@ -121,11 +135,71 @@ impl Daemon {
         drop(answering);
         self.rewatch(id)?;
         self.flush(id)?;
-        let asker = self.connections.get(id);
-        match asker.is_some_and(|asker| asker.adopted) {
-            // What it has said meanwhile is told of.
-            true => Ok(()),
-            false => self.receive(id),
+        // What it has said meanwhile is told of.
+        Ok(())
+    }
+
+    /// Has read what the next part of an answer needs. False when it is there.
+    fn fetch(&self, asker: TenantId, answering: &mut Answering) -> bool {
+        let Some(wanted) = self.wanted(answering) else {
+            return false;
+        };
+        answering.fetching = true;
+        let before = answering.fetched.take().unwrap_or_default();
+        let owner = Owner {
+            uid: READERS,
+            connection: asker,
+        };
+        self.porters.give_quick(owner, move || {
+            Some(Found::Fetched {
+                asker,
+                fetched: wanted.read(before),
+            })
+        });
+        true
+    }
+
+    /// What is to be read for the next part of an answer.
+    fn wanted(&self, answering: &Answering) -> Option<Wanted> {
+        let fetched = answering.fetched.as_ref();
+        if fetched.is_some_and(|fetched| fetched.directions.is_some()) {
+            return None;
+        }
+        let file = |id: u64| Some((id, self.streams.get(id)?.memory.file()));
+        match (answering.part, fetched) {
+            (Part::Connections(id, from), None) => {
+                let (_, tenant) = self.seen(answering, id)?;
+                Some(Wanted::Records(tenant.map.records(), from))
+            }
+            (Part::Connections(tenant, _), Some(fetched)) => {
+                let stream = |(number, record): &(u32, ConnView)| {
+                    let conn = Conn {
+                        tenant,
+                        number: *number,
+                        generation: record.generation,
+                    };
+                    file(self.streams.seat_of(conn)?.0)
+                };
+                let streams = fetched.records.0.iter().filter_map(stream);
+                Some(Wanted::Directions(streams.collect()))
+            }
+            (Part::Streams, _) => {
+                let streams = answering.streams.iter().take(ELEMENTS);
+                let streams = streams.filter_map(|id| file(*id));
+                Some(Wanted::Directions(streams.collect()))
+            }
+            _ => None,
+        }
+    }
+
+    /// What the next part of an answer needs was read.
+    pub(super) fn on_fetched(&mut self, asker: TenantId, fetched: Fetched) {
+        if let Some(connection) = self.connections.get_mut(asker)
+            && let Inbox::Answering(answering) = &mut connection.inbox
+        {
+            answering.fetching = false;
+            answering.fetched = Some(fetched);
+            self.busy.push(asker);
         }
     }
 
@@ -171,15 +245,14 @@ impl Daemon {
                 member(text, "program", &tenant.program);
                 answering.open(text, "connections");
                 answering.part = Part::Connections(id, 0);
-                self.why(answering, text);
             }
-            Part::Connections(id, from) => {
-                let records = self
-                    .seen(answering, id)
-                    .and_then(|(_, tenant)| tenant.map.conns(from).ok());
-                let (records, next) = records.unwrap_or_default();
+            Part::Connections(id, _) => {
+                let fetched = answering.fetched.take().unwrap_or_default();
+                let (records, next) = fetched.records;
+                let directions = fetched.directions.unwrap_or_default();
                 for (number, record) in records {
-                    answering.element(text, &self.conn_answer(id, number, record));
+                    let answer = self.conn_answer(id, number, record, &directions);
+                    answering.element(text, &answer);
                 }
                 answering.part = match next {
                     Some(from) => Part::Connections(id, from),
@@ -194,7 +267,13 @@ impl Daemon {
         }
     }
 
-    fn conn_answer(&self, tenant: TenantId, number: u32, record: ConnView) -> ConnAnswer {
+    fn conn_answer(
+        &self,
+        tenant: TenantId,
+        number: u32,
+        record: ConnView,
+        directions: &HashMap<u64, [DirectionView; 2]>,
+    ) -> ConnAnswer {
         let conn = Conn {
             tenant,
             number,
@@ -214,7 +293,7 @@ impl Daemon {
                 .collect(),
             _ => Vec::new(),
         };
-        let mut directions = stream.and_then(|stream| stream.memory.directions().ok());
+        let mut directions = seat.and_then(|(id, _)| directions.get(&id).copied());
         if end == Some(1)
             && let Some(directions) = &mut directions
         {
@@ -286,8 +365,11 @@ impl Daemon {
             Part::Streams => {
                 let count = answering.streams.len().min(ELEMENTS);
                 let ids: Vec<u64> = answering.streams.drain(..count).collect();
+                let fetched = answering.fetched.take().unwrap_or_default();
+                let directions = fetched.directions.unwrap_or_default();
                 for id in ids {
-                    if let Some(answer) = self.stream_answer(answering, id) {
+                    let directions = directions.get(&id).copied();
+                    if let Some(answer) = self.stream_answer(answering, id, directions) {
                         answering.element(text, &answer);
                     }
                 }
@@ -299,7 +381,12 @@ impl Daemon {
         }
     }
 
-    fn stream_answer(&self, answering: &Answering, id: u64) -> Option<Value> {
+    fn stream_answer(
+        &self,
+        answering: &Answering,
+        id: u64,
+        directions: Option<[DirectionView; 2]>,
+    ) -> Option<Value> {
         let stream = self.streams.get(id)?;
         let pids = stream.ends.each_ref().map(|end| {
             let pid = |tenant| Some(self.seen(answering, tenant)?.0.peer.pid);
@@ -327,7 +414,7 @@ impl Daemon {
             "uid": stream.payer,
             "bytes": stream.bytes,
             "huge": stream.memory.huge,
-            "directions": stream.memory.directions().ok(),
+            "directions": directions,
         }))
     }
 

@@ -6,7 +6,7 @@ use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
-use crate::accounts::{Over, Paid, Thing};
+use crate::accounts::{Over, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;

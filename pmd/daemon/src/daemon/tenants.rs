@@ -16,7 +16,7 @@ use super::{Daemon, End};
 use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
-use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received};
+use crate::channel::{BadHello, Belongings, Luggage, Outgoing, Received, sender};
 use crate::connections::{Connection, Tenant};
 use crate::found::Found;
 use crate::memory::BadMemory;
@@ -448,7 +448,9 @@ impl Daemon {
     pub(super) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
         self.journal.counters.detached += 1;
         let (owner, map) = (Self::owner_of(id, &tenant), tenant.map);
-        self.porters.give(owner, move || {
+        // Behind the last that it is told.
+        self.porters.give(sender(owner), move || {
+            map.count_message();
             drop(map);
             None
         });

@@ -11,7 +11,7 @@ mod whole;
 pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, make_stream_with, rounded,
 };
-pub use tenant::{BadMemory, Bells, ConnView, TenantMap};
+pub use tenant::{BadMemory, Bells, ConnView, Numbered, Records, TenantMap};
 pub use whole::can_be_whole;
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

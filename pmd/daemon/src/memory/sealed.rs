@@ -20,6 +20,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
@@ -39,7 +40,7 @@ const SEALS: SealFlag = SealFlag::F_SEAL_FUTURE_WRITE.union(SealFlag::F_SEAL_SEA
 #[derive(Debug)]
 pub(super) struct Sealed {
     map: MmapRaw,
-    file: File,
+    file: Arc<File>,
     /// Keeps its pages from being collapsed.
     _used: OwnedFd,
 }
@@ -68,7 +69,7 @@ impl Sealed {
                 Ok(Sealed {
                     _used: use_pages(&map)?,
                     map,
-                    file,
+                    file: Arc::new(file),
                 })
             }
             false => Err(BadMemory::SealedAlready),
@@ -81,7 +82,7 @@ impl Sealed {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &Arc<File> {
         &self.file
     }
 }
@@ -155,7 +156,7 @@ mod tests {
         let file = memory(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW);
         let tenants = MmapOptions::new().len(LEN).map_raw(&file).unwrap();
         punch(&file).unwrap();
-        let sealed = Sealed::new(file.try_clone().unwrap(), LEN, &[0..LEN]).unwrap();
+        let sealed = Sealed::new(file.try_clone().unwrap(), LEN, &[]).unwrap();
         assert_eq!(punch(&file), Err(Errno::EPERM));
         // SAFETY: the mapping is whole, and nothing in it is used.
         let removed = unsafe { libc::madvise(tenants.as_mut_ptr().cast(), LEN, libc::MADV_REMOVE) };
@@ -208,7 +209,7 @@ mod tests {
             return writeln!(stderr, "{why}").unwrap();
         }
         let file = make();
-        let _sealed = Sealed::new(file.try_clone().unwrap(), HUGE, &[0..LEN]).unwrap();
+        let _sealed = Sealed::new(file.try_clone().unwrap(), HUGE, &[]).unwrap();
         for _ in 0..100 {
             assert_eq!(collapse(&file), Err(Errno::EAGAIN));
         }
@@ -256,7 +257,7 @@ mod tests {
             let file = memory(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW);
             let sealed = std::thread::scope(|scope| {
                 let threads = [(); 3].map(|()| {
-                    scope.spawn(|| Sealed::new(file.try_clone().unwrap(), LEN, &[0..LEN]).is_ok())
+                    scope.spawn(|| Sealed::new(file.try_clone().unwrap(), LEN, &[]).is_ok())
                 });
                 threads.map(|thread| thread.join().unwrap())
             });

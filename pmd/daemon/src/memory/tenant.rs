@@ -6,6 +6,7 @@ use std::mem::offset_of;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -227,19 +228,30 @@ impl TenantMap {
             .map(|counter| counter.load(Ordering::Relaxed))
     }
 
+    /// The connection records, to be read by whoever may wait.
+    pub fn records(&self) -> Records {
+        Records(self.map.file().clone())
+    }
+}
+
+/// The connection records of a tenant, which has them in its hands: a read may wait.
+#[derive(Debug)]
+pub struct Records(Arc<File>);
+
+impl Records {
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
     /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than 4096 bytes
     /// are read.
-    pub fn conns(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
+    pub fn read(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
-        let Some(data) = next_data(self.file(), from.max(START))? else {
+        let Some(data) = next_data(&self.0, from.max(START))? else {
             return Ok((Vec::new(), None));
         };
         // Blocks start at record boundaries, so that no record is torn between two.
         let at = data - (data - START) % RECORD;
         let mut block = [0; BLOCK];
-        let len = self.file().read_at(&mut block, at)?;
+        let len = self.0.read_at(&mut block, at)?;
         let (records, _) = block
             .get(..len)
             .unwrap_or(&[])
@@ -343,7 +355,7 @@ mod tests {
         let map = TenantMap::new(file.into()).unwrap();
         let (mut found, mut place) = (Vec::new(), Some(0));
         while let Some(from) = place {
-            let (records, next) = map.conns(from).unwrap();
+            let (records, next) = map.records().read(from).unwrap();
             assert!(next.is_none_or(|next| next > from));
             found.extend(records.iter().map(|(number, record)| (*number, record.fd)));
             place = next;
