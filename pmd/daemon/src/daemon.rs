@@ -37,10 +37,11 @@ use crate::found::Found;
 use crate::journal::Journal;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
-use crate::porters::Porters;
+use crate::porters::{self, Porters};
 use crate::process;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
+use crate::shares::Shares;
 use crate::streams::Streams;
 
 use announcements::Announcements;
@@ -89,6 +90,7 @@ pub struct Daemon {
     swept: Option<VecDeque<u64>>,
     /// Tenants with requests left in their queues, and connections with an answer to go on with.
     busy: Busy,
+    shares: Shares,
     streams: Streams,
     /// The path to other nodes, where one is configured.
     fabric: Option<Control>,
@@ -153,6 +155,7 @@ impl Daemon {
             watched: HashMap::new(),
             swept: None,
             busy: Busy::default(),
+            shares: Shares::new(now),
             streams: Streams::default(),
             fabric,
             confinement,
@@ -196,12 +199,9 @@ impl Daemon {
             daemon.turn = Turn::start();
             daemon.announcements.forget_what_is_fresh();
             daemon.go_on_with_rest();
-            for (token, flags) in events {
-                if daemon.on_event(token, flags) {
-                    daemon.stop("signal");
-                    return Some(Ok(()));
-                }
-                daemon.turn.did(|| format!("{token:?}"));
+            if daemon.on_events(events) {
+                daemon.stop("signal");
+                return Some(Ok(()));
             }
             daemon.on_all_due();
             daemon.go_on_with_busy();
@@ -214,7 +214,7 @@ impl Daemon {
         }
     }
 
-    /// Looks that mostly take no time: those that are due now. Their ends make others due, which have to wait until
+    /// Looks that mostly take no time: those that are due now, first theirs who have used little of this thread. Their ends make others due, which have to wait until
     /// somebody else was served, and so do those for which a turn has no time. `None` when a look took so long that another thread has gone on.
     fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
         let mut portion = Portion::new();
@@ -222,21 +222,22 @@ impl Daemon {
             if !portion.has_room() {
                 break;
             }
-            let Some((owner, look)) = self.porters.next_quick() else {
+            let Some((owner, look)) = self.porters.next_quick(|uid| self.shares.of(uid)) else {
                 break;
             };
-            let porters = self.porters.clone();
-            match relay.risk(self, look) {
-                Back::Held(daemon, found) => {
+            let yard = self.porters.clone();
+            match relay.risk(self, || porters::carry(look)) {
+                Back::Held(daemon, (found, pace)) => {
                     self = daemon;
-                    porters.carried();
+                    yard.carried(pace);
                     if let Some(found) = found {
                         self.on_find(found);
                     }
-                    self.turn.did(|| format!("a look for {owner:?}"));
+                    let took = self.turn.did(|| format!("a look for {owner:?}"));
+                    self.shares.charge(owner.uid, took, self.turn.last);
                 }
-                Back::Lost(found) => {
-                    porters.come_back(owner, found);
+                Back::Lost((found, _)) => {
+                    yard.come_back(owner, found);
                     return None;
                 }
             }
@@ -295,6 +296,40 @@ impl Daemon {
         (allowed != 0 && unused).then(|| self.last_use + Duration::from_secs(allowed))
     }
 
+    /// What has happened: to the daemon itself, then to connections, first theirs who have used little of this thread. What
+    /// there is no room for is told of again. True when the daemon is to end.
+    fn on_events(&mut self, events: Vec<(Token, EpollFlags)>) -> bool {
+        let mut of_users = Vec::new();
+        for (token, flags) in events {
+            if let Some(uid) = self.user_of(token) {
+                of_users.push((uid, token, flags));
+            } else if self.on_event(token, flags) {
+                return true;
+            } else {
+                self.turn.did(|| format!("{token:?}"));
+            }
+        }
+        of_users.sort_by_key(|(uid, ..)| self.shares.of(*uid));
+        let mut portion = Portion::new();
+        for (uid, token, flags) in of_users {
+            if !portion.has_room() {
+                break;
+            }
+            self.on_event(token, flags);
+            let took = self.turn.did(|| format!("{token:?}"));
+            self.shares.charge(uid, took, self.turn.last);
+        }
+        false
+    }
+
+    /// On whose behalf an event is handled that is told of again if it is not.
+    fn user_of(&self, token: Token) -> Option<u32> {
+        match token {
+            Token::Connection(id) => Some(self.connections.get(id)?.peer.uid),
+            _ => None,
+        }
+    }
+
     /// True when the daemon is to end.
     fn on_event(&mut self, token: Token, flags: EpollFlags) -> bool {
         match token {
@@ -333,9 +368,13 @@ impl Daemon {
             Due::Callers => self.let_callers_in(),
             Due::Anchors(listener) => self.on_anchors_due(listener),
             Due::Sweep => self.sweep(),
-            Due::Stock => self
-                .streams
-                .restock(self.config.ring_size, self.config.huge_pages),
+            Due::Stock => {
+                let (size, huge) = (self.config.ring_size, self.config.huge_pages);
+                if self.streams.restock(size, huge) {
+                    // The next one in the next turn: others are served between.
+                    self.agenda.after(Duration::ZERO, Due::Stock);
+                }
+            }
         }
     }
 
@@ -431,7 +470,7 @@ struct Portion {
 
 impl Portion {
     const MOST: usize = 64;
-    const TIME: Duration = Duration::from_millis(5);
+    const TIME: Duration = Duration::from_micros(200);
 
     fn new() -> Self {
         Portion {
@@ -498,13 +537,15 @@ impl Turn {
         }
     }
 
-    fn did(&mut self, what: impl FnOnce() -> String) {
+    /// How long the last thing took, which was this.
+    fn did(&mut self, what: impl FnOnce() -> String) -> Duration {
         let now = Instant::now();
         let took = now.duration_since(self.last);
         self.last = now;
         if took > self.longest.0 {
             self.longest = (took, what());
         }
+        took
     }
 
     fn end(&self, journal: &mut Journal) {

@@ -35,4 +35,5 @@ pub mod queries;
 pub mod relay;
 pub mod rights;
 pub mod search;
+pub mod shares;
 pub mod streams;

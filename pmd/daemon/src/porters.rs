@@ -28,6 +28,7 @@ use nix::sys::signal::{
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 use nix::unistd::gettid;
+use tracing::debug;
 
 use crate::accounts::Charge;
 use crate::process::processor_time;
@@ -90,11 +91,10 @@ pub struct Owner {
 struct Yard<D> {
     /// What each user has that has any.
     users: HashMap<u32, Corner<D>>,
-    /// Loads that the caller carries itself.
-    quick: VecDeque<(Owner, Load<D>)>,
-    /// The one of them that is being carried, since when, how often its thread had waited before, and the processor time
-    /// that it had used.
-    under_way: Option<(Owner, Instant, i64, Duration)>,
+    /// Loads that the caller carries itself, by user.
+    quick: HashMap<u32, VecDeque<(Owner, Load<D>)>>,
+    /// The one of them that is being carried.
+    under_way: Option<Owner>,
     trust: Trust,
     /// Users of whom a load may be taken up, in turn.
     turn: VecDeque<u32>,
@@ -210,7 +210,8 @@ impl<D> Yard<D> {
             return self.give(owner, load);
         }
         corner.carried.insert(owner.connection);
-        self.quick.push_back((owner, load));
+        let quick = self.quick.entry(owner.uid).or_default();
+        quick.push_back((owner, load));
     }
 
     /// A user gets its turn, if it wants one.
@@ -268,7 +269,7 @@ impl<D: Send + 'static> Porters<D> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
             users: HashMap::new(),
-            quick: VecDeque::new(),
+            quick: HashMap::new(),
             under_way: None,
             trust: Trust::default(),
             turn: VecDeque::new(),
@@ -307,27 +308,31 @@ impl<D: Send + 'static> Porters<D> {
 
     /// How many loads the caller is to carry itself.
     pub fn quick(&self) -> usize {
-        self.shared.lock().quick.len()
+        let yard = self.shared.lock();
+        yard.quick.values().map(VecDeque::len).sum()
     }
 
-    /// The next load that the caller is to carry itself. It tells [`Porters::carried`] when it has.
-    pub fn next_quick(&self) -> Option<(Owner, Load<D>)> {
+    /// The next load that the caller is to carry itself, of the user of whom `order` is the least. The caller tells
+    /// [`Porters::carried`] when it has.
+    pub fn next_quick<O: Ord>(&self, order: impl Fn(u32) -> O) -> Option<(Owner, Load<D>)> {
         let mut yard = self.shared.lock();
-        let (owner, load) = yard.quick.pop_front()?;
-        yard.under_way = Some((owner, Instant::now(), waits(), processor_time()));
+        let uid = *yard.quick.keys().min_by_key(|uid| order(**uid))?;
+        let loads = yard.quick.get_mut(&uid)?;
+        let (owner, load) = loads.pop_front()?;
+        if loads.is_empty() {
+            yard.quick.remove(&uid);
+        }
+        yard.under_way = Some(owner);
         Some((owner, load))
     }
 
-    /// The load that was last asked for was carried.
-    pub fn carried(&self) {
+    /// The load that was last asked for was carried, in time or late.
+    pub fn carried(&self, pace: Pace) {
         let mut yard = self.shared.lock();
-        if let Some((owner, since, before, used)) = yard.under_way.take() {
-            let now = Instant::now();
-            // A thread that had no core for a while has not waited for anybody, nor worked.
-            let waited = || waits() != before;
-            let worked = || processor_time().saturating_sub(used) > Trust::QUICK;
-            if now - since > Trust::QUICK && (waited() || worked()) {
-                yard.trust.late(owner.uid, now);
+        if let Some(owner) = yard.under_way.take() {
+            if pace == Pace::Late {
+                debug!(owner.uid, "a look had to wait, or work, for a little while");
+                yard.trust.late(owner.uid, Instant::now());
             }
             yard.carried(owner);
         }
@@ -339,7 +344,11 @@ impl<D: Send + 'static> Porters<D> {
     pub fn take_over(&self) -> bool {
         let mut yard = self.shared.lock();
         let under_way = yard.under_way.take();
-        if let Some((owner, ..)) = under_way {
+        if let Some(owner) = under_way {
+            debug!(
+                owner.uid,
+                "a look has to wait, or works: porters look for this user from now on"
+            );
             yard.trust.lost(owner.uid, Instant::now());
         }
         under_way.is_some()
@@ -464,18 +473,38 @@ impl<D: Send + 'static> Shared<D> {
     }
 }
 
-/// How often this thread has waited for something, of its own accord.
-fn waits() -> i64 {
-    use nix::sys::resource::{UsageWho, getrusage};
-    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
-}
-
 /// Has this thread take no core from a running one when it is woken: the control thread, which wakes it, first ends its
 /// turn.
 fn give_way() {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call; 0 is this thread. Where it fails, porters are in the way a little.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
+}
+
+/// How a quick load was carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// As a look mostly is.
+    InTime,
+    /// It had to wait for somebody, or worked, for longer than [`Trust::QUICK`].
+    Late,
+}
+
+/// Carries a quick load, and nothing else: what the daemon's threads wait for among themselves is nobody's fault.
+pub fn carry<D>(load: Load<D>) -> (Option<D>, Pace) {
+    let (since, before, used) = (Instant::now(), waits(), processor_time());
+    let found = load();
+    // A thread that had no core for a while has not waited for anybody, nor worked.
+    let waited = || waits() != before;
+    let worked = || processor_time().saturating_sub(used) > Trust::QUICK;
+    let late = since.elapsed() > Trust::QUICK && (waited() || worked());
+    (found, if late { Pace::Late } else { Pace::InTime })
+}
+
+/// How often this thread has waited for something, of its own accord.
+fn waits() -> i64 {
+    use nix::sys::resource::{UsageWho, getrusage};
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 /// A timer that interrupts the calls of this thread.
@@ -604,21 +633,66 @@ mod tests {
         // Behind the one before, of the same connection, and carried by a porter when that was carried.
         assert_eq!(quick(7, 1), 1);
         assert_eq!(porters.load(), (1, 1));
-        let (who, load) = porters.next_quick().unwrap();
-        assert_eq!((who.connection, load()), (1, Some(1)));
-        porters.carried();
+        let (who, load) = porters.next_quick(|uid| uid).unwrap();
+        assert_eq!(who.connection, 1);
+        assert_eq!(carry(load), (Some(1), Pace::InTime));
+        porters.carried(Pace::InTime);
         assert_eq!(fetch(&porters), 1);
         // This one has to wait: another thread goes on, and trusts its user no more, but others.
         assert_eq!(quick(7, 2), 1);
-        let (who, load) = porters.next_quick().unwrap();
+        let (who, load) = porters.next_quick(|uid| uid).unwrap();
         assert!(porters.take_over() && !porters.take_over());
         assert_eq!((quick(7, 3), fetch(&porters)), (0, 3));
         assert_eq!(quick(8, 4), 1);
         porters.come_back(who, load());
         assert_eq!(fetch(&porters), 2);
-        assert!(porters.next_quick().is_some());
-        porters.carried();
+        assert!(porters.next_quick(|uid| uid).is_some());
+        porters.carried(Pace::InTime);
         assert_eq!(porters.load(), (0, 0));
+        // Who is late again and again is not trusted either.
+        for connection in 5..8 {
+            assert_eq!(quick(9, connection), 1);
+            assert!(porters.next_quick(|uid| uid).is_some());
+            porters.carried(Pace::Late);
+        }
+        assert_eq!((quick(9, 8), fetch(&porters)), (0, 8));
+    }
+
+    #[test]
+    fn the_least_come_first() {
+        let porters = Porters::new().unwrap();
+        for (uid, connection) in [(7, 1), (8, 2), (7, 3), (9, 4)] {
+            porters.give_quick(owner(uid, connection), move || Some(connection));
+        }
+        let order = |uid| {
+            [(7, 2), (8, 3), (9, 1)]
+                .iter()
+                .find(|(of, _)| *of == uid)
+                .unwrap()
+                .1
+        };
+        for connection in [4, 1, 3, 2] {
+            let (who, _) = porters.next_quick(order).unwrap();
+            assert_eq!(who.connection, connection);
+            porters.carried(Pace::InTime);
+        }
+        assert!(porters.next_quick(order).is_none());
+    }
+
+    #[test]
+    fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
+        let nap = || {
+            thread::sleep(3 * Trust::QUICK);
+            Some(1)
+        };
+        assert_eq!(carry(Box::new(nap)), (Some(1), Pace::Late));
+        let work = || {
+            let start = processor_time();
+            while processor_time() - start < 2 * Trust::QUICK {}
+            Some(2)
+        };
+        assert_eq!(carry(Box::new(work)), (Some(2), Pace::Late));
+        assert_eq!(carry(Box::new(|| Some(3))), (Some(3), Pace::InTime));
     }
 
     #[test]

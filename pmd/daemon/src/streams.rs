@@ -240,17 +240,20 @@ impl Streams {
         lacks && !std::mem::replace(&mut self.ordered, true)
     }
 
-    /// Makes memory for the next streams. Huge pages are not kept in stock.
-    pub fn restock(&mut self, ring_size: u64, policy: HugePages) {
+    /// Makes memory for one of the next streams; true when more is lacking. Huge pages are not kept in stock.
+    pub fn restock(&mut self, ring_size: u64, policy: HugePages) -> bool {
         self.ordered = false;
-        while self.stock.len() < STOCK && !self.huge.wanted(policy, Instant::now()) {
-            let id = self.number();
-            // Where there are no descriptors now, the next stream says so.
-            let Ok(fds) = make_stream(id, ring_size, false) else {
-                return;
-            };
-            self.stock.push(Made { id, ring_size, fds });
+        if self.stock.len() >= STOCK || self.huge.wanted(policy, Instant::now()) {
+            return false;
         }
+        let id = self.number();
+        // Where there are no descriptors now, the next stream says so.
+        let Ok(fds) = make_stream(id, ring_size, false) else {
+            return false;
+        };
+        self.stock.push(Made { id, ring_size, fds });
+        self.ordered = self.stock.len() < STOCK;
+        self.ordered
     }
 
     /// A look at a stream's holders is due. False when it was already.

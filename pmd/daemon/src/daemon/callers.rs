@@ -11,7 +11,7 @@ use nix::sys::socket::{SockFlag, accept4};
 use rdsock_shm::control::{Message, Refused, kind, refusal};
 use tracing::debug;
 
-use super::Daemon;
+use super::{Daemon, Portion};
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{
@@ -146,7 +146,9 @@ impl Daemon {
     }
 
     pub(super) fn accept(&mut self) {
-        for _ in 0..DATAGRAMS {
+        // Whoever is left is told of again.
+        let mut portion = Portion::new();
+        while portion.has_room() {
             if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
                 return self.let_callers_wait();
             }

@@ -29,7 +29,7 @@ const SWEPT: usize = 64;
 /// A process that attaches is looked at for no more of its other connections. An honest one has one.
 const EARLIER: usize = 16;
 /// Requests taken from one tenant before others have their turn.
-const REQUESTS: usize = 64;
+const REQUESTS: usize = 16;
 /// With so many unread messages, a tenant's further requests wait.
 const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.

@@ -129,6 +129,8 @@ fn seals_of(file: &File) -> io::Result<SealFlag> {
 }
 
 #[cfg(test)]
+// One part of a memory is a list of one range.
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
     use nix::fcntl::{FallocateFlags, fallocate};
