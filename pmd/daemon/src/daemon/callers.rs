@@ -29,8 +29,6 @@ const WATCHED: usize = 256;
 /// How long streams are kept for a process that hung up and lives: it may run another program
 /// now (exec) and ask for them again, even when the kernel has dropped the connection.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
-/// Datagrams read from one connection before others have their turn.
-const DATAGRAMS: usize = 16;
 /// Descriptors of a control connection besides its socket: those of its process.
 const PEER_DESCRIPTORS: u64 = 2;
 /// Time until a send is tried again when no event will say that it may work.
