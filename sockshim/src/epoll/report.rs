@@ -343,7 +343,12 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     let interest =
         (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
     // First what is due is done, which marks it. What that finds out is a part of the snapshot, and no edge of its own.
-    ready::settle(&end, held, false);
+    if held.conn.look.load(Relaxed) != 0 {
+        // With the question to the kernel that a look brings.
+        ready::of(held, stream, fd, interest, false);
+    } else {
+        ready::settle(&end, held, false);
+    }
     take_mark(epoll, bit);
     register::watch_space(epoll, state, bit, stream);
     // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
