@@ -54,6 +54,8 @@ struct Conductor<'a> {
     connections: Vec<Connection>,
     numbers: BTreeMap<String, usize>,
     ends: BTreeMap<String, End>,
+    /// Connections that were filled and not drained: there an edge for room says something.
+    full: BTreeSet<usize>,
     /// Connections of which an end was shut or closed.
     ended: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
@@ -71,6 +73,7 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         connections: Vec::new(),
         numbers: BTreeMap::new(),
         ends: BTreeMap::new(),
+        full: BTreeSet::new(),
         ended: BTreeSet::new(),
         edges: BTreeSet::new(),
         pending: BTreeMap::new(),
@@ -246,6 +249,13 @@ impl Conductor<'_> {
             }
         }
         match word(0) {
+            "fill" => self.full.extend(end.map(|end| end.conn)),
+            "drain" => self
+                .full
+                .retain(|conn| end.is_none_or(|end| end.conn != *conn)),
+            _ => {}
+        }
+        match word(0) {
             "dup" if answer == "ok" => {
                 if let Some(end) = end {
                     self.ends.insert(word(2).to_owned(), end);
@@ -289,7 +299,9 @@ impl Conductor<'_> {
     fn without_edges_for_room(&self, instance: &str, answer: &str) -> String {
         let kept = answer.split(' ').filter_map(|report| {
             let (name, bits) = report.split_once(':').unwrap_or((report, ""));
-            if !self.edges.contains(&(instance.to_owned(), name.to_owned())) {
+            let end = self.ends.get(name);
+            let is_full = end.is_some_and(|end| self.full.contains(&end.conn));
+            if is_full || !self.edges.contains(&(instance.to_owned(), name.to_owned())) {
                 return Some(report.to_owned());
             }
             let bits: Vec<&str> = bits.split(',').filter(|bit| *bit != "out").collect();
