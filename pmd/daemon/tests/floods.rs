@@ -339,7 +339,7 @@ fn who_hangs_up_while_looks_at_it_wait_is_watched_no_more() {
     std::thread::sleep(Duration::from_millis(500));
     daemon.signal(Signal::SIGCONT);
     daemon.wait_until("looks wait", |stat| {
-        stat["looks_now"].as_u64() >= Some(AT_ONCE)
+        stat["looks_now"].as_u64() >= Some(ANNOUNCED.into())
     });
     let turns = daemon.counter("turns");
     std::thread::sleep(Duration::from_secs(1));
@@ -355,6 +355,9 @@ fn who_hangs_up_while_looks_at_it_wait_is_watched_no_more() {
     daemon.wait_until("it is gone", |stat| stat["tenants_now"] == 2);
 }
 
+/// Sockets for which somebody has to look before anything more of the same connection is received.
+const ANNOUNCED: u32 = 15;
+
 /// In a child of this process: attaches, says so, and when it is told to, asks for more looks than are taken at once, and
 /// hangs up.
 fn ask_and_hang_up(socket: &Path, mut says: &PipeWriter, mut told: &PipeReader) -> io::Result<()> {
@@ -362,7 +365,7 @@ fn ask_and_hang_up(socket: &Path, mut says: &PipeWriter, mut told: &PipeReader) 
     says.write_all(b".")?;
     told.read_exact(&mut [0])?;
     let (connector, accepted) = tcp_pair();
-    for number in 0..15 {
+    for number in 0..ANNOUNCED {
         let claim = announcement(number, 1, &connector, 1);
         // It may be shared, so a porter looks for others that hold it.
         tenant.memory.put(&Request { extra: 1, ..claim });
