@@ -160,6 +160,15 @@ impl<'a, S: Anchor + Process> End<'a, S> {
             half.try_switch();
         }
         match self.tx().phase.load(Acquire) {
+            phase::RING if self.out().bytes.want.load(Acquire) & want::CLOSED != 0 => {
+                // Nobody reads the ring any more. A token to a socket that is closed would be answered with a reset.
+                self.settle_reset();
+                if !self.shared.is_reset() {
+                    self.set_sending_shut();
+                    half.hand_over();
+                }
+                true
+            }
             phase::RING => {
                 self.set_sending_shut();
                 half.sender.publish();

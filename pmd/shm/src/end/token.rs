@@ -187,10 +187,12 @@ impl<S: Anchor + Process> End<'_, S> {
 
     /// The anchor has ended, with an error or without. The kernel of a peer that dies resets the
     /// connection for unread tokens, which the program must not see, and does not reset it for
-    /// bytes in the ring that were never read, which it must: the ring tells.
+    /// bytes in the ring that were never read, which it must: the ring tells. An anchor that this end itself has shut for
+    /// receiving ends as well, and says nothing about the peer.
     pub fn note_end(&self, error: bool) {
         let on_ring = self.tx().phase.load(Acquire) == phase::RING;
-        let bits = if on_ring && self.shared.has_unread() || error && !on_ring {
+        let is_own = self.rx().shut.load(Acquire) != 0 && !error;
+        let bits = if on_ring && self.shared.has_unread() && !is_own || error && !on_ring {
             anchor::EOF | anchor::ERROR | anchor::BROKEN
         } else {
             anchor::EOF

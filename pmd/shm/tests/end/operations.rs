@@ -2,7 +2,7 @@
 
 use crate::pair::{Gave, Program, RING, Wire, stream, stream_over};
 use rdsock_shm::end::{Anchor, How, Received, Shut, Sleeper};
-use rdsock_shm::layout::{mark, phase, want};
+use rdsock_shm::layout::{anchor, mark, phase, want};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -185,6 +185,37 @@ fn who_has_no_bells_of_its_peer_sends_a_token() {
     assert_eq!(tokens(Wire::between_users()), [1, 2]);
     // Nobody sleeps on the bell.
     assert_eq!(tokens(Wire::new()), [0, 0]);
+}
+
+/// An own SHUT_RD ends the anchor for who looks at it; nobody has died.
+#[test]
+fn an_own_end_is_not_the_peers_death() {
+    for shut in [false, true] {
+        stream(true, |_, b| {
+            let end = b.end();
+            b.send(&bytes(0..4));
+            if shut {
+                end.shut_receiving();
+            }
+            end.note_end(false);
+            let noted = b.shared.rx().anchor.load(Relaxed);
+            assert_eq!(noted & anchor::EOF, anchor::EOF);
+            assert_eq!(noted & anchor::BROKEN == 0, shut);
+        });
+    }
+}
+
+/// What is sent to a socket that is closed is answered with a reset: an end is not a byte.
+#[test]
+fn an_end_for_a_peer_that_has_closed_provokes_nothing() {
+    stream(true, |a, b| {
+        a.end().close(false);
+        let before = a.side.on_anchor();
+        assert!(b.end().shut_sending());
+        assert_eq!(a.side.on_anchor(), before);
+        assert_eq!(b.shared.tx().phase.load(Relaxed), phase::DEMOTED);
+        assert!(!b.shared.is_reset());
+    });
 }
 
 /// Whoever is counted in has not looked yet, and a token that is taken away would let it sleep on.

@@ -201,20 +201,10 @@ impl Writer<'_> {
     fn register(&mut self, which: usize, conn: usize, side: usize, bits: String) {
         let (end, instance) = (self.conns[conn].end(side), &mut self.instances[which]);
         let (name, actor) = (instance.name.clone(), instance.actor);
-        let is_full = instance.registered.len() >= 8;
         let known = instance
             .registered
             .iter_mut()
             .find(|entry| (entry.0, entry.1) == (conn, side));
-        if known.is_none()
-            && is_full
-            && self
-                .left_out
-                .iter()
-                .any(|(name, _)| *name == "many-in-instance")
-        {
-            return;
-        }
         match known {
             Some(entry) => {
                 entry.2 = bits.clone();
@@ -405,16 +395,10 @@ impl Writer<'_> {
         };
         let end = self.conns[conn].end(side);
         let how = self.any(&["wr", "wr", "wr", "rdwr", "rd"]);
-        if self.conns[conn].sides[1 - side].has_closed && !self.may("shut-after-close") {
-            return;
-        }
         if self.conns[conn].sides[side].unread > 0 && !self.may("end-behind-unread") {
             return;
         }
         if how != "wr" {
-            if !self.may("shut-rd") {
-                return;
-            }
             self.conns[conn].is_odd = true;
         }
         self.conns[conn].is_shut_both[side] |= how == "rdwr";
