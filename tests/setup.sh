@@ -8,7 +8,7 @@ set -eu
 # in a folder for each version.
 NEEDED="redis-server:redis-server redis-cli:redis-tools redis-benchmark:redis-tools nginx:nginx wrk:wrk curl:curl
 ab:apache2-utils mariadbd:mariadb-server mariadb-install-db:mariadb-server mariadb-slap:mariadb-client
-iperf3:iperf3 sockperf:sockperf socat:socat python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind
+iperf3:iperf3 sockperf:sockperf socat:socat nm:binutils python3:python3 ip:iproute2 gcc:gcc make:make valgrind:valgrind
 sshd:openssh-server ssh:openssh-client sftp:openssh-client ssh-keygen:openssh-client setpriv:util-linux
 systemd-analyze:systemd musl-gcc:musl-tools"
 

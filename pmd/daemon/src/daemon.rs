@@ -41,7 +41,7 @@ use crate::porters::{self, Porters};
 use crate::process;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
-use crate::shares::Shares;
+use crate::shares::{Shares, Turns};
 use crate::streams::Streams;
 
 use announcements::Announcements;
@@ -256,17 +256,26 @@ impl Daemon {
         }
     }
 
-    /// Whoever had work left from an earlier turn, in turn.
+    /// A connection has work left for the next turn.
+    fn goes_on(&mut self, id: u64) {
+        if let Some(uid) = self.user_of(Token::Connection(id)) {
+            self.busy.push(uid, id);
+        }
+    }
+
+    /// Whoever had work left from an earlier turn, first theirs who have used little of this thread.
     fn go_on_with_busy(&mut self) {
         let mut portion = Portion::new();
-        for _ in 0..self.busy.len() {
+        for _ in 0..self.busy.turns.len() {
             if !portion.has_room() {
                 return;
             }
-            if let Some(id) = self.busy.next() {
-                self.serve(id, |daemon| daemon.go_on(id));
-                self.turn.did(|| format!("requests of connection {id}"));
-            }
+            let Some((uid, id)) = self.busy.next(|uid| self.shares.of(uid)) else {
+                return;
+            };
+            self.serve(id, |daemon| daemon.go_on(id));
+            let took = self.turn.did(|| format!("requests of connection {id}"));
+            self.shares.charge(uid, took, self.turn.last);
         }
     }
 
@@ -282,7 +291,7 @@ impl Daemon {
     /// `None` when nothing but an event ends the wait.
     fn wait_until(&self) -> Option<Instant> {
         let rest = self.porters.quick() != 0 || self.porters.has_found() || self.has_notices();
-        if self.busy.len() == 0 && !rest {
+        if self.busy.turns.is_empty() && !rest {
             self.idle_end()
         } else {
             Some(Instant::now())
@@ -491,25 +500,22 @@ impl Portion {
 /// Connections with work left from an earlier turn, each in it once, however often it asks.
 #[derive(Debug, Default)]
 struct Busy {
-    queue: VecDeque<u64>,
+    turns: Turns<(u32, u64)>,
     queued: HashSet<u64>,
 }
 
 impl Busy {
-    fn push(&mut self, id: u64) {
+    fn push(&mut self, uid: u32, id: u64) {
         if self.queued.insert(id) {
-            self.queue.push_back(id);
+            self.turns.push(uid, (uid, id));
         }
     }
 
-    fn next(&mut self) -> Option<u64> {
-        let id = self.queue.pop_front()?;
-        self.queued.remove(&id);
-        Some(id)
-    }
-
-    fn len(&self) -> usize {
-        self.queue.len()
+    /// User and connection.
+    fn next<O: Ord>(&mut self, order: impl Fn(u32) -> O) -> Option<(u32, u64)> {
+        let next = self.turns.next(order)?;
+        self.queued.remove(&next.1);
+        Some(next)
     }
 }
 
@@ -576,13 +582,14 @@ mod tests {
     fn who_asks_often_is_served_once_in_turn() {
         let mut busy = Busy::default();
         for id in [1, 1, 2, 1, 3] {
-            busy.push(id);
+            busy.push(7, id);
         }
-        assert_eq!(busy.len(), 3);
-        assert_eq!(busy.next(), Some(1));
+        assert_eq!(busy.turns.len(), 3);
+        assert_eq!(busy.next(|uid| uid), Some((7, 1)));
         // Who is not done comes last.
-        busy.push(1);
-        let rest: Vec<u64> = std::iter::from_fn(|| busy.next()).collect();
+        busy.push(7, 1);
+        let rest = std::iter::from_fn(|| busy.next(|uid| uid));
+        let rest: Vec<u64> = rest.map(|(_, id)| id).collect();
         assert_eq!(rest, [2, 3, 1]);
     }
 }

@@ -1,9 +1,10 @@
 //! Who has used how much of the control thread lately: who has used little of it is served first.
 //!
 //! A user with a thousand connections that always ask for something gets what the others leave; one who asks for
-//! something now and then waits for what is being done, and for nobody's queue. Only the loop of the daemon calls this.
+//! something now and then waits for what is being done, and for nobody's queue. The loop of the daemon and the porters
+//! call this.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// What was used counts for half after this time.
@@ -47,9 +48,68 @@ impl Shares {
     }
 }
 
+/// Things that wait, each on behalf of a user: those of one user in their order.
+#[derive(Debug)]
+pub struct Turns<T> {
+    waiting: HashMap<u32, VecDeque<T>>,
+    len: usize,
+}
+
+impl<T> Default for Turns<T> {
+    fn default() -> Self {
+        Turns {
+            waiting: HashMap::new(),
+            len: 0,
+        }
+    }
+}
+
+impl<T> Turns<T> {
+    /// One more, behind those of the same user.
+    pub fn push(&mut self, uid: u32, thing: T) {
+        self.waiting.entry(uid).or_default().push_back(thing);
+        self.len += 1;
+    }
+
+    /// The first one of the user of whom `order` is the least.
+    pub fn next<O: Ord>(&mut self, order: impl Fn(u32) -> O) -> Option<T> {
+        let uid = *self.waiting.keys().min_by_key(|uid| order(**uid))?;
+        let things = self.waiting.get_mut(&uid)?;
+        let thing = things.pop_front()?;
+        if things.is_empty() {
+            self.waiting.remove(&uid);
+        }
+        self.len -= 1;
+        Some(thing)
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_least_come_first() {
+        let mut turns = Turns::default();
+        for (uid, thing) in [(7, 1), (8, 2), (7, 3), (9, 4)] {
+            turns.push(uid, thing);
+        }
+        assert_eq!(turns.len(), 4);
+        let order = |uid| [9, 7, 8].iter().position(|of| *of == uid);
+        let all: Vec<i32> = std::iter::from_fn(|| turns.next(order)).collect();
+        assert_eq!(all, [4, 1, 3, 2]);
+        assert!(turns.is_empty());
+    }
 
     #[test]
     fn what_was_used_is_forgotten_by_and_by() {

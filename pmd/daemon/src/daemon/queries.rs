@@ -85,7 +85,7 @@ impl Daemon {
             asker.inbox = Inbox::Answering(Box::new(answering));
         }
         self.rewatch(id)?;
-        self.busy.push(id);
+        self.goes_on(id);
         Ok(())
     }
 
@@ -93,7 +93,7 @@ impl Daemon {
     pub(super) fn go_on_answering(&mut self, id: TenantId) {
         let asker = self.connections.get(id);
         if asker.is_some_and(|asker| matches!(asker.inbox, Inbox::Answering(_))) {
-            self.busy.push(id);
+            self.goes_on(id);
         }
     }
 
@@ -199,7 +199,7 @@ impl Daemon {
         {
             answering.fetching = false;
             answering.fetched = Some(fetched);
-            self.busy.push(asker);
+            self.goes_on(asker);
         }
     }
 

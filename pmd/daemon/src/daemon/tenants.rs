@@ -343,7 +343,7 @@ impl Daemon {
             };
             self.on_request(id, &request)?;
         }
-        self.busy.push(id);
+        self.goes_on(id);
         Ok(())
     }
 
@@ -428,7 +428,7 @@ impl Daemon {
             && tenant.looks < LOOKS
         {
             tenant.throttled = false;
-            self.busy.push(id);
+            self.goes_on(id);
         }
     }
 

@@ -1,0 +1,178 @@
+use super::*;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc::channel;
+
+fn fetch<D: Send + 'static>(porters: &Porters<D>) -> D {
+    let end = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < end {
+        if let Some(found) = porters.take() {
+            return found;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    panic!("no load was carried");
+}
+
+fn owner(uid: u32, connection: u64) -> Owner {
+    Owner { uid, connection }
+}
+
+#[test]
+fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
+    let porters = Porters::new().unwrap();
+    let quick = |uid, connection| {
+        porters.give_quick(owner(uid, connection), move || Some(connection));
+        porters.quick()
+    };
+    assert_eq!(quick(7, 1), 1);
+    // Behind the one before, of the same connection, and carried by a porter when that was carried.
+    assert_eq!(quick(7, 1), 1);
+    assert_eq!(porters.load(), (1, 1));
+    let (who, load) = porters.next_quick(|uid| uid).unwrap();
+    assert_eq!(who.connection, 1);
+    assert_eq!(carry(load), (Some(1), Pace::InTime));
+    porters.carried(Pace::InTime);
+    assert_eq!(fetch(&porters), 1);
+    // This one has to wait: another thread goes on, and trusts its user no more, but others.
+    assert_eq!(quick(7, 2), 1);
+    let (who, load) = porters.next_quick(|uid| uid).unwrap();
+    assert!(porters.take_over() && !porters.take_over());
+    assert_eq!((quick(7, 3), fetch(&porters)), (0, 3));
+    assert_eq!(quick(8, 4), 1);
+    porters.come_back(who, load());
+    assert_eq!(fetch(&porters), 2);
+    assert!(porters.next_quick(|uid| uid).is_some());
+    porters.carried(Pace::InTime);
+    assert_eq!(porters.load(), (0, 0));
+    // Who is late again and again is not trusted either.
+    for connection in 5..8 {
+        assert_eq!(quick(9, connection), 1);
+        assert!(porters.next_quick(|uid| uid).is_some());
+        porters.carried(Pace::Late);
+    }
+    assert_eq!((quick(9, 8), fetch(&porters)), (0, 8));
+}
+
+#[test]
+fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
+    let nap = || {
+        thread::sleep(3 * Trust::QUICK);
+        Some(1)
+    };
+    assert_eq!(carry(Box::new(nap)), (Some(1), Pace::Late));
+    let work = || {
+        let start = processor_time();
+        while processor_time() - start < 2 * Trust::QUICK {}
+        Some(2)
+    };
+    assert_eq!(carry(Box::new(work)), (Some(2), Pace::Late));
+    assert_eq!(carry(Box::new(|| Some(3))), (Some(3), Pace::InTime));
+}
+
+#[test]
+fn trust_comes_back_with_time() {
+    let mut trust = Trust::default();
+    let start = Instant::now();
+    trust.lost(7, start);
+    assert!(!trust.has(7, start) && trust.has(8, start));
+    for late in 0..Trust::LATE {
+        assert!(trust.has(8, start), "{late} times late");
+        trust.late(8, start);
+    }
+    assert!(!trust.has(8, start) && trust.has(9, start));
+    // Many users may be one. While their threads are away, nobody is trusted, and a minute after that.
+    for uid in 100..100 + Trust::LOST as u32 {
+        trust.lost(uid, start);
+    }
+    assert!(!trust.has(9, start));
+    let later = start + 2 * Trust::MEMORY;
+    assert!(!trust.has(9, later));
+    trust.away = 0;
+    assert!(trust.has(9, later) && trust.has(7, later));
+}
+
+#[test]
+fn who_makes_a_porter_wait_waits_alone() {
+    let porters = Porters::new().unwrap();
+    let (end, ended) = channel::<()>();
+    porters.give(owner(7, 1), move || ended.recv().ok().map(|()| 1));
+    for (uid, connection) in [(7, 1), (7, 2), (8, 3), (7, 2)] {
+        let owner = owner(uid, connection);
+        porters.give(owner, move || Some(10 * connection));
+    }
+    let mut found = [fetch(&porters), fetch(&porters), fetch(&porters)];
+    found.sort_unstable();
+    assert_eq!(found, [20, 20, 30]);
+    assert!(porters.take().is_none());
+    assert_eq!(porters.load(), (1, 1));
+    assert_eq!((porters.waiting_of(7), porters.waiting_of(8)), (1, 0));
+    end.send(()).unwrap();
+    // The loads of one connection are carried in order.
+    assert_eq!([fetch(&porters), fetch(&porters)], [1, 10]);
+}
+
+#[test]
+fn a_close_that_lingers_is_interrupted() {
+    let porters = Porters::<()>::new().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65536]).is_ok() {}
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 60,
+    };
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    drop(porters.foreign(owner(7, 1), socket.into()));
+    let start = Instant::now();
+    while porters.load() != (0, 0) {
+        assert!(start.elapsed() < Duration::from_secs(30), "it lingers");
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(peer);
+}
+
+#[test]
+fn there_are_never_too_many_threads() {
+    let porters = Porters::new().unwrap();
+    let (end, ended) = channel::<()>();
+    let ended = Arc::new(Mutex::new(ended));
+    let wait = |uid, connection| {
+        let ended = ended.clone();
+        porters.give(owner(uid, connection), move || {
+            let _ = ended.lock().map(|ended| ended.recv());
+            Some(uid)
+        });
+    };
+    // One user alone does not get them all.
+    for connection in 0..2 * SHARE as u64 {
+        wait(u32::MAX, connection);
+    }
+    assert!(porters.shared.lock().threads <= 2 * SHARE + KEPT);
+    porters.give(owner(1, 1), || Some(1));
+    assert_eq!(fetch(&porters), 1);
+    let end_of_patience = Instant::now() + Duration::from_secs(20);
+    while porters.load() != (SHARE, SHARE) {
+        assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
+        thread::sleep(Duration::from_millis(1));
+    }
+    for user in 0..2 * MOST as u32 {
+        wait(user, 0);
+    }
+    // Who had nothing to carry for a moment may have ended meanwhile.
+    while porters.load().1 != MOST {
+        assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
+        assert!(porters.shared.lock().threads <= MOST);
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(porters.shared.lock().threads, MOST);
+    drop(end);
+    let count = 2 * MOST + 2 * SHARE;
+    let mut found: Vec<u32> = (0..count).map(|_| fetch(&porters)).collect();
+    found.sort_unstable();
+    found.dedup();
+    assert!(found.into_iter().eq((0..2 * MOST as u32).chain([u32::MAX])));
+    assert!(porters.shared.lock().users.is_empty());
+}
