@@ -170,19 +170,13 @@ fn b_spinning_for_long() {
     preloaded("--need-rings --swap", Some("2000"));
 }
 
-/// Cases that fail with the lowest thresholds alone, each with its fault.
-const LOWEST_FAULTS: &str = include_str!("../conformance/lowest-faults.txt");
-
 /// With rings as small as the cases allow, which take a socket buffer for granted.
 #[test]
 fn b_rings_with_the_lowest_limits() {
     let site = Site::with_rings(Mode::Lowest, 64 << 10);
-    for line in LOWEST_FAULTS.lines() {
-        say(&format!("LEFT OUT with the lowest limits: {line}"));
-    }
     check(
         |more| site.client(sockconf()).args(&format!("--need-rings{more}")),
-        &format!("{KNOWN_DIFFERENCES}\n{LOWEST_FAULTS}"),
+        KNOWN_DIFFERENCES,
     );
 }
 

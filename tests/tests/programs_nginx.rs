@@ -28,6 +28,36 @@ fn server_that_closes_after(site: &Site, requests: u32) -> Nginx {
     let port = place::free_port();
     let big = site.folder.write_noise("big", BIG);
     site.folder.write("small", "a small page, as most are\n");
+    let here = site.folder.path().display();
+    let servers = format!("server {{ listen 127.0.0.1:{port}; root {here}; }}");
+    let running = start(site, requests, &servers).wait_for_port(port);
+    Nginx { running, port, big }
+}
+
+/// A proxy in front of another server of the same two workers, with connections to it that are kept. Its port.
+fn proxy(site: &Site) -> (Running, u16) {
+    let (port, behind) = (place::free_port(), place::free_port());
+    site.folder.write_noise("big", BIG);
+    site.folder.write_noise("page", 20_000);
+    let here = site.folder.path().display();
+    let servers = format!(
+        "upstream behind {{ server 127.0.0.1:{behind}; keepalive 16; }}
+    server {{ listen 127.0.0.1:{behind}; root {here}; }}
+    server {{
+        listen 127.0.0.1:{port} reuseport;
+        location / {{
+            proxy_pass http://behind;
+            proxy_http_version 1.1;
+            proxy_set_header Connection \"\";
+        }}
+    }}"
+    );
+    let running = start(site, 1_000_000, &servers).wait_for_port(port);
+    (running, port)
+}
+
+/// nginx with two workers and these servers.
+fn start(site: &Site, requests: u32, servers: &str) -> Running {
     let user = if place::is_root() {
         "user nobody nogroup;"
     } else {
@@ -51,16 +81,12 @@ http {{
     fastcgi_temp_path {here}/fastcgi;
     uwsgi_temp_path {here}/uwsgi;
     scgi_temp_path {here}/scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        root {here};
-    }}
+    {servers}
 }}
 "
     );
     let config = site.folder.write("nginx.conf", &config);
-    let running = site
-        .server(place::command(&["nginx"]))
+    site.server(place::command(&["nginx"]))
         .arg("-p")
         .arg(site.folder.path())
         .arg("-c")
@@ -68,63 +94,6 @@ http {{
         .arg("-e")
         .arg("stderr")
         .start()
-        .wait_for_port(port);
-    Nginx { running, port, big }
-}
-
-/// A proxy in front of another server of the same two workers, with connections to it that are kept. Its port.
-fn proxy(site: &Site) -> (Running, u16) {
-    let (port, behind) = (place::free_port(), place::free_port());
-    site.folder.write_noise("big", BIG);
-    site.folder.write_noise("page", 20_000);
-    let user = if place::is_root() {
-        "user nobody nogroup;"
-    } else {
-        ""
-    };
-    let here = site.folder.path().display();
-    let config = format!(
-        "{user}
-worker_processes 2;
-daemon off;
-pid {here}/nginx.pid;
-error_log stderr notice;
-events {{ worker_connections 1000; }}
-http {{
-    access_log off;
-    sendfile on;
-    tcp_nopush on;
-    keepalive_requests 1000000;
-    client_body_temp_path {here}/body;
-    proxy_temp_path {here}/proxy;
-    fastcgi_temp_path {here}/fastcgi;
-    uwsgi_temp_path {here}/uwsgi;
-    scgi_temp_path {here}/scgi;
-    upstream behind {{ server 127.0.0.1:{behind}; keepalive 16; }}
-    server {{ listen 127.0.0.1:{behind}; root {here}; }}
-    server {{
-        listen 127.0.0.1:{port} reuseport;
-        location / {{
-            proxy_pass http://behind;
-            proxy_http_version 1.1;
-            proxy_set_header Connection \"\";
-        }}
-    }}
-}}
-"
-    );
-    let config = site.folder.write("nginx.conf", &config);
-    let running = site
-        .server(place::command(&["nginx"]))
-        .arg("-p")
-        .arg(site.folder.path())
-        .arg("-c")
-        .arg(config)
-        .arg("-e")
-        .arg("stderr")
-        .start()
-        .wait_for_port(port);
-    (running, port)
 }
 
 fn a_proxy_with_kept_connections(site: Site) {
