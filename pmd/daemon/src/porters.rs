@@ -480,7 +480,7 @@ fn give_way() {
 pub enum Pace {
     /// As a look mostly is.
     InTime,
-    /// It had to wait for somebody, or worked, for longer than [`Trust::QUICK`].
+    /// It had to wait for somebody, or worked, for longer than `Trust::QUICK`.
     Late,
 }
 
