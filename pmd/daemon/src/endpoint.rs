@@ -4,16 +4,24 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, listen, setsockopt, socket, sockopt,
 };
 use nix::unistd::geteuid;
 use rdsock_files::{Obstacle, SocketFile};
+use tracing::warn;
+
+use crate::remains::Holder;
 
 /// The control socket of a daemon that runs for the whole machine.
 const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
+
+/// A process that was killed mostly has ended by then.
+const DYING: Duration = Duration::from_millis(500);
 
 /// Where a daemon makes its socket when nothing else is said.
 pub fn default_socket() -> PathBuf {
@@ -33,6 +41,19 @@ pub enum EndpointError {
     /// Another daemon is there.
     #[error("another rdsockd serves {0}")]
     Taken(PathBuf),
+    /// It is dying, and its socket and lock can't be taken from it.
+    #[error(
+        "rdsockd (process {pid}) was killed, but one of its threads still waits, and with it {path} can't be taken over: {source}; \
+         end what it waits for (`cat /proc/{pid}/task/*/stack` says what that is), or name another path"
+    )]
+    Lingers {
+        /// The process.
+        pid: i32,
+        /// Where it served.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// What is at the path, or around it, is not ours.
     #[error(transparent)]
     Obstacle(Obstacle),
@@ -79,9 +100,12 @@ impl Endpoint {
         if let Some(dir) = path.parent() {
             rdsock_files::make_directory(dir, if root { 0o755 } else { 0o700 })?;
         }
-        // Before a lock file is made beside what may be anything.
-        rdsock_files::check(path)?;
-        let lock = lock(path)?;
+        let lock = match rdsock_files::check(path) {
+            // By one that was killed, maybe. Its lock file is there.
+            Err(Obstacle::Served(_)) if lock_path(path).exists() => lock(path)?,
+            // Before a lock file is made beside what may be anything.
+            looked => looked.map(|()| lock(path))??,
+        };
         let socket = new_socket().map_err(failed("can't make a socket for", path))?;
         // Anybody on the machine may attach to a daemon of root's; each is then subject to policy.
         let mode = if root { 0o666 } else { 0o600 };
@@ -118,17 +142,45 @@ fn new_socket() -> io::Result<OwnedFd> {
     )?)
 }
 
-fn lock(socket: &Path) -> Result<Flock<File>, EndpointError> {
+fn lock_path(socket: &Path) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
     path.push(".lock");
-    let path = PathBuf::from(path);
-    match Flock::lock(
-        rdsock_files::open_lock(&path)?,
-        FlockArg::LockExclusiveNonblock,
-    ) {
-        Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(EndpointError::Taken(socket.to_owned())),
-        Err((_, error)) => Err(failed("can't lock", &path)(error.into())),
+    path.into()
+}
+
+/// Locks the file beside the socket. From a daemon that was killed and does not come to its end the lock is taken away, and
+/// the socket with it.
+fn lock(socket: &Path) -> Result<Flock<File>, EndpointError> {
+    let path = lock_path(socket);
+    let mut file = rdsock_files::open_lock(&path)?;
+    let start = Instant::now();
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, error)) => return Err(failed("can't lock", &path)(error.into())),
+        };
+        match Holder::of(&file).map_err(failed("can't see who has locked", &path))? {
+            Some(holder) if holder.is_dying() => {
+                if start.elapsed() < DYING {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+                warn!(
+                    pid = holder.pid,
+                    "a daemon that was killed still holds the socket: taking it over"
+                );
+                let taken = holder.take_away(&file);
+                taken.map_err(|source| EndpointError::Lingers {
+                    pid: holder.pid,
+                    path: socket.to_owned(),
+                    source,
+                })?;
+            }
+            // It has ended just now, if it can be seen at all.
+            None if start.elapsed() < DYING => std::thread::sleep(Duration::from_millis(5)),
+            _ => return Err(EndpointError::Taken(socket.to_owned())),
+        }
     }
 }
 

@@ -33,6 +33,7 @@ pub mod porters;
 pub mod process;
 pub mod queries;
 pub mod relay;
+mod remains;
 pub mod rights;
 pub mod search;
 pub mod shares;

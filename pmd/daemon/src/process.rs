@@ -211,13 +211,7 @@ impl Peer {
     /// A duplicate of its descriptor `fd`. Where this process may not have one (Yama, a daemon without privilege),
     /// `EPERM`; where the kernel or a filter does not know the call, `ENOSYS`.
     pub fn duplicate(&self, fd: i32) -> io::Result<OwnedFd> {
-        // SAFETY: takes three integers, returns a new fd or -1.
-        let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0) };
-        if got < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call above returned this fd, and nothing else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
+        duplicate(&self.pidfd, fd)
     }
 
     /// Whether it has something open as `fd`, to be read and written as a socket is. What that is can't be told quickly:
@@ -322,6 +316,9 @@ fn mapping_at(maps: &OwnedFd, address: u64) -> nix::Result<FileId> {
 /// Asks who a process is (`include/uapi/linux/pidfd.h`).
 pub const PIDFD_GET_INFO: u64 = nix::request_code_readwrite!(0xff, 11, size_of::<PidfdInfo>());
 
+/// A pidfd of a thread (`include/uapi/linux/pidfd.h`).
+const PIDFD_THREAD: i32 = libc::O_EXCL;
+
 /// As in Linux 6.13. Later kernels take it, too.
 #[repr(C)]
 #[derive(Default)]
@@ -374,14 +371,32 @@ fn capabilities(pid: i32) -> Option<[u64; 3]> {
     (result == 0).then_some([inheritable, permitted, effective])
 }
 
+/// A duplicate of what another process, or a thread of it, has open as `fd`. Errors as for [`Peer::duplicate`].
+pub(crate) fn duplicate(pidfd: &OwnedFd, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes three integers, returns a new fd or -1.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
+}
+
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers, returns a new fd or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// A pidfd of one thread, also of one whose process has no first thread any more. `EINVAL` before Linux 6.9.
+pub(crate) fn pidfd_of_thread(tid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers, returns a new fd or -1.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, PIDFD_THREAD) })
+}
+
+/// What a system call that makes a descriptor has returned.
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    match fd {
+        0.. => {
+            // SAFETY: the system call made it just now, and nothing else owns it.
+            Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+        }
+        _ => Err(io::Error::last_os_error()),
     }
-    // SAFETY: the call above returned this fd, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 fn is_alive(pidfd: &OwnedFd) -> bool {

@@ -43,7 +43,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    connect, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    connect, getsockopt, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use rdsock_shm::control::{
@@ -130,6 +130,26 @@ impl Daemon {
         self.child.wait().unwrap();
         self.child = Self::command(&self.dir).spawn().unwrap();
         self.wait_for_socket();
+    }
+
+    /// Starts another one in its place, which has been killed and may not have ended. Returns what is left of that.
+    pub fn succeed(&mut self) -> Child {
+        let before = std::mem::replace(&mut self.child, Self::command(&self.dir).spawn().unwrap());
+        let end = Instant::now() + Duration::from_secs(60);
+        let is_there = || {
+            let caller = Tenant::stranger(self)?;
+            Some(
+                getsockopt(&caller.socket, sockopt::PeerCredentials)
+                    .unwrap()
+                    .pid()
+                    == self.pid(),
+            )
+        };
+        while is_there() != Some(true) {
+            assert!(Instant::now() < end, "the daemon does not take the place");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        before
     }
 
     /// Its exit status, when it ends within ten seconds.

@@ -1,0 +1,92 @@
+//! A daemon that was killed, and whose threads can't be ended, does not keep another one from its place, nor the programs that
+//! were attached to it from that one.
+
+mod tenant;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use rdsock_shm::control::{Message, kind};
+use tenant::actor::{Actor, Part, is_root, listen, say};
+use tenant::measure::Honest;
+use tenant::silent::{FileSystem, be_file_system};
+use tenant::{Answer, Daemon, Tenant};
+
+/// Waits until a thread of the daemon is where no signal ends it.
+fn wait_for_held_thread(daemon: &Daemon) {
+    let end = Instant::now() + Duration::from_secs(60);
+    let tasks = format!("/proc/{}/task", daemon.pid());
+    let held = || {
+        std::fs::read_dir(&tasks).unwrap().any(|task| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status"));
+            status.is_ok_and(|status| status.contains("State:\tD"))
+        })
+    };
+    while !held() {
+        assert!(Instant::now() < end, "no thread is held up");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The part of who holds the daemon up: no process that has the file can be ended or can start another one.
+fn be_sender(part: &Part) {
+    let file = File::open(listen().unwrap()).unwrap();
+    say("opened");
+    assert_eq!(listen().as_deref(), Some("send"));
+    let tenant = Tenant::attach_at(&part.socket);
+    tenant.send(Message::empty(kind::KICK).as_bytes(), &[file.as_raw_fd()]);
+    std::mem::forget((file, tenant));
+    say("sent");
+    let _ = listen();
+}
+
+#[test]
+fn a_killed_daemon_that_can_not_end_is_succeeded() {
+    let test = "a_killed_daemon_that_can_not_end_is_succeeded";
+    if let Some(part) = Part::of_this() {
+        return match part.name.as_str() {
+            "sender" => be_sender(&part),
+            _ => be_file_system(&part),
+        };
+    }
+    if !is_root() {
+        return;
+    }
+    let mut daemon = Daemon::start("ring_size = 65536\nhuge_pages = \"never\"\n");
+    let mut attached = Tenant::attach(&daemon);
+    let mut sender = Actor::start_with(test, "sender", &daemon.socket(), |_| {});
+    // Ended first, whatever happens: else nobody gets rid of the file.
+    let Some(mut system) = FileSystem::start(test, None) else {
+        return;
+    };
+    sender.say(system.path().to_str().unwrap());
+    sender.hear("opened");
+    system.silence();
+    sender.say("send");
+    sender.hear("sent");
+    // What ends a look after some milliseconds does not end this.
+    wait_for_held_thread(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    let mut lingers = daemon.succeed();
+    assert_eq!(lingers.try_wait().unwrap(), None);
+    // As if the process had ended.
+    assert!(matches!(attached.receive(), Answer::Closed));
+    Honest::new(&daemon).promotion();
+    drop(system);
+    lingers.wait().unwrap();
+}
+
+#[test]
+fn one_that_lives_is_not_succeeded() {
+    let daemon = Daemon::start("");
+    daemon.signal(Signal::SIGSTOP);
+    let error = rdsockd::endpoint::Endpoint::new(&daemon.socket()).unwrap_err();
+    assert!(
+        error.to_string().contains("another rdsockd serves"),
+        "{error}"
+    );
+    daemon.signal(Signal::SIGCONT);
+    let _ = Tenant::attach(&daemon);
+}
