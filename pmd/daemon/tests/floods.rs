@@ -6,16 +6,17 @@ mod tenant;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
-use rdsock_shm::control::{Between, Message, Request, kind, question, request as what};
+use rdsock_shm::control::{Between, Message, Query, Request, kind, question, request as what};
 use serde_json::Value;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
@@ -353,6 +354,105 @@ fn who_hangs_up_while_looks_at_it_wait_is_watched_no_more() {
     // The rest of what it said is read, and its end.
     drop(file);
     daemon.wait_until("it is gone", |stat| stat["tenants_now"] == 2);
+}
+
+/// The same for who has not read its answers, and makes room for more of them while nobody can send them: all porters of its
+/// user are held up.
+#[test]
+fn who_has_room_for_answers_that_wait_is_watched_no_more() {
+    if let Some(part) = Part::of_this() {
+        return match part.name.as_str() {
+            "attacker" => leave_answers(&part),
+            _ => be_file_system(&part),
+        };
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let test = "who_has_room_for_answers_that_wait_is_watched_no_more";
+    let start = |fd| {
+        let mut attacker = Actor::start_with(test, "attacker", &daemon.socket(), |command| {
+            command.uid(ATTACKER).gid(ATTACKER);
+            let keep = move || fcntl(borrowed(fd), FcntlArg::F_SETFD(FdFlag::empty()));
+            // SAFETY: one system call between fork and exec.
+            unsafe { command.pre_exec(move || keep().map(|_| ()).map_err(io::Error::from)) };
+        });
+        attacker.say(&fd.to_string());
+        attacker.hear("there");
+        attacker
+    };
+    let Some((file, attacker)) = SilentFile::open_for(test, start) else {
+        return;
+    };
+    // The file goes first, whatever happens: nobody who has it ends before.
+    let (mut attacker, file) = (attacker, file);
+    attacker.say("attack");
+    attacker.hear("attacked");
+    daemon.wait_until("porters are held up", |_| held_up(&daemon) >= SHARE);
+    attacker.say("read");
+    let read = attacker.hear_numbers("read")[0] as usize;
+    assert!((1..ANSWERS).contains(&read), "{read} messages");
+    let turns = daemon.counter("turns");
+    std::thread::sleep(Duration::from_secs(1));
+    let turns = daemon.counter("turns") - turns;
+    println!("{turns} turns");
+    assert!(
+        turns < 200,
+        "{turns} turns of the control thread for nothing"
+    );
+    Honest::new(&daemon).promotion();
+    drop(file);
+}
+
+/// Answers, of two messages and more each, that fill a socket.
+const ANSWERS: usize = 150;
+/// Porters that a user has at most.
+const SHARE: usize = 8;
+
+/// Threads of the daemon that no signal ends.
+fn held_up(daemon: &Daemon) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let states =
+        tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).ok());
+    states.filter(|status| status.contains("State:\tD")).count()
+}
+
+fn borrowed(fd: i32) -> BorrowedFd<'static> {
+    // SAFETY: it stays open until the test is over.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// The part of who does not read, and has a file that does not answer.
+fn leave_answers(part: &Part) {
+    let file = listen().unwrap().parse().unwrap();
+    let mut unread = Tenant::attach_at(&part.socket);
+    let others: Vec<_> = (0..SHARE)
+        .map(|_| Tenant::attach_at(&part.socket))
+        .collect();
+    say("there");
+    assert_eq!(listen().as_deref(), Some("attack"));
+    let question = Query {
+        what: question::STAT,
+        pid: 0,
+    };
+    for _ in 0..ANSWERS {
+        unread.send(Message::new(kind::QUERY, &question).as_bytes(), &[]);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    for other in &others {
+        other.send(Message::empty(kind::KICK).as_bytes(), &[file]);
+    }
+    say("attacked");
+    assert_eq!(listen().as_deref(), Some("read"));
+    let mut read = 0;
+    while let Some(Answer::Message(..)) = unread.receive_within(Duration::from_millis(200)) {
+        read += 1;
+    }
+    say(&format!("read {read}"));
+    let _ = listen();
+    // Closing the file would wait.
+    std::process::abort();
 }
 
 /// Sockets for which somebody has to look before anything more of the same connection is received.

@@ -426,6 +426,13 @@ impl Daemon {
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
         };
+        // Room is no news until what is sent now has found none again, which may take long.
+        if std::mem::replace(&mut connection.wants_write, false) {
+            self.rewatch(id)?;
+        }
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
         let Some(batch) = connection.channel.batch() else {
             if connection.channel.queued() == 0 {
                 self.go_on_answering(id);
