@@ -134,7 +134,7 @@ fn a_thread_that_starts_late_is_confined() {
     let server = Server::start(nodes.server());
     let mut client = Client::at(&nodes.client().socket());
     let bound = Bound::new(0).unwrap();
-    let reached = client.reach(bound.port, server.address());
+    let reached = client.reach(&bound, server.address());
     let mut stream = client.go(bound, &reached).unwrap();
     stream.write_all(b"confined").unwrap();
     assert!(server.receives("confined", Duration::from_secs(60)));
