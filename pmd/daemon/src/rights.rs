@@ -8,11 +8,12 @@
 //! Porters gather the facts that may have to be waited for ([`look`]); the decisions wait for nobody.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::sys::socket::{SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
 use rdsock_shm::control::Request;
 use rdsock_shm::reason::Reason;
@@ -180,6 +181,8 @@ pub struct Look {
     pub cookie: u64,
     /// Other processes may hold it, too: search them, with those of this user.
     pub search: Option<Arc<Searches>>,
+    /// Where it has to be bound: to this port, and to this address or, unspecified, to none.
+    pub bound: Option<SocketAddr>,
 }
 
 /// A socket that a process was found to hold, while it was who it was at HELLO.
@@ -199,6 +202,9 @@ pub enum NotHeld {
     /// It does not.
     #[error("its process does not hold this socket")]
     Socket,
+    /// The socket is bound elsewhere.
+    #[error("its socket is not bound there")]
+    Elsewhere,
     /// The daemon may have no duplicates of descriptors, and this is another user's process.
     #[error("pidfd_getfd is refused, and it is not this daemon's user")]
     Unseen,
@@ -215,6 +221,9 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
             // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, those are asked who
             // look for its cookie.
             let cookie = cookie_of(duplicate.as_fd()).ok_or(NotHeld::Socket)?;
+            if look.bound.is_some_and(|bound| !is_bound(&duplicate, bound)) {
+                return Err(NotHeld::Elsewhere);
+            }
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
         }
@@ -242,6 +251,22 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
         inode,
         shared,
     })
+}
+
+/// Is a socket bound to this port, and to this address or, unspecified, to none? The socket's lock is waited for.
+fn is_bound(socket: &impl AsRawFd, to: SocketAddr) -> bool {
+    let name = getsockname(socket.as_raw_fd()).ok();
+    let own = name.as_ref().and_then(socket_address);
+    let same = |own: IpAddr, ip: IpAddr| own == ip || own.is_unspecified() && ip.is_unspecified();
+    own.is_some_and(|own| own.port() == to.port() && same(own.ip().to_canonical(), to.ip()))
+}
+
+/// An IPv4 or IPv6 address as the kernel says it.
+pub fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in();
+    let v4 = v4.map(|address| SocketAddrV4::from(*address).into());
+    let v6 = || Some(SocketAddrV6::from(*address.as_sockaddr_in6()?).into());
+    v4.or_else(v6)
 }
 
 /// By Yama or another security module; by a filter of system calls; by a kernel that does not have the call yet.

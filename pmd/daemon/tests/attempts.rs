@@ -152,7 +152,7 @@ fn strangers_at_the_anchors_port_hold_up_nobody() {
     let bystander = Bystander::new(nodes.client());
     let mut client = Client::at(&nodes.client().socket());
     let from = Bound::new(0).unwrap();
-    let reached = client.reach(from.port, server.address());
+    let reached = client.reach(&from, server.address());
     let anchors = SocketAddr::from((Ipv4Addr::LOCALHOST, reached.anchor_port as u16));
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -15,6 +15,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
+use rdsock_shm::reason::Reason;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::Bystander;
 use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
@@ -34,10 +35,18 @@ fn play(part: &Part) {
     }
 }
 
+/// Lets this process have as many descriptors as it may.
+fn raise_limits() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+}
+
 /// A client that does as it is told, whatever is true.
 fn be_client(part: &Part) {
+    raise_limits();
     let mut client = Client::at(&part.socket);
-    let mut kept = Vec::new();
+    let (mut kept, mut bounds) = (Vec::new(), Vec::new());
+    let own = Bound::new(0).unwrap();
     say("ready");
     while let Some(line) = listen() {
         let (word, rest) = line.split_once(' ').unwrap();
@@ -45,14 +54,15 @@ fn be_client(part: &Part) {
         let [port, to, count] = numbers.collect::<Vec<_>>().try_into().unwrap();
         let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), to);
         match word {
-            // From a port that may be another's.
+            // From a port that is another's.
             "reach" => {
-                let reached = client.reach(port, to);
-                say(&format!("reached {}", reached.ticket));
+                client.ask_as(&own, (Ipv4Addr::LOCALHOST, port), to);
+                say(&format!("reached {}", client.answer().ticket));
             }
             // The same, often, without a look at the answers.
             "ask" => {
-                (0..count).for_each(|_| client.ask(port, to));
+                let name = (Ipv4Addr::LOCALHOST, port);
+                (0..count).for_each(|_| client.ask_as(&own, name, to));
                 say("asked");
             }
             // So that there are always many under way.
@@ -62,7 +72,7 @@ fn be_client(part: &Part) {
                 let end = Instant::now() + Duration::from_secs(count.into());
                 while Instant::now() < end {
                     for _ in under_way..UNDER_WAY {
-                        client.ask(port, to);
+                        client.ask(&own, to);
                     }
                     under_way = UNDER_WAY - 1;
                     client.tenant.receive();
@@ -74,8 +84,10 @@ fn be_client(part: &Part) {
             }
             // From ever new ports.
             "flood" => {
-                for number in 0..count {
-                    client.ask(port + number, to);
+                for _ in 0..count {
+                    let from = Bound::new(0).unwrap();
+                    client.ask(&from, to);
+                    bounds.push(from);
                     while client.tenant.receive_within(Duration::ZERO).is_some() {}
                 }
                 say("flooded");
@@ -92,7 +104,7 @@ fn be_client(part: &Part) {
             // As an honest one: bytes to the other node.
             "go" => {
                 let bound = Bound::new(0).unwrap();
-                let reached = client.reach(bound.port, to);
+                let reached = client.reach(&bound, to);
                 if reached.ticket == 0 {
                     say(&format!("went not: reason {}", reached.reason));
                     continue;
@@ -110,8 +122,7 @@ fn be_client(part: &Part) {
 /// Says from very many connections that it listens on a socket, and hands it to a child.
 fn be_many_holders(part: &Part) {
     const HOLDERS: usize = 900;
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    raise_limits();
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
     let mut holders = Vec::new();
     for _ in 0..HOLDERS {
@@ -215,17 +226,17 @@ scene!(a_port_of_another_user_brings_nothing, |test| {
             When::Before => {
                 attacker.say(&format!("reach {port} {to} 0"));
                 attacker.hear("reached");
-                victim.reach(port, right.address())
+                victim.reach(&bound, right.address())
             }
             When::Between => {
-                let reached = victim.reach(port, right.address());
+                let reached = victim.reach(&bound, right.address());
                 attacker.say(&format!("reach {port} {to} 0"));
                 attacker.hear("reached");
                 reached
             }
             When::Meanwhile => {
                 attacker.say(&format!("ask {port} {to} 5"));
-                let reached = victim.reach(port, right.address());
+                let reached = victim.reach(&bound, right.address());
                 attacker.hear("asked");
                 reached
             }
@@ -248,6 +259,36 @@ scene!(a_port_of_another_user_brings_nothing, |test| {
     assert!(lost.is_empty(), "did not come: {lost:?}");
 });
 
+// The other node's program is told from where its connection comes: a port says who may be there, an address too.
+scene!(
+    nobody_asks_from_a_port_or_an_address_that_is_not_theirs,
+    |_| {
+        let nodes = Nodes::start(["", ""]);
+        let server = Server::start(nodes.server());
+        let mut client = Client::at(&nodes.client().socket());
+        let (own, taken) = (Bound::new(0).unwrap(), Bound::new(0).unwrap());
+        let elsewhere = Ipv4Addr::new(127, 0, 0, 3);
+        for name in [
+            (Ipv4Addr::LOCALHOST, 22),
+            (Ipv4Addr::LOCALHOST, 0),
+            (Ipv4Addr::LOCALHOST, taken.port),
+            (Ipv4Addr::UNSPECIFIED, own.port),
+            (elsewhere, own.port),
+        ] {
+            client.ask_as(&own, name, server.address());
+            let reached = client.answer();
+            let refused = (reached.ticket, Reason::from_code(reached.reason));
+            assert_eq!(refused, (0, Some(Reason::Unverified)), "{name:?}");
+        }
+        assert_eq!(
+            nodes.server().counter("incoming"),
+            0,
+            "the other node was asked"
+        );
+        assert_ne!(client.reach(&own, server.address()).ticket, 0);
+    }
+);
+
 scene!(a_promise_is_not_for_who_takes_the_port, |test| {
     let nodes = Nodes::start(["", ""]);
     let server = Server::start(nodes.server());
@@ -257,7 +298,7 @@ scene!(a_promise_is_not_for_who_takes_the_port, |test| {
     for _ in 0..5 {
         let bound = Bound::new(0).unwrap();
         let (port, to) = (bound.port, server.address().port());
-        let reached = victim.reach(port, server.address());
+        let reached = victim.reach(&bound, server.address());
         assert_ne!(reached.ticket, 0);
         drop(bound);
         attacker.say(&format!("take {port} {to} {}", reached.anchor_port));
@@ -275,7 +316,7 @@ scene!(nobody_makes_holes_where_a_poll_core_looks, |_| {
     let server = Server::start(nodes.server());
     let mut client = Client::at(&nodes.client().socket());
     let bound = Bound::new(0).unwrap();
-    let reached = client.reach(bound.port, server.address());
+    let reached = client.reach(&bound, server.address());
     let _anchor = client.go(bound, &reached).unwrap();
     let (promote, fds) = client.tenant.promote();
     assert_eq!((promote.node, fds.len()), (2, 2));
@@ -296,7 +337,7 @@ scene!(only_who_has_a_connection_is_told_whose_it_is, |test| {
     asker.hear("ready");
     let mut client = Client::at(&nodes.client().socket());
     let bound = Bound::new(0).unwrap();
-    let reached = client.reach(bound.port, server.address());
+    let reached = client.reach(&bound, server.address());
     let _stream = client.go(bound, &reached).unwrap();
     let (accepted, peer) = server.listener.accept().unwrap();
     let (port, netns) = (server.address().port(), tenant::netns_of(&accepted));
@@ -398,7 +439,7 @@ scene!(nobody_listens_in_the_name_of_another_program, |test| {
     let port = listener.split(' ').next_back().unwrap().parse().unwrap();
     let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
     let mut client = Client::at(&nodes.client().socket());
-    let reached = client.reach(Bound::new(0).unwrap().port, to);
+    let reached = client.reach(&Bound::new(0).unwrap(), to);
     assert_eq!(
         reached.ticket, 0,
         "a program that is no tenant is given a connection, and another one could announce it"
@@ -434,7 +475,7 @@ scene!(users_of_two_nodes_are_served, |test| {
     let mut client = Client::at(&nodes.client().socket());
     for round in 0..5 {
         let bound = Bound::new(0).unwrap();
-        let reached = client.reach(bound.port, server.address());
+        let reached = client.reach(&bound, server.address());
         assert_ne!(reached.ticket, 0);
         let text = format!("round {round}");
         let mut stream = client.go(bound, &reached).unwrap();

@@ -3,6 +3,7 @@
 mod tenant;
 
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -15,6 +16,7 @@ use nix::unistd::{ForkResult, fork, geteuid};
 use rdsock_shm::control::kind;
 use rdsockd::confine::{Confine, Confinement, DeviceKind, Filter};
 use rdsockd::search::{OtherHolder, Searches};
+use tenant::nodes::{Bound, Client, Nodes, Server};
 use tenant::{Answer, Daemon, Tenant};
 
 /// Of a user whom nothing else belongs to.
@@ -80,20 +82,17 @@ fn socket_inode(pid: i32, fd: i32) -> Option<u64> {
     inode.parse().ok()
 }
 
-#[test]
-fn every_thread_is_confined() {
-    let (_fabric, daemon) = with_a_model("");
-    // Answered, so it serves.
-    let stat = daemon.stat();
-    let needed = DAC_READ_SEARCH | SYS_PTRACE | SYS_ADMIN | LINUX_IMMUTABLE;
-    let own = Status::of("/proc/self/status");
-    let kept = needed & own.capabilities("CapPrm");
-    let threads = threads(daemon.pid());
-    let names: Vec<&str> = threads.iter().map(|(name, _)| name.as_str()).collect();
-    for name in ["rdsockd", "rde-link", "rdsock-anchors", "rdsock-poll"] {
-        assert!(names.contains(&name), "{name} is not among {names:?}");
-    }
-    for (name, status) in &threads {
+const NEEDED: u64 = DAC_READ_SEARCH | SYS_PTRACE | SYS_ADMIN | LINUX_IMMUTABLE;
+
+/// The capabilities that a daemon which was started from here keeps.
+fn kept() -> u64 {
+    NEEDED & Status::of("/proc/self/status").capabilities("CapPrm")
+}
+
+/// None of them can do more than the daemon needs.
+fn are_confined(threads: &[(String, Status)]) {
+    let kept = kept();
+    for (name, status) in threads {
         assert_eq!(status.line("Seccomp"), "2", "{name}");
         assert_eq!(status.line("NoNewPrivs"), "1", "{name}");
         for set in ["CapEff", "CapPrm"] {
@@ -103,16 +102,48 @@ fn every_thread_is_confined() {
             assert_eq!(status.capabilities(set), 0, "{set} of {name}");
         }
         if geteuid().is_root() {
-            let beyond = status.capabilities("CapBnd") & !needed;
+            let beyond = status.capabilities("CapBnd") & !NEEDED;
             assert_eq!(beyond, 0, "CapBnd of {name}");
         }
     }
+}
+
+#[test]
+fn every_thread_is_confined() {
+    let (_fabric, daemon) = with_a_model("");
+    // Answered, so it serves.
+    let stat = daemon.stat();
+    let threads = threads(daemon.pid());
+    let names: Vec<&str> = threads.iter().map(|(name, _)| name.as_str()).collect();
+    for name in ["rdsockd", "rde-link", "rdsock-poll"] {
+        assert!(names.contains(&name), "{name} is not among {names:?}");
+    }
+    are_confined(&threads);
     let confinement = &stat["daemon"]["confinement"];
     assert_eq!(confinement["other_calls"], "refused", "{confinement}");
     assert_eq!(confinement["no_new_privs"], true, "{confinement}");
     assert_eq!(confinement["missing"].as_array().unwrap().len(), 0);
     let names = confinement["capabilities"].as_array().unwrap();
-    assert_eq!(names.len(), kept.count_ones() as usize, "{confinement}");
+    assert_eq!(names.len(), kept().count_ones() as usize, "{confinement}");
+}
+
+// The thread for a user's anchors starts with its first stream to another node.
+#[test]
+fn a_thread_that_starts_late_is_confined() {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let reached = client.reach(&bound, server.address());
+    let mut stream = client.go(bound, &reached).unwrap();
+    stream.write_all(b"confined").unwrap();
+    assert!(server.receives("confined", Duration::from_secs(60)));
+    for daemon in &nodes.daemons {
+        let threads = threads(daemon.pid());
+        let late = threads.iter().any(|(name, _)| name == "rdsock-anchors");
+        assert!(late, "no thread has been started");
+        are_confined(&threads);
+    }
 }
 
 #[test]

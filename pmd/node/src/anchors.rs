@@ -1,8 +1,13 @@
-//! The anchors' thread: everything that a stream to another node asks of the kernel, so that poll cores
+//! An anchors' thread: everything that a user's streams to other nodes ask of the kernel, so that poll cores
 //! ask nothing of it. It carries the bytes of programs that are on their anchors (before they were
 //! promoted, after they left), sends wake bytes, and sees programs close and die. It sleeps in epoll.
+//!
+//! A program decides what a byte to it costs: loopback wakes whoever waits at the receiving socket in the sender's time, and
+//! half a million may (duplicates of one's own end in epoll instances). So no thread sends to programs of two users: each
+//! user's streams on a poll core have a [`Desk`] and a thread of their own, which ends with the last of them.
 
-use crate::mail::{Look, Mail, Waker};
+use crate::desk::{Attach, Desk};
+use crate::mail::Look;
 use crate::memory::{Area, STAGING};
 use crate::socket::Socket;
 use crate::stream::{NONE, NodeStream, seen, todo};
@@ -15,60 +20,15 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The event of the thread's own waker; no ticket has this number.
 const WAKER: u64 = 0;
 /// Events taken at once.
 const EVENTS: usize = 64;
-
-/// A socket that a stream to another node has on this host.
-#[derive(Debug)]
-pub struct Attach {
-    /// The stream.
-    pub stream: Arc<NodeStream>,
-    /// The daemon's end of the program's connection.
-    pub socket: OwnedFd,
-}
-
-/// What the thread shares with the others.
-#[derive(Debug)]
-pub struct Desk {
-    /// New anchors.
-    pub attach: Mail<Attach>,
-    /// Streams to look at.
-    pub look: Look,
-    /// Ends the thread.
-    pub stop: AtomicBool,
-    waker: Arc<Waker>,
-}
-
-impl Desk {
-    /// For so many streams.
-    pub fn new(streams: usize) -> io::Result<Self> {
-        let waker = Arc::new(Waker::new()?);
-        Ok(Desk {
-            attach: Mail::new(streams, waker.clone()),
-            look: Look::new(streams, waker.clone(), 1),
-            stop: AtomicBool::new(false),
-            waker,
-        })
-    }
-
-    /// Asks for something, see [`mod@todo`].
-    #[inline]
-    pub fn ask(&self, stream: &Arc<NodeStream>, what: u32) {
-        stream.todo.fetch_or(what, Ordering::AcqRel);
-        self.look.put(stream);
-    }
-
-    /// Ends the thread soon.
-    pub fn end(&self) {
-        self.stop.store(true, Ordering::Release);
-        self.waker.wake();
-    }
-}
-
+/// Calls that read an anchor, or write it, before the others have their turn. A program that goes on and on is served again
+/// behind them.
+const ROUNDS: usize = 16;
 /// Where the bytes from the program come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
@@ -95,6 +55,24 @@ enum Writing {
     Ended,
 }
 
+/// What is left to do at an anchor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// Nothing, or epoll tells when there is something.
+    Nothing,
+    /// Its program goes on and on.
+    More,
+}
+
+impl Rest {
+    fn or(self, other: Rest) -> Rest {
+        match self {
+            Rest::More => self,
+            Rest::Nothing => other,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Anchor {
     stream: Arc<NodeStream>,
@@ -115,28 +93,32 @@ struct Anchor {
 
 /// The thread's state.
 pub(crate) struct Anchors {
-    desk: Arc<Desk>,
+    anchors: HashMap<u64, Anchor>,
     core: Arc<Look>,
     epoll: Epoll,
-    anchors: HashMap<u64, Anchor>,
+    // Behind the descriptors that it pays for.
+    desk: Arc<Desk>,
 }
 
 impl Anchors {
     pub fn new(desk: Arc<Desk>, core: Arc<Look>) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(desk.waker.fd(), EpollEvent::new(EpollFlags::EPOLLIN, WAKER))?;
+        epoll.add(
+            desk.waker().fd(),
+            EpollEvent::new(EpollFlags::EPOLLIN, WAKER),
+        )?;
         Ok(Anchors {
-            desk,
+            anchors: HashMap::new(),
             core,
             epoll,
-            anchors: HashMap::new(),
+            desk,
         })
     }
 
     pub fn run(mut self) {
         let mut events = [EpollEvent::empty(); EVENTS];
         while !self.desk.stop.load(Ordering::Acquire) {
-            self.desk.waker.start_sleep();
+            self.desk.waker().start_sleep();
             let idle = self.desk.look.is_empty() && self.desk.attach.is_empty();
             let timeout = if idle && !self.desk.stop.load(Ordering::Acquire) {
                 EpollTimeout::NONE
@@ -144,7 +126,7 @@ impl Anchors {
                 EpollTimeout::ZERO
             };
             let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
-            self.desk.waker.end_sleep();
+            self.desk.waker().end_sleep();
             for event in events.iter().take(count) {
                 if event.data() != WAKER {
                     self.on_event(event.data(), event.events());
@@ -156,41 +138,35 @@ impl Anchors {
                 };
                 self.attach(attach);
             }
-            for _ in 0..EVENTS {
+            // Not those that are put there meanwhile: their turn is the next one.
+            for _ in 0..self.desk.look.len().min(EVENTS) {
                 let Some(stream) = self.desk.look.take() else {
                     break;
                 };
                 self.look(&stream);
             }
         }
-        // What it was asked before its end: programs are to see how their streams ended.
-        while let Some(stream) = self.desk.look.take() {
-            self.look(&stream);
+        // What it was asked before its end: programs are to see how their streams ended. None of them is gone on with.
+        for _ in 0..self.desk.look.len() {
+            if let Some(stream) = self.desk.look.take() {
+                self.look(&stream);
+            }
         }
+        self.anchors.clear();
+        // They hold their places here.
+        while self.desk.look.take().is_some() || self.desk.attach.take().is_some() {}
     }
 
     fn attach(&mut self, Attach { stream, socket }: Attach) {
-        let watches = EpollFlags::EPOLLIN;
         if let Err(error) = self
             .epoll
-            .add(&socket, EpollEvent::new(watches, stream.ticket))
+            .add(&socket, EpollEvent::new(WATCHES, stream.ticket))
         {
             tracing::warn!("an anchor can't be watched: {error}");
             stream.seen.fetch_or(seen::BROKEN, Ordering::AcqRel);
             return self.core.put(&stream);
         }
-        let anchor = Anchor {
-            socket: Socket(socket),
-            reading: Reading::Anchor,
-            writing: Writing::Anchor,
-            received: 0,
-            drained: AtomicU32::new(0),
-            watches,
-            watched: true,
-            broken: false,
-            hung_up: false,
-            stream: stream.clone(),
-        };
+        let anchor = Anchor::new(stream.clone(), socket);
         self.anchors.insert(stream.ticket, anchor);
         self.look(&stream);
     }
@@ -201,8 +177,13 @@ impl Anchors {
         };
         // What was sent comes before the end, whatever that is, and is read before a send finds it.
         let end = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
+        let mut rest = Rest::Nothing;
         if flags.intersects(EpollFlags::EPOLLIN | end) {
-            anchor.read();
+            rest = anchor.read();
+        }
+        if rest == Rest::More && flags.intersects(end) {
+            // The end is told of again, when all that has been read.
+            return self.core.put(&anchor.stream);
         }
         if flags.intersects(EpollFlags::EPOLLERR) && anchor.reading != Reading::Ended {
             anchor.fail("the program's socket has an error");
@@ -211,9 +192,20 @@ impl Anchors {
             anchor.hang_up();
         }
         if flags.intersects(EpollFlags::EPOLLOUT) {
-            anchor.write();
+            rest = rest.or(anchor.write());
         }
+        self.after(ticket, rest);
+    }
+
+    /// Something was done for a stream: what is left to do comes behind what others wait for.
+    fn after(&mut self, ticket: u64, rest: Rest) {
+        let Some(anchor) = self.anchors.get_mut(&ticket) else {
+            return;
+        };
         anchor.watch(&self.epoll);
+        if rest == Rest::More {
+            self.desk.look.put(&anchor.stream);
+        }
         self.core.put(&anchor.stream);
     }
 
@@ -235,14 +227,30 @@ impl Anchors {
         if what & (todo::WAKE_BYTES | todo::WAKE_SPACE) != 0 {
             anchor.wake(what);
         }
-        anchor.write();
-        anchor.read();
-        anchor.watch(&self.epoll);
-        self.core.put(&anchor.stream);
+        let rest = anchor.write().or(anchor.read());
+        self.after(stream.ticket, rest);
     }
 }
 
+/// What an anchor is watched for at first.
+const WATCHES: EpollFlags = EpollFlags::EPOLLIN;
+
 impl Anchor {
+    fn new(stream: Arc<NodeStream>, socket: OwnedFd) -> Self {
+        Anchor {
+            socket: Socket::new(socket),
+            reading: Reading::Anchor,
+            writing: Writing::Anchor,
+            received: 0,
+            drained: AtomicU32::new(0),
+            watches: WATCHES,
+            watched: true,
+            broken: false,
+            hung_up: false,
+            stream,
+        }
+    }
+
     fn note(&self, what: u32) {
         self.stream.seen.fetch_or(what, Ordering::AcqRel);
     }
@@ -318,18 +326,20 @@ impl Anchor {
         Tokens::new(&self.stream.out().producer, &self.drained)
     }
 
-    /// Takes what there is off the anchor.
-    fn read(&mut self) {
-        while !self.broken {
+    /// Takes what there is off the anchor, up to a bound.
+    fn read(&mut self) -> Rest {
+        for _ in 0..ROUNDS {
             let went_on = match self.reading {
+                _ if self.broken => false,
                 Reading::Anchor | Reading::Again => self.read_bytes(),
                 Reading::Ring => self.read_tokens(),
                 Reading::Ended => false,
             };
             if !went_on {
-                return;
+                return Rest::Nothing;
             }
         }
+        Rest::More
     }
 
     fn read_bytes(&mut self) -> bool {
@@ -450,42 +460,42 @@ impl Anchor {
         }
     }
 
-    /// Gives the program what has arrived, or has it read its ring.
-    fn write(&mut self) {
+    /// Gives the program what has arrived, up to a bound, or has it read its ring.
+    fn write(&mut self) -> Rest {
         if self.stream.has_left() {
             self.leave();
         }
-        while self.is_writing_bytes() && !self.broken {
-            let given = self.stream.given.load(Ordering::Relaxed);
-            if self.writing == Writing::Anchor
-                && self
-                    .stream
-                    .incoming()
-                    .consumer
-                    .ready
-                    .load(Ordering::Acquire)
-                    == 1
-            {
-                return self.switch(given);
+        for _ in 0..ROUNDS {
+            if self.broken || !self.is_writing_bytes() || !self.write_bytes() {
+                return Rest::Nothing;
             }
-            let arrived = self.stream.arrived.load(Ordering::SeqCst);
-            if arrived <= given {
-                if self.stream.ends_at.load(Ordering::SeqCst) == given {
-                    self.writing = Writing::Ended;
-                    self.socket.shut(Shut::Sending);
-                }
-                return;
+        }
+        Rest::More
+    }
+
+    fn write_bytes(&mut self) -> bool {
+        let given = self.stream.given.load(Ordering::Relaxed);
+        let ready = &self.stream.incoming().consumer.ready;
+        if self.writing == Writing::Anchor && ready.load(Ordering::Acquire) == 1 {
+            self.switch(given);
+            return false;
+        }
+        let arrived = self.stream.arrived.load(Ordering::SeqCst);
+        if arrived <= given {
+            if self.stream.ends_at.load(Ordering::SeqCst) == given {
+                self.writing = Writing::Ended;
+                self.socket.shut(Shut::Sending);
             }
-            let area = Area::Ring(1 - self.stream.end);
-            let memory = &self.stream.memory;
-            match memory.send(self.socket.as_fd(), area, given, arrived - given) {
-                Ok(sent) => self.stream.given.store(given + sent, Ordering::Release),
-                Err(error) => {
-                    if !self.failed(&error) {
-                        return;
-                    }
-                }
+            return false;
+        }
+        let area = Area::Ring(1 - self.stream.end);
+        let memory = &self.stream.memory;
+        match memory.send(self.socket.as_fd(), area, given, arrived - given) {
+            Ok(sent) => {
+                self.stream.given.store(given + sent, Ordering::Release);
+                true
             }
+            Err(error) => self.failed(&error),
         }
     }
 
@@ -561,3 +571,6 @@ impl Anchor {
         self.socket.break_at_close();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,6 @@ mod idle;
 mod protocol;
 mod streams;
 
-use crate::anchors::Desk;
 use crate::live::Live;
 use crate::mail::{Look, Mail, Waker};
 use crate::stages::{Stage, Stopwatch};
@@ -69,7 +68,6 @@ pub(crate) struct Core {
     pub interrupt: Arc<EventFd>,
     pub reach: HashMap<u16, Reach>,
     pub inbox: Arc<Inbox>,
-    pub desk: Arc<Desk>,
     pub notices: Arc<Mail<Notice>>,
     pub settings: Settings,
     streams: Vec<Option<Live>>,
@@ -116,7 +114,6 @@ pub(crate) struct Parts {
     pub interrupt: Arc<EventFd>,
     pub reach: HashMap<u16, Reach>,
     pub inbox: Arc<Inbox>,
-    pub desk: Arc<Desk>,
     pub notices: Arc<Mail<Notice>>,
     pub settings: Settings,
     pub start: Instant,
@@ -135,7 +132,6 @@ impl Core {
             interrupt: parts.interrupt,
             reach: parts.reach,
             inbox: parts.inbox,
-            desk: parts.desk,
             notices: parts.notices,
             settings: parts.settings,
             streams: (0..streams).map(|_| None).collect(),
@@ -345,7 +341,7 @@ impl Core {
         let streams = std::mem::take(&mut self.streams);
         for live in streams.into_iter().flatten() {
             let ticket = live.stream.ticket;
-            self.desk.ask(&live.stream, todo::BROKEN);
+            live.stream.ask(todo::BROKEN);
             let why = Refusal::Lost;
             self.tell(Notice::Refused { ticket, why });
             self.tell(Notice::Released { ticket });

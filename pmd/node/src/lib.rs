@@ -12,12 +12,13 @@
 //! state machine, `rdsock-proto`, believes them nothing), and the device (`rdsock-rde`). For a program,
 //! the daemon is the other end of its connection: [`stream::NodeStream`] says how.
 //!
-//! A [`Poller`] is the poll cores of a node, each with an anchors' thread, started by whoever has opened a
-//! device. Core *k* uses queue set *k*, and talks to cores *k* of the other nodes; a stream stays on the core that
+//! A [`Poller`] is the poll cores of a node, each with an anchors' thread for each user who has streams there, started by
+//! whoever has opened a device. Core *k* uses queue set *k*, and talks to cores *k* of the other nodes; a stream stays on the core that
 //! it was opened on. Nodes may have different numbers of cores: those that both have are used.
 
 mod anchors;
 mod core;
+mod desk;
 mod live;
 pub mod mail;
 pub mod memory;
@@ -27,7 +28,7 @@ mod station;
 pub mod stream;
 mod totals;
 
-pub use anchors::Attach;
+pub use desk::DESCRIPTORS;
 use mail::Waker;
 use memory::{Slot, StreamMemory, stream_bytes};
 pub use rdsock_model::Fabric;
@@ -36,12 +37,14 @@ use rdsock_rde::{OpenError, Rde};
 use rdsock_vfio::{BusError, Window};
 pub use stages::Stage;
 use station::{Shared, Station};
+use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+pub use stream::Berth;
 use stream::NodeStream;
 pub use totals::{Total, Totals};
 
@@ -302,6 +305,35 @@ impl Poller {
         })
     }
 
+    /// Finds a place for a user's stream to a node: a poll core, and a thread there that serves this user's anchors. Where one
+    /// has to be started, it is paid for first: with [`DESCRIPTORS`], held for as long as it has them.
+    pub fn berth<P, E>(
+        &mut self,
+        node: u16,
+        opening: Opening,
+        user: u32,
+        pay: impl FnOnce() -> Result<P, E>,
+    ) -> Result<Option<Berth>, E>
+    where
+        P: Any + Send + Sync,
+        E: From<io::Error>,
+    {
+        let core = match opening {
+            Opening::Connect => self.choose(node),
+            Opening::Accept(asked) => asked.core.into(),
+        };
+        let Some(station) = self.stations.get_mut(core) else {
+            return Ok(None);
+        };
+        let seat = match station.seat(user) {
+            Some(seat) => seat,
+            None => station.open_desk(user, Box::new(pay()?))?,
+        };
+        let load = station.load.clone();
+        let core = core as u16;
+        Ok(Some(Berth { core, load, seat }))
+    }
+
     /// Maps the memory of a stream to a node: a memfd of [`stream_bytes`] bytes, sealed against shrinking, with the
     /// header in place. `None` when there are too many already, or there is no such node.
     pub fn stream(
@@ -309,26 +341,25 @@ impl Poller {
         ticket: u64,
         node: u16,
         opening: Opening,
+        berth: Berth,
         file: &impl AsFd,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
-        let (end, core) = match opening {
-            Opening::Connect => (0, self.choose(node)),
-            Opening::Accept(asked) => (1, asked.core.into()),
+        let end = match opening {
+            Opening::Connect => 0,
+            Opening::Accept(_) => 1,
         };
-        let (Some(places), Some(station)) = (self.windows.get(&node), self.stations.get(core))
-        else {
+        let Some(places) = self.windows.get(&node) else {
             return Ok(None);
         };
-        // The queues between the threads have room for so many.
-        if self.stations.iter().map(Station::streams).sum::<usize>() >= self.streams {
+        // The queues between the threads have room for so many. (This one has been counted.)
+        if self.stations.iter().map(Station::streams).sum::<usize>() > self.streams {
             return Ok(None);
         }
         let Some(slot) = Slot::take(&places.free) else {
             return Ok(None);
         };
         let memory = StreamMemory::new(file, self.ring_size, &places.window, slot)?;
-        let place = (core as u16, station.load.clone());
-        let stream = NodeStream::new(ticket, node, end, place, memory);
+        let stream = NodeStream::new(ticket, node, end, berth, memory);
         Ok(Some(Arc::new(stream)))
     }
 
@@ -364,11 +395,9 @@ impl Poller {
         }
     }
 
-    /// Gives the daemon's end of a program's connection to the anchors' thread.
-    pub fn attach(&self, stream: Arc<NodeStream>, socket: OwnedFd) {
-        if let Some(station) = self.stations.get(usize::from(stream.core)) {
-            station.attach(Attach { stream, socket });
-        }
+    /// Gives the daemon's end of a program's connection to the anchors' thread of its user.
+    pub fn attach(&self, stream: &Arc<NodeStream>, socket: OwnedFd) {
+        stream.attach(socket);
     }
 
     /// The next notice. The cores take turns: one that has many keeps those of no other one waiting.

@@ -87,6 +87,11 @@ impl<T> Mail<T> {
         self.queue.is_empty()
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
     /// How many more fit.
     pub fn room(&self) -> usize {
         self.queue.capacity() - self.queue.len()
@@ -129,5 +134,10 @@ impl Look {
     /// True when there is none.
     pub fn is_empty(&self) -> bool {
         self.mail.is_empty()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.mail.len()
     }
 }

@@ -10,7 +10,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The socket.
 #[derive(Debug)]
-pub struct Socket(pub OwnedFd);
+pub struct Socket(OwnedFd);
+
+impl Socket {
+    /// Urgent bytes are read in their place: beside it, the kernel says that there is nothing to read, and that there is.
+    pub fn new(socket: OwnedFd) -> Self {
+        // It can't fail on a TCP socket.
+        let _ = setsockopt(&socket, sockopt::OobInline, &true);
+        Socket(socket)
+    }
+}
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -1,8 +1,9 @@
-//! A poll core with its anchors' thread, as the control thread has it. A node has as many as it has poll
+//! A poll core with its anchors' threads, as the control thread has it. A node has as many as it has poll
 //! cores; each uses a queue set, a protocol machine and queues of its own, and none waits for another.
 
-use crate::anchors::{Anchors, Attach, Desk};
+use crate::anchors::Anchors;
 use crate::core::{Core, Inbox, Parts, Reach};
+use crate::desk::{Desk, Paid, Seat};
 use crate::mail::{Look, Mail, Waker};
 use crate::totals::Totals;
 use crate::{Command, Notice, Settings, StartError};
@@ -12,10 +13,13 @@ use rdsock_rde::{Rde, Rights, Sizes};
 use rdsock_vfio::{EventFd, EventFlags, Window};
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Time for the threads to end. One that is held up ends with the process, which does not wait for it.
+const END: Duration = Duration::from_secs(1);
 
 /// What the poll cores of a node have in common.
 pub(crate) struct Shared {
@@ -33,17 +37,27 @@ pub(crate) struct Shared {
     pub start: Instant,
 }
 
-/// See the module's text. Dropping it ends both threads; its streams break.
+/// An anchors' thread. Streams hold its desk.
+#[derive(Debug)]
+struct Clerk {
+    desk: Weak<Desk>,
+    thread: JoinHandle<()>,
+}
+
+/// See the module's text. Dropping it ends its threads; its streams break.
 #[derive(Debug)]
 pub(crate) struct Station {
     inbox: Arc<Inbox>,
-    desk: Arc<Desk>,
+    /// The anchors' threads, by user.
+    clerks: HashMap<u32, Vec<Clerk>>,
     notices: Arc<Mail<Notice>>,
     /// Notices taken while a command waited for room.
     backlog: VecDeque<Notice>,
     /// Held by each of its streams.
     pub load: Arc<()>,
-    threads: Vec<JoinHandle<()>>,
+    /// Most streams.
+    most: usize,
+    poll: Option<JoinHandle<()>>,
 }
 
 impl Station {
@@ -75,12 +89,10 @@ impl Station {
             waker,
             totals: Totals::new(&settings.peers),
         });
-        let desk = Arc::new(Desk::new(settings.streams)?);
         let notices = Arc::new(Mail::new(
             4 * settings.streams + 4096,
             shared.control.clone(),
         ));
-        let anchors = Anchors::new(desk.clone(), inbox.look.clone())?;
         let core = Core::new(Parts {
             number,
             node: protocol(settings, number),
@@ -91,21 +103,20 @@ impl Station {
             interrupt,
             reach,
             inbox: inbox.clone(),
-            desk: desk.clone(),
             notices: notices.clone(),
             settings: settings.clone(),
             start: shared.start,
         });
         let mut station = Station {
             inbox,
-            desk,
+            clerks: HashMap::new(),
             notices,
             backlog: VecDeque::new(),
             load: Arc::new(()),
-            threads: Vec::new(),
+            most: settings.streams,
+            poll: None,
         };
-        station.spawn("rdsock-anchors", move || anchors.run())?;
-        station.spawn("rdsock-poll", move || {
+        station.poll = Some(spawn("rdsock-poll", move || {
             if let Some(cpu) = cpu
                 && !core_affinity::set_for_current(cpu)
             {
@@ -115,14 +126,29 @@ impl Station {
                 );
             }
             core.run();
-        })?;
+        })?);
         Ok(station)
     }
 
-    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let builder = std::thread::Builder::new().name(name.into());
-        self.threads.push(builder.spawn(run)?);
-        Ok(())
+    /// A place for one more stream of a user, if a thread of that user has one.
+    pub fn seat(&self, user: u32) -> Option<Seat> {
+        let mut clerks = self.clerks.get(&user)?.iter();
+        clerks.find_map(|clerk| clerk.desk.upgrade()?.seat())
+    }
+
+    /// Starts a further thread for the anchors of a user, with a place for a stream.
+    pub fn open_desk(&mut self, user: u32, paid: Paid) -> io::Result<Seat> {
+        self.clerks.retain(|_, clerks| {
+            clerks.retain(|clerk| !clerk.thread.is_finished());
+            !clerks.is_empty()
+        });
+        let (desk, seat) = Desk::new(self.most, paid)?;
+        let weak = Arc::downgrade(&desk);
+        let anchors = Anchors::new(desk, self.inbox.look.clone())?;
+        let thread = spawn("rdsock-anchors", move || anchors.run())?;
+        let clerk = Clerk { desk: weak, thread };
+        self.clerks.entry(user).or_default().push(clerk);
+        Ok(seat)
     }
 
     /// Has the poll core do something.
@@ -133,15 +159,6 @@ impl Station {
             // The poll core takes commands only while there is room for its notices.
             self.backlog
                 .extend(std::iter::from_fn(|| self.notices.take()));
-            std::thread::yield_now();
-        }
-    }
-
-    /// Gives an anchor to the anchors' thread.
-    pub fn attach(&self, attach: Attach) {
-        let mut attach = attach;
-        while let Err(full) = self.desk.attach.put(attach) {
-            attach = full;
             std::thread::yield_now();
         }
     }
@@ -164,14 +181,39 @@ impl Station {
 
 impl Drop for Station {
     fn drop(&mut self) {
+        let end = Instant::now() + END;
         self.inbox.stop.store(true, Ordering::Release);
         self.inbox.waker.wake();
-        self.desk.end();
-        for thread in self.threads.drain(..) {
-            // A panic of the thread was printed by the panic hook.
-            let _ = thread.join();
+        // It asks for nothing more, when it has ended.
+        if let Some(poll) = self.poll.take() {
+            end_by(poll, end);
+        }
+        let clerks: Vec<Clerk> = self.clerks.drain().flat_map(|(_, clerks)| clerks).collect();
+        for desk in clerks.iter().filter_map(|clerk| clerk.desk.upgrade()) {
+            desk.end();
+        }
+        for clerk in clerks {
+            end_by(clerk.thread, end);
         }
     }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).spawn(run)
+}
+
+/// Waits for the end of a thread that was told to end, but not for ever: whoever owns a program can hold up the thread that
+/// serves it.
+fn end_by(thread: JoinHandle<()>, end: Instant) {
+    while !thread.is_finished() {
+        if Instant::now() >= end {
+            let name = thread.thread().name().unwrap_or_default();
+            return tracing::warn!("{name} is held up: it ends with the process");
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    // A panic of the thread was printed by the panic hook.
+    let _ = thread.join();
 }
 
 /// The protocol's machine of a poll core: it greets the cores of the same number.

@@ -4,10 +4,12 @@
 //! node, *in* the one back. Positions count the bytes of a direction from the connection's birth, on the
 //! anchor, in the ring and between the nodes alike.
 
+use crate::desk::{Attach, Seat};
 use crate::memory::{Board, StreamMemory};
 use rdsock_shm::end::take_ask;
 use rdsock_shm::layout::{Ask, Direction, mark, want};
 use rdsock_shm::wake;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -48,6 +50,17 @@ pub mod seen {
     pub const CLOSED: u32 = 4;
 }
 
+/// Where a stream is carried, and by whom.
+#[derive(Debug)]
+pub struct Berth {
+    /// The poll core.
+    pub(crate) core: u16,
+    /// Counts the streams of that core.
+    pub(crate) load: Arc<()>,
+    /// The place at the desk of its user.
+    pub(crate) seat: Seat,
+}
+
 /// A stream to another node.
 #[derive(Debug)]
 pub struct NodeStream {
@@ -61,6 +74,8 @@ pub struct NodeStream {
     pub core: u16,
     /// Held, so that the streams of that core can be counted.
     _load: Arc<()>,
+    /// Where its anchor is served.
+    seat: Seat,
     /// Header, rings, staging area.
     pub memory: StreamMemory,
     /// The protocol's id, 0 while there is none.
@@ -95,12 +110,12 @@ pub struct NodeStream {
 }
 
 impl NodeStream {
-    /// A stream that nothing was done for yet, of a poll core whose streams are counted by that.
+    /// A stream that nothing was done for yet.
     pub(crate) fn new(
         ticket: u64,
         node: u16,
         end: usize,
-        (core, load): (u16, Arc<()>),
+        Berth { core, load, seat }: Berth,
         memory: StreamMemory,
     ) -> Self {
         let stream = NodeStream {
@@ -109,6 +124,7 @@ impl NodeStream {
             end: end & 1,
             core,
             _load: load,
+            seat,
             memory,
             id: AtomicU64::new(0),
             board: Mutex::new(None),
@@ -137,6 +153,19 @@ impl NodeStream {
     fn board(&self) -> Option<Arc<Board>> {
         let board = self.board.lock();
         board.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has its anchors' thread do something, see [`mod@todo`].
+    #[inline]
+    pub(crate) fn ask(self: &Arc<Self>, what: u32) {
+        self.seat.desk().ask(self, what);
+    }
+
+    /// Has its anchors' thread serve its anchor.
+    pub(crate) fn attach(self: &Arc<Self>, socket: OwnedFd) {
+        let stream = self.clone();
+        // There is room: the queue takes one for each of the desk's streams.
+        let _ = self.seat.desk().attach.put(Attach { stream, socket });
     }
 
     /// The direction from the program to the other node.

@@ -8,6 +8,7 @@ use tracing::debug;
 
 use super::{Daemon, End};
 use crate::book::{Announced, Announcement, Conn, TenantId};
+use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
 use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
@@ -146,11 +147,17 @@ impl Daemon {
         entry.looks += 1;
         let passport = entry.passport.clone();
         let uid = passport.peer.uid;
+        // Who asks as the owner of a port has to be that: the other node's program is told it.
+        let bound = match &errand {
+            Errand::Reach(question) => addresses(question).map(|(local, _)| local),
+            _ => None,
+        };
         let question = Look {
             passport,
             fd,
             cookie,
             search: searched.then(|| self.rights.searches_of(uid)),
+            bound,
         };
         let owner = Owner {
             uid,

@@ -42,9 +42,9 @@ pub(super) enum CarryError {
     /// The data path has no room, or there is none.
     #[error("the data path has no room")]
     Full,
-    /// Its memory could not be made or mapped.
-    #[error("its memory: {0}")]
-    Memory(#[from] io::Error),
+    /// Its memory, or the thread that serves its anchor, could not be made.
+    #[error("the system has no memory or thread for it: {0}")]
+    System(#[from] io::Error),
 }
 
 impl Daemon {
@@ -221,11 +221,16 @@ impl Daemon {
         if matches!(opening, Opening::Accept(_)) {
             self.leave_room(uid)?;
         }
+        let fabric = self.fabric.as_mut().ok_or(CarryError::Full)?;
+        let accounts = &mut self.accounts;
+        let of_thread = [(Thing::Descriptors, rdsock_node::DESCRIPTORS)];
+        let pay = || Ok::<_, CarryError>(accounts.charge(uid, &of_thread)?);
+        let berth = fabric.berth(node, opening, uid, pay)?;
+        let berth = berth.ok_or(CarryError::Full)?;
         let ticket = self.streams.number();
         let fds = make_stream_with(ticket, ring_size, bytes)?;
-        let fabric = self.fabric.as_mut().ok_or(CarryError::Full)?;
         let made = fabric
-            .stream(ticket, node, opening, &fds)
+            .stream(ticket, node, opening, berth, &fds)
             .map_err(|error| {
                 let error = io::Error::other(error);
                 let what = "the device can't be given a stream's memory, so it stays on the kernel";

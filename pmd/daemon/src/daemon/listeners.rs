@@ -1,6 +1,6 @@
 //! Programs that listen: a node asks for a stream, and the daemon connects to the program on its behalf.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::book::TenantId;
 use crate::diag::Listener;
 use crate::fabric::{Call, Carried, Listening, addresses, octets};
 use crate::found::Errand;
-use crate::rights::{Held, NotHeld, Rights};
+use crate::rights::{Held, NotHeld, Rights, socket_address};
 
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
@@ -348,15 +348,4 @@ fn caller(destination: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
     bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
     let local = socket_address(&getsockname(socket.as_raw_fd())?).ok_or(Errno::EINVAL)?;
     Ok((socket, local))
-}
-
-fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = address
-        .as_sockaddr_in()
-        .map(|a| SocketAddrV4::from(*a).into());
-    v4.or_else(|| {
-        address
-            .as_sockaddr_in6()
-            .map(|a| SocketAddrV6::from(*a).into())
-    })
 }

@@ -19,7 +19,9 @@ use crate::memory::{StreamFds, can_be_whole};
 use crate::rights::Held;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
-use rdsock_node::{Asked, Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals};
+use rdsock_node::{
+    Asked, Berth, Command, Notice, Opening, Poller, Settings, Stage, StartError, Totals,
+};
 use rdsock_proto::Count;
 use rdsock_rde::Management;
 use rdsock_rde::spec::counter;
@@ -390,15 +392,28 @@ impl Control {
         self.busy
     }
 
+    /// Finds a place for a user's stream: see [`Poller::berth`].
+    pub fn berth<E: From<io::Error>>(
+        &mut self,
+        node: u16,
+        opening: Opening,
+        uid: u32,
+        pay: impl FnOnce() -> Result<Charge, E>,
+    ) -> Result<Option<Berth>, E> {
+        self.poller.berth(node, opening, uid, pay)
+    }
+
     /// Gives a stream's memory to the data path. `None` when there are too many streams.
     pub fn stream(
         &mut self,
         ticket: u64,
         node: u16,
         opening: Opening,
+        berth: Berth,
         fds: &StreamFds,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
-        self.poller.stream(ticket, node, opening, &fds.stream)
+        self.poller
+            .stream(ticket, node, opening, berth, &fds.stream)
     }
 
     /// Where a program makes its anchor, from an address of this family.
@@ -541,8 +556,7 @@ impl Control {
         self.attached.insert(names, ticket);
         // Latency is what this is for. It can't fail on a TCP socket.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
-        let stream = carried.stream.clone();
-        self.poller.attach(stream, socket);
+        self.poller.attach(&carried.stream, socket);
     }
 
     /// No program has come for a stream.

@@ -199,33 +199,33 @@ pub struct Client {
     pub tenant: Tenant,
     netns: u64,
     questions: u64,
-    /// Asked with in place of the socket that will be connected.
-    own: TcpListener,
 }
 
 impl Client {
     pub fn at(socket: &Path) -> Self {
-        let own = TcpListener::bind("127.0.0.1:0").unwrap();
         Client {
             tenant: Tenant::attach_at(socket),
-            netns: netns_of(&own),
+            netns: netns_of(&TcpListener::bind("127.0.0.1:0").unwrap()),
             questions: 0,
-            own,
         }
     }
 
-    /// Asks whether a connect from a local port may go to another node.
-    pub fn ask(&mut self, port: u16, to: SocketAddrV4) {
+    /// Asks whether a connect may go to another node.
+    pub fn ask(&mut self, from: &Bound, to: SocketAddrV4) {
+        self.ask_as(from, (Ipv4Addr::LOCALHOST, from.port), to);
+    }
+
+    /// The same, as if the socket were bound elsewhere.
+    pub fn ask_as(&mut self, from: &Bound, name: (Ipv4Addr, u16), to: SocketAddrV4) {
         self.questions += 1;
         let question = Between {
             question: self.questions,
             netns: self.netns,
-            local: octets(Ipv4Addr::LOCALHOST),
+            local: octets(name.0),
             peer: octets(*to.ip()),
-            local_port: port.into(),
+            local_port: name.1.into(),
             peer_port: to.port().into(),
-            // The announcement says which it is.
-            fd: self.own.as_raw_fd(),
+            fd: from.socket.as_raw_fd(),
             reserved: 0,
         };
         let message = Message::new(kind::REACH, &question);
@@ -248,8 +248,8 @@ impl Client {
         }
     }
 
-    pub fn reach(&mut self, port: u16, to: SocketAddrV4) -> Reached {
-        self.ask(port, to);
+    pub fn reach(&mut self, from: &Bound, to: SocketAddrV4) -> Reached {
+        self.ask(from, to);
         self.answer()
     }
 

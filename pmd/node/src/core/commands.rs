@@ -59,7 +59,7 @@ impl Core {
                     // It has ended meanwhile, or does here.
                     let _ = self.node.refuse(id, Refusal::Limit);
                     let ticket = stream.ticket;
-                    self.desk.ask(&stream, todo::BROKEN);
+                    stream.ask(todo::BROKEN);
                     return self.tell(Notice::Released { ticket });
                 }
                 self.enter(stream, id);
@@ -81,7 +81,7 @@ impl Core {
                     });
                 }
             }
-            Command::Ready { stream } => self.desk.ask(&stream, todo::READY),
+            Command::Ready { stream } => stream.ask(todo::READY),
             Command::GiveBack if self.failed.is_none() => {
                 self.fail(DeviceFailed::WantedBack);
             }

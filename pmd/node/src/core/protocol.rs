@@ -167,7 +167,7 @@ impl Core {
                     let behind = live.is_behind();
                     if what != 0 {
                         let stream = live.stream.clone();
-                        self.desk.ask(&stream, what);
+                        stream.ask(what);
                     }
                     if behind {
                         self.look_at(stream);
@@ -188,7 +188,7 @@ impl Core {
                         };
                     }
                     if what != 0 {
-                        self.desk.ask(&stream, what);
+                        stream.ask(what);
                     }
                 }
             }
@@ -212,7 +212,7 @@ impl Core {
                     self.streams[at] = None;
                     self.hot.retain(|place| *place as usize != at);
                     released.id.store(0, Ordering::Relaxed);
-                    self.desk.ask(&released, todo::OVER);
+                    released.ask(todo::OVER);
                     let ticket = released.ticket;
                     self.tell(Notice::Released { ticket });
                 }
@@ -247,7 +247,7 @@ impl Core {
         let what = live.notified(head, node);
         if what != 0 {
             let stream = live.stream.clone();
-            self.desk.ask(&stream, what);
+            stream.ask(what);
         }
         if !hot {
             self.heat(id);
@@ -262,7 +262,7 @@ impl Core {
             live.gone = true;
             live.take_rest();
             let stream = live.stream.clone();
-            self.desk.ask(&stream, todo::BROKEN);
+            stream.ask(todo::BROKEN);
         }
     }
 

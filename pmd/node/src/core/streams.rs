@@ -41,7 +41,7 @@ impl Core {
         live.moved = now;
         let what = std::mem::take(&mut live.ask);
         if what != 0 {
-            self.desk.ask(&live.stream, what);
+            live.stream.ask(what);
         }
         true
     }

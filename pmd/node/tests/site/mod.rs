@@ -2,6 +2,7 @@
 //! is the test's.
 
 pub mod program;
+pub mod stuck;
 pub mod traffic;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -17,12 +18,15 @@ use rdsock_shm::layout::{Direction, NOT_SWITCHED, Producer, StreamHeader};
 use rdsock_vfio::{Space, model::ModelDevice};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Error;
 use std::mem::offset_of;
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Whose streams are, where it makes no difference.
+pub const USER: u32 = 7;
 pub const RING: u64 = 64 << 10;
 pub const LIMIT: Duration = Duration::from_secs(30);
 
@@ -161,9 +165,24 @@ impl Site {
     }
 
     pub fn stream(&mut self, node: u16, opening: Opening, file: &File) -> Arc<NodeStream> {
+        self.stream_of(USER, node, opening, file)
+    }
+
+    pub fn stream_of(
+        &mut self,
+        user: u32,
+        node: u16,
+        opening: Opening,
+        file: &File,
+    ) -> Arc<NodeStream> {
         let ticket = self.next;
         self.next += 1;
-        let made = self.poller.stream(ticket, node, opening, file).unwrap();
+        let berth = self
+            .poller
+            .berth(node, opening, user, || Ok::<_, Error>(()));
+        let berth = berth.unwrap().unwrap();
+        let made = (self.poller).stream(ticket, node, opening, berth, file);
+        let made = made.unwrap();
         let stream = made.expect("there is room");
         self.streams.insert(ticket, stream.clone());
         stream
@@ -206,10 +225,15 @@ pub fn addresses() -> Addresses {
 }
 
 pub fn connect(sites: &mut [Site; 2]) -> Connection {
+    connect_of(sites, USER)
+}
+
+/// The same for programs of a user.
+pub fn connect_of(sites: &mut [Site; 2], user: u32) -> Connection {
     let files = sites.each_ref().map(|site| memory(site.ring));
     let (program, socket) = sockets();
-    let asking = sites[0].stream(2, Opening::Connect, &files[0]);
-    sites[0].poller.attach(asking.clone(), socket.into());
+    let asking = sites[0].stream_of(user, 2, Opening::Connect, &files[0]);
+    sites[0].poller.attach(&asking, socket.into());
     sites[0].poller.command(Command::Connect {
         stream: asking.clone(),
         addresses: addresses(),
@@ -219,12 +243,12 @@ pub fn connect(sites: &mut [Site; 2]) -> Connection {
         unreachable!()
     };
     let (served, socket) = sockets();
-    let asked = sites[1].stream(1, Opening::Accept(id), &files[1]);
+    let asked = sites[1].stream_of(user, 1, Opening::Accept(id), &files[1]);
     sites[1].poller.command(Command::Accept {
         id,
         stream: asked.clone(),
     });
-    sites[1].poller.attach(asked.clone(), socket.into());
+    sites[1].poller.attach(&asked, socket.into());
     let ticket = asking.ticket;
     sites[0].until(|notice| *notice == Notice::Established { ticket });
     Connection {
