@@ -420,6 +420,17 @@ impl Daemon {
                 connection,
                 received,
             } => self.on_unpacked(connection, received),
+            Found::Made { owner, made } => self.on_made(owner, made),
+            Found::Attached {
+                owner,
+                passport,
+                map,
+            } => self.on_looked_at(owner, passport, map),
+            Found::Namespace {
+                owner,
+                opened,
+                held,
+            } => self.on_namespace(owner, opened, held),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
