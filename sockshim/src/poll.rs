@@ -117,7 +117,7 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
         }
     }
     if tracked {
-        tenant::stay_attached();
+        tenant::before_sleep();
     }
     false
 }
@@ -519,7 +519,7 @@ impl Sets {
                 && {
                     if !tracked {
                         tenant::look();
-                        tenant::stay_attached();
+                        tenant::before_sleep();
                         tracked = true;
                     }
                     is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()

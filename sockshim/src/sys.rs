@@ -225,10 +225,6 @@ pub fn memfd(name: &std::ffi::CStr, flags: u32) -> isize {
     syscall!(SYS_memfd_create, name.as_ptr(), flags)
 }
 
-pub fn ftruncate(fd: c_int, len: usize) -> isize {
-    syscall!(SYS_ftruncate, fd, len)
-}
-
 /// What the kernel says of an open file.
 pub fn stat_of(fd: c_int) -> Option<libc::stat> {
     let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();

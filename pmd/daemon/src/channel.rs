@@ -21,16 +21,14 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     ControlMessage, MsgFlags, Shutdown, UnixAddr, sendmsg, setsockopt, shutdown, sockopt,
 };
-use rdsock_shm::control::{Hello, Message, from_bytes, kind, parse};
-use rdsock_shm::layout::{BellBoard, TenantMemory};
+use rdsock_shm::control::{Message, kind, parse};
 
 use crate::accounts::{Charge, Over, Paid, Thing};
 use crate::diag::is_seqpacket;
 use crate::found::Found;
-use crate::memory::{BadMemory, Bells, TenantMap};
+use crate::memory::{BadBoard, Bells};
 use crate::porters::{self, Owner, Porters};
 use crate::process::Peer;
-use crate::rights::{Changed, Passport};
 
 /// A descriptor that a stranger has made.
 pub type Foreign = porters::Foreign<Found>;
@@ -63,34 +61,12 @@ impl Received {
 pub enum Luggage {
     /// Nothing.
     None,
-    /// Of a HELLO: what a tenant brings along.
-    Tenant(Result<Box<Belongings>, BadHello>),
+    /// Of a HELLO: the bell board that a tenant brings along.
+    Bells(Result<Bells, BadBoard>),
     /// Of an ADOPT: a control connection, with the process that made it.
     Channel(Foreign, Peer),
     /// What makes no sense there. It is closed already.
     Other,
-}
-
-/// Why a HELLO is refused.
-#[derive(Debug, thiserror::Error)]
-pub enum BadHello {
-    /// What it brings along.
-    #[error(transparent)]
-    Memory(#[from] BadMemory),
-    /// Who has sent it is not who connected, or has not mapped its memory.
-    #[error(transparent)]
-    Changed(#[from] Changed),
-}
-
-/// What a tenant brings along.
-#[derive(Debug)]
-pub struct Belongings {
-    /// Its memory.
-    pub map: TenantMap,
-    /// Its bell board.
-    pub bells: Bells,
-    /// Who it is.
-    pub passport: Passport,
 }
 
 /// A datagram to the other side.
@@ -416,9 +392,8 @@ fn unpack_control(message: &libc::msghdr) -> (i32, Vec<OwnedFd>) {
     (sender, fds)
 }
 
-/// Takes in a datagram, and looks at the descriptors that it brings. May wait: for a porter. `peer` is who made the
-/// connection.
-pub fn unpack(porters: &Porters<Found>, socket: &Foreign, peer: &Arc<Peer>) -> io::Result<Receive> {
+/// Takes in a datagram, and looks at the descriptors that it brings. May wait: for a porter.
+pub fn unpack(porters: &Porters<Found>, socket: &Foreign) -> io::Result<Receive> {
     let (bytes, sender, fds) = match take(socket, MsgFlags::empty(), MAX_FDS)? {
         Taken::Whole(bytes, sender, fds) => (bytes, sender, fds),
         Taken::CutOff => (Vec::new(), 0, Vec::new()),
@@ -427,7 +402,7 @@ pub fn unpack(porters: &Porters<Found>, socket: &Foreign, peer: &Arc<Peer>) -> i
     };
     let luggage = match parse(&bytes) {
         _ if fds.is_empty() => Luggage::None,
-        Ok((kind::HELLO, body)) => Luggage::Tenant(tenant(body, fds, peer)),
+        Ok((kind::HELLO, _)) => Luggage::Bells(bells(fds)),
         Ok((kind::ADOPT, [])) => channel(porters, socket.owner(), fds).unwrap_or(Luggage::Other),
         _ => Luggage::Other,
     };
@@ -438,32 +413,9 @@ pub fn unpack(porters: &Porters<Found>, socket: &Foreign, peer: &Arc<Peer>) -> i
     }))
 }
 
-fn tenant(body: &[u8], fds: Vec<OwnedFd>, peer: &Arc<Peer>) -> Result<Box<Belongings>, BadHello> {
-    let hello: Hello = from_bytes(body).ok_or(BadMemory::Identity)?;
-    for (found, expected) in [
-        (hello.memory_size, size_of::<TenantMemory>() as u64),
-        (hello.bell_size, size_of::<BellBoard>() as u64),
-    ] {
-        if found != expected {
-            return Err(BadMemory::Size { found, expected }.into());
-        }
-    }
-    let mut fds = fds.into_iter();
-    let (Some(memory), bells, None) = (fds.next(), fds.next(), fds.next()) else {
-        return Err(BadMemory::Number.into());
-    };
-    // The bells first: memory that was sealed can't be brought again.
-    let bells = match bells {
-        Some(bells) => Bells::check(bells)?,
-        None => Bells::make().map_err(BadMemory::from)?,
-    };
-    let map = TenantMap::new(memory)?;
-    let passport = Passport::new(peer.clone(), map.file())?;
-    Ok(Box::new(Belongings {
-        map,
-        bells,
-        passport,
-    }))
+fn bells(fds: Vec<OwnedFd>) -> Result<Bells, BadBoard> {
+    let [bells] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| BadBoard::Number)?;
+    Bells::check(bells)
 }
 
 fn channel(porters: &Porters<Found>, owner: Owner, fds: Vec<OwnedFd>) -> Option<Luggage> {

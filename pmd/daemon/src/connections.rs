@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::accounts::{Charge, Paid};
 use crate::book::TenantId;
@@ -12,12 +13,41 @@ use crate::process::Peer;
 use crate::queries::Answering;
 use crate::rights::Passport;
 
+/// What a caller is that has said HELLO, and is no tenant yet.
+#[derive(Debug)]
+pub enum Greeted {
+    /// Its memory is being made.
+    Making,
+    /// It was sent its memory, and has not said yet that it has mapped it.
+    Sent(Box<Belongings>, Instant),
+    /// It has said so, and is looked at.
+    LookedAt {
+        /// Its bell board.
+        bells: Arc<Paid>,
+        /// As in [`Tenant`].
+        may_be_rung: bool,
+    },
+    /// It may be a tenant, once its network namespace is open.
+    Entering(Box<(Passport, Belongings)>),
+}
+
+/// What a tenant is given.
+#[derive(Debug)]
+pub struct Belongings {
+    /// Its memory.
+    pub map: TenantMap,
+    /// Its bell board.
+    pub bells: Arc<Paid>,
+    /// As in [`Tenant`].
+    pub may_be_rung: bool,
+}
+
 /// What becomes of the messages that come in on a connection.
 #[derive(Debug)]
 pub enum Inbox {
     /// They are read as they come.
     Open,
-    /// One is being received.
+    /// One is being received, or what it says is being looked at.
     Receiving,
     /// A porter takes one in, or the thread that receives it is held up: the socket is not watched meanwhile.
     Unpacked,
@@ -44,7 +74,9 @@ pub struct Connection {
     pub wants_write: bool,
     /// A [`Due::Send`](crate::agenda::Due::Send) is set.
     pub retries: bool,
-    /// Its tenant, once it has said HELLO.
+    /// It has said HELLO, and is no tenant yet.
+    pub greeted: Option<Greeted>,
+    /// Its tenant, once it was found to have mapped its memory.
     pub tenant: Option<Tenant>,
     /// What it has on its user's account.
     pub charge: Charge,
@@ -59,7 +91,7 @@ pub struct Tenant {
     pub bells: Arc<Paid>,
     /// Poll cores may ring them: see [`Bells`](crate::memory::Bells).
     pub may_be_rung: bool,
-    /// Who it was at HELLO.
+    /// Who it was when it attached.
     pub passport: Arc<Passport>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.
     pub netns: Option<u64>,
@@ -106,7 +138,7 @@ impl Connections {
         id
     }
 
-    /// It says HELLO.
+    /// It has mapped its memory.
     pub fn attach(&mut self, id: TenantId, tenant: Tenant) {
         if let Some(connection) = self.open.get_mut(&id)
             && connection.tenant.replace(tenant).is_none()

@@ -42,6 +42,7 @@ use crate::process;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
 use crate::shares::{Shares, Turns};
+use crate::starter::Starter;
 use crate::streams::Streams;
 
 use announcements::Announcements;
@@ -78,6 +79,7 @@ pub struct Daemon {
     /// Descriptors that this process may have.
     descriptors: u64,
     agenda: Agenda,
+    starter: Starter,
     porters: Porters<Found>,
     rights: Rights,
     accounts: Accounts,
@@ -122,7 +124,8 @@ impl Daemon {
         // Before there is another thread.
         let device = config.fabric.as_ref().map(|fabric| &fabric.device);
         let mut confinement = Confinement::begin(config.confine, device.into());
-        let porters = Porters::new().map_err(system("porters"))?;
+        let starter = Starter::new().map_err(system("starter"))?;
+        let porters = Porters::new(starter.clone()).map_err(system("porters"))?;
         for (fd, token) in [
             (endpoint.socket().as_fd(), Token::Listener),
             (signals.as_fd(), Token::Signals),
@@ -147,6 +150,7 @@ impl Daemon {
             signals,
             descriptors,
             agenda,
+            starter,
             porters,
             rights: Rights::new(namespaces),
             journal: Journal::default(),
@@ -173,7 +177,9 @@ impl Daemon {
             warn!("can't notify the service manager: {error}");
         }
         self.turn = Turn::start();
-        let end = Relay::start(Box::new(self), Self::leg).map_err(system("control thread"))?;
+        let starter = self.starter.clone();
+        let end = Relay::start(Box::new(self), Self::leg, starter);
+        let end = end.map_err(system("control thread"))?;
         // Threads that are still held up end with the process.
         let lost = |_| {
             Err(system("control thread")(io::Error::other(
@@ -420,6 +426,17 @@ impl Daemon {
                 connection,
                 received,
             } => self.on_unpacked(connection, received),
+            Found::Made { owner, made } => self.on_made(owner, made),
+            Found::Attached {
+                owner,
+                passport,
+                map,
+            } => self.on_looked_at(owner, passport, map),
+            Found::Namespace {
+                owner,
+                opened,
+                held,
+            } => self.on_namespace(owner, opened, held),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),

@@ -6,8 +6,11 @@ use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
 use crate::channel::{Receive, Sent};
+use crate::memory::{Bells, TenantMap};
+use crate::namespaces::Opened;
+use crate::porters::Owner;
 use crate::queries::Fetched;
-use crate::rights::{Changed, Held, NotHeld};
+use crate::rights::{Changed, Held, NotHeld, Passport};
 
 /// What a load has found.
 #[derive(Debug)]
@@ -26,6 +29,31 @@ pub enum Found {
         /// What became of them.
         sent: Sent,
     },
+    /// What a caller needs that has said HELLO.
+    Made {
+        /// Which connection, and whose.
+        owner: Owner,
+        /// Its memory and its bells, or why there is none.
+        made: io::Result<(TenantMap, Bells)>,
+    },
+    /// A look at a caller that says it has mapped its memory.
+    Attached {
+        /// Which connection, and whose.
+        owner: Owner,
+        /// Who it is.
+        passport: Result<Passport, Changed>,
+        /// The memory. Nobody makes the daemon wait for it, unless this says so.
+        map: (TenantMap, io::Result<()>),
+    },
+    /// The network namespace that a tenant is in.
+    Namespace {
+        /// Whose.
+        owner: Owner,
+        /// It, or why it is not open.
+        opened: io::Result<Opened>,
+        /// A socket of an announcement that waits for that; `None` for a caller that attaches.
+        held: Option<(Conn, Held)>,
+    },
     /// Something was read for the next part of an answer.
     Fetched {
         /// Whose.
@@ -37,7 +65,7 @@ pub enum Found {
     Process {
         /// Whose.
         tenant: TenantId,
-        /// Is it who it was at HELLO?
+        /// Is it who it was when it attached?
         unchanged: Result<(), Changed>,
     },
     /// A look at a socket that a tenant says it holds.

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
     // SAFETY: no handler is set.
     let _ =
         unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
+    rdsockd::heap::prepare();
     rdsockd::log::start(&config);
     match Daemon::new(args, config).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
@@ -46,16 +47,22 @@ impl Namespaces {
         self.open.insert(inode, namespace);
     }
 
-    /// A tenant came: opens its namespace if need be. Returns the namespace's inode.
-    pub fn enter(&mut self, pid: i32) -> io::Result<u64> {
-        let inode = netns_inode(pid)?;
-        if !self.open.contains_key(&inode) {
-            self.insert(inode, open_in(pid)?);
+    /// A tenant came to a namespace. False where that is not open: a porter is to [`open`] it.
+    pub fn enter(&mut self, inode: u64) -> bool {
+        let namespace = self.open.get_mut(&inode);
+        namespace.map(|namespace| namespace.tenants += 1).is_some()
+    }
+
+    /// Whether a namespace is open, or there is none of this number.
+    pub fn is_open(&self, inode: u64) -> bool {
+        self.open.contains_key(&inode)
+    }
+
+    /// A porter has opened a namespace, for a tenant that enters it, or does not after all and leaves.
+    pub fn add(&mut self, opened: Opened) {
+        if !self.is_open(opened.inode) {
+            self.insert(opened.inode, opened.diag);
         }
-        if let Some(namespace) = self.open.get_mut(&inode) {
-            namespace.tenants += 1;
-        }
-        Ok(inode)
     }
 
     /// A tenant of the namespace left.
@@ -108,9 +115,18 @@ impl Namespaces {
     }
 }
 
-/// A netlink socket in the network namespace of a process, made by a thread that moves there.
-fn open_in(pid: i32) -> io::Result<Diag> {
+/// A namespace that a porter has opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its inode.
+    pub inode: u64,
+    diag: Diag,
+}
+
+/// Makes a netlink socket in the network namespace of a process, by a thread that moves there. Waits for that: for a porter.
+pub fn open(pid: i32) -> io::Result<Opened> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    let inode = namespace.metadata()?.ino();
     let thread =
         thread::Builder::new()
             .name("netns".into())
@@ -118,7 +134,7 @@ fn open_in(pid: i32) -> io::Result<Diag> {
                 setns(&namespace, CloneFlags::CLONE_NEWNET)?;
                 Diag::new()
             })?;
-    thread
-        .join()
-        .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    let diag = thread.join();
+    let diag = diag.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
+    Ok(Opened { inode, diag })
 }

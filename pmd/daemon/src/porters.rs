@@ -33,7 +33,10 @@ use tracing::debug;
 use crate::accounts::Charge;
 use crate::process::processor_time;
 use crate::shares::Turns;
+use crate::starter::Starter;
 
+/// What they are called.
+const NAME: &str = "porter";
 /// Threads at most.
 pub const MOST: usize = 256;
 /// Threads of one user at most.
@@ -72,6 +75,7 @@ struct Shared<D> {
     work: Condvar,
     /// Written to when something was found. Nobody reads it.
     found: EventFd,
+    starter: Starter,
 }
 
 impl<D> std::fmt::Debug for Shared<D> {
@@ -102,6 +106,8 @@ struct Yard<D> {
     found: VecDeque<D>,
     waiting: usize,
     threads: usize,
+    /// Those of them that were ordered, and are not there yet.
+    coming: usize,
     idle: usize,
 }
 
@@ -258,8 +264,8 @@ impl<D> Yard<D> {
 }
 
 impl<D: Send + 'static> Porters<D> {
-    /// Starts those that stay.
-    pub fn new() -> io::Result<Self> {
+    /// Starts those that stay. The starter starts the others.
+    pub fn new(starter: Starter) -> io::Result<Self> {
         extern "C" fn interrupt(_: i32) {}
         let handler = SigHandler::Handler(interrupt);
         // Without SA_RESTART: that the call ends is what the signal is for.
@@ -276,18 +282,22 @@ impl<D: Send + 'static> Porters<D> {
             found: VecDeque::new(),
             waiting: 0,
             threads: KEPT,
+            coming: KEPT,
             idle: 0,
         };
         let shared = Shared {
             yard: Mutex::new(yard),
             work: Condvar::new(),
             found: EventFd::from_value_and_flags(0, flags)?,
+            starter,
         };
         let porters = Porters {
             shared: Arc::new(shared),
         };
         for _ in 0..KEPT {
-            porters.shared.start()?;
+            let shared = porters.shared.clone();
+            let porter = thread::Builder::new().name(NAME.into());
+            porter.spawn(move || shared.carry())?;
         }
         Ok(porters)
     }
@@ -403,22 +413,13 @@ impl<D: Send + 'static> Shared<D> {
         self.yard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn start(self: &Arc<Self>) -> io::Result<()> {
-        let shared = self.clone();
-        let porter = thread::Builder::new().name("porter".into());
-        porter
-            .spawn(move || {
-                give_way();
-                shared.carry();
-            })
-            .map(drop)
-    }
-
-    /// Wakes or starts somebody if a load may be taken up. Who takes one calls this again: so there are as many as can
+    /// Wakes somebody, or has somebody started, if a load may be taken up. Who takes one calls this again: so there are as many as can
     /// be used, however late those that were woken come.
     fn find_porter(self: &Arc<Self>, mut yard: MutexGuard<'_, Yard<D>>) {
-        if yard.turn.len() > yard.idle && yard.threads < MOST && self.start().is_ok() {
+        let wanting = yard.turn.len() > yard.idle + yard.coming && yard.threads < MOST;
+        if wanting {
             yard.threads += 1;
+            yard.coming += 1;
         }
         let wanted = !yard.turn.is_empty();
         // Who is woken wants the lock at once, maybe on this core.
@@ -426,11 +427,22 @@ impl<D: Send + 'static> Shared<D> {
         if wanted {
             self.work.notify_one();
         }
+        if wanting {
+            let (porter, none) = (self.clone(), self.clone());
+            let failed = move || {
+                let mut yard = none.lock();
+                yard.threads -= 1;
+                yard.coming -= 1;
+            };
+            self.starter.order(NAME, move || porter.carry(), failed);
+        }
     }
 
     fn carry(self: &Arc<Self>) {
+        give_way();
         let mut nudge = Nudge::new();
         let mut yard = self.lock();
+        yard.coming -= 1;
         loop {
             let Some((owner, load)) = yard.next() else {
                 if yard.idle >= KEPT {

@@ -195,6 +195,19 @@ impl Peer {
         Ok(None)
     }
 
+    /// Where it has mapped a file, which it says is this address; `None` where it has not.
+    pub fn maps_at(&self, file: FileId, address: u64) -> io::Result<Option<u64>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let maps = openat(self.folder()?, "maps", flags, Mode::empty())?;
+        match mapping_at(&maps, address) {
+            // Before Linux 6.11.
+            Err(Errno::ENOTTY | Errno::ENOSYS) => self.maps(file),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(id) => Ok((id == file).then_some(address)),
+        }
+    }
+
     /// Whether it has mapped a file still, at an address where it had.
     pub fn still_maps(&self, file: FileId, address: u64) -> io::Result<bool> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
@@ -570,6 +583,7 @@ mod tests {
         let file = FileId::of(&File::open(executable).unwrap()).unwrap();
         let address = own.maps(file).unwrap().unwrap();
         assert!(own.still_maps(file, address).unwrap());
+        assert_eq!(own.maps_at(file, address).unwrap(), Some(address));
         assert!(!own.still_maps(file, 4096).unwrap());
         let other = FileId {
             inode: file.inode + 1,
@@ -577,6 +591,7 @@ mod tests {
         };
         assert!(!own.still_maps(other, address).unwrap());
         assert_eq!(own.maps(other).unwrap(), None);
+        assert_eq!(own.maps_at(other, address).unwrap(), None);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //! to wait, or computes for long, and is the control thread from then on. Who comes back late finds the baton gone, brings what it has found
 //! as a porter does, and ends. Until then it is interrupted by signals, again and again.
 //!
+//! A second stand-in relieves the first one, which is the control thread then and starts no thread itself: the [`Starter`] does.
+//!
 //! Only `daemon.rs` calls this. It knows nothing of what the baton is, nor of looks.
 
 use std::fs;
@@ -18,12 +20,18 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::gettid;
 
+use crate::heap;
+use crate::starter::Starter;
+
 /// The stand-in looks after each such time. What it finds lying twice, it picks up.
 const PATIENCE: Duration = Duration::from_millis(2);
 /// What has used so much processor time is as good as held up: what a stranger owns much of is much work.
 const BUSY: Duration = Duration::from_millis(4);
 /// After so many looks at an idle relay it sleeps until it is called.
 const IDLE: u32 = 16;
+
+/// What those are called that are not the control thread yet.
+const STAND_IN: &str = "stand-in";
 
 /// The signal that interrupts, as it does porters.
 const NUDGE: i32 = crate::porters::SIGNAL as i32;
@@ -37,6 +45,7 @@ pub struct Relay<B, E> {
     shared: Arc<Shared<B>>,
     leg: Leg<B, E>,
     ended: Sender<E>,
+    starter: Starter,
 }
 
 impl<B, E> Clone for Relay<B, E> {
@@ -45,6 +54,7 @@ impl<B, E> Clone for Relay<B, E> {
             shared: self.shared.clone(),
             leg: self.leg,
             ended: self.ended.clone(),
+            starter: self.starter.clone(),
         }
     }
 }
@@ -53,6 +63,8 @@ impl<B, E> Clone for Relay<B, E> {
 struct Shared<B> {
     place: Mutex<Place<B>>,
     called: Condvar,
+    /// Signalled when a stand-in may take its place.
+    relieved: Condvar,
 }
 
 #[derive(Debug)]
@@ -67,6 +79,10 @@ struct Place<B> {
     used: Option<Duration>,
     /// A stand-in looks now and then.
     watched: bool,
+    /// A stand-in has its place: another one waits until it is free.
+    taken: bool,
+    /// Stand-ins that wait.
+    spare: usize,
     /// Threads that have lost the baton, and have not come back.
     away: Vec<i32>,
 }
@@ -81,8 +97,8 @@ pub enum Back<B, R> {
 }
 
 impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
-    /// Starts the control thread with this baton, and a stand-in. What comes out at the end is received.
-    pub fn start(baton: Box<B>, leg: Leg<B, E>) -> io::Result<Receiver<E>> {
+    /// Starts the control thread with this baton, and two stand-ins. What comes out at the end is received.
+    pub fn start(baton: Box<B>, leg: Leg<B, E>, starter: Starter) -> io::Result<Receiver<E>> {
         let (ended, end) = channel();
         let place = Place {
             baton: None,
@@ -90,20 +106,31 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
             thread: 0,
             used: None,
             watched: false,
+            taken: false,
+            spare: 0,
             away: Vec::new(),
         };
         let shared = Shared {
             place: Mutex::new(place),
             called: Condvar::new(),
+            relieved: Condvar::new(),
         };
         let relay = Relay {
             shared: Arc::new(shared),
             leg,
             ended,
+            starter,
         };
-        relay.stand_by()?;
+        for _ in 0..2 {
+            let stand_in = relay.clone();
+            let thread = thread::Builder::new().name(STAND_IN.into());
+            thread.spawn(move || stand_in.stand_in())?;
+        }
         let control = thread::Builder::new().name("control".into());
-        control.spawn(move || relay.run(baton))?;
+        control.spawn(move || {
+            heap::grow();
+            relay.run(baton);
+        })?;
         Ok(end)
     }
 
@@ -126,22 +153,24 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
         }
     }
 
-    /// Starts a stand-in. There is one at all times.
-    fn stand_by(&self) -> io::Result<()> {
-        let relay = self.clone();
-        let stand_in = thread::Builder::new().name("stand-in".into());
-        let body = move || {
-            loop {
-                let baton = relay.shared.watch();
-                if relay.stand_by().is_ok() {
-                    return relay.run(baton);
-                }
-                // There are no threads left: better a stand-in that waits for this one than none.
-                relay.shared.give_back(baton);
-                thread::sleep(PATIENCE);
-            }
+    /// Takes a stand-in's place when that is free, and picks the baton up there when that lies for long.
+    fn stand_in(&self) {
+        heap::grow();
+        let baton = self.shared.watch();
+        self.order_stand_in();
+        self.run(baton);
+    }
+
+    /// Has another stand-in started. While there is none to relieve it, a stand-in leaves the baton where it lies.
+    fn order_stand_in(&self) {
+        let (stand_in, none) = (self.clone(), self.clone());
+        let failed = move || {
+            // There are no threads left.
+            thread::sleep(PATIENCE);
+            none.order_stand_in();
         };
-        stand_in.spawn(body).map(drop)
+        self.starter
+            .order(STAND_IN, move || stand_in.stand_in(), failed);
     }
 }
 
@@ -172,20 +201,30 @@ impl<B> Shared<B> {
         (place.times == times).then(|| place.baton.take())?
     }
 
-    /// As a stand-in: the baton that has lain there since it was laid down for the so-manieth time.
+    /// As a stand-in: the baton that has lain there since it was laid down for the so-manieth time, if another stand-in is there
+    /// to take this one's place.
     fn take_over(&self, times: u64) -> Option<Box<B>> {
         let mut place = self.lock();
-        let baton = (place.times == times).then(|| place.baton.take())??;
+        let may = place.times == times && place.spare > 0;
+        let baton = may.then(|| place.baton.take())??;
         let thread = place.thread;
         place.away.push(thread);
+        place.taken = false;
+        drop(place);
+        self.relieved.notify_one();
         Some(baton)
     }
 
-    /// Nobody could go on with it.
-    fn give_back(&self, baton: Box<B>) {
+    /// Waits for a stand-in's place.
+    fn take_place(&self) {
         let mut place = self.lock();
-        place.baton = Some(baton);
-        place.away.pop();
+        place.spare += 1;
+        while place.taken {
+            let relieved = self.relieved.wait(place);
+            place = relieved.unwrap_or_else(PoisonError::into_inner);
+        }
+        place.spare -= 1;
+        place.taken = true;
     }
 
     /// This thread has lost the baton, and waits no more.
@@ -203,8 +242,9 @@ impl<B> Shared<B> {
         }
     }
 
-    /// Looks now and then, until a baton has lain for long.
+    /// Takes a stand-in's place, and looks now and then, until a baton has lain for long.
     fn watch(&self) -> Box<B> {
+        self.take_place();
         let (mut idle, mut seen) = (0, 0);
         loop {
             let mut place = self.lock();
@@ -266,6 +306,10 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
 
+    fn starter() -> Starter {
+        Starter::new().unwrap()
+    }
+
     struct Baton {
         legs: Vec<thread::ThreadId>,
         waits: Vec<mpsc::Receiver<()>>,
@@ -303,7 +347,7 @@ mod tests {
             waits: vec![is_slow, is_quick],
             late,
         };
-        let end = Relay::start(Box::new(baton), leg).unwrap();
+        let end = Relay::start(Box::new(baton), leg, starter()).unwrap();
         let legs = end.recv_timeout(Duration::from_secs(20)).unwrap();
         assert_eq!(legs.len(), 2);
         assert_ne!(legs[0], legs[1]);
@@ -329,7 +373,7 @@ mod tests {
             }
             Some(*baton)
         }
-        let end = Relay::start(Box::new(7), leg).unwrap();
+        let end = Relay::start(Box::new(7), leg, starter()).unwrap();
         assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(7));
     }
 
@@ -347,7 +391,7 @@ mod tests {
                 Back::Lost(()) => None,
             }
         }
-        let end = Relay::start(Box::new(false), leg).unwrap();
+        let end = Relay::start(Box::new(false), leg, starter()).unwrap();
         assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(true));
     }
 
@@ -369,9 +413,33 @@ mod tests {
             }
         }
         let (first, once) = channel();
-        let end = Relay::start(Box::new(first), idle).unwrap();
+        let end = Relay::start(Box::new(first), idle, starter()).unwrap();
         once.recv().unwrap();
         drop(once);
         assert_eq!(end.recv_timeout(Duration::from_secs(30)), Ok(true));
+    }
+
+    /// Nobody who goes on starts a thread first: the next stand-in is there already. Where none comes after it, the last one stays.
+    #[test]
+    fn a_starter_that_is_held_up_holds_up_nobody_who_goes_on() {
+        #[derive(Default)]
+        struct Legs(Vec<Sender<()>>);
+        fn leg(mut baton: Box<Legs>, relay: &Relay<Legs, usize>) -> Option<usize> {
+            let (hold, held) = channel::<()>();
+            baton.0.push(hold);
+            let legs = baton.0.len();
+            // The second one is not relieved, so it keeps the baton.
+            let patience = if legs == 1 { 600 } else { 1 };
+            match relay.risk(baton, move || {
+                held.recv_timeout(Duration::from_secs(patience))
+            }) {
+                Back::Held(..) => Some(legs),
+                Back::Lost(_) => None,
+            }
+        }
+        let starter = Starter::held_up();
+        let end = Relay::start(Box::default(), leg, starter.clone()).unwrap();
+        assert_eq!(end.recv_timeout(Duration::from_secs(60)), Ok(2));
+        assert_eq!(starter.ordered(), 1);
     }
 }

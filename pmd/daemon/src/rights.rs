@@ -1,6 +1,6 @@
 //! Rights: the one place that decides what a tenant may have. `docs/threat-model.md` has the rules as a table.
 //!
-//! Who a tenant is was noted when it said HELLO: its [`Passport`]. At each step that hands something out the process is
+//! Who a tenant is was noted when it attached: its [`Passport`]. At each step that hands something out the process is
 //! looked at again, and has to be who it was: somebody else may have the control connection by then (a forked child),
 //! while the process itself runs a program with more rights. That a tenant holds a socket is looked up on the socket
 //! itself. What takes part in a decision comes from the kernel; a tenant's own words only say where to look.
@@ -25,7 +25,7 @@ use crate::policy::Policy;
 use crate::process::{FileId, Glance, Identity, Peer, Program};
 use crate::search::{OtherHolder, Searches};
 
-/// Who a tenant was when it said HELLO: this process, with these rights, running the program that has mapped the tenant's
+/// Who a tenant was when it attached: this process, with these rights, running the program that has mapped the tenant's
 /// memory.
 #[derive(Debug)]
 pub struct Passport {
@@ -62,16 +62,16 @@ pub enum Changed {
 }
 
 impl Passport {
-    /// Looks at the process that brings this memory along. May wait.
+    /// Looks at the process that was sent this memory, and says that it has mapped it at this address. May wait.
     ///
-    /// Its HELLO may have waited for long: so the process has to be who it was when it connected, by the kernel's word,
-    /// and to run the program that made the memory.
-    pub fn new(peer: Arc<Peer>, memory: &impl AsFd) -> Result<Self, Changed> {
+    /// What it says may have waited for long: so the process has to be who it was when it connected, by the kernel's word,
+    /// and to run the program that has mapped the memory.
+    pub fn new(peer: Arc<Peer>, memory: &impl AsFd, address: u64) -> Result<Self, Changed> {
         let seen = || -> std::io::Result<Option<Seen>> {
             let memory = FileId::of(memory)?;
             // In this order: what has mapped the memory still is what was seen before.
             let identity = peer.identity()?;
-            let address = peer.maps(memory)?;
+            let address = peer.maps_at(memory, address)?;
             Ok(address.map(|address| Seen {
                 identity,
                 memory,
@@ -185,7 +185,7 @@ pub struct Look {
     pub bound: Option<SocketAddr>,
 }
 
-/// A socket that a process was found to hold, while it was who it was at HELLO.
+/// A socket that a process was found to hold, while it was who it was when it attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// `SO_COOKIE`, as the socket says; 0 where the daemon may not ask it, and the inode has to do.

@@ -73,7 +73,7 @@ fn another_version_is_told_the_right_one() {
 }
 
 #[test]
-fn memory_that_could_hurt_the_daemon_is_refused() {
+fn boards_that_could_hurt_somebody_are_refused() {
     let daemon = Daemon::start(SMALL);
     let (memory, bells) = (
         size_of::<TenantMemory>() as u64,
@@ -86,25 +86,25 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
     let shrink = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
     let null = std::fs::File::open("/dev/null").unwrap();
     let right = tenant::Memory::new();
-    let unsealed = memfd(memory, SealFlag::empty());
-    let growing = memfd(memory, SealFlag::F_SEAL_SHRINK);
+    let unsealed = memfd(bells, SealFlag::empty());
+    let growing = memfd(bells, SealFlag::F_SEAL_SHRINK);
     let short = memfd(4096, shrink);
-    let blank = memfd(memory, shrink);
-    let read_only = memfd(memory, shrink | SealFlag::F_SEAL_WRITE);
-    let ok = (right.tenant.as_raw_fd(), right.bells.as_raw_fd());
+    let blank = memfd(bells, shrink);
+    let read_only = memfd(bells, shrink | SealFlag::F_SEAL_WRITE);
+    let soon_read_only = memfd(bells, shrink | SealFlag::F_SEAL_FUTURE_WRITE);
+    let ok = right.bells.as_raw_fd();
     let cases: Vec<(Hello, Vec<RawFd>)> = vec![
-        (hello(memory, bells), vec![]),
-        (hello(memory, bells), vec![ok.0, ok.1, ok.1]),
-        (hello(memory, bells), vec![unsealed.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![growing.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![short.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![blank.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![read_only.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![null.as_raw_fd(), ok.1]),
-        (hello(memory, bells), vec![ok.0, null.as_raw_fd()]),
-        (hello(memory, bells), vec![ok.0, ok.0]),
-        (hello(u64::MAX, bells), vec![ok.0, ok.1]),
-        (hello(memory, 0), vec![ok.0, ok.1]),
+        (hello(memory, bells), vec![ok, ok]),
+        (hello(memory, bells), vec![unsealed.as_raw_fd()]),
+        (hello(memory, bells), vec![growing.as_raw_fd()]),
+        (hello(memory, bells), vec![short.as_raw_fd()]),
+        (hello(memory, bells), vec![blank.as_raw_fd()]),
+        (hello(memory, bells), vec![read_only.as_raw_fd()]),
+        (hello(memory, bells), vec![soon_read_only.as_raw_fd()]),
+        (hello(memory, bells), vec![null.as_raw_fd()]),
+        (hello(u64::MAX, bells), vec![ok]),
+        (hello(u64::MAX, bells), vec![]),
+        (hello(memory, 0), vec![ok]),
     ];
     let count = cases.len() as u64;
     for (hello, fds) in cases {
@@ -120,46 +120,7 @@ fn memory_that_could_hurt_the_daemon_is_refused() {
     still_serves(&daemon);
 }
 
-/// A daemon that says in a file what it refuses, and the file.
-fn daemon_that_logs() -> (Daemon, tempfile::NamedTempFile) {
-    let log = tempfile::NamedTempFile::new().unwrap();
-    let stderr = log.reopen().unwrap();
-    let daemon = Daemon::start_with(SMALL, |command| {
-        command.stderr(stderr);
-    });
-    (daemon, log)
-}
-
-#[test]
-fn memory_that_the_daemon_can_not_seal_is_refused() {
-    let (daemon, log) = daemon_that_logs();
-    let refused = |tenant: &mut Tenant| {
-        tenant.hello();
-        assert_eq!(tenant.refused().code, refusal::MEMORY);
-    };
-    let seals = [
-        SealFlag::F_SEAL_SEAL,
-        SealFlag::F_SEAL_FUTURE_WRITE,
-        SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_FUTURE_WRITE,
-    ];
-    for seals in seals {
-        let mut tenant = Tenant::stranger(&daemon).unwrap();
-        fcntl(&tenant.memory.tenant, FcntlArg::F_ADD_SEALS(seals)).unwrap();
-        refused(&mut tenant);
-    }
-    // That of a tenant is sealed, so nobody brings it again.
-    let first = Tenant::attach(&daemon);
-    let mut second = Tenant::stranger(&daemon).unwrap();
-    second.memory.tenant = first.memory.tenant.try_clone().unwrap();
-    refused(&mut second);
-    assert_eq!(daemon.counter("bad_memory"), 4);
-    let log = std::fs::read_to_string(log.path()).unwrap();
-    assert!(log.contains("its memory is sealed already"), "{log}");
-    assert!(log.contains("each HELLO needs new memory"), "{log}");
-    still_serves(&daemon);
-}
-
-/// What the daemon touches has no holes, and still is the tenant's to write.
+/// What the daemon touches has no holes and is not paged out, and is the tenant's to write and to map again.
 #[test]
 fn nobody_makes_holes_in_the_memory_of_a_tenant() {
     let daemon = Daemon::start(SMALL);
@@ -167,10 +128,10 @@ fn nobody_makes_holes_in_the_memory_of_a_tenant() {
     let (file, map) = (&tenant.memory.tenant, &tenant.memory.map);
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     assert_eq!(fallocate(file, how, 0, 4096), Err(Errno::EPERM));
+    assert!(file.set_len(0).is_err() && file.set_len(1 << 30).is_err());
     // SAFETY: the mapping has a page, and nothing in it is referred to.
     let removed = unsafe { libc::madvise(map.as_mut_ptr().cast(), 4096, libc::MADV_REMOVE) };
     assert_eq!((removed, Errno::last()), (-1, Errno::EPERM));
-    assert!(memmap2::MmapOptions::new().map_raw(file).is_err());
     let sealed = SealFlag::F_SEAL_SEAL;
     assert_eq!(
         fcntl(file, FcntlArg::F_ADD_SEALS(sealed)),
@@ -186,14 +147,8 @@ fn nobody_makes_holes_in_the_memory_of_a_tenant() {
 #[test]
 fn a_board_of_the_daemons_has_no_holes() {
     let daemon = Daemon::start(SMALL);
-    let tenant = Tenant::stranger(&daemon).unwrap();
-    let hello = Hello {
-        memory_size: size_of::<TenantMemory>() as u64,
-        bell_size: size_of::<BellBoard>() as u64,
-    };
-    let memory = [tenant.memory.tenant.as_raw_fd()];
-    tenant.send(Message::new(kind::HELLO, &hello).as_bytes(), &memory);
-    let mut tenant = tenant;
+    let mut tenant = Tenant::stranger(&daemon).unwrap();
+    tenant.send(tenant::hello_message().as_bytes(), &[]);
     let board = match tenant.receive() {
         Answer::Message(kind::WELCOME, _, mut fds) if fds.len() == 1 => fds.pop().unwrap(),
         other => panic!("{other:?}"),
@@ -213,6 +168,64 @@ fn a_board_of_the_daemons_has_no_holes() {
     }
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     assert_eq!(fallocate(&board, how, 0, 4096), Err(Errno::EPERM));
+}
+
+/// A caller that was sent its memory: it has mapped it, and has not said so.
+fn greeted(daemon: &Daemon) -> (Tenant, Message) {
+    let mut caller = Tenant::stranger(daemon).unwrap();
+    caller.hello();
+    match caller.receive_only() {
+        Answer::Message(kind::WELCOME, _, mut fds) => {
+            let attached = caller.memory.take(fds.remove(0));
+            (caller, attached)
+        }
+        other => panic!("not welcome: {other:?}"),
+    }
+}
+
+/// Who does not say that it has mapped its memory is no tenant, whatever its queue says, and counts as one on its account.
+#[test]
+fn nothing_is_handed_out_before_the_memory_is_mapped() {
+    let daemon = Daemon::start(&format!("{SMALL}max_tenants_per_user = 2\n"));
+    let mut server = Tenant::attach(&daemon);
+    let (connector, accepted) = tcp_pair();
+    server.announce(2, 1, &accepted, 0);
+    let (mut client, attached) = greeted(&daemon);
+    assert!(client.memory.put(&announcement(1, 1, &connector, 1)));
+    client.kick();
+    assert_eq!(client.refused().code, refusal::MALFORMED);
+    let (mut client, mut more) = (greeted(&daemon), Tenant::stranger(&daemon).unwrap());
+    more.hello();
+    let refused = more.refused();
+    assert_eq!((refused.code, refused.expected), (refusal::LIMIT, 2));
+    assert_eq!(daemon.counter("announced"), 1);
+    // What is not mapped there is not believed, nor what another connection was sent.
+    client.0.send(attached.as_bytes(), &[]);
+    assert_eq!(client.0.refused().code, refusal::IDENTITY);
+    let (mut client, attached) = greeted(&daemon);
+    assert!(client.memory.put(&announcement(1, 1, &connector, 1)));
+    client.send(attached.as_bytes(), &[]);
+    client.promote();
+    server.promote();
+}
+
+/// It has some seconds for it, and then may come again.
+#[test]
+fn who_never_maps_its_memory_is_forgotten() {
+    let daemon = Daemon::start(SMALL);
+    let before = daemon.descriptors();
+    let (mut caller, attached) = greeted(&daemon);
+    assert!(daemon.descriptors() > before);
+    nix::sys::socket::setsockopt(
+        &caller.socket,
+        nix::sys::socket::sockopt::ReceiveTimeout,
+        &nix::sys::time::TimeVal::new(60, 0),
+    )
+    .unwrap();
+    assert!(matches!(caller.receive(), Answer::Closed));
+    assert!(caller.try_send(attached.as_bytes(), &[]).is_err());
+    daemon.wait_until("it is given back", |_| daemon.descriptors() <= before);
+    still_serves(&daemon);
 }
 
 /// Nor does the memory of a stream, which its two programs and those that they turn into map.
@@ -579,7 +592,7 @@ fn any_datagram_gets_a_clear_answer() {
         };
         for (kind, body, fds) in datagrams {
             let bytes = match kind {
-                Some(kind) => [bytes_of(&head(kind % 14)), &body].concat(),
+                Some(kind) => [bytes_of(&head(kind % 18)), &body].concat(),
                 None => body,
             };
             caller.send(&bytes, &vec![file.as_raw_fd(); fds]);
@@ -611,11 +624,9 @@ fn a_limit_on_the_size_of_files_keeps_connections_on_the_kernel() {
             })
         };
     });
-    let mut tenant = Tenant::attach(&daemon);
-    let (connector, accepted) = tcp_pair();
-    tenant.announce(1, 1, &connector, 1);
-    tenant.announce(2, 1, &accepted, 0);
-    assert_eq!(tenant.verdict().reason, Reason::NoMemory as u32);
-    assert_eq!(tenant.verdict().reason, Reason::NoMemory as u32);
+    // There is no memory for a tenant either. It asks again later.
+    let mut tenant = Tenant::stranger(&daemon).unwrap();
+    tenant.hello();
+    assert_eq!(tenant.refused().code, refusal::LIMIT);
     assert_eq!(daemon.stat()["streams_now"], 0);
 }

@@ -70,11 +70,17 @@ impl Scene {
         connected: impl FnOnce(),
     ) -> (Actor, Vec<u64>, TcpStream) {
         let mut owner = self.start(test, user);
-        let late = plan.starts_with("late");
-        if late {
+        let unread = plan.starts_with("unread");
+        let late = unread || plan.starts_with("late");
+        if unread {
             self.daemon.signal(Signal::SIGSTOP);
         }
         owner.say(plan);
+        if late && !unread {
+            owner.hear("greeted");
+            self.daemon.signal(Signal::SIGSTOP);
+            owner.say("go");
+        }
         let connection = owner.hear_numbers("connected");
         let (accepted, _) = self.listener.accept().unwrap();
         connected();
@@ -202,7 +208,7 @@ scene!(who_may_change_its_user_keeps_its_connection, |test| {
     child_gets_nothing(test, CAPABLE, |port| format!("setuid {port}"));
 });
 
-/// It has said HELLO as somebody else than it is when the daemon reads that.
+/// It has said that it has mapped its memory as somebody else than it is when the daemon reads that.
 fn late_look(test: &str, rights: Rights, more: &str) {
     let program = Program::with(rights);
     let path = program.path().display().to_string();
@@ -226,6 +232,15 @@ scene!(a_late_look_sees_a_program_with_capabilities, |test| {
 scene!(a_late_look_sees_a_program_that_hides_its_memory, |test| {
     late_look(test, Rights::Nothing, "undumpable");
 });
+
+scene!(
+    a_child_does_not_map_the_memory_for_a_set_user_id_program,
+    |test| {
+        let program = Program::with(Rights::SetUserId);
+        let path = program.path().display().to_string();
+        child_gets_nothing(test, ATTACKER, |port| format!("unread exec {path} {port} "));
+    }
+);
 
 scene!(exec_into_a_set_user_id_program_detaches, |test| {
     let program = Program::with(Rights::SetUserId);

@@ -15,8 +15,8 @@ use std::process::Command;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rdsock_shm::control::{
-    Between, Caller, Hello, Lookup, Message, Pod, Promote, Query, Refused, Request, Verdict,
-    bytes_of, from_bytes, head, kind, question, refusal, request,
+    Attached, Between, Caller, Hello, Lookup, Message, Pod, Promote, Query, Refused, Request,
+    Verdict, bytes_of, from_bytes, head, kind, question, refusal, request,
 };
 use rdsock_shm::layout::{BellBoard, CONN_RECORDS, TenantMemory, VERSION};
 use serde_json::Value;
@@ -389,6 +389,12 @@ impl Liar {
                     bell_size: size_of::<BellBoard>() as u64,
                 },
             ),
+            kind::ATTACHED => Message::new(
+                kind,
+                &Attached {
+                    address: self.ends[0].memory.map.as_ptr() as u64,
+                },
+            ),
             kind::LOOKUP => {
                 let Request {
                     conn,
@@ -419,10 +425,7 @@ impl Liar {
             _ => Message::empty(kind),
         };
         let fds = match kind {
-            kind::HELLO => {
-                let memory = tenant::Memory::new();
-                vec![memory.tenant.into(), memory.bells.into()]
-            }
+            kind::HELLO => vec![tenant::Memory::new().bells.into()],
             kind::ADOPT => vec![seqpacket().0],
             _ => Vec::new(),
         };
@@ -455,13 +458,28 @@ impl Liar {
         self.lie_in_descriptors(row);
     }
 
-    /// A stranger for HELLO, else a tenant with a connection on rings.
+    /// A stranger for HELLO, one that was sent its memory for ATTACHED, else a tenant with a connection on rings.
     fn ready_for(&mut self, row: &Row) {
-        if row.kind == kind::HELLO {
-            self.ends[0] = Tenant::at(&self.daemon).unwrap();
-        } else {
-            self.promoted();
+        match row.kind {
+            kind::HELLO => self.ends[0] = Tenant::at(&self.daemon).unwrap(),
+            kind::ATTACHED => self.ends[0] = self.greeted(),
+            _ => {
+                self.promoted();
+            }
         }
+    }
+
+    /// A caller that has mapped its memory, and did not say so.
+    fn greeted(&self) -> Tenant {
+        let mut caller = Tenant::at(&self.daemon).unwrap();
+        caller.hello();
+        match caller.receive_only() {
+            Answer::Message(kind::WELCOME, _, mut fds) => {
+                caller.memory.take(fds.remove(0));
+            }
+            other => panic!("not welcome: {other:?}"),
+        }
+        caller
     }
 
     fn check_message(
@@ -483,6 +501,15 @@ impl Liar {
             // What it then is decides.
             (_, "kind") => {}
             (kind::HELLO, _) => assert_eq!(refused, Some(refusal::MEMORY), "{context}"),
+            // Some other address within the mapping is as good.
+            (kind::ATTACHED, _) => {
+                let attached: Attached = from_bytes(&told[size(HEAD)..]).unwrap();
+                let map = &self.ends[0].memory.map;
+                let place = attached.address.wrapping_sub(map.as_ptr() as u64);
+                let is_there = place < map.len() as u64;
+                let expected = (!is_there).then_some(refusal::IDENTITY);
+                assert_eq!(refused, expected, "{context}");
+            }
             (kind::LOOKUP, "cookie" | "fd") => {
                 assert!(heard.promotes.is_empty(), "{context}: {heard:?}");
                 assert_eq!(heard.answers, 1, "{context}: {heard:?}");
@@ -538,7 +565,7 @@ impl Liar {
             let mut fewer = right.clone();
             fewer.remove(at);
             // Who has no bell board yet brings none.
-            if row.kind != kind::HELLO || at == 0 {
+            if row.kind != kind::HELLO {
                 lies.push(fewer);
             }
             for other in others.iter().chain(&right) {
@@ -583,6 +610,7 @@ impl Liar {
             kind::ADOPT,
             kind::REACH,
             kind::WHOIS,
+            kind::ATTACHED,
         ];
         for kind in early {
             self.ready_for(row(kind::HELLO).unwrap());
@@ -590,7 +618,24 @@ impl Liar {
             let heard = self.say(&bytes, &raw(&fds));
             let refused = heard.refused.map(|refused| refused.code);
             assert_eq!(refused, Some(refusal::MALFORMED), "{kind}: {heard:?}");
+            // One that was sent its memory may ask for another connection (ADOPT), and for nothing else.
+            if [kind::ADOPT, kind::ATTACHED].contains(&kind) {
+                continue;
+            }
+            self.ends[0] = self.greeted();
+            let (bytes, fds) = self.truth(kind);
+            let heard = self.say(&bytes, &raw(&fds));
+            let refused = heard.refused.map(|refused| refused.code);
+            assert_eq!(
+                refused,
+                Some(refusal::MALFORMED),
+                "{kind}, greeted: {heard:?}"
+            );
         }
+        self.promoted();
+        let (bytes, fds) = self.truth(kind::ATTACHED);
+        let heard = self.say(&bytes, &raw(&fds));
+        assert!(heard.closed, "ATTACHED twice: {heard:?}");
         self.promoted();
         let (bytes, fds) = self.truth(kind::HELLO);
         let heard = self.say(&bytes, &raw(&fds));

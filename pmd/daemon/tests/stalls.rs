@@ -49,7 +49,7 @@ fn play(part: &Part) {
         "many groups" => be_in_many_groups(part),
         "pager" => be_pager(part),
         "watched" => be_watched(part),
-        "early puncher" => be_often(part, punch_and_attach),
+        "often mapped" => be_often(part, map_often_and_end),
         other => panic!("no such part: {other}"),
     }
 }
@@ -284,8 +284,8 @@ scene!(holes_in_the_memory_of_a_tenant, |test| {
     attack(test, "puncher");
 });
 
-scene!(holes_in_memory_while_it_is_handed_over, |test| {
-    attack(test, "early puncher");
+scene!(memory_that_is_mapped_very_often_while_it_ends, |test| {
+    attack(test, "often mapped");
 });
 
 /// Looks that have much to do: a process may be in 65,536 groups. In a user namespace of one's own it takes two groups that
@@ -340,7 +340,7 @@ scene!(
 fn be_pager(part: &Part) {
     const RECORD: usize = 40_000;
     const ASKERS: usize = 7;
-    let mut tenant = Tenant::at(&part.socket).unwrap();
+    let tenant = Tenant::attach_at(&part.socket);
     let file = tenant.memory.tenant.try_clone().unwrap();
     let at = (offset_of!(TenantMemory, conns) + RECORD * size_of::<ConnRecord>()) as u64;
     // Not through a mapping: a page that has two is left alone.
@@ -350,8 +350,6 @@ fn be_pager(part: &Part) {
     map_often_at(&file, page);
     let mut options = memmap2::MmapOptions::new();
     let map = options.offset(page).len(4096).map_raw(&file).unwrap();
-    tenant.hello();
-    tenant.receive();
     say("ready");
     listen();
     std::thread::scope(|scope| {
@@ -500,18 +498,37 @@ fn end_all(children: Vec<Pid>) {
     }
 }
 
-/// The daemon is given memory while holes are made in it.
-fn punch_and_attach(part: &Part) {
-    let mut tenant = Tenant::at(&part.socket).unwrap();
-    let file = tenant.memory.tenant.try_clone().unwrap();
-    let children = map_often(&file);
-    for _ in 0..8 {
-        let file = file.try_clone().unwrap();
-        std::thread::spawn(move || while punch(&file).is_ok() {});
+/// Attaches several times, maps each memory very often, has its pages paged out, collapsed and made holes in without end, and ends:
+/// the daemon unmaps them meanwhile.
+fn map_often_and_end(part: &Part) {
+    const MEMORIES: usize = 4;
+    let mut tenants: Vec<_> = (0..MEMORIES)
+        .map(|_| Tenant::attach_at(&part.socket))
+        .collect();
+    let mut children = Vec::new();
+    for tenant in &tenants {
+        children.extend(map_often(&tenant.memory.tenant));
     }
-    // Some wait for each other by then.
-    std::thread::sleep(Duration::from_millis(100));
-    tenant.hello();
-    tenant.receive_within(Duration::from_secs(10));
+    for tenant in &tenants {
+        let file = tenant.memory.tenant.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let map = memmap2::MmapOptions::new().map_raw(&file).unwrap();
+            loop {
+                let _ = punch(&file);
+                for advice in [libc::MADV_PAGEOUT, libc::MADV_COLLAPSE, libc::MADV_REMOVE] {
+                    // SAFETY: a mapping of this function's own, that nobody refers to.
+                    unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), advice) };
+                }
+            }
+        });
+    }
+    for tenant in &tenants {
+        tenant.kick();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    tenants.clear();
+    // The daemon needs porters just then.
+    let callers: Vec<_> = (0..8).filter_map(|_| attach(part)).collect();
+    drop(callers);
     end_all(children);
 }

@@ -12,13 +12,12 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
-use rdsock_shm::control::{Hello, Message, Query, kind, question, refusal};
-use rdsock_shm::layout::{BellBoard, TenantMemory};
+use rdsock_shm::control::{Message, Query, kind, question, refusal};
 use tenant::actor::{Part, is_root};
 use tenant::linger::Lingering;
 use tenant::measure::{Bystander, Honest};
 use tenant::silent::{SilentFile, be_file_system};
-use tenant::{Answer, Daemon, Tenant, announcement, control_pair};
+use tenant::{Answer, Daemon, Tenant, announcement, control_pair, hello_message};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
@@ -27,23 +26,13 @@ const WATCH: Duration = Duration::from_secs(2);
 /// A little more than a caller has to say who it is.
 const HANDSHAKE: Duration = Duration::from_secs(6);
 
-fn hello_message() -> Message {
-    let hello = Hello {
-        memory_size: size_of::<TenantMemory>() as u64,
-        bell_size: size_of::<BellBoard>() as u64,
-    };
-    Message::new(kind::HELLO, &hello)
-}
-
 /// What a descriptor comes beside.
 #[derive(Clone, Copy, Debug)]
 enum Beside {
     Kick,
     Garbage,
-    /// In place of the tenant's memory.
-    Hello,
     /// In place of the tenant's bell board.
-    HelloBells,
+    Hello,
     /// As one too many.
     HelloMore,
     Adopt,
@@ -58,21 +47,17 @@ impl Beside {
             true => Tenant::attach(daemon),
             false => Tenant::stranger(daemon).unwrap(),
         };
-        let (memory, bells) = (
-            tenant.memory.tenant.as_raw_fd(),
-            tenant.memory.bells.as_raw_fd(),
-        );
+        let bells = tenant.memory.bells.as_raw_fd();
         let (what, pid) = (question::STAT, 0);
         let message = match self {
             Beside::Kick => Message::empty(kind::KICK),
             Beside::Garbage => Message::empty(77),
-            Beside::Hello | Beside::HelloBells | Beside::HelloMore => hello_message(),
+            Beside::Hello | Beside::HelloMore => hello_message(),
             Beside::Adopt => Message::empty(kind::ADOPT),
             Beside::Query => Message::new(kind::QUERY, &Query { what, pid }),
         };
         let others: &[i32] = match self {
-            Beside::HelloBells => &[memory],
-            Beside::HelloMore => &[memory, bells],
+            Beside::HelloMore => &[bells],
             _ => &[],
         };
         send(&tenant, message.as_bytes(), others);
@@ -111,13 +96,8 @@ fn a_lingering_socket_beside_garbage() {
 }
 
 #[test]
-fn a_lingering_socket_as_memory() {
-    a_lingering_socket(Beside::Hello);
-}
-
-#[test]
 fn a_lingering_socket_as_bell_board() {
-    a_lingering_socket(Beside::HelloBells);
+    a_lingering_socket(Beside::Hello);
 }
 
 #[test]
@@ -385,12 +365,8 @@ silent_file!(
     silent_beside(Beside::Garbage)
 );
 silent_file!(
-    a_file_that_does_not_answer_as_memory,
-    silent_beside(Beside::Hello)
-);
-silent_file!(
     a_file_that_does_not_answer_as_bell_board,
-    silent_beside(Beside::HelloBells)
+    silent_beside(Beside::Hello)
 );
 silent_file!(
     a_file_that_does_not_answer_to_be_adopted,

@@ -17,9 +17,9 @@ pub const FABRIC_SOURCE_V4: [u8; 4] = [127, 82, 68, 83];
 
 /// Kinds of message. The direction is in the name's comment: T tenant, D daemon, C tool.
 pub mod kind {
-    /// T→D, fds: new tenant memory, and the bell board where it has one from an earlier daemon. Body: [`super::Hello`].
+    /// T→D, fd: the bell board, where it has one from an earlier daemon. Body: [`super::Hello`].
     pub const HELLO: u16 = 1;
-    /// D→T, fd: a bell board, where HELLO brought none. Body: [`super::Welcome`].
+    /// D→T, fds: the tenant's memory, and a bell board where HELLO brought none. Body: [`super::Welcome`].
     pub const WELCOME: u16 = 2;
     /// D→any: refused, the connection is closed behind it. Body: [`super::Refused`].
     pub const REFUSED: u16 = 3;
@@ -49,6 +49,8 @@ pub mod kind {
     pub const WHOIS: u16 = 14;
     /// D→T: answer to WHOIS. Body: [`super::Caller`].
     pub const CALLER: u16 = 15;
+    /// T→D: this program has mapped the memory of WELCOME. Body: [`super::Attached`].
+    pub const ATTACHED: u16 = 16;
 }
 
 /// Start of each message.
@@ -103,6 +105,13 @@ pod! {
         answer_us: u32,
         /// 0.
         reserved: u32,
+    }
+}
+pod! {
+    /// A tenant has mapped its memory. That it has, the daemon asks the kernel.
+    Attached, 8 {
+        /// Where its mapping starts.
+        address: u64,
     }
 }
 pod! {
@@ -258,7 +267,7 @@ pub mod refusal {
     pub const VERSION: u32 = 1;
     /// The message is not one the daemon knows, or has a wrong length.
     pub const MALFORMED: u32 = 2;
-    /// An fd is missing, not a sealed memfd, or of a wrong size.
+    /// The bell board is no sealed memfd, or of a wrong size; a size in HELLO is not the daemon's.
     pub const MEMORY: u32 = 3;
     /// The policy excludes this user.
     pub const POLICY: u32 = 4;

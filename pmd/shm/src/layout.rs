@@ -8,7 +8,7 @@
 use crate::sync::{AtomicI32, AtomicU32, AtomicU64};
 
 /// Version of every layout in this file and of the control messages; both sides must agree.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// First word of a [`StreamHeader`].
 pub const STREAM_MAGIC: u64 = u64::from_le_bytes(*b"rdsockST");
@@ -300,7 +300,7 @@ pub struct ConnRecord {
     _pad: u64,
 }
 
-/// A tenant's memory, shared with the daemon alone. Made by the shim.
+/// A tenant's memory, shared with the daemon alone, which makes it.
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub struct TenantHeader {
@@ -311,7 +311,7 @@ pub struct TenantHeader {
     /// `size_of::<TenantMemory>()`.
     pub size: u32,
     _pad0: [u64; 14],
-    /// Written by the daemon: messages that it has sent on the control socket.
+    /// Written by the daemon: messages that it has sent on the control socket, behind WELCOME.
     pub messages: AtomicU64,
     _pad1: [u64; 15],
     /// Written by the daemon: 1 while it sleeps and wants a KICK after a request.

@@ -52,7 +52,7 @@ fn wait_as_asked(
         count_out(epoll);
         return wait(epoll, epfd, events, deadline, mask);
     }
-    tenant::stay_attached();
+    tenant::before_sleep();
     // A stream may come while this sleeps: then its sign is among the events.
     let got = kernel();
     count_out(epoll);

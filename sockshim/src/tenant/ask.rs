@@ -4,7 +4,9 @@
 //! Several threads may ask at once, and whoever reads the control connection reads all that has come:
 //! so who asks takes a place, and answers are put there.
 
-use super::attach::{CONTROL, attach, is_as_attached, is_disabled};
+use super::attach::{
+    CONTROL, GREETING, attach, await_greeting, ensure, is_as_attached, is_disabled,
+};
 use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
@@ -156,6 +158,10 @@ fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> 
 }
 
 fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Option<Answer> {
+    ensure();
+    if !await_greeting(end) {
+        return None;
+    }
     question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
     let number = question.question;
     while !put(what, &question, end)? {
@@ -184,7 +190,7 @@ fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
     make_memory();
     attach(&guard);
     let control = CONTROL.load(Relaxed);
-    if control < 0 || !is_as_attached() {
+    if control < 0 || GREETING.load(Relaxed) != 0 || !is_as_attached() {
         return None;
     }
     let now = clock::nanoseconds();

@@ -4,16 +4,15 @@
 use super::hidden::{close_hidden, hide};
 use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
-use super::memory::{MEMFDS, MEMORY, handed_over, make_memory, memory, renew};
-use super::messages::{SEEN, read_messages, send_with};
+use super::memory::{BOARD_FD, MEMORY, make_memory, may_write, memory};
+use super::messages::{await_message, read_messages, send_with};
 use super::pauses::{Attempts, Changes};
-use super::requests::PUTTER;
+use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
-use crate::{clock, sys};
+use crate::{clock, process, sys};
 use libc::c_int;
-use rdsock_shm::control::{Hello, Message, kind};
+use rdsock_shm::control::{Attached, Hello, Message, kind};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
-use rdsock_shm::queue::Putter;
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
 use std::mem::size_of;
@@ -21,8 +20,10 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
 /// Milliseconds between two looks whether the daemon is still there,
 const LOOK_MS: u64 = 1000;
-/// and while its greeting is awaited.
-const GREETING_MS: u64 = 20;
+/// microseconds while its greeting is awaited,
+const GREETING_US: u64 = 20;
+/// and milliseconds that a program waits for that at most, before it sleeps for the first time.
+const PATIENCE_MS: u64 = 20;
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -37,6 +38,10 @@ static ATTACHED_AS: AtomicU64 = AtomicU64::new(0);
 static CHANGES: Changes = Changes::new();
 /// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
 pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
+/// 1 from HELLO until this process has mapped the memory that the greeting brings: what it asks for waits until then.
+pub(super) static GREETING: AtomicU32 = AtomicU32::new(0);
+/// 1 when that was waited for in vain: it is not waited for again.
+static LATE: AtomicU32 = AtomicU32::new(0);
 /// When it was last looked whether the daemon is there, in ticks.
 static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
 /// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
@@ -74,7 +79,7 @@ pub fn disable(reason: Reason) {
     DISABLED.store(reason as u32, Relaxed);
 }
 
-/// Makes the tenant's memory and tries to reach the daemon when the first TCP socket of the process
+/// Makes room for the tenant's memory and tries to reach the daemon when the first TCP socket of the process
 /// is used; later, [`stay_attached`].
 pub fn ensure() {
     if !MEMORY.load(Relaxed).is_null() {
@@ -94,11 +99,11 @@ pub fn ensure() {
 pub fn stay_attached() {
     let now = clock::ticks();
     let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
-    if since >= clock::ticks_of(GREETING_MS * 1000)
-        && (since >= clock::ticks_of(LOOK_MS * 1000) || AWAITED.load(Relaxed) != 0)
-        && !MEMORY.load(Relaxed).is_null()
-        && !is_disabled()
-    {
+    let pause = match GREETING.load(Relaxed) {
+        0 => LOOK_MS * 1000,
+        _ => GREETING_US,
+    };
+    if since >= clock::ticks_of(pause) && !MEMORY.load(Relaxed).is_null() && !is_disabled() {
         look_for_daemon(now);
     }
 }
@@ -109,6 +114,43 @@ fn look_for_daemon(now: u64) {
     if let Some(guard) = Guard::take_soon() {
         note_hang_up(&guard);
         attach(&guard);
+    }
+}
+
+/// Before the program sleeps in the kernel, maybe for good, on what need not be a connection: a daemon that was told HELLO just now
+/// gets to know this program first.
+#[inline]
+pub fn before_sleep() {
+    stay_attached();
+    if GREETING.load(Relaxed) != 0 {
+        await_greeting(clock::nanoseconds() + PATIENCE_MS * 1_000_000);
+    }
+}
+
+/// Waits until this process has mapped the memory that a daemon sends which was told HELLO. False where that is late, or
+/// there is no daemon.
+#[cold]
+pub(super) fn await_greeting(end: u64) -> bool {
+    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !process::is_foreign() {
+        let has_come = |_: &Guard| (GREETING.load(Relaxed) == 0).then_some(());
+        if await_message(end, has_come).is_none() {
+            LATE.store(1, Relaxed);
+        }
+    }
+    GREETING.load(Relaxed) == 0 && CONTROL.load(Relaxed) >= 0
+}
+
+/// True when it is time to look whether the greeting has come.
+#[inline]
+pub(super) fn is_greeting_due() -> bool {
+    GREETING.load(Relaxed) != 0 && {
+        let now = clock::ticks();
+        let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
+        let is_due = since >= clock::ticks_of(GREETING_US);
+        if is_due {
+            LOOKED_AT.store(now, Relaxed);
+        }
+        is_due
     }
 }
 
@@ -138,10 +180,15 @@ pub(super) fn refused_for_now() {
     detach();
 }
 
-/// The daemon has greeted this process.
-pub(super) fn welcomed() {
+/// The daemon has greeted this process, whose memory is mapped at this address.
+pub(super) fn welcomed(control: c_int, address: u64) {
     ATTEMPTS.welcomed();
     AWAITED.store(0, Relaxed);
+    GREETING.store(0, Relaxed);
+    let attached = Attached { address };
+    if send_with(control, &Message::new(kind::ATTACHED, &attached), &[]) < 0 {
+        detach();
+    }
 }
 
 /// After fork, in the child.
@@ -149,6 +196,7 @@ pub(super) fn after_fork_in_child() {
     LOOKED_AT.store(0, Relaxed);
     ATTEMPTS.forget();
     AWAITED.store(0, Relaxed);
+    GREETING.store(0, Relaxed);
     CHANGES.forget();
 }
 
@@ -187,35 +235,30 @@ pub(super) fn attach(guard: &Guard) {
         return;
     }
     ATTEMPTS.begin(now);
-    if memory().is_none() {
+    if memory().is_none() || !may_write() {
         return;
     }
     let Some(fd) = adopted().or_else(connected) else {
         return;
     };
     let fd = hide(fd);
-    // A fresh start for the queue and the routes: requests that an earlier daemon did not take are
-    // void, and what it wrote as well.
-    let Some(memory_fd) = renew(guard) else {
-        return close_hidden(fd);
-    };
-    // SAFETY: the lock is held.
-    unsafe { *PUTTER.0.get() = Putter::new() };
-    let fds = [memory_fd, MEMFDS[1].load(Relaxed)];
-    let has_board = usize::from(fds[1] >= 0);
+    // A fresh start for the queue: requests that an earlier daemon did not take are void.
+    empty_queue(guard);
+    let board = [BOARD_FD.load(Relaxed)];
+    let has_board = usize::from(board[0] >= 0);
     let hello = Hello {
         memory_size: size_of::<TenantMemory>() as u64,
         bell_size: size_of::<BellBoard>() as u64,
     };
-    SEEN.store(0, Relaxed);
     AWAITED.store(1, Relaxed);
+    GREETING.store(1, Relaxed);
+    LATE.store(0, Relaxed);
     ATTACHED_AS.store(ids(), Relaxed);
     let sent = send_with(
         fd,
         &Message::new(kind::HELLO, &hello),
-        fds.get(..1 + has_board).unwrap_or(&fds),
+        board.get(..has_board).unwrap_or(&[]),
     );
-    handed_over();
     CONTROL.store(fd, Release);
     if sent < 0 {
         // A daemon that takes nobody says so before it hangs up.
@@ -296,6 +339,7 @@ pub(super) fn detach() {
         close_hidden(control);
     }
     AWAITED.store(0, Relaxed);
+    GREETING.store(0, Relaxed);
     conn::each(|index, conn| {
         if conn
             .phase

@@ -1,7 +1,7 @@
 //! The shim's own descriptors: kept away from the numbers that the program gets and expects.
 
 use super::attach::{CONTROL, INHERITED};
-use super::memory::MEMFDS;
+use super::memory::BOARD_FD;
 use crate::{conn, process, sys};
 use libc::c_int;
 use std::sync::atomic::Ordering::*;
@@ -64,7 +64,7 @@ pub fn move_hidden(fd: c_int) {
         return;
     }
     conn::set_kind(new, conn::Kind::Internal);
-    for place in MEMFDS.iter().chain([&CONTROL, &INHERITED]) {
+    for place in [&BOARD_FD, &CONTROL, &INHERITED] {
         let _ = place.compare_exchange(fd, new, AcqRel, Relaxed);
     }
     crate::epoll::moved_inner(fd, new);

@@ -1,10 +1,10 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{CONTROL, EPOCH, INHERITED, ensure};
+use super::attach::{CONTROL, EPOCH, INHERITED, await_greeting, before_sleep, ensure};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
-use super::memory::{BELLS_IN_USE, BOARD, MEMFDS, MEMORY, record};
+use super::memory::{BELLS_IN_USE, BOARD, BOARD_FD, MEMORY, record};
 use super::messages::{read_messages, send_with};
 use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
@@ -95,11 +95,9 @@ pub fn after_fork_in_child() {
         close_hidden(inherited);
     }
     INHERITED.store(keep, Relaxed);
-    for place in &MEMFDS {
-        let fd = place.swap(-1, Relaxed);
-        if fd >= 0 {
-            close_hidden(fd);
-        }
+    let board = BOARD_FD.swap(-1, Relaxed);
+    if board >= 0 {
+        close_hidden(board);
     }
     // The mappings are the parent's. The bells stay, since streams of the parent's may ring them. In the place of its memory
     // comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
@@ -148,11 +146,17 @@ fn hold_inherited() {
             }
         }
     });
+    // Who forked it may give them up next: the daemon is to know of this process by then.
+    before_sleep();
 }
 
 /// Asks whether an inherited socket is a stream, and maps it if it is. Waits for the answer.
 pub fn look_up(index: usize, fd: c_int) {
+    let end = clock::nanoseconds() + LOOKUP_MS * 1_000_000;
     ensure();
+    if !await_greeting(end) {
+        return;
+    }
     let Some(held) = conn::by_index(index) else {
         return;
     };
@@ -176,7 +180,6 @@ pub fn look_up(index: usize, fd: c_int) {
     };
     LOOKING_UP.store(1, Relaxed);
     if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
-        let end = clock::nanoseconds() + LOOKUP_MS * 1_000_000;
         while held.conn.phase.load(Acquire) == phase::ANNOUNCED {
             let left = end.saturating_sub(clock::nanoseconds()).div_ceil(1_000_000);
             if left == 0 || sys::poll_one(control, libc::POLLIN, left as i64) <= 0 {

@@ -1,7 +1,9 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{CONTROL, EPOCH, attach, is_as_attached, is_disabled, note_hang_up};
+use super::attach::{
+    CONTROL, EPOCH, GREETING, attach, before_sleep, is_as_attached, is_disabled, note_hang_up,
+};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::pauses::RETRY_MS;
@@ -22,6 +24,10 @@ pub fn listens(held: &Use) {
     if conn.listens.load(Relaxed) == 0 {
         conn.epoch.store(0, Relaxed);
         conn.listens.store(1, Relaxed);
+    }
+    if GREETING.load(Relaxed) != 0 {
+        // It was told just now, and this is the call before it sleeps.
+        before_sleep();
     }
     let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
     let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));

@@ -2,9 +2,9 @@
 //! them has moved.
 
 use super::ask::{self, Answer, deliver};
-use super::attach::{self, AWAITED, CONTROL, detach, disable, refused_for_now};
+use super::attach::{self, AWAITED, CONTROL, detach, disable, is_greeting_due, refused_for_now};
 use super::lock::Guard;
-use super::memory::{memory, take_board};
+use super::memory::{memory, show, take_board};
 use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
@@ -42,11 +42,11 @@ pub(super) fn send_with(socket: c_int, message: &Message, fds: &[c_int]) -> isiz
     unsafe { sys::sendmsg(socket, &header, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
 }
 
-/// Reads what the daemon has sent, if it has sent something.
+/// Reads what the daemon has sent, if it has sent something. Of its greeting no memory tells.
 #[inline]
 pub fn look() {
     if let Some(memory) = memory()
-        && memory.header.messages.load(Relaxed) != SEEN.load(Relaxed)
+        && (memory.header.messages.load(Relaxed) != SEEN.load(Relaxed) || is_greeting_due())
         && let Some(guard) = Guard::take()
     {
         read_messages(&guard);
@@ -121,11 +121,13 @@ pub(super) fn read_messages(guard: &Guard) {
                 if let Some(welcome) = control::from_bytes(body) {
                     ask::welcomed(&welcome);
                 }
-                attach::welcomed();
-                let [board, ..] = fds;
+                let [memory, board, _] = fds;
                 if board >= 0 && take_board(guard, board) {
+                    welcomed(guard, control, memory);
+                    fds_of([memory, -1, -1]);
                     continue;
                 }
+                welcomed(guard, control, memory);
             }
             kind::NOT_FOUND => {
                 if let Some(not_found) = control::from_bytes(body) {
@@ -138,6 +140,14 @@ pub(super) fn read_messages(guard: &Guard) {
         fds_of(fds);
     }
     sys::restore_signals(mask);
+}
+
+/// The daemon has sent this memory. Where it can't be used, the daemon is asked again after a while.
+fn welcomed(guard: &Guard, control: c_int, memory: c_int) {
+    match show(guard, memory) {
+        Some(address) => attach::welcomed(control, address),
+        None => refused_for_now(),
+    }
 }
 
 /// The daemon's "no" to a look-up: who asked sees it in the connection's phase. One that comes when nobody waits for it

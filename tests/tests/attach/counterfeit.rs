@@ -90,7 +90,7 @@ impl Counterfeit {
             socket,
             memory: None,
             taker: Taker::new(),
-            fds: Vec::new(),
+            file: None,
         })
     }
 }
@@ -107,44 +107,40 @@ pub struct Attachment {
     socket: OwnedFd,
     memory: Option<NonNull<TenantMemory>>,
     taker: Taker,
-    fds: Vec<OwnedFd>,
+    file: Option<File>,
 }
 
 impl Drop for Attachment {
     fn drop(&mut self) {
         if let Some(memory) = self.memory {
-            // SAFETY: mapped by `greeted`, and not used after this.
+            // SAFETY: mapped by `make_memory`, and not used after this.
             let _ = unsafe { munmap(memory.cast(), size_of::<TenantMemory>()) };
         }
     }
 }
 
 impl Attachment {
-    /// Reads HELLO and maps the memory. False where the caller hangs up instead.
+    /// Reads HELLO and makes memory for the caller. False where that hangs up instead.
     fn greeted(&mut self) -> bool {
         assert!(is_readable(&self.socket, Duration::from_secs(10)));
         let Some((kind, _, fds)) = self.receive() else {
             return false;
         };
         assert_eq!(kind, kind::HELLO);
-        // And the bell board, where it has one.
-        assert!((1..=2).contains(&fds.len()), "{} descriptors", fds.len());
-        self.fds = fds;
+        // The bell board, where it has one.
+        assert!(fds.len() <= 1, "{} descriptors", fds.len());
+        self.make_memory();
+        true
+    }
+
+    fn make_memory(&mut self) {
+        let file = memory_of(c"rdsock-tenant", size_of::<TenantMemory>() as u64);
         let length = size_of::<TenantMemory>().try_into().unwrap();
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, which nobody else knows.
-        let memory = unsafe {
-            mmap(
-                None,
-                length,
-                protection,
-                MapFlags::MAP_SHARED,
-                &self.fds[0],
-                0,
-            )
-        };
+        let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) };
         self.memory = Some(memory.unwrap().cast());
-        true
+        self.file = Some(file);
     }
 
     fn receive(&self) -> Option<(u16, Option<UnixCredentials>, Vec<OwnedFd>)> {
@@ -202,19 +198,51 @@ impl Attachment {
         let _ = sendmsg::<UnixAddr>(fd, &parts, control, MsgFlags::MSG_NOSIGNAL, None);
     }
 
-    /// Takes it in, as a daemon that sleeps.
+    /// Takes it in, as a daemon that sleeps: sends it its memory, and waits until it has mapped that.
     pub fn welcome(&self) {
+        self.offer();
+        let has_mapped = self.has_mapped(Duration::from_secs(60));
+        assert!(has_mapped, "it does not map its memory");
+    }
+
+    /// Sends it its memory, as a daemon that sleeps.
+    pub fn offer(&self) {
+        let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        fcntl(self.file(), FcntlArg::F_ADD_SEALS(fixed)).unwrap();
+        let header = &self.memory().header;
+        header.daemon_sleeps.store(1, Ordering::SeqCst);
+        self.send_memory();
+    }
+
+    /// Waits until it has mapped its memory.
+    pub fn has_mapped(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while self.receive().map(|(kind, ..)| kind) != Some(kind::ATTACHED) {
+            let left = end.saturating_duration_since(Instant::now());
+            if !is_readable(&self.socket, left) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Sends it its memory, whatever that is.
+    pub fn send_memory(&self) {
         let welcome = Welcome {
             tenant: 1,
             answer_us: 0,
             reserved: 0,
         };
-        self.memory()
-            .header
-            .daemon_sleeps
-            .store(1, Ordering::SeqCst);
-        self.send(kind::WELCOME, &welcome, &[]);
-        self.count_message();
+        self.send(kind::WELCOME, &welcome, &[self.file().as_raw_fd()]);
+    }
+
+    /// True when it hangs up and has said nothing before.
+    pub fn hangs_up(&self, limit: Duration) -> bool {
+        is_readable(&self.socket, limit) && self.receive().is_none()
+    }
+
+    fn file(&self) -> &File {
+        self.file.as_ref().expect("it has said HELLO")
     }
 
     fn count_message(&self) {
@@ -244,21 +272,11 @@ impl Attachment {
         }
     }
 
-    /// Which memory it has handed over.
-    pub fn memory_inode(&self) -> u64 {
-        nix::sys::stat::fstat(&self.fds[0]).unwrap().st_ino
-    }
-
-    /// The seals of the memory that it has handed over.
-    pub fn seals(&self) -> Vec<i32> {
-        let seals = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_GET_SEALS).unwrap();
-        self.fds.iter().map(seals).collect()
-    }
-
     /// Offers a stream, whose memory, end page and bells are sealed but for one of them.
     pub fn promote(&self, announced: &Request, unsealed: Option<usize>) {
         let sizes = [stream_bytes(MIN_RING), 4096, size_of::<BellBoard>() as u64];
-        let files: Vec<File> = sizes.into_iter().map(memory_of).collect();
+        let files = sizes.into_iter().map(|bytes| memory_of(c"test", bytes));
+        let files: Vec<File> = files.collect();
         for direction in 0..2 {
             let at = offset_of!(StreamHeader, directions) + direction * size_of::<Direction>();
             let at = at + offset_of!(Direction, producer) + offset_of!(Producer, switch_at);
@@ -285,9 +303,9 @@ impl Attachment {
     }
 }
 
-fn memory_of(bytes: u64) -> File {
+fn memory_of(name: &std::ffi::CStr, bytes: u64) -> File {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = File::from(memfd_create(c"test", flags).unwrap());
+    let file = File::from(memfd_create(name, flags).unwrap());
     file.set_len(bytes).unwrap();
     file
 }

@@ -9,12 +9,15 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
     UnixAddr, accept, bind, listen, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::ftruncate;
 use rdsock_shm::control::{
     Between, Caller, Lookup, Message, NotFound, Pod, Reached, Request, Welcome, from_bytes, kind,
     parse,
@@ -243,12 +246,18 @@ struct Memory(NonNull<TenantMemory>);
 unsafe impl Send for Memory {}
 
 impl Memory {
-    fn map(file: &OwnedFd) -> Self {
+    /// Its memory, and the file that it is.
+    fn make() -> (Self, OwnedFd) {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = memfd_create(c"rdsock-tenant", flags).unwrap();
+        ftruncate(&file, size_of::<TenantMemory>() as i64).unwrap();
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
         let size = size_of::<TenantMemory>().try_into().unwrap();
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping of a file that is sealed against shrinking.
-        let at = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0) };
-        Memory(at.unwrap().cast())
+        let at = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &file, 0) };
+        (Memory(at.unwrap().cast()), file)
     }
 
     fn get(&self) -> &TenantMemory {
@@ -321,8 +330,9 @@ impl Attended {
         let manners = self.shared.manners.lock().unwrap().clone();
         match kind {
             kind::HELLO => {
-                let memory = self.memory.insert(Memory::map(&fds[0]));
+                let (memory, file) = Memory::make();
                 memory.get().routes.set(&manners.routes);
+                self.memory = Some(memory);
                 self.hear(Heard::Hello);
                 std::thread::sleep(manners.delay);
                 let welcome = Welcome {
@@ -330,7 +340,7 @@ impl Attended {
                     answer_us: 0,
                     reserved: 0,
                 };
-                self.send(kind::WELCOME, &welcome);
+                self.send_with(kind::WELCOME, &welcome, &[file.as_raw_fd()]);
             }
             kind::ADOPT => attend(&self.shared, fds.remove(0)),
             kind::REACH => {
@@ -443,15 +453,17 @@ impl Attended {
     }
 
     fn send<T: Pod>(&self, kind: u16, body: &T) {
-        self.send_message(&Message::new(kind, body));
+        self.send_with(kind, body, &[]);
     }
 
-    fn send_message(&self, message: &Message) {
+    fn send_with<T: Pod>(&self, kind: u16, body: &T, fds: &[RawFd]) {
+        let message = Message::new(kind, body);
         let parts = [IoSlice::new(message.as_bytes())];
-        let none: &[ControlMessage<'_>] = &[];
+        let rights = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
         let raw = self.socket.as_raw_fd();
         // A tenant may be gone.
-        let _ = sendmsg::<UnixAddr>(raw, &parts, none, MsgFlags::MSG_NOSIGNAL, None);
+        let _ = sendmsg::<UnixAddr>(raw, &parts, control, MsgFlags::MSG_NOSIGNAL, None);
         if let Some(memory) = &self.memory {
             memory.get().header.messages.fetch_add(1, Ordering::Release);
         }

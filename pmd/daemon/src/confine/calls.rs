@@ -81,7 +81,6 @@ const FREE: &[c_long] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
-    libc::SYS_mlock2,
     libc::SYS_brk,
     libc::SYS_memfd_create,
     // A page of a tenant's memory is put into a pipe, so that the kernel leaves it where it is.

@@ -11,6 +11,7 @@ use crate::book::{Announced, Announcement, Conn, TenantId};
 use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
+use crate::process::netns_inode;
 use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
 
 /// What a connection record is looked at for.
@@ -22,6 +23,14 @@ enum Wanted {
     Lookup,
     /// Its process says that it has inherited this end.
     Hold { stream: u64, end: usize },
+}
+
+/// Is the network namespace known that a socket may be in?
+enum Followed {
+    /// It is, or can't be.
+    Known,
+    /// It is to be opened, for this process.
+    Opening(Owner, i32),
 }
 
 /// What tenants want of which connection record, while porters look at its socket.
@@ -205,7 +214,17 @@ impl Daemon {
     fn on_conn_looked_at(&mut self, conn: Conn, held: Result<Held, NotHeld>) -> Result<(), End> {
         match (self.announcements.take(conn), held) {
             (None, _) => Ok(()),
-            (Some(Wanted::Match { claim, ticket }), Ok(held)) => self.find(&claim, ticket, held),
+            (Some(Wanted::Match { claim, ticket }), Ok(held)) => {
+                match self.follow_netns(conn.tenant, claim.netns_cookie) {
+                    Followed::Known => self.find(&claim, ticket, held),
+                    Followed::Opening(owner, pid) => {
+                        self.announcements
+                            .expect(conn, Wanted::Match { claim, ticket });
+                        self.have_namespace_opened(owner, pid, Some((conn, held)));
+                        Ok(())
+                    }
+                }
+            }
             (Some(Wanted::Match { claim, .. }), Err(error)) => {
                 debug!(?conn, fd = claim.fd, "not verified: {error}");
                 let reason = match error {
@@ -239,7 +258,6 @@ impl Daemon {
     /// other end?
     fn find(&mut self, claim: &Claim, ticket: u64, held: Held) -> Result<(), End> {
         let conn = claim.conn;
-        self.follow_netns(conn.tenant, claim.netns_cookie);
         let Some(tenant) = self.connections.tenant(conn.tenant) else {
             return Ok(());
         };
@@ -275,23 +293,53 @@ impl Daemon {
 
     /// When a socket is in no namespace that is known, its process may have moved since it
     /// attached.
-    fn follow_netns(&mut self, id: TenantId, cookie: u64) {
-        let Some(before) = self.connections.tenant(id).map(|tenant| tenant.netns) else {
-            return;
+    fn follow_netns(&mut self, id: TenantId, cookie: u64) -> Followed {
+        let Some(tenant) = self.connections.tenant_mut(id) else {
+            return Followed::Known;
         };
         let namespaces = &self.rights.namespaces;
+        let before = tenant.netns;
         if before.is_some_and(|own| namespaces.locate(cookie, own).is_some()) {
-            return;
+            return Followed::Known;
         }
+        let peer = &tenant.passport.peer;
+        if netns_inode(peer.pid).is_ok_and(|now| !namespaces.is_open(now)) {
+            let (uid, connection) = (peer.uid, id);
+            // As a look at its socket, it is waited for.
+            tenant.looks += 1;
+            return Followed::Opening(Owner { uid, connection }, tenant.passport.peer.pid);
+        }
+        self.move_to_netns(id);
+        Followed::Known
+    }
+
+    /// A tenant is in the network namespace that its process is in, if that is open.
+    fn move_to_netns(&mut self, id: TenantId) {
         let Some(now) = self.enter_netns(id) else {
             return;
         };
-        if let Some(tenant) = self.connections.tenant_mut(id) {
-            tenant.netns = Some(now);
-        }
-        if let Some(before) = before {
+        let Some(tenant) = self.connections.tenant_mut(id) else {
+            return;
+        };
+        if let Some(before) = tenant.netns.replace(now) {
             self.leave_netns(id, before);
         }
+    }
+
+    /// The network namespace that an announcement has waited for is open, or can't be.
+    pub(super) fn on_followed(&mut self, conn: Conn, held: Held) {
+        let id = conn.tenant;
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.looks = tenant.looks.saturating_sub(1);
+        }
+        self.serve(id, |daemon| {
+            daemon.move_to_netns(id);
+            if let Some(Wanted::Match { claim, ticket }) = daemon.announcements.take(conn) {
+                daemon.find(&claim, ticket, held)?;
+            }
+            daemon.unthrottle(id);
+            Ok(())
+        });
     }
 
     fn find_other_end(&mut self, announced: Announced) -> Result<(), End> {

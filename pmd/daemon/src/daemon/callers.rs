@@ -17,7 +17,7 @@ use crate::agenda::{Due, Token};
 use crate::channel::{
     Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, receive, sender, unpack,
 };
-use crate::connections::{Connection, Inbox};
+use crate::connections::{Connection, Greeted, Inbox};
 use crate::found::Found;
 use crate::porters::Owner;
 use crate::process::Peer;
@@ -110,6 +110,18 @@ impl Daemon {
             self.receive(id)?;
         }
         match self.connections.get(id) {
+            // It does not use what it was sent. Should it be a program that sleeps, it calls again.
+            Some(Connection {
+                greeted: Some(Greeted::Sent(_, since)),
+                inbox: Inbox::Open,
+                ..
+            }) if since.elapsed() >= HANDSHAKE => Err(End::HungUp),
+            Some(Connection {
+                greeted: Some(_), ..
+            }) => {
+                self.agenda.after(HANDSHAKE, Due::Handshake(id));
+                Ok(())
+            }
             Some(Connection {
                 tenant: None,
                 inbox: Inbox::Open,
@@ -234,6 +246,7 @@ impl Daemon {
             watched: true,
             wants_write: false,
             retries: false,
+            greeted: None,
             tenant: None,
             charge: of_caller,
         });
@@ -324,13 +337,13 @@ impl Daemon {
             return;
         };
         connection.inbox = Inbox::Unpacked;
-        let (socket, peer) = (connection.channel.socket().clone(), connection.peer.clone());
+        let socket = connection.channel.socket().clone();
         self.stop_watching(id);
         let porters = self.porters.clone();
         self.porters.give(socket.owner(), move || {
             Some(Found::Message {
                 connection: id,
-                received: unpack(&porters, &socket, &peer),
+                received: unpack(&porters, &socket),
             })
         });
     }
@@ -338,14 +351,7 @@ impl Daemon {
     /// A porter has taken in a message.
     pub(super) fn on_unpacked(&mut self, id: u64, received: io::Result<Receive>) {
         self.serve(id, |daemon| {
-            let Some(connection) = daemon.connections.get_mut(id) else {
-                return Ok(());
-            };
-            let unwatched = matches!(connection.inbox, Inbox::Unpacked);
-            connection.inbox = Inbox::Open;
-            if unwatched {
-                daemon.rewatch(id)?;
-            }
+            daemon.read_again(id)?;
             // Whatever follows is told of.
             match received? {
                 Receive::Message(message) => daemon.on_message(id, message),
@@ -358,6 +364,18 @@ impl Daemon {
                 Receive::Closed => Err(daemon.closed(id)),
             }
         });
+    }
+
+    /// What has kept a connection from being read is done.
+    pub(super) fn read_again(&mut self, id: u64) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut connection.inbox, Inbox::Open);
+        match before {
+            Inbox::Unpacked => self.rewatch(id),
+            _ => Ok(()),
+        }
     }
 
     /// The flags that a connection is watched for.
@@ -527,8 +545,10 @@ impl Daemon {
         };
         self.last_use = Instant::now();
         self.agenda.unwatch(borrowed(connection.channel.socket()));
+        let owner = connection.channel.socket().owner();
         connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
+        self.forget_greeted(owner, connection.greeted);
         let mut streams = Vec::new();
         if let Some(tenant) = connection.tenant {
             streams = self.tenant_gone(id, tenant, alive);

@@ -1,9 +1,9 @@
-//! Memory that the daemon shares: it makes the streams' memory, and maps the head of a tenant's.
+//! Memory that the daemon shares: it makes the streams' memory and the tenants', and maps the latter.
 //!
-//! The only module of the daemon that maps memory. Whatever a tenant can write is reached
-//! through atomics, or read through the file, never through plain references.
+//! The only module of the daemon that maps memory, and nothing but what the daemon has made itself. Whatever a tenant can write
+//! is reached through atomics, or read through the file, never through plain references.
 
-mod sealed;
+mod made;
 mod stream;
 mod tenant;
 mod whole;
@@ -11,8 +11,18 @@ mod whole;
 pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, make_stream_with, rounded,
 };
-pub use tenant::{BadMemory, Bells, ConnView, Numbered, Records, TenantMap};
+pub use tenant::{BadBoard, Bells, ConnView, Numbered, Records, TenantMap};
 pub use whole::can_be_whole;
+
+use rdsock_shm::layout::VERSION;
+
+/// How shared memory that is no stream begins.
+fn identity(magic: u64, size: usize) -> Vec<u8> {
+    let mut start = Vec::from(magic.to_ne_bytes());
+    start.extend(VERSION.to_ne_bytes());
+    start.extend((size as u32).to_ne_bytes());
+    start
+}
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes

@@ -15,7 +15,7 @@ use rdsock_shm::layout::{
 };
 
 use super::whole::make_whole;
-use super::{u32_at, u64_at};
+use super::{identity, u32_at, u64_at};
 
 /// Bytes of a huge page.
 pub const HUGE_PAGE: u64 = 2 << 20;
@@ -83,11 +83,8 @@ pub fn make_stream_with(stream_id: u64, ring_size: u64, bytes: u64) -> io::Resul
 /// Makes a bell board.
 pub fn make_board() -> io::Result<OwnedFd> {
     let size = size_of::<BellBoard>();
-    let file = memfd(c"rdsock-bells", MFdFlags::empty(), size as u64)?;
-    let mut start = Vec::from(BELL_MAGIC.to_ne_bytes());
-    start.extend(VERSION.to_ne_bytes());
-    start.extend((size as u32).to_ne_bytes());
-    file.write_all_at(&start, 0)?;
+    let file = memfd(c"rdsock-bells", size as u64)?;
+    file.write_all_at(&identity(BELL_MAGIC, size), 0)?;
     seal(&file)?;
     Ok(file.into())
 }
@@ -103,7 +100,7 @@ fn ordinary(stream_id: u64, ring_size: u64) -> io::Result<(File, bool, u64)> {
 }
 
 fn of_pages(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<File> {
-    let file = memfd(c"rdsock-stream", MFdFlags::empty(), bytes)?;
+    let file = memfd(c"rdsock-stream", bytes)?;
     file.write_all_at(&header_bytes(stream_id, ring_size), 0)?;
     seal(&file)?;
     Ok(file)
@@ -112,7 +109,7 @@ fn of_pages(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<File> {
 fn make_huge(stream_id: u64, ring_size: u64) -> io::Result<(File, u64)> {
     let bytes = rounded(ring_size, HUGE_PAGE);
     let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
-    let file = memfd(c"rdsock-stream", flags, bytes)?;
+    let file = memfd_with(c"rdsock-stream", flags, bytes)?;
     // Mapping all of it reserves the pages for the file, so that neither end can fault into a
     // lack of them. hugetlbfs has no write(2), so the header goes through the mapping.
     let map = MmapOptions::new().len(bytes as usize).map_raw(&file)?;
@@ -123,7 +120,12 @@ fn make_huge(stream_id: u64, ring_size: u64) -> io::Result<(File, u64)> {
     Ok((file, bytes))
 }
 
-fn memfd(name: &std::ffi::CStr, flags: MFdFlags, bytes: u64) -> io::Result<File> {
+/// A memfd of ordinary pages.
+pub(super) fn memfd(name: &std::ffi::CStr, bytes: u64) -> io::Result<File> {
+    memfd_with(name, MFdFlags::empty(), bytes)
+}
+
+fn memfd_with(name: &std::ffi::CStr, flags: MFdFlags, bytes: u64) -> io::Result<File> {
     let flags = flags | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(name, flags)?);
     file.set_len(bytes)?;
@@ -192,7 +194,7 @@ fn header_bytes(stream_id: u64, ring_size: u64) -> Vec<u8> {
 }
 
 fn make_end(stream_id: u64, end: u32) -> io::Result<File> {
-    let file = memfd(c"rdsock-end", MFdFlags::empty(), PAGE)?;
+    let file = memfd(c"rdsock-end", PAGE)?;
     let mut bytes = vec![0; size_of::<EndPage>()];
     put(
         &mut bytes,

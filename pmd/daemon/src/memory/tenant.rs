@@ -1,4 +1,4 @@
-//! A tenant's memory, as the daemon maps and reads it.
+//! A tenant's memory, as the daemon makes and reads it, and its bell board.
 
 use std::fs::File;
 use std::io;
@@ -13,15 +13,16 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use rdsock_shm::control::Request;
 use rdsock_shm::layout::{
     BELL_MAGIC, BellBoard, CONN_RECORDS, ConnRecord, QUEUE_SLOTS, QueueSlot, Routes, TENANT_MAGIC,
-    TenantHeader, TenantMemory, VERSION,
+    TenantHeader, TenantMemory,
 };
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
-use super::sealed::Sealed;
+use super::made::Made;
 use super::stream::make_board;
 use super::whole::{can_be_whole, is_whole};
-use super::{u32_at, u64_at};
+use super::{identity, u32_at, u64_at};
+use crate::accounts::{Charge, Paid};
 
 /// Bytes of the connection records that are read at once.
 const BLOCK: usize = 4096;
@@ -32,29 +33,25 @@ const TOUCHED: [Range<usize>; 2] = [
     offset_of!(TenantMemory, routes)..size_of::<TenantMemory>(),
 ];
 
-/// Why an fd is not memory that the daemon will touch. Consequence: the tenant is refused.
+/// Why an fd is no bell board. Consequence: the tenant is refused.
 #[derive(Debug, thiserror::Error)]
-pub enum BadMemory {
+pub enum BadBoard {
     /// Not a memfd of ordinary pages.
     #[error("not a memfd of ordinary pages")]
     Kind,
-    /// It could shrink, which would kill the daemon, or grow, or can't be written.
+    /// It could shrink or grow, or can't be written.
     #[error("not sealed with F_SEAL_SHRINK and F_SEAL_GROW, or sealed against writing")]
     Seals,
-    /// The daemon can't both map it to be written and seal it against holes: it is sealed against that already, or was
-    /// while the daemon mapped it.
-    #[error("sealed with F_SEAL_SEAL or F_SEAL_FUTURE_WRITE before the daemon could do that")]
-    SealedAlready,
     /// Another size than this version's.
     #[error("{found} bytes, expected {expected}")]
     Size {
-        /// Bytes that the file has.
+        /// Bytes that it has.
         found: u64,
         /// Bytes that it must have.
         expected: u64,
     },
-    /// Not one or two descriptors.
-    #[error("HELLO takes one or two descriptors")]
+    /// More than one descriptor.
+    #[error("HELLO takes one descriptor at most")]
     Number,
     /// Magic or version is wrong.
     #[error("wrong magic or version")]
@@ -66,39 +63,21 @@ pub enum BadMemory {
 
 /// Checks that an fd is a memfd of ordinary pages that keeps its size, with `expected` bytes. The seals are asked for
 /// first: nothing but shared memory has any, and nothing else is looked at, since a look could wait for its owner.
-pub(super) fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadMemory> {
-    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|_| BadMemory::Kind)?;
+fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadBoard> {
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|_| BadBoard::Kind)?;
     if fstatfs(fd).map_err(io::Error::from)?.filesystem_type() != TMPFS_MAGIC {
-        return Err(BadMemory::Kind);
+        return Err(BadBoard::Kind);
     }
     let fixed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-    if seals & fixed != fixed || seals & libc::F_SEAL_WRITE != 0 {
-        return Err(BadMemory::Seals);
-    }
-    if seals & libc::F_SEAL_FUTURE_WRITE != 0 {
-        return Err(BadMemory::SealedAlready);
+    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
+    if seals & fixed != fixed || seals & unwritable != 0 {
+        return Err(BadBoard::Seals);
     }
     let found = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as u64;
     if found != expected {
-        return Err(BadMemory::Size { found, expected });
+        return Err(BadBoard::Size { found, expected });
     }
     Ok(())
-}
-
-fn check_identity(file: &File, magic: u64, size: usize) -> Result<(), BadMemory> {
-    let mut start = [0; 16];
-    file.read_exact_at(&mut start, 0)?;
-    let expected: Vec<u8> = [
-        &magic.to_ne_bytes()[..],
-        &VERSION.to_ne_bytes(),
-        &(size as u32).to_ne_bytes(),
-    ]
-    .concat();
-    if start == *expected {
-        Ok(())
-    } else {
-        Err(BadMemory::Identity)
-    }
 }
 
 /// A tenant's bell board, to be handed to its peers.
@@ -124,10 +103,14 @@ impl Bells {
     }
 
     /// Checks those that a tenant has, from a daemon before this one, or made by itself.
-    pub fn check(fd: OwnedFd) -> Result<Self, BadMemory> {
+    pub fn check(fd: OwnedFd) -> Result<Self, BadBoard> {
         check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
         let file = File::from(fd);
-        check_identity(&file, BELL_MAGIC, size_of::<BellBoard>())?;
+        let mut start = [0; 16];
+        file.read_exact_at(&mut start, 0)?;
+        if start[..] != identity(BELL_MAGIC, size_of::<BellBoard>())[..] {
+            return Err(BadBoard::Identity);
+        }
         Ok(Bells {
             may_be_rung: is_whole(&file) || !can_be_whole(),
             board: file.into(),
@@ -140,24 +123,29 @@ impl Bells {
 /// on demand.
 #[derive(Debug)]
 pub struct TenantMap {
-    map: Sealed,
+    map: Made,
     taker: Taker,
 }
 
 impl TenantMap {
-    /// Checks, maps and seals. May wait for the tenant: for a porter.
-    pub fn new(fd: OwnedFd) -> Result<Self, BadMemory> {
-        check_memfd(fd.as_fd(), size_of::<TenantMemory>() as u64)?;
-        let file = File::from(fd);
-        check_identity(&file, TENANT_MAGIC, size_of::<TenantMemory>())?;
+    /// Makes it. Waits for nobody who is a tenant, but for all who change the daemon's own mappings: for a porter.
+    pub fn make(charge: Charge) -> io::Result<Self> {
+        const SIZE: usize = size_of::<TenantMemory>();
+        let start = identity(TENANT_MAGIC, SIZE);
         Ok(TenantMap {
-            map: Sealed::new(file, size_of::<TenantMemory>(), &TOUCHED)?,
+            map: Made::new(c"rdsock-tenant", &start, SIZE, &TOUCHED, charge)?,
             taker: Taker::new(),
         })
     }
 
+    /// Who has it has mapped it: from now on it may be touched. For a porter. Fails where the tenant has seen to it that the daemon
+    /// would have to wait.
+    pub fn keep_whole(&self) -> io::Result<()> {
+        self.map.keep_whole()
+    }
+
     /// The memory's file.
-    pub fn file(&self) -> &File {
+    pub fn file(&self) -> &Arc<Paid> {
         self.map.file()
     }
 
@@ -236,7 +224,7 @@ impl TenantMap {
 
 /// The connection records of a tenant, which has them in its hands: a read may wait.
 #[derive(Debug)]
-pub struct Records(Arc<File>);
+pub struct Records(Arc<Paid>);
 
 impl Records {
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
@@ -251,7 +239,7 @@ impl Records {
         // Blocks start at record boundaries, so that no record is torn between two.
         let at = data - (data - START) % RECORD;
         let mut block = [0; BLOCK];
-        let len = self.0.read_at(&mut block, at)?;
+        let len = nix::sys::uio::pread(&self.0, &mut block, at as i64)?;
         let (records, _) = block
             .get(..len)
             .unwrap_or(&[])
@@ -269,7 +257,7 @@ impl Records {
 }
 
 /// Offset of the next byte at or behind `at` that is not in a hole.
-fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+fn next_data(file: &Paid, at: u64) -> io::Result<Option<u64>> {
     use nix::unistd::{Whence, lseek};
     match lseek(file, at as i64, Whence::SeekData) {
         Ok(offset) => Ok(Some(offset as u64)),
@@ -324,21 +312,19 @@ impl ConnView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::fcntl::SealFlag;
-    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use crate::accounts::{Accounts, Limits, Thing};
 
     #[test]
     fn only_records_in_use_are_found() {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create(c"test", flags).unwrap());
-        file.set_len(size_of::<TenantMemory>() as u64).unwrap();
-        let start: Vec<u8> = [
-            &TENANT_MAGIC.to_ne_bytes()[..],
-            &VERSION.to_ne_bytes(),
-            &(size_of::<TenantMemory>() as u32).to_ne_bytes(),
-        ]
-        .concat();
-        file.write_all_at(&start, 0).unwrap();
+        let most = [u64::MAX; Thing::ALL.len()];
+        let limits = Limits {
+            user: most,
+            all: most,
+            shared: [false; Thing::ALL.len()],
+        };
+        let charge = Accounts::new(limits).charge(0, &[]).unwrap();
+        let map = TenantMap::make(charge).unwrap();
+        let file = File::from(map.file().as_fd().try_clone_to_owned().unwrap());
         let record = |number: u64, fd: i32, generation: u32| {
             let at = offset_of!(TenantMemory, conns) as u64 + 32 * number;
             file.write_all_at(&fd.to_ne_bytes(), at).unwrap();
@@ -349,10 +335,6 @@ mod tests {
         record(1, -1, 3);
         record(130, 0, 2);
         record(65_535, 9, 1);
-        assert!(TenantMap::new(file.try_clone().unwrap().into()).is_err());
-        let seal = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seal)).unwrap();
-        let map = TenantMap::new(file.into()).unwrap();
         let (mut found, mut place) = (Vec::new(), Some(0));
         while let Some(from) = place {
             let (records, next) = map.records().read(from).unwrap();

@@ -20,7 +20,7 @@ fn owner(uid: u32, connection: u64) -> Owner {
 
 #[test]
 fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
-    let porters = Porters::new().unwrap();
+    let porters = Porters::new(Starter::new().unwrap()).unwrap();
     let quick = |uid, connection| {
         porters.give_quick(owner(uid, connection), move || Some(connection));
         porters.quick()
@@ -94,7 +94,7 @@ fn trust_comes_back_with_time() {
 
 #[test]
 fn who_makes_a_porter_wait_waits_alone() {
-    let porters = Porters::new().unwrap();
+    let porters = Porters::new(Starter::new().unwrap()).unwrap();
     let (end, ended) = channel::<()>();
     porters.give(owner(7, 1), move || ended.recv().ok().map(|()| 1));
     for (uid, connection) in [(7, 1), (7, 2), (8, 3), (7, 2)] {
@@ -114,7 +114,7 @@ fn who_makes_a_porter_wait_waits_alone() {
 
 #[test]
 fn a_close_that_lingers_is_interrupted() {
-    let porters = Porters::<()>::new().unwrap();
+    let porters = Porters::<()>::new(Starter::new().unwrap()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
@@ -136,7 +136,7 @@ fn a_close_that_lingers_is_interrupted() {
 
 #[test]
 fn there_are_never_too_many_threads() {
-    let porters = Porters::new().unwrap();
+    let porters = Porters::new(Starter::new().unwrap()).unwrap();
     let (end, ended) = channel::<()>();
     let ended = Arc::new(Mutex::new(ended));
     let wait = |uid, connection| {
@@ -175,4 +175,31 @@ fn there_are_never_too_many_threads() {
     found.dedup();
     assert!(found.into_iter().eq((0..2 * MOST as u32).chain([u32::MAX])));
     assert!(porters.shared.lock().users.is_empty());
+}
+
+/// Who gives a load starts no thread, and waits for none: there may be an attacker in its way.
+#[test]
+fn a_starter_that_is_held_up_holds_up_nobody_who_gives_loads() {
+    let starter = Starter::held_up();
+    let porters = Porters::new(starter.clone()).unwrap();
+    let (release, held) = channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    for uid in 0..KEPT as u32 {
+        let held = held.clone();
+        porters.give(owner(uid, 1), move || {
+            let _ = held.lock().unwrap().recv();
+            None
+        });
+    }
+    for uid in 10..15 {
+        porters.give(owner(uid, 1), move || Some(uid));
+    }
+    // One for each load that nobody can carry, and not one for each look at them.
+    assert!(porters.next_quick(|uid| uid).is_none());
+    porters.carried(Pace::InTime);
+    assert!(starter.ordered() <= KEPT + 5, "{}", starter.ordered());
+    drop(release);
+    let mut found: Vec<u32> = (0..5).map(|_| fetch(&porters)).collect();
+    found.sort_unstable();
+    assert_eq!(found, [10, 11, 12, 13, 14]);
 }

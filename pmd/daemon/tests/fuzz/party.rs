@@ -12,9 +12,8 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
     connect, recvmsg, sendmsg, socket,
 };
-use rdsock_shm::control::{Between, Lookup, Request, from_bytes, kind, parse, request};
+use rdsock_shm::control::{Between, Lookup, Message, Request, from_bytes, kind, parse, request};
 use rdsock_shm::layout::{QUEUE_SLOTS, TenantMemory};
-use rdsock_shm::queue::Putter;
 use rdsock_shm::sync::Ordering;
 
 use crate::dice::Dice;
@@ -31,6 +30,8 @@ const GIVE_WAY: usize = 5_000;
 /// A tenant's memory.
 pub struct Party {
     pub memory: Memory,
+    /// A daemon has sent this memory.
+    pub is_attached: bool,
     /// Which sockets, as (descriptor, cookie), were named for a connection record and generation.
     claims: HashMap<(u32, u32), Vec<(i32, u64)>>,
     questions: HashSet<u64>,
@@ -46,6 +47,7 @@ impl Party {
     pub fn new() -> Self {
         Party {
             memory: Memory::new(),
+            is_attached: false,
             claims: HashMap::new(),
             questions: HashSet::new(),
             claimed: 0,
@@ -71,15 +73,11 @@ impl Party {
         self.scribbled || self.full > FULL || self.claimed + self.questions.len() > ASKED
     }
 
-    /// Makes the queue as a new tenant has it.
-    pub fn rewind(&mut self) {
-        for slot in 0..QUEUE_SLOTS {
-            self.memory
-                .word(512 + 128 * slot)
-                .store(0, Ordering::SeqCst);
-        }
-        self.memory.putter = Putter::new();
-        self.full = 0;
+    /// Maps the memory that the daemon has sent. What to say of it.
+    pub fn take(&mut self, file: OwnedFd) -> Message {
+        self.is_attached = true;
+        (self.full, self.taken) = (0, 0);
+        self.memory.take(file)
     }
 
     /// Puts a request. True when there was room.
@@ -174,6 +172,18 @@ impl Link {
             deaf: dice.once_in(2),
             sent: 0,
         }
+    }
+
+    /// Gives way until there is something to be read, or for long enough.
+    pub fn has_message_soon(&self) -> bool {
+        for _ in 0..GIVE_WAY {
+            let mut events = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut events, PollTimeout::ZERO) != Ok(0) {
+                return true;
+            }
+            std::thread::yield_now();
+        }
+        false
     }
 
     /// Gives way until the daemon has taken what was sent, or for long enough; returns how much that

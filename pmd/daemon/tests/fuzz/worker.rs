@@ -160,10 +160,8 @@ impl Worker {
             return;
         }
         let party = &self.parties[number];
-        if !used && (party.is_worn() || party.memory.is_sealed()) {
+        if !used && (party.is_worn() || party.is_attached) {
             self.parties[number] = Party::new();
-        } else if !used {
-            self.parties[number].rewind();
         }
         let hello = Hello {
             memory_size: size_of::<TenantMemory>() as u64,
@@ -171,16 +169,15 @@ impl Worker {
         };
         let mut bytes = Message::new(kind::HELLO, &hello).as_bytes().to_vec();
         let memory = &self.parties[number].memory;
-        let mut fds = vec![memory.tenant.as_raw_fd(), memory.bells.as_raw_fd()];
+        let mut fds = vec![memory.bells.as_raw_fd()];
         if self.dice.once_in(16) {
             let field = self.dice.one_of(row(kind::HELLO).unwrap().body).unwrap();
             let place = &mut bytes[8 + field.offset..][..field.size];
             self.dice.lie(place, &self.known.words);
         }
         match self.dice.below(32) {
-            0 => fds[0] = self.stock.any(&mut self.dice),
-            1 => fds[1] = self.stock.any(&mut self.dice),
-            2 => fds.truncate(self.dice.below(2)),
+            0 | 1 => fds[0] = self.stock.any(&mut self.dice),
+            2 => fds.clear(),
             3 => fds.push(self.stock.any(&mut self.dice)),
             _ => {}
         }
@@ -188,6 +185,21 @@ impl Worker {
             self.links[link].party = Some(number);
         }
         self.settle(link);
+        // Mostly it says at once that it has mapped its memory. Else it does when it listens next.
+        if !self.dice.once_in(8) {
+            self.await_welcome(link);
+        }
+    }
+
+    /// Gives way until there is something to hear.
+    fn await_welcome(&mut self, link: usize) {
+        let Some(link_there) = self.links.get(link) else {
+            return;
+        };
+        if link_there.foreign || !link_there.has_message_soon() {
+            return;
+        }
+        self.hear_out(link);
     }
 
     /// Sends on a link; forgets the link when the daemon has hung up.
@@ -298,7 +310,7 @@ impl Worker {
     fn greet_with(&mut self, link: usize, bytes: &[u8]) {
         let number = self.dice.below(PARTIES);
         let memory = &self.parties[number].memory;
-        let fds = [memory.tenant.as_raw_fd(), memory.bells.as_raw_fd()];
+        let fds = [memory.bells.as_raw_fd()];
         if self.send_on(link, bytes, &fds) && self.links[link].party.is_none() {
             self.links[link].party = Some(number);
         }
@@ -444,12 +456,31 @@ impl Worker {
         let mut buffer = vec![0; 70_000];
         let socket = self.links[link].socket.as_raw_fd();
         let party = self.links[link].party;
-        while let Ok((len, fds)) = receive(socket, &mut buffer) {
+        while let Ok((len, mut fds)) = receive(socket, &mut buffer) {
             if len == 0 {
                 return;
             }
             self.tally.read += 1;
+            let welcome = matches!(parse(&buffer[..len]), Ok((kind::WELCOME, _)));
+            if let (true, Some(number)) = (welcome, party)
+                && !fds.is_empty()
+            {
+                self.take_memory(link, number, fds.remove(0));
+            }
             self.check(party, &buffer[..len], fds);
+        }
+    }
+
+    /// Maps the memory that came with a WELCOME, and mostly says so, and mostly the truth. It counts as the party's, whoever else
+    /// uses that.
+    fn take_memory(&mut self, link: usize, number: usize, file: OwnedFd) {
+        let attached = self.parties[number].take(file);
+        let mut bytes = attached.as_bytes().to_vec();
+        if self.dice.once_in(32) {
+            self.dice.lie(&mut bytes[8..], &self.known.words);
+        }
+        if !self.dice.once_in(32) {
+            let _ = self.links[link].send(&bytes, &[]);
         }
     }
 
@@ -458,6 +489,7 @@ impl Worker {
         let (kind, body) = parse(bytes).expect("the daemon sends messages only");
         let most = match kind {
             kind::PROMOTE => 3,
+            // And the memory, which was taken.
             kind::WELCOME => 1,
             _ => 0,
         };

@@ -7,8 +7,8 @@
 use std::mem::offset_of;
 
 use rdsock_shm::control::{
-    Between, Caller, Head, Hello, Lookup, NotFound, Promote, Query, Reached, Refused, Request,
-    Verdict, Welcome, kind, request,
+    Attached, Between, Caller, Head, Hello, Lookup, NotFound, Promote, Query, Reached, Refused,
+    Request, Verdict, Welcome, kind, request,
 };
 
 /// A field of a body.
@@ -67,6 +67,7 @@ macro_rules! body {
 body!(HEAD = Head { magic version kind });
 body!(HELLO = Hello { memory_size bell_size });
 body!(WELCOME = Welcome { tenant answer_us reserved });
+body!(ATTACHED = Attached { address });
 body!(REFUSED = Refused { code expected });
 body!(PROMOTE = Promote {
     conn generation stream_id ring_size data_offset end huge local peer local_port peer_port node reserved
@@ -97,8 +98,8 @@ macro_rules! rows {
 
 /// All kinds of message. ANSWER has text behind its head.
 pub const MESSAGES: &[Row] = rows! {
-    HELLO Tenant 2 HELLO
-    WELCOME Daemon 0 WELCOME
+    HELLO Tenant 1 HELLO
+    WELCOME Daemon 2 WELCOME
     REFUSED Daemon 0 REFUSED
     KICK Tenant 0 NONE
     PROMOTE Daemon 3 PROMOTE
@@ -112,6 +113,7 @@ pub const MESSAGES: &[Row] = rows! {
     REACHED Daemon 0 REACHED
     WHOIS Tenant 0 BETWEEN
     CALLER Daemon 0 CALLER
+    ATTACHED Tenant 0 ATTACHED
 };
 
 /// What a tenant asks for through its queue.

@@ -47,12 +47,11 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use rdsock_shm::control::{
-    Hello, Message, Pod, Promote, Query, Refused, Request, Verdict, from_bytes, kind, parse,
-    question, request,
+    Attached, Hello, Message, Pod, Promote, Query, Refused, Request, Verdict, from_bytes, kind,
+    parse, question, request,
 };
 use rdsock_shm::layout::{
-    BELL_MAGIC, BellBoard, CONN_RECORDS, QUEUE_SLOTS, TENANT_MAGIC, TenantHeader, TenantMemory,
-    VERSION,
+    BELL_MAGIC, BellBoard, CONN_RECORDS, QUEUE_SLOTS, TenantHeader, TenantMemory, VERSION,
 };
 use rdsock_shm::queue::Putter;
 use rdsock_shm::sync::{AtomicU32, AtomicU64, Ordering};
@@ -214,7 +213,7 @@ pub enum Answer {
     Closed,
 }
 
-/// The memory of a tenant, and its side of the queue.
+/// The memory of a tenant, and its side of the queue. Until the daemon has sent it, nobody else sees what lies there.
 pub struct Memory {
     pub tenant: File,
     pub bells: File,
@@ -241,6 +240,15 @@ pub fn memfd(bytes: u64, seals: SealFlag) -> File {
     file
 }
 
+/// HELLO of an honest tenant.
+pub fn hello_message() -> Message {
+    let hello = Hello {
+        memory_size: size_of::<TenantMemory>() as u64,
+        bell_size: size_of::<BellBoard>() as u64,
+    };
+    Message::new(kind::HELLO, &hello)
+}
+
 fn identify(file: &File, magic: u64, size: usize) {
     file.write_all_at(&magic.to_ne_bytes(), 0).unwrap();
     file.write_all_at(&VERSION.to_ne_bytes(), 8).unwrap();
@@ -252,7 +260,6 @@ impl Memory {
         let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
         let tenant = memfd(size_of::<TenantMemory>() as u64, fixed);
         let bells = memfd(size_of::<BellBoard>() as u64, fixed);
-        identify(&tenant, TENANT_MAGIC, size_of::<TenantMemory>());
         identify(&bells, BELL_MAGIC, size_of::<BellBoard>());
         let map = MmapOptions::new().map_raw(&tenant).unwrap();
         Memory {
@@ -263,10 +270,13 @@ impl Memory {
         }
     }
 
-    /// A daemon has it, and no other one takes it.
-    pub fn is_sealed(&self) -> bool {
-        let seals = fcntl(&self.tenant, FcntlArg::F_GET_SEALS).unwrap();
-        seals & libc::F_SEAL_FUTURE_WRITE != 0
+    /// Maps what a daemon has sent with WELCOME. What to say of it.
+    pub fn take(&mut self, file: OwnedFd) -> Message {
+        self.tenant = file.into();
+        self.map = MmapOptions::new().map_raw(&self.tenant).unwrap();
+        self.putter = Putter::new();
+        let address = self.map.as_ptr() as u64;
+        Message::new(kind::ATTACHED, &Attached { address })
     }
 
     fn memory(&self) -> &TenantMemory {
@@ -365,16 +375,10 @@ impl Tenant {
         }
     }
 
+    /// Says HELLO, with a bell board of its own. When it then receives WELCOME, it maps its memory and says so.
     pub fn hello(&mut self) {
-        let hello = Hello {
-            memory_size: size_of::<TenantMemory>() as u64,
-            bell_size: size_of::<BellBoard>() as u64,
-        };
-        let fds = [
-            self.memory.tenant.as_raw_fd(),
-            self.memory.bells.as_raw_fd(),
-        ];
-        self.send(Message::new(kind::HELLO, &hello).as_bytes(), &fds);
+        let fds = [self.memory.bells.as_raw_fd()];
+        self.send(hello_message().as_bytes(), &fds);
     }
 
     pub fn send(&self, bytes: &[u8], fds: &[RawFd]) {
@@ -389,8 +393,27 @@ impl Tenant {
         sendmsg::<UnixAddr>(self.socket.as_raw_fd(), &parts, control, flags, None)
     }
 
-    /// The daemon's next message; panics when none comes.
+    /// The daemon's next message; panics when none comes. After a WELCOME it is attached, or the daemon will say why it is not.
     pub fn receive(&mut self) -> Answer {
+        let mut answer = self.receive_only();
+        if let Answer::Message(kind::WELCOME, _, fds) = &mut answer {
+            let attached = self.memory.take(fds.remove(0));
+            // It is counted there from now on.
+            self.received = 0;
+            self.send(attached.as_bytes(), &[]);
+            let end = Instant::now() + Duration::from_secs(10);
+            while self.memory.sleeps().load(Ordering::Relaxed) == 0 && Instant::now() < end {
+                let mut events = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut events, PollTimeout::from(1_u8)) != Ok(0) {
+                    break;
+                }
+            }
+        }
+        answer
+    }
+
+    /// The daemon's next message, of which nothing more is made.
+    pub fn receive_only(&mut self) -> Answer {
         let mut bytes = vec![0; 70_000];
         let mut control = nix::cmsg_space!([RawFd; 8]);
         let mut parts = [IoSliceMut::new(&mut bytes)];

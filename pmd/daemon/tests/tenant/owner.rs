@@ -36,9 +36,20 @@ pub fn be_connected(part: &Part) {
 pub fn be_owner(part: &Part) {
     let plan = listen().unwrap();
     let mut words: Vec<&str> = plan.split_whitespace().collect();
-    let tenant = if words[0] == "late" {
+    let unread = words[0] == "unread";
+    let mut tenant = if words[0] == "late" {
         words.remove(0);
+        let mut tenant = Tenant::at(&part.socket).unwrap();
+        tenant.hello();
+        let attached = take_memory(&mut tenant);
+        say("greeted");
+        listen();
         // The daemon reads it when this process is another.
+        tenant.send(attached.as_bytes(), &[]);
+        tenant
+    } else if unread {
+        words.remove(0);
+        // Likewise HELLO.
         let mut tenant = Tenant::at(&part.socket).unwrap();
         tenant.hello();
         tenant
@@ -48,10 +59,23 @@ pub fn be_owner(part: &Part) {
     // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
+            if unread {
+                // The child says what the process should have said.
+                let attached = take_memory(&mut tenant);
+                tenant.send(attached.as_bytes(), &[]);
+            }
             obey(tenant);
             std::process::abort();
         }
         ForkResult::Parent { .. } => become_another(&words),
+    }
+}
+
+/// Maps the memory that comes with WELCOME. What to say of it.
+fn take_memory(tenant: &mut Tenant) -> Message {
+    match tenant.receive_only() {
+        Answer::Message(kind::WELCOME, _, mut fds) => tenant.memory.take(fds.remove(0)),
+        other => panic!("not welcome: {other:?}"),
     }
 }
 

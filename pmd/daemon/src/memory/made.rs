@@ -1,0 +1,299 @@
+//! Memory of a tenant that the daemon has made and mapped, so that no touch of it has to wait.
+//!
+//! The control thread touches a tenant's memory, and the tenant has it, too. Whoever touches a page waits while somebody else
+//! holds it: for seconds, where the file is mapped some hundred thousand times. So nobody may be able to:
+//!
+//! - Who may write a file may make *holes* in it (`FALLOC_FL_PUNCH_HOLE`, `MADV_REMOVE`). The kernel makes none in a file that is
+//!   immutable (`whole.rs`). Where a daemon may not make it so, it seals the memory with `F_SEAL_FUTURE_WRITE` once the tenant has
+//!   mapped it ([`Made::keep_whole`]), and does not touch it before.
+//! - Who has a page mapped that nobody else has can have it *paged out* (`MADV_PAGEOUT`, also where nothing comes of it). The kernel
+//!   leaves what the caller may not open to write, and pages that a second process has mapped. So what is touched later is
+//!   touched at once.
+//! - Who has a file mapped can have its pages *collapsed* into a huge one (`MADV_COLLAPSE`), and they are locked while
+//!   all mappings of theirs are taken away. The kernel leaves that, at once, where a page is in use by somebody it does not know. So
+//!   one of each two megabytes is: it lies in a pipe that nobody reads.
+//!
+//! All of this is done before anybody else has the memory, so making it waits for nobody. Whoever unmaps it may wait for those
+//! who map it at that time: a porter.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::unistd::pipe2;
+use rdsock_shm::sync::{AtomicU32, Ordering};
+
+use super::HUGE_PAGE;
+use super::stream::memfd;
+use super::whole::make_whole;
+use crate::accounts::{Charge, Paid};
+
+const PAGE: usize = 4096;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Made {
+    map: MmapRaw,
+    file: Arc<Paid>,
+    /// Nobody makes holes in it.
+    whole: bool,
+    /// Keeps its pages from being collapsed.
+    _used: OwnedFd,
+}
+
+impl Made {
+    /// Makes memory of `len` bytes that begins with these. No other part of it than `parts` is touched later.
+    pub(super) fn new(
+        name: &std::ffi::CStr,
+        start: &[u8],
+        len: usize,
+        parts: &[Range<usize>],
+        charge: Charge,
+    ) -> io::Result<Self> {
+        Self::with(name, start, len, parts, charge, make_whole)
+    }
+
+    fn with(
+        name: &std::ffi::CStr,
+        start: &[u8],
+        len: usize,
+        parts: &[Range<usize>],
+        charge: Charge,
+        make_whole: fn(&File) -> bool,
+    ) -> io::Result<Self> {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(name, len as u64)?;
+        file.write_all_at(start, 0)?;
+        let map = MmapOptions::new().len(len).map_raw(&file)?;
+        let mut seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        let whole = make_whole(&file);
+        // Else another seal follows.
+        seals.set(SealFlag::F_SEAL_SEAL, whole);
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        for part in parts {
+            touch(&map, part);
+        }
+        Ok(Made {
+            _used: use_pages(&map)?,
+            map,
+            file: Arc::new(Paid::new(file.into(), Arc::new(charge))),
+            whole,
+        })
+    }
+
+    /// From now on nobody makes holes in it, also where it could not be made immutable. Who has it has mapped it by now: no new
+    /// mapping can be written. Fails where somebody has sealed it. May wait for a hole that is being made: for a porter.
+    pub(super) fn keep_whole(&self) -> io::Result<()> {
+        if self.whole {
+            return Ok(());
+        }
+        let seals = SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL;
+        match fcntl(&self.file, FcntlArg::F_ADD_SEALS(seals)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Errno::into(error)),
+        }
+    }
+
+    /// The mapping's start, as long as `self` lives. Others write to it.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.map.as_ptr()
+    }
+
+    /// The file.
+    pub(super) fn file(&self) -> &Arc<Paid> {
+        &self.file
+    }
+}
+
+/// Maps the pages of a part.
+fn touch(map: &MmapRaw, part: &Range<usize>) {
+    let start = part.start - part.start % PAGE;
+    for at in (start..part.end.min(map.len())).step_by(PAGE) {
+        // SAFETY: within the mapping, and aligned; others use this word as an atomic, if at all.
+        let word = unsafe { &*map.as_ptr().add(at).cast::<AtomicU32>() };
+        // As one who writes, without a change.
+        word.fetch_or(0, Ordering::Relaxed);
+    }
+}
+
+/// A pipe that holds a page of each part of a mapping that could become a huge page.
+fn use_pages(map: &MmapRaw) -> io::Result<OwnedFd> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    for at in (0..map.len()).step_by(HUGE_PAGE as usize) {
+        let byte = libc::iovec {
+            // SAFETY: within the mapping.
+            iov_base: unsafe { map.as_mut_ptr().add(at) }.cast(),
+            iov_len: 1,
+        };
+        // SAFETY: the byte is in the mapping; the pipe refers to its page, and nothing ever reads it.
+        let used = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const byte, 1, 0) };
+        if used != 1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(read)
+}
+
+#[cfg(test)]
+// One part of a memory is a list of one range.
+#[allow(clippy::single_range_in_vec_init)]
+mod tests {
+    use super::super::whole::can_be_whole;
+    use super::*;
+    use crate::accounts::{Accounts, Limits, Thing};
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    const LEN: usize = 8192;
+
+    fn charge() -> Charge {
+        let most = [u64::MAX; Thing::ALL.len()];
+        let limits = Limits {
+            user: most,
+            all: most,
+            shared: [false; Thing::ALL.len()],
+        };
+        Accounts::new(limits).charge(0, &[]).unwrap()
+    }
+
+    /// As a daemon makes it that may make files immutable, or not.
+    fn made(len: usize, parts: &[Range<usize>], privileged: bool) -> Made {
+        let whole = if privileged {
+            make_whole
+        } else {
+            |_: &File| false
+        };
+        Made::with(c"test", b"start", len, parts, charge(), whole).unwrap()
+    }
+
+    fn punch(file: &impl AsFd) -> nix::Result<()> {
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file, how, 0, LEN as i64)
+    }
+
+    fn skipped(why: &str) {
+        let _ = writeln!(std::io::stderr(), "SKIPPED, NOTHING WAS CHECKED: {why}");
+    }
+
+    /// Nobody makes holes, also through a mapping, and who has it mapped writes on.
+    fn has_no_holes(made: &Made, tenants: &MmapRaw) {
+        assert_eq!(punch(made.file()), Err(Errno::EPERM));
+        // SAFETY: the mapping is whole, and nothing in it is used.
+        let removed = unsafe { libc::madvise(tenants.as_mut_ptr().cast(), LEN, libc::MADV_REMOVE) };
+        assert_eq!((removed, Errno::last()), (-1, Errno::EPERM));
+        // SAFETY: within both mappings, and no other thread writes.
+        unsafe {
+            tenants.as_mut_ptr().add(5000).write_volatile(7);
+            assert_eq!(made.as_ptr().add(5000).read_volatile(), 7);
+        }
+    }
+
+    #[test]
+    fn nobody_makes_holes_in_it_from_its_making_on() {
+        if !can_be_whole() {
+            return skipped("needs CAP_LINUX_IMMUTABLE and Linux 6.1");
+        }
+        let made = made(LEN, &[], true);
+        let file = File::from(made.file().as_fd().try_clone_to_owned().unwrap());
+        let mut start = [0; 5];
+        file.read_exact_at(&mut start, 0).unwrap();
+        assert_eq!(&start, b"start");
+        assert!(file.set_len(0).is_err() && file.set_len(1 << 30).is_err());
+        has_no_holes(&made, &MmapOptions::new().len(LEN).map_raw(&file).unwrap());
+        made.keep_whole().unwrap();
+        has_no_holes(&made, &MmapOptions::new().len(LEN).map_raw(&file).unwrap());
+    }
+
+    #[test]
+    fn without_privilege_nobody_makes_holes_once_it_is_mapped() {
+        let made = made(LEN, &[], false);
+        let tenants = MmapOptions::new().len(LEN).map_raw(made.file()).unwrap();
+        punch(made.file()).unwrap();
+        made.keep_whole().unwrap();
+        has_no_holes(&made, &tenants);
+        assert!(MmapOptions::new().len(LEN).map_raw(made.file()).is_err());
+    }
+
+    #[test]
+    fn without_privilege_who_seals_it_first_is_found_out() {
+        let made = made(LEN, &[], false);
+        let seal = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SEAL);
+        fcntl(made.file(), seal).unwrap();
+        assert!(made.keep_whole().is_err());
+    }
+
+    /// As far as the system collapses memory at all.
+    #[test]
+    fn its_pages_are_not_collapsed() {
+        const HUGE: usize = HUGE_PAGE as usize;
+        const MADV_COLLAPSE: i32 = 25;
+        let collapse = |file: &File| {
+            let room = MmapOptions::new().len(2 * HUGE).map_anon().unwrap();
+            let at = (room.as_ptr() as usize).next_multiple_of(HUGE) as *mut libc::c_void;
+            let (protect, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
+            // SAFETY: within room of this function's own, that nobody refers to.
+            unsafe {
+                assert_eq!(
+                    libc::mmap(at, HUGE, protect, flags, file.as_raw_fd(), 0),
+                    at
+                );
+                match libc::madvise(at, HUGE, MADV_COLLAPSE) {
+                    0 => Ok(()),
+                    _ => Err(Errno::last()),
+                }
+            }
+        };
+        // What was just written may not be on the kernel's lists yet.
+        let (mut tries, free) = (0, memfd(c"test", HUGE as u64).unwrap());
+        free.write_all_at(&[1; HUGE], 0).unwrap();
+        while collapse(&free) == Err(Errno::EAGAIN) && tries < 100 {
+            tries += 1;
+        }
+        if let Err(error) = collapse(&free) {
+            return skipped(&format!("no memory is collapsed here: {error}"));
+        }
+        let made = made(HUGE, &[], true);
+        let file = File::from(made.file().as_fd().try_clone_to_owned().unwrap());
+        file.write_all_at(&[1; HUGE], 0).unwrap();
+        for _ in 0..100 {
+            assert_eq!(collapse(&file), Err(Errno::EAGAIN));
+        }
+    }
+
+    /// The kernel leaves a page that somebody else has mapped.
+    #[test]
+    fn its_pages_are_mapped_before_they_are_used() {
+        const PAGES: usize = 32;
+        let len = PAGES * PAGE;
+        let made = made(len, &[0..2 * PAGE, 20 * PAGE + 100..30 * PAGE], false);
+        let mapped = |page: usize| {
+            let mut entry = [0; 8];
+            let at = (made.as_ptr() as usize / PAGE + page) * 8;
+            let pages = File::open("/proc/self/pagemap").unwrap();
+            pages.read_exact_at(&mut entry, at as u64).unwrap();
+            u64::from_ne_bytes(entry) >> 63 == 1
+        };
+        for page in (0..2).chain(20..30) {
+            assert!(mapped(page), "page {page}");
+        }
+    }
+
+    /// Nor does anybody have its pages paged out: the kernel does that for who may open the file to write it alone.
+    #[test]
+    fn nobody_else_could_open_it_to_write() {
+        if !can_be_whole() {
+            return skipped("needs CAP_LINUX_IMMUTABLE and Linux 6.1");
+        }
+        let made = made(LEN, &[], true);
+        let path = format!("/proc/self/fd/{}", made.file().as_raw_fd());
+        assert!(File::options().write(true).open(&path).is_err());
+        assert!(File::open(&path).is_ok());
+    }
+}
