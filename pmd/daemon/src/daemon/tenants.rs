@@ -297,7 +297,8 @@ impl Daemon {
         connection.inbox = Inbox::Receiving;
         let peer = connection.peer.clone();
         let owner = connection.channel.socket().owner();
-        self.porters.give_quick(owner, move || {
+        // All of its groups are read, of which there may be very many: that is no quick look.
+        self.porters.give(owner, move || {
             let passport = Passport::new(peer, map.file(), attached.address);
             let kept = map.keep_whole();
             Some(Found::Attached {
