@@ -9,6 +9,7 @@
 mod announcements;
 mod between;
 mod callers;
+mod greetings;
 mod listeners;
 mod queries;
 mod streams;

@@ -347,7 +347,7 @@ fn be_pager(part: &Part) {
     let generation = at + offset_of!(ConnRecord, generation) as u64;
     file.write_all_at(&1u32.to_ne_bytes(), generation).unwrap();
     let page = at - at % 4096;
-    map_often_at(&file, page);
+    map_often_at(&file, page, MAPPINGS);
     let mut options = memmap2::MmapOptions::new();
     let map = options.offset(page).len(4096).map_raw(&file).unwrap();
     say("ready");
@@ -408,12 +408,12 @@ fn be_watched(part: &Part) {
 
 /// Maps memory many times over, in this process and in children, which are returned.
 fn map_often(file: &File) -> Vec<Pid> {
-    map_often_at(file, 0)
+    map_often_at(file, 0, MAPPINGS)
 }
 
-/// The same with a page somewhere in it.
-fn map_often_at(file: &File, page: u64) -> Vec<Pid> {
-    for _ in 0..MAPPINGS {
+/// The same with a page somewhere in it, and so many mappings in each process.
+fn map_often_at(file: &File, page: u64, mappings: usize) -> Vec<Pid> {
+    for _ in 0..mappings {
         // SAFETY: a new mapping, that nobody uses.
         let at = unsafe {
             libc::mmap(
@@ -507,7 +507,8 @@ fn map_often_and_end(part: &Part) {
         .collect();
     let mut children = Vec::new();
     for tenant in &tenants {
-        children.extend(map_often(&tenant.memory.tenant));
+        let file = &tenant.memory.tenant;
+        children.extend(map_often_at(file, 0, MAPPINGS / MEMORIES));
     }
     for tenant in &tenants {
         let file = tenant.memory.tenant.try_clone().unwrap();

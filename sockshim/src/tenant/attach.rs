@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 const LOOK_MS: u64 = 1000;
 /// microseconds while its greeting is awaited,
 const GREETING_US: u64 = 20;
-/// and milliseconds that a program waits for that at most, before it sleeps for the first time.
-const PATIENCE_MS: u64 = 20;
+/// and milliseconds that a program waits for that at most, before it sleeps for the first time: as its first `connect` does.
+const PATIENCE_MS: u64 = 500;
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -123,8 +123,16 @@ fn look_for_daemon(now: u64) {
 pub fn before_sleep() {
     stay_attached();
     if GREETING.load(Relaxed) != 0 {
-        await_greeting(clock::nanoseconds() + PATIENCE_MS * 1_000_000);
+        get_known();
     }
+}
+
+#[cold]
+fn get_known() {
+    // A signal that comes meanwhile is one that comes before the call: it must not be lost for that.
+    let mask = sys::block_signals();
+    await_greeting(clock::nanoseconds() + PATIENCE_MS * 1_000_000);
+    sys::restore_signals(mask);
 }
 
 /// Waits until this process has mapped the memory that a daemon sends which was told HELLO. False where that is late, or

@@ -1,0 +1,392 @@
+//! How a caller becomes a tenant: HELLO, WELCOME, ATTACHED (`docs/shared-memory.md`, "To attach"). Until it is one, nothing is
+//! looked for or handed out in its name, and its memory is not touched.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rdsock_shm::control::{Attached, Hello, Message, Welcome, kind, refusal};
+use rdsock_shm::layout::{BellBoard, TenantMemory};
+use tracing::debug;
+
+use super::tenants::{SWEEP, malformed};
+use super::{Daemon, End};
+use crate::accounts::{Paid, Thing};
+use crate::agenda::Due;
+use crate::book::{Conn, TenantId};
+use crate::channel::Outgoing;
+use crate::connections::{Belongings, Connection, Greeted, Inbox, Tenant};
+use crate::found::Found;
+use crate::memory::{BadBoard, Bells, TenantMap};
+use crate::namespaces::{self, Opened};
+use crate::porters::Owner;
+use crate::process::netns_inode;
+use crate::rights::{Changed, Held, Passport, Rights};
+
+/// Descriptors of a tenant besides those of its connection: its memory, and the pipe that keeps its pages where they are.
+const TENANT_DESCRIPTORS: u64 = 2;
+/// Its bells, which its streams keep when it has gone.
+const BELLS_DESCRIPTORS: u64 = 1;
+
+impl Daemon {
+    /// May this caller attach, as what it runs now?
+    fn may_attach(&self, connection: &Connection) -> Result<String, End> {
+        let program = connection.peer.program();
+        match Rights::may_attach(&self.config.policy, connection.peer.uid, &program) {
+            true => Ok(program.name),
+            false => Err(End::Refused {
+                code: refusal::POLICY,
+                expected: 0,
+                cause: "the policy keeps this user or program on the kernel",
+            }),
+        }
+    }
+
+    /// Somebody wants to be a tenant: what it needs is made, by a porter, and charged from then on.
+    pub(super) fn on_hello(
+        &mut self,
+        id: TenantId,
+        hello: Hello,
+        bells: Option<Result<Bells, BadBoard>>,
+    ) -> Result<(), End> {
+        let Some(connection) = self.connections.get(id) else {
+            return Ok(());
+        };
+        let (pid, uid) = (connection.peer.pid, connection.peer.uid);
+        self.may_attach(connection)?;
+        let bells = sizes_of(&hello).and_then(|()| bells.transpose());
+        let bells = bells.map_err(|error| {
+            self.journal.counters.bad_memory += 1;
+            debug!(pid, uid, "bell board of a tenant: {error}");
+            bad_board(error)
+        })?;
+        let of_memory = [(Thing::Descriptors, TENANT_DESCRIPTORS)];
+        let of_memory = self.accounts.charge(uid, &of_memory)?;
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        // Bells that nobody pays for any more may be kept by streams: they have an account of their own.
+        connection.charge.more(Thing::Tenants, 1)?;
+        connection.charge.less(Thing::Callers, 1);
+        connection.greeted = Some(Greeted::Making);
+        let owner = connection.channel.socket().owner();
+        self.porters.give(owner, move || {
+            let make = || {
+                let bells = bells.map_or_else(Bells::make, Ok)?;
+                Ok((TenantMap::make(of_memory)?, bells))
+            };
+            Some(Found::Made {
+                owner,
+                made: make(),
+            })
+        });
+        Ok(())
+    }
+
+    /// A caller's memory is made. It is sent it, with the networks of other nodes written there: nobody else has it yet.
+    pub(super) fn on_made(&mut self, owner: Owner, made: io::Result<(TenantMap, Bells)>) {
+        let id = owner.connection;
+        let connection = self.connections.get_mut(id);
+        let greeted = connection.and_then(|connection| connection.greeted.take());
+        match (greeted, made) {
+            (Some(Greeted::Making), Ok((map, bells))) => {
+                self.serve(id, |daemon| daemon.greet(owner, map, bells));
+            }
+            (Some(Greeted::Making), Err(error)) => self.serve(id, |daemon| {
+                debug!(id, "memory for a tenant: {error}");
+                daemon.journal.counters.bad_memory += 1;
+                Err(NO_MEMORY)
+            }),
+            // Whoever it was for has gone.
+            (_, Ok((map, _))) => self.unmap(owner, map),
+            (_, Err(_)) => {}
+        }
+    }
+
+    fn greet(&mut self, owner: Owner, map: TenantMap, bells: Bells) -> Result<(), End> {
+        let id = owner.connection;
+        let of_bells = [(Thing::Descriptors, BELLS_DESCRIPTORS)];
+        let of_bells = match self.accounts.charge(owner.uid, &of_bells) {
+            Ok(charge) => Arc::new(charge),
+            Err(over) => {
+                self.unmap(owner, map);
+                return Err(over.into());
+            }
+        };
+        let board = Arc::new(Paid::new(bells.board, of_bells));
+        let file = map.file().clone();
+        let belongings = Belongings {
+            map,
+            bells: board.clone(),
+            may_be_rung: bells.may_be_rung,
+        };
+        self.tell_routes(&belongings.map);
+        if let Some(connection) = self.connections.get_mut(id) {
+            connection.greeted = Some(Greeted::Sent(Box::new(belongings), Instant::now()));
+        }
+        let answer = self.config.fabric.as_ref().map(|f| f.connect_timeout);
+        let welcome = Welcome {
+            tenant: id,
+            answer_us: answer.unwrap_or_default().as_micros() as u32,
+            reserved: 0,
+        };
+        let mut welcome = Outgoing::from(Message::new(kind::WELCOME, &welcome));
+        welcome.fds.push(file);
+        welcome.fds.extend(bells.is_new.then_some(board));
+        self.send(id, welcome)
+    }
+
+    /// A caller says that it has mapped the memory that it was sent. Nothing else that it says is read before that was looked at.
+    pub(super) fn on_mapped_memory(&mut self, id: TenantId, attached: Attached) -> Result<(), End> {
+        let Some(connection) = self.connections.get_mut(id) else {
+            return Ok(());
+        };
+        let Some(Greeted::Sent(belongings, _)) = connection
+            .greeted
+            .take_if(|greeted| matches!(greeted, Greeted::Sent(..)))
+        else {
+            return Err(malformed(
+                "it says that it has mapped memory which it was not sent",
+            ));
+        };
+        let Belongings {
+            map,
+            bells,
+            may_be_rung,
+        } = *belongings;
+        connection.greeted = Some(Greeted::LookedAt { bells, may_be_rung });
+        connection.inbox = Inbox::Receiving;
+        let peer = connection.peer.clone();
+        let owner = connection.channel.socket().owner();
+        // All of its groups are read, of which there may be very many: that is no quick look.
+        self.porters.give(owner, move || {
+            let passport = Passport::new(peer, map.file(), attached.address);
+            let kept = map.keep_whole();
+            Some(Found::Attached {
+                owner,
+                passport,
+                map: (map, kept),
+            })
+        });
+        Ok(())
+    }
+
+    /// A caller was looked at that says it has mapped its memory.
+    pub(super) fn on_looked_at(
+        &mut self,
+        owner: Owner,
+        passport: Result<Passport, Changed>,
+        (map, kept): (TenantMap, io::Result<()>),
+    ) {
+        let id = owner.connection;
+        let connection = self.connections.get_mut(id);
+        let greeted = connection.and_then(|connection| connection.greeted.take());
+        let Some(Greeted::LookedAt { bells, may_be_rung }) = greeted else {
+            // It has gone.
+            return self.unmap(owner, map);
+        };
+        let belongings = Belongings {
+            map,
+            bells,
+            may_be_rung,
+        };
+        self.serve(id, |daemon| {
+            daemon.read_again(id)?;
+            let refused = match passport {
+                Ok(passport) if kept.is_ok() => return daemon.attach(owner, passport, belongings),
+                Ok(_) => {
+                    daemon.journal.counters.bad_memory += 1;
+                    SEALED
+                }
+                Err(changed) => {
+                    daemon.journal.counters.changed += 1;
+                    changed.into()
+                }
+            };
+            daemon.unmap(owner, belongings.map);
+            Err(refused)
+        });
+    }
+
+    /// A caller is to be a tenant. A network namespace that is not known yet is opened first.
+    fn attach(
+        &mut self,
+        owner: Owner,
+        passport: Passport,
+        belongings: Belongings,
+    ) -> Result<(), End> {
+        let pid = passport.peer.pid;
+        let is_new = netns_inode(pid).is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
+        let Some(connection) = self.connections.get_mut(owner.connection) else {
+            self.unmap(owner, belongings.map);
+            return Ok(());
+        };
+        if !is_new {
+            return self.become_tenant(owner, passport, belongings);
+        }
+        let entering = Greeted::Entering(Box::new((passport, belongings)));
+        connection.greeted = Some(entering);
+        connection.inbox = Inbox::Receiving;
+        self.have_namespace_opened(owner, pid, None);
+        Ok(())
+    }
+
+    /// Has a porter open the network namespace that a process is in, for a caller that attaches, or for an announcement.
+    pub(super) fn have_namespace_opened(&self, owner: Owner, pid: i32, held: Option<(Conn, Held)>) {
+        self.porters.give(owner, move || {
+            Some(Found::Namespace {
+                owner,
+                opened: namespaces::open(pid),
+                held,
+            })
+        });
+    }
+
+    /// A porter has opened a network namespace, or could not.
+    pub(super) fn on_namespace(
+        &mut self,
+        owner: Owner,
+        opened: io::Result<Opened>,
+        held: Option<(Conn, Held)>,
+    ) {
+        let inode = opened.as_ref().map(|opened| opened.inode).ok();
+        if let Ok(opened) = opened {
+            self.rights.namespaces.add(opened);
+        }
+        // It stays open meanwhile.
+        let is_open = inode.is_some_and(|inode| self.rights.namespaces.enter(inode));
+        let id = owner.connection;
+        if let Some((conn, held)) = held {
+            self.on_followed(conn, held);
+        } else if let Some(connection) = self.connections.get_mut(id)
+            && let Some(Greeted::Entering(entering)) = connection.greeted.take()
+        {
+            let (passport, belongings) = *entering;
+            self.serve(id, |daemon| {
+                daemon.read_again(id)?;
+                daemon.become_tenant(owner, passport, belongings)
+            });
+        }
+        // Whoever it was opened for is there by now, or has gone.
+        if let Some(inode) = inode.filter(|_| is_open) {
+            self.rights.namespaces.leave(inode);
+        }
+    }
+
+    /// A caller is a tenant from now on.
+    fn become_tenant(
+        &mut self,
+        owner: Owner,
+        passport: Passport,
+        belongings: Belongings,
+    ) -> Result<(), End> {
+        let Belongings {
+            map,
+            bells,
+            may_be_rung,
+        } = belongings;
+        let id = owner.connection;
+        // It may run another program than when it said HELLO.
+        let allowed = match self.connections.get(id) {
+            Some(connection) => self.may_attach(connection),
+            // It has gone.
+            None => Err(End::HungUp),
+        };
+        let program = match allowed {
+            Ok(program) => program,
+            Err(end) => {
+                self.unmap(owner, map);
+                return Err(end);
+            }
+        };
+        let (pid, uid) = (passport.peer.pid, passport.peer.uid);
+        self.detach_earlier_programs(id, pid);
+        let netns = self.enter_netns(id);
+        debug!(tenant = id, pid, uid, program, "attached");
+        let tenant = Tenant {
+            map,
+            bells,
+            may_be_rung,
+            passport: Arc::new(passport),
+            netns,
+            program,
+            looks: 0,
+            throttled: false,
+            unread: false,
+        };
+        tenant.map.start_sleep();
+        // They may be others by now.
+        self.tell_routes(&tenant.map);
+        self.connections.attach(id, tenant);
+        if self.swept.is_none() {
+            self.swept = Some(VecDeque::new());
+            self.agenda.after(SWEEP, Due::Sweep);
+        }
+        self.journal.counters.attached += 1;
+        // Whatever it put in before the daemon slept on its queue.
+        self.drain(id)
+    }
+
+    /// A connection ends: what was made for it is given back.
+    pub(super) fn forget_greeted(&self, owner: Owner, greeted: Option<Greeted>) {
+        match greeted {
+            Some(Greeted::Sent(belongings, _)) => self.unmap(owner, belongings.map),
+            Some(Greeted::Entering(entering)) => self.unmap(owner, entering.1.map),
+            Some(Greeted::Making | Greeted::LookedAt { .. }) | None => {}
+        }
+    }
+
+    /// Has a tenant's memory unmapped, which may have to wait for all who map it.
+    fn unmap(&self, owner: Owner, map: TenantMap) {
+        self.porters.give(owner, move || {
+            drop(map);
+            None
+        });
+    }
+}
+
+/// Not the tenant's fault, and it passes: the tenant asks again.
+const NO_MEMORY: End = End::Refused {
+    code: refusal::LIMIT,
+    expected: 0,
+    cause: "the daemon has no descriptors or memory left to make its memory: raise LimitNOFILE or free memory",
+};
+
+/// Only where the daemon can't make memory that nobody makes holes in.
+const SEALED: End = End::Refused {
+    code: refusal::MEMORY,
+    expected: 0,
+    cause: "it has sealed its memory, so that the daemon can't seal it against holes",
+};
+
+/// Does a tenant take its memory and its board for as long as they are?
+fn sizes_of(hello: &Hello) -> Result<(), BadBoard> {
+    for (found, expected) in [
+        (hello.memory_size, size_of::<TenantMemory>() as u64),
+        (hello.bell_size, size_of::<BellBoard>() as u64),
+    ] {
+        if found != expected {
+            return Err(BadBoard::Size { found, expected });
+        }
+    }
+    Ok(())
+}
+
+fn bad_board(error: BadBoard) -> End {
+    let cause = match error {
+        BadBoard::Io(_) => return NO_MEMORY,
+        BadBoard::Kind => "its bell board is not a memfd of ordinary pages",
+        BadBoard::Seals => {
+            "its bell board is not sealed against shrinking and growing, or against being written"
+        }
+        BadBoard::Size { .. } => "its memory or its bell board has a wrong size",
+        BadBoard::Number => "HELLO takes one fd at most",
+        BadBoard::Identity => "its bell board has a wrong magic or version",
+    };
+    End::Refused {
+        code: refusal::MEMORY,
+        expected: size_of::<TenantMemory>() as u32,
+        cause,
+    }
+}
