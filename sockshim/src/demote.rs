@@ -45,7 +45,7 @@ pub fn leave(held: &Use, fd: c_int, reason: Reason) {
 }
 
 /// Leaves the rings so that the kernel has every byte from now on, whoever reads. What was in the
-/// ring and not read comes once the other end makes its next call.
+/// ring and not read comes with the next calls of the other end.
 #[cold]
 pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     held.conn.keep_on_kernel(held.index, reason);
@@ -59,10 +59,9 @@ pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     let mask = sys::block_signals();
     let left = end.abandon();
     sys::restore_signals(mask);
-    if left {
-        end.finished(reason);
-    } else {
-        end.reset(Reason::NotQuiet);
+    match left {
+        Ok(()) => end.finished(reason),
+        Err(reason) => end.give_up(reason),
     }
 }
 

@@ -6,11 +6,11 @@ use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::{clock, demote, limits, real, sys, tenant, wait};
 use libc::c_int;
-use rdsock_shm::end::{self, Anchor, Got, Limits, Process, Shut, Take, Until};
+use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::lock::Owner;
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU64, Ordering::*};
 
 /// One end of a stream, for the length of a call.
 pub type End<'a> = end::End<'a, Socket<'a>>;
@@ -40,6 +40,10 @@ impl Stream {
 
 /// Whether urgent data comes next: from asm-generic/sockios.h.
 const SIOCATMARK: u64 = 0x8905;
+
+/// What this process has waited for programs of its own user (whose bells it has), and for others: who uses up the patience
+/// for one kind leaves the other kind's.
+static WAITED: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
 
 /// What a raw system call gave.
 fn got(result: isize) -> Got {
@@ -112,6 +116,13 @@ impl Anchor for Socket<'_> {
         sys::setsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
     }
 
+    fn break_now(&self) {
+        if sys::disconnect(self.fd) != 0 {
+            // A sandbox, or an old kernel while somebody sleeps in it.
+            self.break_at_close();
+        }
+    }
+
     fn wait(&self, what: Until, ms: u32) -> bool {
         let events = match what {
             Until::Bytes => libc::POLLIN,
@@ -150,6 +161,25 @@ impl Process for Socket<'_> {
 
     fn milliseconds(&self) -> u64 {
         clock::nanoseconds() / 1_000_000
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        let (_, _, bells) = self.stream.places();
+        let [own, others] = &WAITED;
+        let account = if bells.is_null() { others } else { own };
+        // Of a stream to another node the other end is the daemon, and its thread takes a moment for each token.
+        let is_daemon = self.held.conn.names.are_told();
+        Patience {
+            spent: (!is_daemon).then_some(account),
+            most: limits::PATIENCE_MS.get() as u32,
+            every: limits::PATIENCE_EVERY_MS.get() as u32,
+        }
+    }
+
+    fn undisturbed(&self, step: impl FnOnce()) {
+        let mask = sys::block_signals();
+        step();
+        sys::restore_signals(mask);
     }
 
     fn is_running(&self, pid: u32) -> bool {

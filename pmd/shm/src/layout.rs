@@ -8,7 +8,7 @@
 use crate::sync::{AtomicI32, AtomicU32, AtomicU64};
 
 /// Version of every layout in this file and of the control messages; both sides must agree.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// First word of a [`StreamHeader`].
 pub const STREAM_MAGIC: u64 = u64::from_le_bytes(*b"rdsockST");
@@ -171,7 +171,13 @@ pub struct TxState {
     pub in_kernel: AtomicU32,
     /// `shutdown(SHUT_WR)` was called.
     pub shut: AtomicU32,
+    /// In `phase::LEAVING`: position of the next byte that goes out again on the anchor; with the highest bit ([`AGAIN`])
+    /// while a send of it is under way.
+    pub again: AtomicU64,
 }
+
+/// In [`TxState::again`]: bytes from there on are being sent, and nobody knows yet how many.
+pub const AGAIN: u64 = 1 << 63;
 
 /// The receiving half of one end. See [`TxState`].
 #[repr(C, align(128))]
@@ -225,6 +231,9 @@ pub mod phase {
     pub const DEMOTED: u32 = 3;
     /// Broken: ECONNRESET.
     pub const RESET: u32 = 4;
+    /// Sender: what the other end has left in the ring goes out again on the anchor, before anything else does. Not used by
+    /// receivers.
+    pub const LEAVING: u32 = 5;
 }
 
 /// What an end has seen on its anchor, in [`RxState::anchor`].
@@ -472,6 +481,7 @@ mod assertions {
         assert!(offset_of!(StreamHeader, directions) == 128);
         assert!(size_of::<TxState>() == 128);
         assert!(offset_of!(TxState, phase) == 40);
+        assert!(offset_of!(TxState, again) == 56);
         assert!(size_of::<RxState>() == 128);
         assert!(offset_of!(RxState, phase) == 32);
         assert!(offset_of!(RxState, sleepers) == 72);

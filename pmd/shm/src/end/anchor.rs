@@ -2,6 +2,7 @@
 //!
 //! The shim answers with raw system calls, loom and the unit tests with queues of bytes.
 
+use super::Patience;
 use crate::layout::Counter;
 use crate::lock::Owner;
 use crate::reason::Reason;
@@ -92,6 +93,11 @@ pub trait Anchor {
     /// The coming close is to break the connection (`SO_LINGER` of 0).
     fn break_at_close(&self);
 
+    /// Breaks the connection now, so that the other end's program sees it, whatever that reads.
+    fn break_now(&self) {
+        self.break_at_close();
+    }
+
     /// Waits at most so long until a byte is there or there is room; false when neither came.
     fn wait(&self, what: Until, ms: u32) -> bool;
 
@@ -181,6 +187,14 @@ pub trait Process {
 
     /// A clock that only goes forward.
     fn milliseconds(&self) -> u64;
+
+    /// What this process may wait for the other end in all.
+    fn patience(&self) -> Patience<'_>;
+
+    /// Does a step that no signal handler of this thread may come into.
+    fn undisturbed(&self, step: impl FnOnce()) {
+        step();
+    }
 
     /// True while that process runs.
     fn is_running(&self, pid: u32) -> bool;
