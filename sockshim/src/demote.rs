@@ -3,8 +3,9 @@
 
 use crate::conn::{self, Use};
 use crate::stream::Stream;
-use crate::sys;
+use crate::{end, sys};
 use libc::c_int;
+use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
@@ -95,9 +96,9 @@ pub fn before_close(held: &Use, fd: c_int) {
     if stream.page().holders.load(Acquire) > 1 || stream.is_reset() {
         return;
     }
-    let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
-    let breaks = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
-    stream.at(held, fd).close(breaks);
+    let end = stream.at(held, fd);
+    let linger = end::unpacked(end.said_linger().unwrap_or_else(|| end.socket.linger()));
+    end.close(linger.l_onoff != 0 && linger.l_linger == 0);
 }
 
 /// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.

@@ -57,6 +57,19 @@ fn got(result: isize) -> Got {
     }
 }
 
+/// `SO_LINGER` as it stands in the end page.
+pub fn packed(linger: libc::linger) -> u64 {
+    u64::from(linger.l_onoff != 0) << 32 | u64::from(linger.l_linger as u32)
+}
+
+/// The other way.
+pub fn unpacked(linger: u64) -> libc::linger {
+    libc::linger {
+        l_onoff: (linger >> 32) as c_int,
+        l_linger: linger as u32 as c_int,
+    }
+}
+
 impl Anchor for Socket<'_> {
     unsafe fn send(&self, from: *const u8, len: usize) -> Got {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
@@ -109,10 +122,15 @@ impl Anchor for Socket<'_> {
     }
 
     fn break_at_close(&self) {
-        let linger = libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        };
+        self.set_linger(1 << 32);
+    }
+
+    fn linger(&self) -> u64 {
+        sys::getsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER).map_or(0, packed)
+    }
+
+    fn set_linger(&self, linger: u64) {
+        let linger = unpacked(linger);
         sys::setsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
     }
 

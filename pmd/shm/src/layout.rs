@@ -174,6 +174,9 @@ pub struct TxState {
     /// In `phase::LEAVING`: position of the next byte that goes out again on the anchor; with the highest bit ([`AGAIN`])
     /// while a send of it is under way.
     pub again: AtomicU64,
+    /// In `phase::LEAVING`: what the program has said of a close (`SO_LINGER`: 1 for on in the upper half, and seconds). The
+    /// kernel has been told otherwise, so that the connection breaks when everybody who holds it ends.
+    pub linger: AtomicU64,
 }
 
 /// In [`TxState::again`]: bytes from there on are being sent, and nobody knows yet how many.
@@ -482,6 +485,7 @@ mod assertions {
         assert!(size_of::<TxState>() == 128);
         assert!(offset_of!(TxState, phase) == 40);
         assert!(offset_of!(TxState, again) == 56);
+        assert!(offset_of!(TxState, linger) == 64);
         assert!(size_of::<RxState>() == 128);
         assert!(offset_of!(RxState, phase) == 32);
         assert!(offset_of!(RxState, sleepers) == 72);

@@ -93,6 +93,14 @@ pub trait Anchor {
     /// The coming close is to break the connection (`SO_LINGER` of 0).
     fn break_at_close(&self);
 
+    /// What a close does (`SO_LINGER`): 1 for on in the upper half, and seconds.
+    fn linger(&self) -> u64 {
+        0
+    }
+
+    /// Sets that.
+    fn set_linger(&self, _linger: u64) {}
+
     /// Breaks the connection now, so that the other end's program sees it, whatever that reads.
     fn break_now(&self) {
         self.break_at_close();

@@ -6,13 +6,17 @@
 //! under the half's lock, and with signals held back, so that no handler finds a send half done. Before each send the
 //! position is marked ([`AGAIN`]), and stored without the mark behind it. Who finds the mark is the successor of a process
 //! that has ended in between, or of a thread that `exec` has ended: then nobody knows how much was sent, and the stream is
-//! reset. No byte is sent twice or left out.
+//! reset. No byte is sent twice or left out. And as long as there is a rest, the kernel breaks the connection when all who
+//! hold it have ended, however they end.
 
 use super::patience::Waiting;
 use super::{Anchor, End, Got, Process, Sending, Shared, Until};
 use crate::layout::{AGAIN, phase};
 use crate::reason::Reason;
 use crate::sync::Ordering::*;
+
+/// `SO_LINGER` with no time: a close breaks the connection.
+const BREAKS: u64 = 1 << 32;
 
 impl Shared {
     /// True while what the other end has left in the ring is still to go out on the anchor.
@@ -41,6 +45,27 @@ impl<S: Anchor + Process> End<'_, S> {
     }
 }
 
+impl<S: Anchor + Process> End<'_, S> {
+    /// What the program has said of a close, where the kernel was told otherwise.
+    pub fn said_linger(&self) -> Option<u64> {
+        let _half = self.shared.has_rest().then(|| self.lock_tx())?;
+        (self.shared.has_rest()).then(|| self.tx().linger.load(Relaxed))
+    }
+
+    /// The program says something of a close. False when it is the kernel's to be told.
+    pub fn say_linger(&self, linger: u64) -> bool {
+        if !self.shared.has_rest() {
+            return false;
+        }
+        let _half = self.lock_tx();
+        let keeps = self.shared.has_rest();
+        if keeps {
+            self.tx().linger.store(linger, Relaxed);
+        }
+        keeps
+    }
+}
+
 impl<S: Anchor + Process> Sending<'_, '_, S> {
     /// The other end has left (DEMOTED), and has said where: what stands in the ring from there on is to go out again.
     #[cold]
@@ -53,6 +78,9 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         }
         // The phase says that the position counts: who dies before it has sent nothing.
         end.tx().again.store(from, Release);
+        end.tx().linger.store(end.socket.linger(), Relaxed);
+        // Who ends now would leave the other one with a part of the bytes, and an end that looks like one.
+        end.socket.set_linger(BREAKS);
         end.set_sending(phase::LEAVING);
         self.send_rest();
     }
@@ -86,7 +114,10 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             }
             Ok(Some((Got::Nothing, _))) => tx.again.store(from, SeqCst),
             // All is out, or it has nowhere to go, which the next call on the anchor reports.
-            Ok(None | Some((Got::End | Got::Error(_), _))) => self.hand_over(),
+            Ok(None | Some((Got::End | Got::Error(_), _))) => {
+                end.socket.set_linger(tx.linger.load(Relaxed));
+                self.hand_over();
+            }
         }
         false
     }

@@ -117,6 +117,28 @@ fn an_end_goes_behind_the_rest() {
     });
 }
 
+/// Who ends then, however it ends, leaves a connection that breaks.
+#[test]
+fn a_close_breaks_the_connection_as_long_as_there_is_a_rest() {
+    const BREAKS: u64 = 1 << 32;
+    abandoned(1000, |a, b| {
+        a.side.set_linger(BREAKS | 7);
+        a.side.set_room(100);
+        a.poll();
+        assert_eq!(a.side.linger(), BREAKS);
+        // The program is told what it has said, and may say something else.
+        assert_eq!(a.end().said_linger(), Some(BREAKS | 7));
+        assert!(a.end().say_linger(BREAKS | 9));
+        assert_eq!(a.side.linger(), BREAKS);
+        a.side.set_room(5000);
+        a.poll();
+        assert_eq!(a.side.linger(), BREAKS | 9);
+        assert_eq!(a.end().said_linger(), None);
+        assert!(!a.end().say_linger(0));
+        assert_eq!(receive(b), bytes(0..1000));
+    });
+}
+
 /// Nobody knows what a process has sent that was killed in a send: nothing is sent twice, and nothing left out.
 #[test]
 fn who_dies_in_the_middle_breaks_the_stream() {

@@ -71,6 +71,8 @@ pub struct Side<'a> {
     left: Cell<Option<Reason>>,
     /// The connection was broken under it.
     cut: Cell<bool>,
+    /// What a close does.
+    linger: Cell<u64>,
     /// Waits for room, and all that were given to others or to the anchor.
     waits: Cell<[u32; 2]>,
     /// What was waited, as `Patience` keeps it.
@@ -146,6 +148,7 @@ impl Wire {
             broken: Cell::new(None),
             left: Cell::new(None),
             cut: Cell::new(false),
+            linger: Cell::new(0),
             waits: Cell::default(),
             spent: self.spent[number].clone(),
             looks: Cell::new(0),
@@ -233,6 +236,14 @@ impl Anchor for &Side<'_> {
     }
 
     fn break_at_close(&self) {}
+
+    fn linger(&self) -> u64 {
+        self.linger.get()
+    }
+
+    fn set_linger(&self, linger: u64) {
+        self.linger.set(linger);
+    }
 
     fn break_now(&self) {
         self.cut.set(true);
