@@ -17,7 +17,7 @@ import select, socket, sys, threading
 how, size = sys.argv[1], int(sys.argv[2])
 flood = (bytes(range(251)) * (size // 251 + 1))[:size]
 listener = socket.create_server(("127.0.0.1", 0))
-print("port", listener.getsockname()[1], flush=True)
+print(f"port {listener.getsockname()[1]}", flush=True)
 def serve(connection):
     while text := connection.recv(4096):
         connection.sendall(flood if text == b"flood" else text)
@@ -221,7 +221,7 @@ listener = socket.create_server(("127.0.0.1", 0))
 poll = select.epoll()
 poll.register(listener, select.EPOLLIN)
 sockets = {}
-print("port", listener.getsockname()[1], flush=True)
+print(f"port {listener.getsockname()[1]}", flush=True)
 while True:
     for number, _ in poll.poll():
         if number == listener.fileno():
