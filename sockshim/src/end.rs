@@ -96,6 +96,10 @@ impl Anchor for Socket<'_> {
         Some(sys::ioctl_int(self.fd, libc::FIONREAD)? as u64)
     }
 
+    fn unsent(&self) -> Option<u64> {
+        Some(sys::ioctl_int(self.fd, libc::TIOCOUTQ)? as u64)
+    }
+
     fn sent(&self) -> Option<u64> {
         TcpInfo::sent(self.fd, self.stream.end_number() == 0)
     }

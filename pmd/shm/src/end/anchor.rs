@@ -73,6 +73,11 @@ pub trait Anchor {
     /// Bytes that can be taken now.
     fn unread(&self) -> Option<u64>;
 
+    /// Bytes that were sent and that the other end's kernel has not taken. `None`: it can't be known now.
+    fn unsent(&self) -> Option<u64> {
+        None
+    }
+
     /// Position of the next byte that this end will send on the anchor. `None`: it can't be known now.
     fn sent(&self) -> Option<u64>;
 

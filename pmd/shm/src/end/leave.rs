@@ -253,8 +253,13 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         // The kernel would answer a close with unread tokens with a reset as well, and one that
         // comes later; and would drop what it has not sent yet.
         self.settle_switch();
-        let is_quiet = breaks || self.takes_last_tokens(&mut waiting) || self.is_at_end();
-        if !(is_out && is_quiet) {
+        // Without any of that, a token that comes later only makes the other end's kernel say ECONNRESET, and that end goes by
+        // what stands in the ring.
+        let keeps_all = breaks
+            || self.takes_last_tokens(&mut waiting)
+            || self.is_at_end()
+            || self.socket.unsent() == Some(0);
+        if !(is_out && keeps_all) {
             self.reset(Reason::Late);
             self.socket.break_at_close();
         }

@@ -73,6 +73,8 @@ pub struct Side<'a> {
     cut: Cell<bool>,
     /// What a close does.
     linger: Cell<u64>,
+    /// Bytes that the other end's kernel has not taken.
+    unsent: Cell<u64>,
     /// Waits for room, and all that were given to others or to the anchor.
     waits: Cell<[u32; 2]>,
     /// What was waited, as `Patience` keeps it.
@@ -149,6 +151,7 @@ impl Wire {
             left: Cell::new(None),
             cut: Cell::new(false),
             linger: Cell::new(0),
+            unsent: Cell::new(0),
             waits: Cell::default(),
             spent: self.spent[number].clone(),
             looks: Cell::new(0),
@@ -215,6 +218,10 @@ impl Anchor for &Side<'_> {
 
     fn unread(&self) -> Option<u64> {
         Some(self.incoming().bytes.borrow().len() as u64)
+    }
+
+    fn unsent(&self) -> Option<u64> {
+        Some(self.unsent.get())
     }
 
     fn sent(&self) -> Option<u64> {
@@ -389,6 +396,11 @@ impl Side<'_> {
     /// From now on so many bytes lie at most on the anchor that this end sends on.
     pub fn set_room(&self, room: usize) {
         self.out().room.set(Some(room));
+    }
+
+    /// So many bytes were sent on the anchor that the other end's kernel has no room for.
+    pub fn set_unsent(&self, bytes: u64) {
+        self.unsent.set(bytes);
     }
 
     /// Time passes while this end waits.
