@@ -3,8 +3,9 @@
 
 use crate::conn::{self, Use};
 use crate::stream::Stream;
-use crate::sys;
+use crate::{end, sys};
 use libc::c_int;
+use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
@@ -45,7 +46,7 @@ pub fn leave(held: &Use, fd: c_int, reason: Reason) {
 }
 
 /// Leaves the rings so that the kernel has every byte from now on, whoever reads. What was in the
-/// ring and not read comes once the other end makes its next call.
+/// ring and not read comes with the next calls of the other end.
 #[cold]
 pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     held.conn.keep_on_kernel(held.index, reason);
@@ -59,10 +60,9 @@ pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
     let mask = sys::block_signals();
     let left = end.abandon();
     sys::restore_signals(mask);
-    if left {
-        end.finished(reason);
-    } else {
-        end.reset(Reason::NotQuiet);
+    match left {
+        Ok(()) => end.finished(reason),
+        Err(reason) => end.give_up(reason),
     }
 }
 
@@ -96,9 +96,9 @@ pub fn before_close(held: &Use, fd: c_int) {
     if stream.page().holders.load(Acquire) > 1 || stream.is_reset() {
         return;
     }
-    let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
-    let breaks = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
-    stream.at(held, fd).close(breaks);
+    let end = stream.at(held, fd);
+    let linger = end::unpacked(end.said_linger().unwrap_or_else(|| end.socket.linger()));
+    end.close(linger.l_onoff != 0 && linger.l_linger == 0);
 }
 
 /// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.

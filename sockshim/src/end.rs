@@ -6,11 +6,11 @@ use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::{clock, demote, limits, real, sys, tenant, wait};
 use libc::c_int;
-use rdsock_shm::end::{self, Anchor, Got, Limits, Process, Shut, Take, Until};
+use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::lock::Owner;
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU64, Ordering::*};
 
 /// One end of a stream, for the length of a call.
 pub type End<'a> = end::End<'a, Socket<'a>>;
@@ -41,6 +41,10 @@ impl Stream {
 /// Whether urgent data comes next: from asm-generic/sockios.h.
 const SIOCATMARK: u64 = 0x8905;
 
+/// What this process has waited for programs of its own user (whose bells it has), and for others: who uses up the patience
+/// for one kind leaves the other kind's.
+static WAITED: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
 /// What a raw system call gave.
 fn got(result: isize) -> Got {
     match result {
@@ -50,6 +54,19 @@ fn got(result: isize) -> Got {
             libc::EAGAIN | libc::EINTR => Got::Nothing,
             error => Got::Error(error),
         },
+    }
+}
+
+/// `SO_LINGER` as it stands in the end page.
+pub fn packed(linger: libc::linger) -> u64 {
+    u64::from(linger.l_onoff != 0) << 32 | u64::from(linger.l_linger as u32)
+}
+
+/// The other way.
+pub fn unpacked(linger: u64) -> libc::linger {
+    libc::linger {
+        l_onoff: (linger >> 32) as c_int,
+        l_linger: linger as u32 as c_int,
     }
 }
 
@@ -79,6 +96,10 @@ impl Anchor for Socket<'_> {
         Some(sys::ioctl_int(self.fd, libc::FIONREAD)? as u64)
     }
 
+    fn unsent(&self) -> Option<u64> {
+        Some(sys::ioctl_int(self.fd, libc::TIOCOUTQ)? as u64)
+    }
+
     fn sent(&self) -> Option<u64> {
         TcpInfo::sent(self.fd, self.stream.end_number() == 0)
     }
@@ -105,11 +126,23 @@ impl Anchor for Socket<'_> {
     }
 
     fn break_at_close(&self) {
-        let linger = libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        };
+        self.set_linger(1 << 32);
+    }
+
+    fn linger(&self) -> u64 {
+        sys::getsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER).map_or(0, packed)
+    }
+
+    fn set_linger(&self, linger: u64) {
+        let linger = unpacked(linger);
         sys::setsockopt(self.fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
+    }
+
+    fn break_now(&self) {
+        if sys::disconnect(self.fd) != 0 {
+            // A sandbox, or an old kernel while somebody sleeps in it.
+            self.break_at_close();
+        }
     }
 
     fn wait(&self, what: Until, ms: u32) -> bool {
@@ -150,6 +183,25 @@ impl Process for Socket<'_> {
 
     fn milliseconds(&self) -> u64 {
         clock::nanoseconds() / 1_000_000
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        let (_, _, bells) = self.stream.places();
+        let [own, others] = &WAITED;
+        let account = if bells.is_null() { others } else { own };
+        // Of a stream to another node the other end is the daemon, and its thread takes a moment for each token.
+        let is_daemon = self.held.conn.names.are_told();
+        Patience {
+            spent: (!is_daemon).then_some(account),
+            most: limits::PATIENCE_MS.get() as u32,
+            every: limits::PATIENCE_EVERY_MS.get() as u32,
+        }
+    }
+
+    fn undisturbed(&self, step: impl FnOnce()) {
+        let mask = sys::block_signals();
+        step();
+        sys::restore_signals(mask);
     }
 
     fn is_running(&self, pid: u32) -> bool {

@@ -3,7 +3,7 @@
 //! `table.rs` lists the functions that programs call in place of libc's, and `exports.rs` exports them; `calls` holds their
 //! bodies, thin all; `io`, `poll.rs` and `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which
 //! `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a sleep as they end the kernel's;
-//! `demote.rs` goes back to the kernel; `tenant` talks to the daemon; `process.rs` follows fork and exec, `children.rs` and
+//! `demote.rs` goes back to the kernel, `rest.rs` waits while what the other end left goes there before; `tenant` talks to the daemon; `process.rs` follows fork and exec, `children.rs` and
 //! `spawn.rs` other ways to make a process; `limits.rs` has the thresholds. The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
@@ -45,6 +45,7 @@ mod poll;
 mod process;
 mod ready;
 mod real;
+mod rest;
 mod signals;
 mod spawn;
 mod stream;

@@ -144,6 +144,11 @@ limits! {
     SLICE_MS: Number = 50, 1..=10_000;
     /// Milliseconds of one wait where the process may have no more descriptors.
     STEP_MS: Number = 5, 1..=1000;
+    /// Milliseconds that the process may wait in all, at closes and where a connection must be the kernel's at once, for what other
+    /// ends owe it: then the connection is reset.
+    PATIENCE_MS: Number = 100, 1..=60_000;
+    /// In how many milliseconds it may wait for so long.
+    PATIENCE_EVERY_MS: Number = 10_000, 1..=3_600_000;
     /// Of the waits of a connection whose spinning does not pay, one in so many tries it again.
     PROBE_EVERY: Power = 16, 1..=1 << 20;
     /// Microseconds of spinning before the core is yielded in between.

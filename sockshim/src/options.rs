@@ -1,6 +1,7 @@
 //! `fcntl`, `ioctl` and socket options: what changes a stream, and what the anchor must not be told.
 
 use crate::conn::{self, Kind, Use};
+use crate::end::{self, End};
 use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
 use crate::{calls, demote, io, process, real, sys};
 use libc::{c_int, c_ulong, c_void, socklen_t};
@@ -143,6 +144,13 @@ fn on_rings(fd: c_int) -> Option<Use> {
     conn::of(fd).filter(|held| held.conn.stream().is_some_and(demote::is_on_rings))
 }
 
+/// What `ask` says of the end of a stream that a descriptor is.
+fn at_stream<T>(fd: c_int, ask: impl FnOnce(End<'_>) -> T) -> Option<T> {
+    let held = on_rings(fd)?;
+    let stream = held.conn.stream()?;
+    Some(ask(stream.at(&held, fd)))
+}
+
 /// # Safety
 /// As `setsockopt(2)`.
 pub unsafe fn setsockopt(
@@ -180,6 +188,17 @@ pub unsafe fn setsockopt(
         {
             note_option(&held, bit, number != 0);
             return 0;
+        }
+        if (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER)
+            && len as usize >= size_of::<libc::linger>()
+            && !sys::is_bad_pointer(value)
+        {
+            // SAFETY: it is there.
+            let linger = unsafe { value.cast::<libc::linger>().read_unaligned() };
+            let says = |end: End<'_>| end.say_linger(end::packed(linger));
+            if at_stream(fd, says) == Some(true) {
+                return 0;
+            }
         }
     }
     // SAFETY: arguments pass through.
@@ -242,6 +261,19 @@ pub unsafe fn getsockopt(
             .iter_mut()
             .zip(bytes)
             .for_each(|(to, from)| *to = from);
+    }
+    if result == 0
+        && (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER)
+        && let Some(said) = at_stream(fd, |end| end.said_linger()).flatten()
+    {
+        // SAFETY: the kernel has stored one there, and its length.
+        unsafe {
+            if *len as usize >= size_of::<libc::linger>() {
+                value
+                    .cast::<libc::linger>()
+                    .write_unaligned(end::unpacked(said));
+            }
+        }
     }
     if result == 0
         && let Some(bit) = own_option(level, name)

@@ -7,6 +7,7 @@ use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
 };
+use rdsock_shm::end::Shared;
 use rdsock_shm::layout::{Counter, phase, want};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
@@ -137,7 +138,8 @@ fn look(fds: &mut [pollfd], counted: bool) -> (usize, bool) {
             && let Some(ready) = ready::of(&held, stream, entry.fd, entry.events, !counted)
         {
             entry.revents = ready;
-            found += usize::from(ready != 0 || counted && epoll::has_left(stream));
+            let changes = epoll::has_left(stream) || !stream.is_on_rings();
+            found += usize::from(ready != 0 || counted && changes);
         } else if let Some(epoll) = epoll::with_streams(entry.fd) {
             if entry.events & ready::IN != 0 && epoll::has_event(epoll, entry.fd) {
                 entry.revents = entry.events & ready::IN;
@@ -420,7 +422,7 @@ impl Work<'_> {
                     let (events, steps) = enter_stream(&stream.at(&held, from.fd), from)?;
                     (events, in_steps | steps)
                 } else {
-                    (from.events & POLLPRI, in_steps)
+                    (from.events & POLLPRI | room_for_rest(stream), in_steps)
                 };
                 *entered = Entered::Conn(held.index as u32, waits);
                 // In use until it is left.
@@ -482,7 +484,12 @@ fn enter_stream(end: &End<'_>, entry: &pollfd) -> Option<(i16, bool)> {
     if !full {
         events |= POLLIN;
     }
-    Some((events, full))
+    Some((events | room_for_rest(stream), full))
+}
+
+/// What the anchor is asked for whatever the program waits for: room, where bytes are to go out that the other end has left.
+fn room_for_rest(stream: &Shared) -> i16 {
+    if stream.has_rest() { POLLOUT } else { 0 }
 }
 
 /// The sets of a `select` call.

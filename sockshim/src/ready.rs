@@ -9,6 +9,7 @@ use crate::sys;
 use libc::{POLLERR, POLLHUP, POLLIN, c_int};
 use rdsock_shm::end::{Anchor, Kernel, Outgoing, Shared, State, bit};
 use rdsock_shm::layout::{mark, phase};
+use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
 
 /// Bits that the receiving half decides.
@@ -22,6 +23,9 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
     let end = stream.at(held, fd);
     let look = settle(&end, held, may_follow);
     if !stream.is_on_rings() {
+        if may_follow {
+            end.finished(Reason::PeerDemoted);
+        }
         return None;
     }
     // First: the anchor ends after the marks were set.
@@ -35,6 +39,7 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
 pub fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
     let stream = end.shared;
     end.settle_switch();
+    end.send_rest();
     if may_follow {
         end.settle_reset();
         if stream.peer_has_left() {
@@ -102,7 +107,8 @@ pub fn needs(stream: &Shared, events: i16) -> Needs {
     let shut = stream.tx().shut.load(Relaxed) != 0;
     let needs = registration::needs(events as u16 as u32, shut);
     // Also before the direction has moved to its ring, which it may do with any send: whoever asks now may not ask again then.
-    let space = needs.space && stream.tx().phase.load(Relaxed) != phase::DEMOTED;
+    let sends = stream.tx().phase.load(Relaxed);
+    let space = needs.space && !matches!(sends, phase::DEMOTED | phase::LEAVING);
     Needs { space, ..needs }
 }
 

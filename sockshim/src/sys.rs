@@ -221,6 +221,15 @@ pub fn connect_unix(fd: c_int, address: &libc::sockaddr_un, len: usize) -> isize
     syscall!(SYS_connect, fd, address as *const libc::sockaddr_un, len)
 }
 
+/// Breaks a TCP connection at once: the other end gets RST, this one ECONNRESET.
+pub fn disconnect(fd: c_int) -> isize {
+    // SAFETY: zeroes are an address, of no family.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    let size = std::mem::size_of::<libc::sockaddr>();
+    syscall!(SYS_connect, fd, &raw const nowhere, size)
+}
+
 pub fn memfd(name: &std::ffi::CStr, flags: u32) -> isize {
     syscall!(SYS_memfd_create, name.as_ptr(), flags)
 }

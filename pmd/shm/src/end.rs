@@ -2,7 +2,8 @@
 //!
 //! The shim drives it with raw system calls, the loom tests with a queue of bytes, the unit tests with
 //! both ends in one thread. It never waits for the other end: where a caller has to sleep, a step says
-//! so, and the caller sleeps and comes back.
+//! so, and the caller sleeps and comes back. (What can't be done later, at a close or where the kernel must have the connection at
+//! once, waits a little: see [`Patience`].)
 //!
 //! - [`Shared`] is what the end has mapped: the words of both directions, its own page, the rings.
 //! - [`Anchor`] is the kernel's connection under it, [`Process`] the process that it lives in. Waking
@@ -14,7 +15,7 @@
 //!   (readiness, what comes next) are functions of it and change nothing.
 //! - Acting is a step of its own, in the order of a stream's life: [`End::promote`]; `try_switch` and
 //!   [`End::settle_switch`]; [`End::send`], [`End::receive`]; [`Sleeper`], [`End::answer`];
-//!   [`End::leave`], [`End::follow`], [`End::abandon`]; [`End::shut_sending`], [`End::close`];
+//!   [`End::leave`], [`End::follow`], [`End::send_rest`], [`End::abandon`]; [`End::shut_sending`], [`End::close`];
 //!   [`End::reset`] at any time. What a step may change is said beside it.
 //!
 //! *A short receive or send means that nothing more is there, or no room* (epoll(7) lets a program
@@ -29,8 +30,10 @@ mod buffers;
 mod change;
 mod half;
 mod leave;
+mod patience;
 mod quick;
 mod receive;
+mod rest;
 mod send;
 mod sleep;
 mod state;
@@ -40,6 +43,7 @@ mod token;
 pub use anchor::{Anchor, Drained, Got, Limits, Process, Shut, Take, Until};
 pub use buffers::{Buffers, MOST};
 pub use half::{Receiving, Sending};
+pub use patience::Patience;
 pub use receive::{How, Received};
 pub use send::{Counted, Sent, Way};
 pub use sleep::{PATIENCE_MS, Sleeper};

@@ -171,7 +171,16 @@ pub struct TxState {
     pub in_kernel: AtomicU32,
     /// `shutdown(SHUT_WR)` was called.
     pub shut: AtomicU32,
+    /// In `phase::LEAVING`: position of the next byte that goes out again on the anchor; with the highest bit ([`AGAIN`])
+    /// while a send of it is under way.
+    pub again: AtomicU64,
+    /// In `phase::LEAVING`: what the program has said of a close (`SO_LINGER`: 1 for on in the upper half, and seconds). The
+    /// kernel has been told otherwise, so that the connection breaks when everybody who holds it ends.
+    pub linger: AtomicU64,
 }
+
+/// In [`TxState::again`]: bytes from there on are being sent, and nobody knows yet how many.
+pub const AGAIN: u64 = 1 << 63;
 
 /// The receiving half of one end. See [`TxState`].
 #[repr(C, align(128))]
@@ -225,6 +234,9 @@ pub mod phase {
     pub const DEMOTED: u32 = 3;
     /// Broken: ECONNRESET.
     pub const RESET: u32 = 4;
+    /// Sender: what the other end has left in the ring goes out again on the anchor, before anything else does. Not used by
+    /// receivers.
+    pub const LEAVING: u32 = 5;
 }
 
 /// What an end has seen on its anchor, in [`RxState::anchor`].
@@ -472,6 +484,8 @@ mod assertions {
         assert!(offset_of!(StreamHeader, directions) == 128);
         assert!(size_of::<TxState>() == 128);
         assert!(offset_of!(TxState, phase) == 40);
+        assert!(offset_of!(TxState, again) == 56);
+        assert!(offset_of!(TxState, linger) == 64);
         assert!(size_of::<RxState>() == 128);
         assert!(offset_of!(RxState, phase) == 32);
         assert!(offset_of!(RxState, sleepers) == 72);

@@ -117,6 +117,10 @@ coded! {
         DeepBind = 35, "a plug-in was loaded with RTLD_DEEPBIND, and the shim can't see its calls";
         /// The program may have so few descriptors that the shim takes none.
         FewDescriptors = 36, "the program may open too few descriptors (ulimit -n) for the shim to have its own";
+        /// What the other end owed did not come within this process's patience.
+        Late = 37, "the other end took too long: a wake byte that it owed did not come, or it did not take what it had left in the ring, before the connection had to be the kernel's or was closed";
+        /// A process ended in the middle of a send of what the other end had left in the ring.
+        Lost = 38, "a process that shared the connection ended while it sent again what the other end had left in the ring, so that nobody knows how much of it was sent";
     }
 }
 

@@ -4,7 +4,7 @@
 use crate::conn::{self, Use, phase};
 use crate::io::{self, InKernel, Outcome};
 use crate::stream::Stream;
-use crate::{demote, limits, signals, sys, tenant};
+use crate::{demote, limits, rest, signals, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -38,6 +38,12 @@ pub(super) fn transfer(
             return match on_stream(&held, stream) {
                 Outcome::Done(result) => sys::to_c(result),
                 Outcome::Kernel(counted) => {
+                    if let Moves::In { waits } = moves
+                        && stream.has_rest()
+                        && let Err(error) = rest::for_bytes(&stream.at(&held, fd), &held, waits)
+                    {
+                        return sys::to_c(error);
+                    }
                     let result = in_kernel();
                     if counted.is_some() {
                         let error = sys::errno();

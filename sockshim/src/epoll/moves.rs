@@ -6,7 +6,7 @@ use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner};
 use super::*;
 use crate::conn::{Conn, Use};
 use crate::demote;
-use libc::EPOLLONESHOT;
+use libc::{EPOLLONESHOT, EPOLLOUT};
 use rdsock_shm::reason::Reason;
 
 /// True when a connection is on rings, or may yet go there.
@@ -208,7 +208,7 @@ pub fn renumber(held: &Use, fd: c_int) {
             return;
         }
         let (set, event) = match slot.place() {
-            Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
+            Place::Inner => (epoll.inner.load(Relaxed), inner_event(watched(slot), bit)),
             Place::Kernel if slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, fd) => {
                 sys::epoll_ctl(epfd, EPOLL_CTL_DEL, fd, None);
                 slot.park();
@@ -239,6 +239,16 @@ pub fn renumber(held: &Use, fd: c_int) {
     });
 }
 
+/// What the anchor is watched for on behalf of a registration.
+fn watched(slot: &Slot) -> u32 {
+    let room = if slot.watches_space {
+        EPOLLOUT as u32
+    } else {
+        0
+    };
+    slot.events | room
+}
+
 /// The shim's own descriptor `old` is now `new`, both are open: what is registered by it goes along.
 pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
     let Some(guard) = take(epoll) else { return };
@@ -248,7 +258,7 @@ pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
             continue;
         };
         let (set, event) = match slot.place() {
-            Place::Inner => (epoll.inner.load(Relaxed), inner_event(slot.events, bit)),
+            Place::Inner => (epoll.inner.load(Relaxed), inner_event(watched(slot), bit)),
             Place::Kernel => {
                 let event = epoll_event {
                     events: slot.events,

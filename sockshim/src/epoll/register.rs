@@ -424,12 +424,18 @@ pub(super) fn inner_event(events: u32, bit: usize) -> epoll_event {
     }
 }
 
-/// Has space on the anchor watched, where a registration waits for it, and the direction is there.
+/// Has space on the anchor watched, where a registration waits for it, and the direction is there; or where it is for what the
+/// other end has left in the ring, which somebody has to send who waits for something of this connection.
 pub(super) fn watch_space(epoll: &Epoll, state: &mut State, bit: usize, stream: &Shared) {
     let Some(slot) = state.slot(bit) else { return };
-    let waits = slot.events & EPOLLOUT as u32 != 0 && !slot.watches_space;
-    if waits && stream.tx().phase.load(Acquire) != phase::RING {
-        let event = inner_event(slot.events, bit);
+    let phase = stream.tx().phase.load(Acquire);
+    let waits = match phase {
+        phase::RING => false,
+        phase::LEAVING => true,
+        _ => slot.events & EPOLLOUT as u32 != 0,
+    };
+    if waits && !slot.watches_space {
+        let event = inner_event(slot.events | EPOLLOUT as u32, bit);
         let inner = epoll.inner.load(Relaxed);
         slot.watches_space = sys::epoll_ctl(inner, EPOLL_CTL_MOD, slot.number, Some(&event)) == 0;
     }

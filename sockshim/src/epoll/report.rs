@@ -288,6 +288,7 @@ fn has_marked(epoll: &Epoll) -> bool {
 fn report(epoll: &Epoll, state: &mut State, bit: usize, look: Look) -> Option<epoll_event> {
     let slot = *state.slot(bit)?;
     if !slot.is_armed() {
+        send_rest(epoll, state, bit);
         state.unmark(bit);
         return None;
     }
@@ -334,6 +335,8 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
     let end = stream.at(held, fd);
+    // Which may be the last that kept it on rings.
+    end.send_rest();
     if has_left(stream) {
         // Following it changes this very registration: done without the lock, see `follow_leavers`.
         held.conn.look.store(1, Relaxed);
@@ -369,6 +372,10 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         register::ask(epoll, state, bit, &end, slot.events);
         (event, seen, now) = question();
         if event == 0 {
+            // The last of the rest has just gone out.
+            if has_left(stream) {
+                state.mark(bit);
+            }
             return None;
         }
         state.mark(bit);
@@ -386,6 +393,19 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         }
     }
     Some(event)
+}
+
+/// A registration that reports nothing any more keeps what the other end has left in the ring from nowhere: that goes out as
+/// room comes.
+fn send_rest(epoll: &Epoll, state: &mut State, bit: usize) {
+    if let Some(Kind::Conn(index)) = state.slot(bit).map(|slot| slot.target)
+        && let Some(held) = conn::by_index(index)
+        && let Some(stream) = held.conn.stream()
+        && stream.has_rest()
+    {
+        stream.at(&held, held.conn.fd.load(Relaxed)).send_rest();
+        register::watch_space(epoll, state, bit, stream);
+    }
 }
 
 /// True when a stream's other end has left, or the stream has, so that its registrations must move.

@@ -3,7 +3,7 @@
 use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
-use crate::{demote, limits};
+use crate::{demote, limits, rest};
 use rdsock_shm::end::{MOST, Way};
 use rdsock_shm::layout::phase;
 use rdsock_shm::reason::Reason;
@@ -74,6 +74,15 @@ fn read_in<'a>(
         let half = end.lock_tx();
         match half.way() {
             Way::Ring => {}
+            Way::Behind => {
+                drop(half);
+                match rest::for_room(&end, held, 0) {
+                    Ok(()) => continue,
+                    Err(error) => {
+                        return Outcome::Done(if done == 0 { error } else { done as isize });
+                    }
+                }
+            }
             Way::Kernel(counted) if done == 0 => return Outcome::Kernel(counted),
             Way::Kernel(counted) => {
                 drop(half);

@@ -3,9 +3,10 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
-use crate::{clock, limits, wait};
+use crate::{clock, limits, rest, wait};
 use rdsock_shm::end::{Anchor, Sent};
 use rdsock_shm::layout::{mark, phase, want};
+use rdsock_shm::reason::Reason;
 
 /// Sends on a stream.
 pub fn send<'a>(
@@ -31,7 +32,15 @@ pub fn send<'a>(
                 }
                 return Outcome::Done(done as isize);
             }
-            Sent::Kernel(counted) if done == 0 => return Outcome::Kernel(counted),
+            Sent::Behind => {
+                if let Err(error) = rest::for_room(&end, held, flags) {
+                    return Outcome::Done(if done == 0 { error } else { done as isize });
+                }
+            }
+            Sent::Kernel(counted) if done == 0 => {
+                end.finished(Reason::PeerDemoted);
+                return Outcome::Kernel(counted);
+            }
             Sent::Kernel(counted) => {
                 let rest = send_rest(held, fd, from, done, flags);
                 if counted.is_some() {
@@ -147,5 +156,10 @@ pub fn after_kernel_send(held: &Use, stream: &Stream, fd: c_int) {
 
 /// Bytes that the other end has not received (`SIOCOUTQ`). `None`: ask the kernel.
 pub fn unsent(end: &End<'_>) -> Option<c_int> {
+    let rest = end.shared.rest();
+    if rest != 0 {
+        let behind = sys::ioctl_int(end.socket.wait_fd(), libc::TIOCOUTQ)?;
+        return Some((rest + behind.max(0) as u64).min(c_int::MAX as u64) as c_int);
+    }
     Some(end.unsent()?.min(c_int::MAX as u64) as c_int)
 }

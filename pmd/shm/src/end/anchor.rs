@@ -2,6 +2,7 @@
 //!
 //! The shim answers with raw system calls, loom and the unit tests with queues of bytes.
 
+use super::Patience;
 use crate::layout::Counter;
 use crate::lock::Owner;
 use crate::reason::Reason;
@@ -72,6 +73,11 @@ pub trait Anchor {
     /// Bytes that can be taken now.
     fn unread(&self) -> Option<u64>;
 
+    /// Bytes that were sent and that the other end's kernel has not taken. `None`: it can't be known now.
+    fn unsent(&self) -> Option<u64> {
+        None
+    }
+
     /// Position of the next byte that this end will send on the anchor. `None`: it can't be known now.
     fn sent(&self) -> Option<u64>;
 
@@ -91,6 +97,19 @@ pub trait Anchor {
 
     /// The coming close is to break the connection (`SO_LINGER` of 0).
     fn break_at_close(&self);
+
+    /// What a close does (`SO_LINGER`): 1 for on in the upper half, and seconds.
+    fn linger(&self) -> u64 {
+        0
+    }
+
+    /// Sets that.
+    fn set_linger(&self, _linger: u64) {}
+
+    /// Breaks the connection now, so that the other end's program sees it, whatever that reads.
+    fn break_now(&self) {
+        self.break_at_close();
+    }
 
     /// Waits at most so long until a byte is there or there is room; false when neither came.
     fn wait(&self, what: Until, ms: u32) -> bool;
@@ -181,6 +200,14 @@ pub trait Process {
 
     /// A clock that only goes forward.
     fn milliseconds(&self) -> u64;
+
+    /// What this process may wait for the other end in all.
+    fn patience(&self) -> Patience<'_>;
+
+    /// Does a step that no signal handler of this thread may come into.
+    fn undisturbed(&self, step: impl FnOnce()) {
+        step();
+    }
 
     /// True while that process runs.
     fn is_running(&self, pid: u32) -> bool;

@@ -7,26 +7,20 @@
 //!
 //! An end that must be the kernel's at once ([`End::abandon`]: exec, passing the fd, stdio) also says
 //! where it stopped reading (DEMOTED); the other end sends what lies behind that again, on the
-//! anchor.
+//! anchor, as room comes there (`rest.rs`).
 //!
 //! No token may come after END, since the receiver could not tell it from data: the sender
 //! counts one last one before it marks, and sends it after. An abandoner knows the other end's
 //! number of tokens once no RINGING stands in its own requests, because DEMOTED beside them
 //! forbids further ones.
 
+use super::patience::Waiting;
 use super::token::send_token;
-use super::{Anchor, End, Got, PATIENCE_MS, Process, Receiving, Sending, Shut, Until};
+use super::{Anchor, Drained, End, Got, Process, Receiving, Sending, Shut, Until};
 use crate::layout::{Counter, NOT_SWITCHED, anchor, mark, phase, want};
 use crate::reason::Reason;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
 use crate::wake;
-
-/// Milliseconds that a token which was counted may take to arrive.
-const IN_FLIGHT_MS: u32 = 1000;
-/// Milliseconds that a close waits for tokens on their way.
-const CLOSING_MS: u32 = 100;
-/// Milliseconds that the other end may take from deciding on a token to having sent it.
-const RINGING_MS: u32 = 5000;
 
 impl<'a, S: Anchor + Process> End<'a, S> {
     /// ECONNRESET of a reset stream is reported by a send if no call has reported it yet: true then.
@@ -54,16 +48,17 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         }
         match self.tx().phase.load(Acquire) {
             phase::RING if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 => {
-                half.send_again();
+                half.begin_rest();
             }
             phase::RING | phase::ANCHOR => half.end_sending(),
+            phase::LEAVING => half.send_rest(),
             _ => {}
         }
         drop(half);
         self.finished(Reason::PeerDemoted);
     }
 
-    /// Takes note when both directions are the anchor's.
+    /// Takes note when both directions are the anchor's. Called without a lock.
     pub fn finished(&self, reason: Reason) {
         if !self.shared.is_on_rings()
             && !self.shared.is_reset()
@@ -101,27 +96,32 @@ impl<'a, S: Anchor + Process> End<'a, S> {
     }
 
     /// Leaves the rings so that the kernel has every byte from now on, whoever reads. What was in the
-    /// ring and not read comes once the other end makes its next call. False when that can't be: then the
-    /// stream is to be reset. The caller blocks signals.
-    pub fn abandon(&self) -> bool {
+    /// ring and not read comes with the next calls of the other end. `Err` when that can't be: then the
+    /// stream is to be [broken](End::give_up), for this reason. The caller blocks signals.
+    pub fn abandon(&self) -> Result<(), Reason> {
         let sending = self.lock_tx();
         let receiving = self.lock_rx();
+        let mut waiting = Waiting::new(self.socket.patience());
         if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0
             && self.tx().phase.load(Acquire) == phase::RING
         {
-            sending.send_again();
+            sending.begin_rest();
         }
         let position = self.rx().tail.load(Relaxed);
         self.incoming().consumer.stop.store(position, Release);
         for request in self.requests() {
             request.fetch_or(want::DEMOTED, SeqCst);
         }
-        if !self.wait_for_ringing(RINGING_MS) {
-            return false;
+        if !self.wait_for_ringing(&mut waiting) {
+            return Err(Reason::Late);
         }
         sending.end_sending();
+        // Nobody will send the rest once this end is the kernel's.
+        if !sending.push_rest(&mut waiting) {
+            return Err(Reason::Late);
+        }
         if self.rx().phase.load(Acquire) == phase::DEMOTED {
-            return true;
+            return Ok(());
         }
         let switched = self.incoming().producer.switch_at.load(Acquire);
         let quiet = receiving.outstanding() == 0
@@ -131,25 +131,48 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
         let unread =
             switched != NOT_SWITCHED && self.shared.has_bytes_after(position.max(switched));
-        if !quiet || ended && unread || !receiving.take_last_tokens(IN_FLIGHT_MS) {
-            return false;
+        if !quiet || ended && unread {
+            return Err(Reason::NotQuiet);
+        }
+        if !receiving.take_last_tokens(&mut waiting) {
+            return Err(Reason::Late);
         }
         self.set_receiving(phase::DEMOTED);
-        true
+        Ok(())
+    }
+
+    /// Breaks a stream that can't be left as it should: the kernel's connection, too, which somebody else may read.
+    pub fn give_up(&self, reason: Reason) {
+        self.reset(reason);
+        self.socket.break_now();
     }
 
     /// Waits until the other end has sent the tokens that it has decided on. False when it takes too long.
-    fn wait_for_ringing(&self, ms: u32) -> bool {
-        let start = self.socket.milliseconds();
+    fn wait_for_ringing(&self, waiting: &mut Waiting<'_>) -> bool {
         for request in self.requests() {
             while request.load(Acquire) & want::RINGING != 0 {
-                if self.socket.milliseconds() - start > u64::from(ms) {
+                // No token comes behind the anchor's end.
+                if self.is_at_end() {
+                    return true;
+                }
+                if !waiting.turn(&self.socket) {
                     return false;
                 }
-                self.socket.give_way();
             }
         }
         true
+    }
+
+    /// True when nothing more will come on the anchor: the other end has closed or died, and all of it was taken.
+    fn is_at_end(&self) -> bool {
+        // An own end looks the same, and says nothing about the other one.
+        if self.rx().shut.load(Relaxed) != 0 || self.socket.is_open() {
+            return false;
+        }
+        if self.rx().phase.load(Acquire) == phase::RING {
+            self.lock_rx().drain_all();
+        }
+        matches!(self.socket.peek(), Got::End | Got::Error(_))
     }
 
     /// The program ends its direction (`SHUT_WR`). False when it is the kernel's from now on, since it
@@ -182,6 +205,12 @@ impl<'a, S: Anchor + Process> End<'a, S> {
                 self.socket.shut(Shut::Sending);
                 true
             }
+            phase::LEAVING => {
+                // The kernel's end goes behind the rest.
+                self.set_sending_shut();
+                half.send_rest();
+                true
+            }
             _ => {
                 // Not switched: the FIN goes behind the bytes on the anchor. No token can
                 // follow it, so the other end must not depend on one.
@@ -204,8 +233,14 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         if self.shared.peer_has_left() {
             self.follow();
         }
+        let mut waiting = Waiting::new(self.socket.patience());
+        let is_out = breaks
+            || !self.shared.has_rest()
+            || self.lock_tx().push_rest(&mut waiting)
+            || self.shared.is_reset();
         let producer = &self.out().producer;
-        if breaks || self.shared.has_unread_ring() {
+        let breaks = breaks || self.shared.has_unread_ring();
+        if breaks {
             // TCP answers a close with unread bytes with a reset.
             self.socket.break_at_close();
             producer.mark.fetch_or(mark::RESET, AcqRel);
@@ -218,10 +253,23 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         // The kernel would answer a close with unread tokens with a reset as well, and one that
         // comes later; and would drop what it has not sent yet.
         self.settle_switch();
-        self.wait_for_ringing(CLOSING_MS);
-        if self.rx().phase.load(Acquire) == phase::RING {
-            self.lock_rx().take_last_tokens(CLOSING_MS);
+        // Without any of that, a token that comes later only makes the other end's kernel say ECONNRESET, and that end goes by
+        // what stands in the ring.
+        let keeps_all = breaks
+            || self.takes_last_tokens(&mut waiting)
+            || self.is_at_end()
+            || self.socket.unsent() == Some(0);
+        if !(is_out && keeps_all) {
+            self.reset(Reason::Late);
+            self.socket.break_at_close();
         }
+    }
+
+    /// Takes the tokens that are on their way to an end which is about to close. False when one takes too long.
+    fn takes_last_tokens(&self, waiting: &mut Waiting<'_>) -> bool {
+        self.wait_for_ringing(waiting)
+            && (self.rx().phase.load(Acquire) != phase::RING
+                || self.lock_rx().take_last_tokens(waiting))
     }
 }
 
@@ -235,7 +283,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             return;
         }
         if taken & want::DEMOTED != 0 {
-            self.send_again();
+            self.begin_rest();
         } else if taken & want::CLOSED != 0 {
             // Before its kernel says so.
             end.settle_reset();
@@ -284,7 +332,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
                     });
                     wake::rung(peer);
                 }
-                Err(wants) if wants & want::DEMOTED != 0 => return self.send_again(),
+                Err(wants) if wants & want::DEMOTED != 0 => return self.begin_rest(),
                 // It has closed, and what it sent before is still to be read here.
                 Err(_) => {
                     producer.mark.fetch_or(mark::END, SeqCst);
@@ -298,33 +346,12 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
     }
 
     /// The direction is the anchor's for ever.
-    fn hand_over(&self) {
+    pub(super) fn hand_over(&self) {
         let tx = self.end.tx();
         self.end.set_sending(phase::DEMOTED);
         if tx.shut.load(Relaxed) != 0 {
             self.end.socket.shut(Shut::Sending);
         }
-    }
-
-    /// Sends on the anchor what the other end left in the ring; this direction is the anchor's then.
-    fn send_again(&self) {
-        let end = self.end;
-        let stop = end.out().consumer.stop.load(Acquire);
-        let mut from = stop.max(end.out().producer.switch_at.load(Relaxed));
-        loop {
-            // SAFETY: the ring's memory is mapped as long as the stream.
-            let send = |at, len| unsafe { end.socket.send(at, len) };
-            match self.sender.with_published(from, send) {
-                Err(_) => return end.reset(Reason::Violation),
-                Ok(None) => break,
-                Ok(Some(Got::Bytes(sent))) => from += sent as u64,
-                Ok(Some(Got::Nothing)) => {
-                    end.socket.wait(Until::Room, IN_FLIGHT_MS);
-                }
-                Ok(Some(Got::End | Got::Error(_))) => break,
-            }
-        }
-        self.hand_over();
     }
 }
 
@@ -333,28 +360,35 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// of others, who may look first, which they do without the lock.
     pub(super) fn incoming_ended(&self) {
         let (end, rx) = (self.end, self.end.rx());
-        let start = end.socket.milliseconds();
-        while self.outstanding() != 0
-            && rx.waiters.load(SeqCst) != 0
-            && end.socket.milliseconds() - start < u64::from(PATIENCE_MS)
-        {
-            end.socket.give_way();
+        let mut waiting = Waiting::new(end.socket.patience());
+        while self.outstanding() != 0 && rx.waiters.load(SeqCst) != 0 && waiting.turn(&end.socket) {
         }
-        if self.take_last_tokens(IN_FLIGHT_MS) {
+        if self.take_last_tokens(&mut waiting) {
             end.set_receiving(phase::DEMOTED);
         } else {
-            end.reset(Reason::NotQuiet);
+            let broken = rx.anchor.load(Acquire) & anchor::BROKEN != 0;
+            end.reset(if broken {
+                Reason::PeerReset
+            } else {
+                Reason::Late
+            });
         }
     }
 
     /// Takes all counted tokens, also those on their way. False when one does not come.
-    fn take_last_tokens(&self, ms: u32) -> bool {
+    fn take_last_tokens(&self, waiting: &mut Waiting<'_>) -> bool {
         for _ in 0..64 {
-            self.drain_all();
+            let drained = self.drain_all();
             if self.outstanding() == 0 {
                 return true;
             }
-            if !self.end.socket.wait(Until::Bytes, ms) {
+            match drained {
+                // Nothing comes behind that, see `is_at_end`.
+                Drained::End if self.end.rx().shut.load(Relaxed) == 0 => return true,
+                Drained::Error | Drained::Foreign(_) => return false,
+                _ => {}
+            }
+            if !waiting.on_anchor(&self.end.socket, Until::Bytes) {
                 return self.outstanding() == 0;
             }
         }

@@ -34,6 +34,8 @@ pub enum Way<'a> {
     Ring,
     /// To the anchor, by the caller, while this counts it in; then it calls [`End::after_kernel_send`].
     Kernel(Option<Counted<'a>>),
+    /// Nowhere yet: the anchor has no room for what comes before them ([`phase::LEAVING`]).
+    Behind,
     /// Nowhere: EPIPE.
     Pipe,
     /// Nowhere: ECONNRESET, which is told once.
@@ -47,6 +49,8 @@ pub enum Sent<'a> {
     All,
     /// The ring is full: ask for space, look again, sleep.
     Full,
+    /// The anchor has no room for what comes before the rest, see [`Way::Behind`]: wait for that, look again.
+    Behind,
     /// The rest is the anchor's, see [`Way::Kernel`].
     Kernel(Option<Counted<'a>>),
     /// EPIPE.
@@ -64,6 +68,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
             match half.way() {
                 Way::Ring => {}
                 Way::Kernel(counted) => return Sent::Kernel(counted),
+                Way::Behind => return Sent::Behind,
                 Way::Pipe => return Sent::Pipe,
                 Way::Broken => return Sent::Broken,
             }
@@ -150,9 +155,11 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
                 self.try_switch();
             }
         }
+        self.send_rest();
         match tx.phase.load(Acquire) {
             phase::RING => Way::Ring,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
+            phase::LEAVING => Way::Behind,
             phase::RESET if end.take_send_error() => Way::Broken,
             phase::RESET => Way::Pipe,
             _ => Way::Kernel(None),

@@ -115,6 +115,8 @@ pub enum Outgoing {
         /// What the other end does with it.
         peer: Peer,
     },
+    /// To the anchor for ever, but not yet: what the other end has left in the ring goes there before.
+    Leaving,
     /// To the anchor for ever.
     Kernel,
     /// Nowhere: the program has ended the direction, on the ring or where the kernel does it (`on_anchor`).
@@ -214,7 +216,7 @@ impl State {
         }
         let sends_on_ring = matches!(
             self.outgoing,
-            Outgoing::Ring { .. } | Outgoing::Ended { on_anchor: false }
+            Outgoing::Ring { .. } | Outgoing::Leaving | Outgoing::Ended { on_anchor: false }
         );
         if !sends_on_ring {
             ask |= events & OUT;
@@ -223,7 +225,7 @@ impl State {
         let left = self.incoming == Incoming::Kernel
             || matches!(
                 self.outgoing,
-                Outgoing::Kernel | Outgoing::Ended { on_anchor: true }
+                Outgoing::Leaving | Outgoing::Kernel | Outgoing::Ended { on_anchor: true }
             );
         let end = look && !(on_ring && sends_on_ring) || events & (IN | OUT | POLLRDHUP) == 0;
         (ask != 0 || left || end).then_some(ask)
@@ -327,6 +329,8 @@ impl State {
                 if there { OUT } else { 0 }
             }
             Outgoing::Ended { .. } => OUT,
+            // Room on the anchor is for what comes before.
+            Outgoing::Leaving => 0,
             Outgoing::Anchor | Outgoing::Kernel | Outgoing::Broken => kernel.bits & OUT,
         }
     }
@@ -387,6 +391,7 @@ impl Outgoing {
                 space: shared.space(),
                 peer: shared.peer(),
             },
+            phase::LEAVING => Outgoing::Leaving,
             phase::DEMOTED => Outgoing::Kernel,
             _ => Outgoing::Broken,
         }

@@ -166,6 +166,10 @@ impl<S: Anchor + Process> End<'_, S> {
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         self.socket.count(Counter::Reset);
         self.socket.broken(reason);
+        if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+            // It sees no mark, and would read a token as data.
+            return self.socket.break_now();
+        }
         // The other end may sleep; whatever it asked for, it gets a token (it reads no data from the
         // anchor any more, once it has seen the mark).
         self.send_token();
@@ -236,8 +240,8 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         }
     }
 
-    /// Takes tokens off the anchor, whoever sleeps.
-    pub(super) fn drain_all(&self) {
+    /// Takes tokens off the anchor, whoever sleeps. What ended that.
+    pub(super) fn drain_all(&self) -> Drained {
         let end = self.end;
         let before = end.rx().drained.load(Relaxed);
         let drained = end.tokens().take(&end.socket);
@@ -251,6 +255,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             Drained::End => end.note_end(false),
             Drained::Error => end.note_end(true),
         }
+        drained
     }
 
     /// See [`End::look`].

@@ -107,7 +107,7 @@ proptest! {
                 Step::Look => end.look(),
                 Step::Leave => end.leave(),
                 Step::Abandon => {
-                    end.abandon();
+                    let _ = end.abandon();
                 }
                 Step::Shut => {
                     end.shut_sending();

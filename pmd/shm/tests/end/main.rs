@@ -3,6 +3,7 @@
 #![cfg(not(loom))]
 
 mod hostile;
+mod leaving;
 mod operations;
 mod pair;
 mod random;

@@ -1,7 +1,8 @@
 //! Both ends of a connection in one thread, over two queues of bytes with little room.
 
 use rdsock_shm::end::{
-    Anchor, Buffers, End, Got, How, Limits, Process, Received, Sent, Shared, Shut, Take, Until,
+    Anchor, Buffers, End, Got, How, Limits, Patience, Process, Received, Sent, Shared, Shut, Take,
+    Until,
 };
 use rdsock_shm::layout::{
     BELLS, Bell, Counter, Direction, EndPage, MIN_RING, NOT_SWITCHED, anchor, phase,
@@ -11,29 +12,36 @@ use rdsock_shm::reason::Reason;
 use rdsock_shm::ring::RingMemory;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering::Relaxed;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Bytes of each ring.
 pub const RING: usize = MIN_RING as usize;
 /// Bytes that lie on an anchor at most.
 pub const ROOM: usize = 3000;
+/// Milliseconds that a process may wait for others,
+pub const PATIENCE: u32 = 100;
+/// in so many.
+pub const EVERY: u32 = 10_000;
 
 /// One direction of the anchor.
 #[derive(Debug, Default)]
 struct Pipe {
     bytes: RefCell<VecDeque<u8>>,
-    /// Room beyond [`ROOM`].
-    more: Cell<usize>,
+    /// Room, where it is not [`ROOM`].
+    room: Cell<Option<usize>>,
     sent: Cell<u64>,
     ended: Cell<bool>,
 }
 
 impl Pipe {
+    fn room(&self) -> usize {
+        self.room.get().unwrap_or(ROOM)
+    }
+
     fn send(&self, bytes: &[u8]) -> usize {
         let mut queue = self.bytes.borrow_mut();
-        let len = bytes
-            .len()
-            .min((ROOM + self.more.get()).saturating_sub(queue.len()));
+        let len = bytes.len().min(self.room().saturating_sub(queue.len()));
         queue.extend(&bytes[..len]);
         self.sent.set(self.sent.get() + len as u64);
         len
@@ -48,6 +56,7 @@ pub struct Wire {
     bells: Option<Box<[Bell; BELLS]>>,
     pipes: [Pipe; 2],
     limits: Limits,
+    spent: [Rc<AtomicU64>; 2],
 }
 
 /// One end and its process.
@@ -60,6 +69,16 @@ pub struct Side<'a> {
     clock: Cell<u64>,
     broken: Cell<Option<Reason>>,
     left: Cell<Option<Reason>>,
+    /// The connection was broken under it.
+    cut: Cell<bool>,
+    /// What a close does.
+    linger: Cell<u64>,
+    /// Bytes that the other end's kernel has not taken.
+    unsent: Cell<u64>,
+    /// Waits for room, and all that were given to others or to the anchor.
+    waits: Cell<[u32; 2]>,
+    /// What was waited, as `Patience` keeps it.
+    spent: Rc<AtomicU64>,
     looks: Cell<u32>,
     /// How often it was said that something has changed here,
     changes: Cell<u32>,
@@ -95,6 +114,7 @@ impl Wire {
             bells: Some(unsafe { zeroed() }),
             pipes: Default::default(),
             limits,
+            spent: Default::default(),
         };
         for direction in &*wire.directions {
             direction.producer.switch_at.store(NOT_SWITCHED, Relaxed);
@@ -110,6 +130,14 @@ impl Wire {
         }
     }
 
+    /// Whose end 1 belongs to a process that has others as well, with one account of what was waited.
+    pub fn of_process(account: &Rc<AtomicU64>) -> Self {
+        Wire {
+            spent: [Rc::default(), account.clone()],
+            ..Self::new()
+        }
+    }
+
     /// Its two ends.
     pub fn sides(&self) -> [Side<'_>; 2] {
         [0, 1].map(|number| Side {
@@ -121,6 +149,11 @@ impl Wire {
             clock: Cell::new(0),
             broken: Cell::new(None),
             left: Cell::new(None),
+            cut: Cell::new(false),
+            linger: Cell::new(0),
+            unsent: Cell::new(0),
+            waits: Cell::default(),
+            spent: self.spent[number].clone(),
             looks: Cell::new(0),
             changes: Cell::new(0),
             noted: Cell::default(),
@@ -187,6 +220,10 @@ impl Anchor for &Side<'_> {
         Some(self.incoming().bytes.borrow().len() as u64)
     }
 
+    fn unsent(&self) -> Option<u64> {
+        Some(self.unsent.get())
+    }
+
     fn sent(&self) -> Option<u64> {
         Some(self.out().sent.get())
     }
@@ -207,13 +244,28 @@ impl Anchor for &Side<'_> {
 
     fn break_at_close(&self) {}
 
-    fn wait(&self, what: Until, _: u32) -> bool {
-        if what == Until::Room {
-            // The kernel of the other end takes some.
-            self.out().more.set(self.out().more.get() + ROOM);
-            return true;
+    fn linger(&self) -> u64 {
+        self.linger.get()
+    }
+
+    fn set_linger(&self, linger: u64) {
+        self.linger.set(linger);
+    }
+
+    fn break_now(&self) {
+        self.cut.set(true);
+    }
+
+    /// Nothing comes by waiting here, but time passes.
+    fn wait(&self, what: Until, ms: u32) -> bool {
+        let there = match what {
+            Until::Room => !self.is_full(),
+            Until::Bytes => self.peek() != Got::Nothing,
+        };
+        if !there {
+            self.note_wait(u64::from(ms));
         }
-        self.peek() != Got::Nothing
+        there
     }
 
     fn wait_fd(&self) -> i32 {
@@ -232,12 +284,21 @@ impl Process for &Side<'_> {
 
     fn give_way(&self) {}
 
-    fn rest(&self) {}
+    fn rest(&self) {
+        self.note_wait(1);
+    }
 
-    /// Each look at it takes a while.
+    /// Passes by [`Side::note_wait`] alone, but for those who are late.
     fn milliseconds(&self) -> u64 {
-        self.clock.set(self.clock.get() + 10);
         self.clock.get()
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience {
+            spent: Some(&self.spent),
+            most: PATIENCE,
+            every: EVERY,
+        }
     }
 
     fn is_running(&self, _: u32) -> bool {
@@ -329,7 +390,44 @@ impl Side<'_> {
 
     /// No room on the anchor.
     pub fn is_full(&self) -> bool {
-        self.out().bytes.borrow().len() >= ROOM + self.out().more.get()
+        self.out().bytes.borrow().len() >= self.out().room()
+    }
+
+    /// From now on so many bytes lie at most on the anchor that this end sends on.
+    pub fn set_room(&self, room: usize) {
+        self.out().room.set(Some(room));
+    }
+
+    /// So many bytes were sent on the anchor that the other end's kernel has no room for.
+    pub fn set_unsent(&self, bytes: u64) {
+        self.unsent.set(bytes);
+    }
+
+    /// Time passes while this end waits.
+    fn note_wait(&self, ms: u64) {
+        let [count, all] = self.waits.get();
+        self.waits.set([count + 1, all + ms as u32]);
+        self.pass(ms);
+    }
+
+    /// Time passes.
+    pub fn pass(&self, ms: u64) {
+        self.clock.set(self.clock.get() + ms);
+    }
+
+    /// How often this end has waited, and how many milliseconds in all.
+    pub fn waits(&self) -> [u32; 2] {
+        self.waits.get()
+    }
+
+    /// True when the connection was broken under the end.
+    pub fn is_cut(&self) -> bool {
+        self.cut.get()
+    }
+
+    /// True when this end's direction of the anchor has ended.
+    pub fn has_shut(&self) -> bool {
+        self.out().ended.get()
     }
 
     /// Bytes that came to this end's anchor past everybody.
@@ -386,7 +484,7 @@ impl<'a> Program<'a> {
             end.send(from, &mut done)
         });
         match sent {
-            Sent::All | Sent::Full => Some(done),
+            Sent::All | Sent::Full | Sent::Behind => Some(done),
             Sent::Kernel(counted) => {
                 done += self.side.out().send(&bytes[done..]);
                 if counted.is_some() {
@@ -446,6 +544,7 @@ impl<'a> Program<'a> {
         let end = self.end();
         end.settle_switch();
         end.settle_reset();
+        end.send_rest();
         if self.shared.peer_has_left() {
             end.follow();
         }

@@ -110,8 +110,9 @@ impl Model {
         let looks_past_ring = peek
             && ends[number].receives_by() == phase::SWITCHING
             && marks.load(Relaxed) & mark::END != 0;
+        let peer = &ends[1 - number];
         let waits_for_peer =
-            ends[1 - number].side.is_mapped() && ends[1 - number].shared.peer_has_left();
+            peer.side.is_mapped() && (peer.shared.peer_has_left() || peer.shared.has_rest());
         let left = if peek {
             there.len() - got.len()
         } else {
@@ -153,7 +154,7 @@ fn step(
         Step::Leave if on_rings => program.end().leave(),
         Step::Abandon if on_rings => {
             // It may say that it can't: then the stream is reset.
-            if !program.end().abandon() {
+            if program.end().abandon().is_err() {
                 return Ok(false);
             }
             program.end().finished(rdsock_shm::reason::Reason::Passed);

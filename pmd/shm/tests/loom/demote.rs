@@ -3,7 +3,7 @@
 
 use crate::model::Given;
 use crate::model::check;
-use crate::model::end::{End, connection, stream};
+use crate::model::end::{End, connection, stream, stream_over};
 use loom::thread;
 
 /// Nothing is left on the anchor of an end but wake bytes that are counted, and none of those when
@@ -136,6 +136,46 @@ fn a_receiver_abandons_what_is_in_the_ring() {
         sender.poll();
         assert_eq!(receiver.receive_all(3), [1, 2, 3]);
         assert_quiet(&receiver);
+    });
+}
+
+/// The anchor has room for two bytes: what is left goes out piece by piece, before what is sent later.
+#[test]
+fn what_an_abandoner_left_goes_out_as_the_anchor_takes_it() {
+    check(2, || {
+        let [sender, receiver] = stream_over(8, 2);
+        sender.send(&[1, 2, 3]);
+        let other = thread::spawn(move || {
+            assert!(receiver.abandon());
+            assert_eq!(receiver.receive_all(4), [1, 2, 3, 4]);
+            assert_quiet(&receiver);
+        });
+        sender.send(&[4]);
+        sender.poll_until_kernel_sends();
+        other.join().unwrap();
+    });
+}
+
+/// Two threads send what is left, and something of their own behind it.
+#[test]
+fn two_threads_send_what_an_abandoner_left() {
+    check(1, || {
+        let [sender, receiver] = stream_over(8, 2);
+        sender.send(&[1, 2, 3]);
+        let second = sender.thread(1);
+        let reading = thread::spawn(move || {
+            assert!(receiver.abandon());
+            let mut bytes = receiver.receive_all(5);
+            assert_eq!(bytes.drain(..3).collect::<Vec<_>>(), [1, 2, 3]);
+            bytes.sort_unstable();
+            assert_eq!(bytes, [4, 5]);
+            assert_quiet(&receiver);
+        });
+        let sending = thread::spawn(move || second.send(&[5]));
+        sender.send(&[4]);
+        sender.poll_until_kernel_sends();
+        sending.join().unwrap();
+        reading.join().unwrap();
     });
 }
 

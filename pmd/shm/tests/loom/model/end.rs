@@ -6,8 +6,8 @@ use super::{Given, Memory, Pipe, direction};
 use loom::sync::atomic::{AtomicU32, Ordering::*, fence};
 use loom::thread::yield_now;
 use rdsock_shm::end::{
-    self, Anchor, Buffers, Got, How, Limits, Process, Received, Sent, Shared, Shut, Sleeper, Take,
-    Until,
+    self, Anchor, Buffers, Got, How, Limits, Patience, Process, Received, Sent, Shared, Shut,
+    Sleeper, Take, Until,
 };
 use rdsock_shm::layout::{Counter, Direction, EndPage, RxState, TxState, phase, want};
 use rdsock_shm::lock::Owner;
@@ -48,10 +48,14 @@ pub struct End {
 
 /// Both ends of a connection: mapped by nobody yet, both directions on the anchor.
 pub fn connection(ring_size: usize) -> [End; 2] {
+    connection_over(ring_size, [Pipe::new(), Pipe::new()])
+}
+
+fn connection_over(ring_size: usize, anchors: [Pipe; 2]) -> [End; 2] {
     let wire = Arc::new(Wire {
         directions: [direction(), direction()],
         memory: [Memory::new(ring_size), Memory::new(ring_size)],
-        anchors: [Pipe::new(), Pipe::new()],
+        anchors,
     });
     [0, 1].map(|number| {
         let page = Arc::new(EndPage::default());
@@ -81,7 +85,16 @@ pub fn connection(ring_size: usize) -> [End; 2] {
 
 /// Both ends of a stream whose directions have moved to the rings already.
 pub fn stream(ring_size: usize) -> [End; 2] {
-    let ends = connection(ring_size);
+    on_rings(connection(ring_size))
+}
+
+/// The same over an anchor that takes so many bytes at a time.
+pub fn stream_over(ring_size: usize, room: usize) -> [End; 2] {
+    let pipes = [Pipe::with_room(room), Pipe::with_room(room)];
+    on_rings(connection_over(ring_size, pipes))
+}
+
+fn on_rings(ends: [End; 2]) -> [End; 2] {
     for end in &ends {
         assert!(end.map());
     }
@@ -97,9 +110,13 @@ pub fn stream(ring_size: usize) -> [End; 2] {
 impl Anchor for &End {
     unsafe fn send(&self, from: *const u8, len: usize) -> Got {
         // SAFETY: the caller vouches for the bytes.
-        self.sends()
-            .send(unsafe { std::slice::from_raw_parts(from, len) });
-        Got::Bytes(len)
+        match self
+            .sends()
+            .send_now(unsafe { std::slice::from_raw_parts(from, len) })
+        {
+            0 => Got::Nothing,
+            sent => Got::Bytes(sent),
+        }
     }
 
     fn peek(&self) -> Got {
@@ -143,7 +160,13 @@ impl Anchor for &End {
     fn break_at_close(&self) {}
 
     fn wait(&self, what: Until, _: u32) -> bool {
-        what == Until::Room || self.receives().sleep()
+        match what {
+            Until::Room => {
+                self.sends().wait_for_room();
+                true
+            }
+            Until::Bytes => self.receives().sleep(),
+        }
     }
 
     fn wait_fd(&self) -> i32 {
@@ -179,6 +202,15 @@ impl Process for &End {
     /// Time stands still: nobody is ever late.
     fn milliseconds(&self) -> u64 {
         0
+    }
+
+    /// Nor is anybody ever out of patience.
+    fn patience(&self) -> Patience<'_> {
+        Patience {
+            spent: None,
+            most: 1,
+            every: 1,
+        }
     }
 
     fn is_running(&self, _: u32) -> bool {
@@ -342,6 +374,11 @@ impl End {
                         return;
                     }
                     Sent::Pipe | Sent::Broken => panic!("the direction has ended"),
+                    // `rest::wait`.
+                    Sent::Behind => {
+                        self.sends().wait_for_room();
+                        continue;
+                    }
                     Sent::Full => {}
                 }
                 if !self.shared.is_sendable(1) {
@@ -492,10 +529,19 @@ impl End {
         let end = self.at();
         end.settle_switch();
         end.settle_reset();
+        end.send_rest();
         if self.shared.peer_has_left() {
             end.follow();
         }
         end.settle_incoming();
+    }
+
+    /// What a program does that goes on waiting, until the other end has left and has all that it left in the ring.
+    pub fn poll_until_kernel_sends(&self) {
+        while self.tx().phase.load(Acquire) != phase::DEMOTED {
+            self.poll();
+            yield_now();
+        }
     }
 
     /// Leaves the rings.
@@ -506,6 +552,6 @@ impl End {
     /// Leaves the rings at once. False: the stream is to be reset, since bytes that the kernel should have are in
     /// a ring that the other end has left already, or have tokens behind them.
     pub fn abandon(&self) -> bool {
-        self.at().abandon()
+        self.at().abandon().is_ok()
     }
 }

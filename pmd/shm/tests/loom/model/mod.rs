@@ -71,6 +71,9 @@ pub fn direction() -> Direction {
 pub struct Pipe {
     state: Mutex<Kernel>,
     arrived: Condvar,
+    taken: Condvar,
+    /// Bytes that have room.
+    room: usize,
 }
 
 struct Kernel {
@@ -89,7 +92,14 @@ pub enum Given {
 
 impl Pipe {
     pub fn new() -> Self {
+        Self::with_room(usize::MAX)
+    }
+
+    /// One in which so many bytes have room.
+    pub fn with_room(room: usize) -> Self {
         Pipe {
+            room,
+            taken: Condvar::new(),
             state: Mutex::new(Kernel {
                 bytes: VecDeque::new(),
                 sent: 0,
@@ -99,13 +109,33 @@ impl Pipe {
         }
     }
 
-    /// `send`.
+    /// `send`, blocking.
     pub fn send(&self, bytes: &[u8]) {
+        let mut done = self.send_now(bytes);
+        while done < bytes.len() {
+            self.wait_for_room();
+            done += self.send_now(&bytes[done..]);
+        }
+    }
+
+    /// `send(MSG_DONTWAIT)`: how many.
+    pub fn send_now(&self, bytes: &[u8]) -> usize {
         let mut state = self.state.lock().unwrap();
         assert!(!state.ended, "sent behind the end");
-        state.bytes.extend(bytes);
-        state.sent += bytes.len() as u64;
+        let room = self.room.saturating_sub(state.bytes.len());
+        let sent = bytes.len().min(room);
+        state.bytes.extend(&bytes[..sent]);
+        state.sent += sent as u64;
         self.arrived.notify_all();
+        sent
+    }
+
+    /// `poll(POLLOUT)`.
+    pub fn wait_for_room(&self) {
+        let mut state = self.state.lock().unwrap();
+        while state.bytes.len() >= self.room {
+            state = self.taken.wait(state).unwrap();
+        }
     }
 
     /// `shutdown(SHUT_WR)`, or the death of the sender.
@@ -137,7 +167,11 @@ impl Pipe {
         match most {
             0 if state.ended && state.bytes.is_empty() => Given::End,
             0 => Given::Nothing,
-            _ => Given::Bytes(state.bytes.drain(..most).collect()),
+            _ => {
+                let bytes = state.bytes.drain(..most).collect();
+                self.taken.notify_all();
+                Given::Bytes(bytes)
+            }
         }
     }
 
