@@ -109,6 +109,15 @@ pub enum Ended {
     ByInterrupting,
 }
 
+fn set_of(signals: u64) -> sigset_t {
+    let mut set = std::mem::MaybeUninit::<sigset_t>::zeroed();
+    // SAFETY: zeroed, made of integers, and larger than a word.
+    unsafe {
+        set.as_mut_ptr().cast::<u64>().write(signals);
+        set.assume_init()
+    }
+}
+
 /// This thread's signals, held back until this is dropped.
 #[derive(Debug)]
 #[must_use]
@@ -150,14 +159,7 @@ impl Held {
 
     /// What is blocked while the thread sleeps.
     pub fn asleep(&self) -> sigset_t {
-        let mut set = std::mem::MaybeUninit::<sigset_t>::zeroed();
-        // SAFETY: zeroed, made of integers, and larger than a word.
-        unsafe {
-            set.as_mut_ptr()
-                .cast::<u64>()
-                .write(self.mask | self.watched);
-            set.assume_init()
-        }
+        set_of(self.mask | self.watched)
     }
 
     /// Waits until `fd` has what `events` names (or -1: for the time alone), a signal comes, or the time is up (`None`: never).
@@ -206,14 +208,24 @@ impl Held {
         Ok((self, got > 0))
     }
 
-    /// Lets all through, whose handlers run now, and holds back again.
-    fn let_through(self) -> Result<Self, Interrupted> {
-        let interrupts = sys::pending_signal_interrupts(self.mask);
-        drop(self);
-        if interrupts {
+    /// Lets through what has come: handlers run now, with the program's mask. All is held again from the moment in which they
+    /// return, so that a signal which comes then ends the wait.
+    fn let_through(mut self) -> Result<Self, Interrupted> {
+        if sys::interrupt(sys::pending_signals() & !self.mask) {
             return Err(Interrupted);
         }
-        Ok(Self::hold(Ended::ByInterrupting))
+        let (now, mask) = (
+            timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            set_of(self.mask),
+        );
+        // SAFETY: no pollfd, a valid limit and mask.
+        unsafe { real::ppoll(std::ptr::null_mut(), 0, &now, &mask) };
+        // A wait of a handler's own may have had the descriptor meanwhile.
+        self.place = open(self.watched);
+        Ok(self)
     }
 
     fn close(&mut self) {

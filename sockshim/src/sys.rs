@@ -530,9 +530,9 @@ fn each_signal(of: u64) -> impl Iterator<Item = c_int> {
     (1..=64).filter(move |signal| of & (1 << (signal - 1)) != 0)
 }
 
-/// True when a signal waits that `mask` lets through, and whose handler interrupts calls.
-pub fn pending_signal_interrupts(mask: u64) -> bool {
-    each_signal(pending_signals() & !mask).any(|signal| restarts(signal) == Some(false))
+/// True when one of these signals has a handler that interrupts calls.
+pub fn interrupt(signals: u64) -> bool {
+    each_signal(signals).any(|signal| restarts(signal) == Some(false))
 }
 
 /// Those of these signals that have a handler which starts calls again.
