@@ -64,6 +64,13 @@ pub(super) fn is_disabled() -> bool {
     DISABLED.load(Relaxed) != 0
 }
 
+/// True when the daemon is not to know this process. Where something else keeps its connections on the kernel, it is told, so that
+/// `rdsock why` can say what.
+fn stays_unknown() -> bool {
+    let speaks = [Reason::IoUring, Reason::DeepBind, Reason::HandedOver];
+    is_disabled() && !speaks.contains(&why_disabled())
+}
+
 /// Why that is so.
 pub(super) fn why_disabled() -> Reason {
     Reason::from_code(DISABLED.load(Relaxed)).unwrap_or(Reason::Disabled)
@@ -79,7 +86,7 @@ pub fn disable(reason: Reason) {
 pub fn ensure() {
     if !MEMORY.load(Relaxed).is_null() {
         stay_attached();
-    } else if !is_disabled()
+    } else if !stays_unknown()
         && let Some(guard) = Guard::take()
     {
         make_memory();
@@ -97,7 +104,7 @@ pub fn stay_attached() {
     if since >= clock::ticks_of(GREETING_MS * 1000)
         && (since >= clock::ticks_of(LOOK_MS * 1000) || AWAITED.load(Relaxed) != 0)
         && !MEMORY.load(Relaxed).is_null()
-        && !is_disabled()
+        && !stays_unknown()
     {
         look_for_daemon(now);
     }
