@@ -285,16 +285,17 @@ static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
 /// A table whose memory is mapped piece by piece, as it is used: a program whose address space is limited has it for
 /// itself. A piece that can't be mapped is missing, and its fds are the kernel's.
-struct Pieces<T, const N: usize>([AtomicPtr<T>; N]);
+#[derive(Debug)]
+pub struct Pieces<T, const N: usize>([AtomicPtr<T>; N]);
 
 impl<T, const N: usize> Pieces<T, N> {
-    const fn new() -> Self {
+    pub const fn new() -> Self {
         Pieces([const { AtomicPtr::new(std::ptr::null_mut()) }; N])
     }
 
     /// An entry, in pieces of `each`, where its piece is there.
     #[inline]
-    fn get(&self, index: usize, each: usize) -> Option<&'static T> {
+    pub fn get(&self, index: usize, each: usize) -> Option<&'static T> {
         let piece = self.0.get(index / each)?.load(Acquire);
         // SAFETY: a piece has `each` zeroed entries, which is a valid state of a Conn and of a word, and is never
         // unmapped.
@@ -302,7 +303,7 @@ impl<T, const N: usize> Pieces<T, N> {
     }
 
     /// An entry, whose piece is mapped if need be.
-    fn make(&self, index: usize, each: usize) -> Option<&'static T> {
+    pub fn make(&self, index: usize, each: usize) -> Option<&'static T> {
         let place = self.0.get(index / each)?;
         if place.load(Acquire).is_null() {
             let size = each * std::mem::size_of::<T>();

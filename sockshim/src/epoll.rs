@@ -20,6 +20,7 @@ mod register;
 pub mod registration;
 mod report;
 mod sleep;
+mod slots;
 
 pub use moves::{close_copies, declines, demoted, forget, mapped, renumber};
 pub use news::changed;
@@ -27,28 +28,27 @@ pub use register::ctl;
 pub use report::{has_event, has_left};
 pub use sleep::{arm, disarm, wait_on};
 
-use crate::conn::{self, Kind};
+use crate::conn::{self, Kind, Pieces};
 use crate::{clock, limits, stream, sys, tenant, wait};
 use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
 use links::{each, link, list_of, unlink};
-use rdsock_shm::layout::{BELL_BITS, Bell};
+use rdsock_shm::layout::Bell;
 use rdsock_shm::lock::{self, Owner, Taken};
 use registration::{Place, Registration};
+use slots::{Slots, Table};
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
-/// Epoll instances that there is room for.
-const INSTANCES: usize = 256;
-/// Words of a bitmap of registrations.
-const WORDS: usize = BELL_BITS / 64;
-/// Registrations of one connection that are followed.
-const LINKS: usize = 64;
+/// Epoll instances that are mapped at a time.
+const EACH: usize = 64;
+/// Epoll instances at once, which a reference to a registration has 16 bits for.
+const INSTANCES: usize = (1 << 16) - EACH;
 /// Data of the kicker in the inner instance.
 const KICKED: u64 = u64::MAX;
 
 /// Data of the inner instance's own registration.
 static SECRET: AtomicU64 = AtomicU64::new(0);
-static POOL: AtomicPtr<Epoll> = AtomicPtr::new(std::ptr::null_mut());
+static POOL: Pieces<Epoll, { INSTANCES / EACH }> = Pieces::new();
 /// 1 when instances are looked after: not with RDSOCK_DISABLE.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 /// Taken while the lists of registrations are read or changed.
@@ -86,6 +86,8 @@ impl std::ops::DerefMut for Slot {
 #[derive(Debug)]
 pub struct Epoll {
     lock: AtomicU64,
+    /// Its place among all.
+    number: AtomicU32,
     /// Entries of the fd table, plus 1 while it is being set up.
     refs: AtomicU32,
     /// The process that made it. Another one shares the kernel's side of it, by fork.
@@ -105,10 +107,8 @@ pub struct Epoll {
     score: AtomicU32,
     /// First of its own registrations in other instances.
     registrations: AtomicU32,
-    /// Registrations that must be looked at since something has changed in this process: see [`news`].
-    own: Bell,
-    /// For each registration the next one of the same connection, under [`LINK`].
-    links: AtomicPtr<AtomicU32>,
+    /// Its registrations.
+    table: Table,
     /// How often marks or edges were taken: news for an instance that has this one, with EPOLLET.
     news: AtomicU64,
     state: UnsafeCell<State>,
@@ -117,15 +117,7 @@ pub struct Epoll {
 /// What the lock protects.
 #[derive(Debug)]
 struct State {
-    slots: *mut Slot,
-    /// One more than the highest slot ever used.
-    high: usize,
-    /// No slot below this is free.
-    free: usize,
-    /// Registrations to look at.
-    look: [u64; WORDS],
-    /// Registrations in the inner instance.
-    inner: [u64; WORDS],
+    slots: Slots,
     cursor: usize,
     bell: Option<(usize, &'static Bell)>,
     asked_at: u64,
@@ -152,39 +144,13 @@ impl Guard<'_> {
     }
 }
 
-fn set_bit(words: &mut [u64; WORDS], bit: usize, on: bool) {
-    if let Some(word) = words.get_mut(bit / 64) {
-        *word = *word & !(1 << (bit % 64)) | u64::from(on) << (bit % 64);
-    }
-}
-
 impl State {
     fn slot(&mut self, bit: usize) -> Option<&mut Slot> {
-        // SAFETY: the array has BELL_BITS entries, written up to `high`.
-        (bit < self.high && !self.slots.is_null()).then(|| unsafe { &mut *self.slots.add(bit) })
-    }
-
-    /// A free slot, now used.
-    fn add(&mut self, new: Slot) -> Option<usize> {
-        let bit = (self.free..self.high)
-            .find(|bit| {
-                self.slot(*bit)
-                    .is_some_and(|slot| slot.place() == Place::Free)
-            })
-            .unwrap_or(self.high);
-        self.free = bit;
-        if bit >= limits::REGISTRATIONS.get() as usize || self.slots.is_null() {
-            return None;
-        }
-        // SAFETY: the array has BELL_BITS entries.
-        unsafe { self.slots.add(bit).write(new) };
-        self.high = self.high.max(bit + 1);
-        self.free = bit + 1;
-        Some(bit)
+        self.slots.slot(bit)
     }
 
     fn mark(&mut self, bit: usize) {
-        set_bit(&mut self.look, bit, true);
+        self.mark_if(bit, true);
     }
 
     fn unmark(&mut self, bit: usize) {
@@ -192,22 +158,18 @@ impl State {
     }
 
     fn mark_if(&mut self, bit: usize, marked: bool) {
-        set_bit(&mut self.look, bit, marked);
+        self.slots.set_look(bit, marked);
     }
 
     /// The bits of a word that are looked at.
-    fn candidates(&self, word: usize, few: bool) -> u64 {
-        let inner = self.inner.get(word).copied().unwrap_or(0);
-        if few {
-            inner
-        } else {
-            inner & self.look.get(word).copied().unwrap_or(0)
-        }
+    fn candidates(&mut self, word: usize, few: bool) -> u64 {
+        let (inner, marked) = self.slots.word(word);
+        if few { inner } else { marked }
     }
 
     /// Calls `found` with each bit that is looked at, until it says true.
     fn any(&mut self, few: bool, mut found: impl FnMut(&mut Self, usize) -> bool) -> bool {
-        for word in 0..self.high.div_ceil(64) {
+        for word in 0..self.slots.words() {
             let mut bits = self.candidates(word, few);
             while bits != 0 {
                 let bit = word * 64 + bits.trailing_zeros() as usize;
@@ -222,11 +184,6 @@ impl State {
 }
 
 impl Epoll {
-    fn index(&self) -> usize {
-        let offset = self as *const Epoll as usize - POOL.load(Relaxed) as usize;
-        offset / std::mem::size_of::<Epoll>()
-    }
-
     /// True in a process that has it by fork: what it does to the kernel's side of it would be
     /// done to the other process, too.
     fn is_inherited(&self) -> bool {
@@ -255,22 +212,6 @@ fn of_reference(reference: u32) -> Option<(&'static Epoll, usize, usize)> {
     Some((at(instance)?, instance, (value & 0xffff) as usize))
 }
 
-/// Maps the instances, with the first of them; without that each is the kernel's.
-fn make_pool() {
-    let size = INSTANCES * std::mem::size_of::<Epoll>();
-    if STARTED.load(Relaxed) == 0 || !POOL.load(Acquire).is_null() {
-        return;
-    }
-    if let Some(pool) = sys::map(-1, size)
-        && POOL
-            .compare_exchange(std::ptr::null_mut(), pool.cast(), AcqRel, Relaxed)
-            .is_err()
-    {
-        // SAFETY: just mapped, and another thread's stands in its place.
-        unsafe { sys::unmap(pool, size) };
-    }
-}
-
 /// Begins to look after instances, and makes the secret.
 pub fn start() {
     STARTED.store(1, Relaxed);
@@ -285,63 +226,63 @@ pub fn start() {
 }
 
 fn at(index: usize) -> Option<&'static Epoll> {
-    let pool = POOL.load(Relaxed);
-    // SAFETY: the pool has INSTANCES zeroed entries (a valid state: `bell` is set before it is
-    // first read, see `track`) and is never unmapped.
-    (index < INSTANCES && !pool.is_null()).then(|| unsafe { &*pool.add(index) })
+    // Zeroes are a valid state of one.
+    POOL.get(index, EACH)
 }
 
-/// The program has made an epoll instance.
-pub fn track(fd: c_int) {
-    make_pool();
-    for index in 0..limits::INSTANCES.get() as usize {
-        let Some(epoll) = at(index) else { return };
-        if epoll.refs.compare_exchange(0, 1, AcqRel, Relaxed).is_err() {
-            continue;
+/// All that there ever were, with their numbers.
+fn all() -> impl Iterator<Item = (usize, &'static Epoll)> {
+    (0..INSTANCES).map_while(|index| Some((index, at(index)?)))
+}
+
+/// A place for an instance, taken. More are mapped where none is free.
+fn take_free() -> Option<(usize, &'static Epoll)> {
+    loop {
+        let mut there = 0;
+        for (index, epoll) in all() {
+            there = index + 1;
+            let is_free = epoll.refs.load(Relaxed) == 0;
+            if is_free && epoll.refs.compare_exchange(0, 1, AcqRel, Relaxed).is_ok() {
+                return Some((index, epoll));
+            }
         }
-        epoll.lock.store(0, Relaxed);
-        epoll.pid.store(stream::pid(), Relaxed);
-        epoll.fd.store(fd, Relaxed);
-        epoll.inner.store(-1, Relaxed);
-        epoll.kicker.store(-1, Relaxed);
-        for count in [
-            &epoll.sleepers,
-            &epoll.streams,
-            &epoll.moved,
-            &epoll.registrations,
-        ] {
-            count.store(0, Relaxed);
-        }
-        epoll.score.store(wait::FULL_SCORE, Relaxed);
-        if epoll.links.load(Relaxed).is_null()
-            && let Some(links) = sys::map(-1, BELL_BITS * 4)
-        {
-            epoll.links.store(links.cast(), Release);
-        }
-        // SAFETY: the instance is new, nobody else uses its state.
-        let mut slots = unsafe { (*epoll.state.get()).slots };
-        if slots.is_null() && !epoll.links.load(Relaxed).is_null() {
-            slots = sys::map(-1, BELL_BITS * std::mem::size_of::<Slot>())
-                .map_or(std::ptr::null_mut(), |at| at.cast());
-        }
-        // SAFETY: as above.
-        unsafe {
-            epoll.state.get().write(State {
-                slots,
-                high: 0,
-                free: 0,
-                look: [0; WORDS],
-                inner: [0; WORDS],
-                cursor: 0,
-                bell: None,
-                asked_at: 0,
-                kernel_had: false,
-            });
-        }
-        conn::replace(fd, Kind::Epoll(index));
-        return;
+        POOL.make(there, EACH)?;
     }
-    conn::replace(fd, Kind::Other);
+}
+
+/// The program has made an epoll instance. Where there is no memory to follow it, it is the kernel's.
+pub fn track(fd: c_int) {
+    let taken = (STARTED.load(Relaxed) != 0).then(take_free);
+    let Some((index, epoll)) = taken.flatten() else {
+        conn::replace(fd, Kind::Other);
+        return;
+    };
+    epoll.lock.store(0, Relaxed);
+    epoll.number.store(index as u32, Relaxed);
+    epoll.pid.store(stream::pid(), Relaxed);
+    epoll.fd.store(fd, Relaxed);
+    epoll.inner.store(-1, Relaxed);
+    epoll.kicker.store(-1, Relaxed);
+    for count in [
+        &epoll.sleepers,
+        &epoll.streams,
+        &epoll.moved,
+        &epoll.registrations,
+    ] {
+        count.store(0, Relaxed);
+    }
+    epoll.score.store(wait::FULL_SCORE, Relaxed);
+    // SAFETY: the instance is new, nobody else uses its state.
+    unsafe {
+        epoll.state.get().write(State {
+            slots: Slots::new(&epoll.table),
+            cursor: 0,
+            bell: None,
+            asked_at: 0,
+            kernel_had: false,
+        });
+    }
+    conn::replace(fd, Kind::Epoll(index));
 }
 
 /// Another fd for the same instance.
@@ -371,7 +312,7 @@ pub fn closed(fd: c_int, index: usize) {
     });
     if let Some(guard) = take(epoll) {
         let state = guard.state();
-        for bit in 0..state.high {
+        for bit in 0..state.slots.high {
             if let Some(slot) = state.slot(bit) {
                 let target = slot.target;
                 register::remove(epoll, state, bit, target);
@@ -382,7 +323,7 @@ pub fn closed(fd: c_int, index: usize) {
         {
             tenant::return_bell(number);
         }
-        state.high = 0;
+        state.slots.clear();
         for place in [&epoll.inner, &epoll.kicker] {
             let fd = place.swap(-1, AcqRel);
             if fd >= 0 {
@@ -423,8 +364,7 @@ fn kicker_in_inner() -> epoll_event {
 
 /// The shim's own descriptor `old` is now `new`; both are open.
 pub fn moved_inner(old: c_int, new: c_int) {
-    for index in 0..INSTANCES {
-        let Some(epoll) = at(index) else { return };
+    for (_, epoll) in all() {
         if epoll.refs.load(Relaxed) == 0 {
             continue;
         }
@@ -449,10 +389,8 @@ pub fn moved_inner(old: c_int, new: c_int) {
 pub fn after_fork_in_child() {
     LINK.store(0, Relaxed);
     MAPPING.store(0, Relaxed);
-    for index in 0..INSTANCES {
-        if let Some(epoll) = at(index)
-            && epoll.refs.load(Relaxed) != 0
-        {
+    for (_, epoll) in all() {
+        if epoll.refs.load(Relaxed) != 0 {
             epoll.lock.store(0, Relaxed);
             epoll.sleepers.store(0, Relaxed);
             // SAFETY: no other thread lives here.

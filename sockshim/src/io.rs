@@ -14,6 +14,7 @@ pub use tcp_info::TcpInfo;
 use crate::stream::Stream;
 use crate::sys;
 use libc::{c_int, iovec};
+use rdsock_shm::end::Shared;
 pub use rdsock_shm::end::{Buffers, Counted as InKernel};
 use std::sync::atomic::Ordering::*;
 
@@ -50,7 +51,7 @@ const AGAIN: isize = -(libc::EAGAIN as isize);
 const PIPE: isize = -(libc::EPIPE as isize);
 const BROKEN: isize = -(libc::ECONNRESET as isize);
 
-fn is_nonblocking(stream: &Stream, flags: c_int) -> bool {
+fn is_nonblocking(stream: &Shared, flags: c_int) -> bool {
     flags & libc::MSG_DONTWAIT != 0 || stream.page().nonblock.load(Relaxed) != 0
 }
 

@@ -116,10 +116,8 @@ limits! {
     HOT_AFTER: Power = Limits::DEFAULT.hot_mask as u64 + 1, 1..=1 << 20;
     /// Streams of an epoll instance that are simply looked at; with more, their peers ring its bell.
     FEW: Number = 8, 0..=4096;
-    /// Registrations that one epoll instance follows; further streams are demoted.
-    REGISTRATIONS: Number = BELL_BITS as u64, 1..=BELL_BITS as u64;
-    /// Epoll instances of one process that hold streams; streams in others are demoted.
-    INSTANCES: Number = 256, 0..=256;
+    /// Registrations of an epoll instance that have a place on its bell; those behind are told of by a byte.
+    BELLED: Number = BELL_BITS as u64, 0..=BELL_BITS as u64;
     /// Entries of `poll` and `select` that are kept on the stack.
     ON_STACK: Number = 64, 0..=64;
     /// Microseconds of spinning after which the kernel is asked for the descriptors that are not on rings.

@@ -2,6 +2,7 @@
 
 use crate::conn::{self, Kind, Use};
 use crate::end::End;
+use crate::signals::Mask;
 use crate::{clock, demote, epoll, io, limits, ready, real, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
@@ -162,7 +163,7 @@ struct Work<'a> {
     asked_at: u64,
     /// Something is on rings, so that spinning may pay.
     spins: bool,
-    mask: *const sigset_t,
+    mask: Mask,
 }
 
 /// What stands behind an entry of a call that sleeps. Kept from going away meanwhile.
@@ -240,7 +241,7 @@ pub unsafe fn ppoll(
         entered,
         asked_at: 0,
         spins: ours,
-        mask,
+        mask: Mask::new(mask),
     };
     let result = work.wait(Deadline::after(ns));
     if let Some(at) = mapped {
@@ -252,8 +253,12 @@ pub unsafe fn ppoll(
 
 impl Work<'_> {
     fn wait(&mut self, deadline: Deadline) -> c_int {
+        let mut has_slept = false;
         loop {
             let mut found = self.look();
+            if found == 0 && has_slept {
+                self.mask.hold();
+            }
             if found == 0 && self.spins && !deadline.is_now() {
                 wait::spin(&SCORE, || {
                     found = self.look();
@@ -269,6 +274,7 @@ impl Work<'_> {
             if let Some(result) = self.sleep(deadline) {
                 return result;
             }
+            has_slept = true;
         }
     }
 
@@ -292,14 +298,20 @@ impl Work<'_> {
         tenant::stay_attached();
         let rings = self.look_at_anchors();
         self.ask();
-        let got = if self.mask.is_null() || rings != 0 {
+        let got = if !self.mask.is_given() || rings != 0 {
             sys::poll_now(self.copy)
         } else {
             let (copy, now) = (&mut *self.copy, Deadline::after(Some(0)).left_timespec());
             let limit = now.as_ref().map_or(std::ptr::null(), |now| now as *const _);
             // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
-            let got =
-                unsafe { real::ppoll(copy.as_mut_ptr(), copy.len() as nfds_t, limit, self.mask) };
+            let got = unsafe {
+                real::ppoll(
+                    copy.as_mut_ptr(),
+                    copy.len() as nfds_t,
+                    limit,
+                    self.mask.for_sleep(),
+                )
+            };
             if got < 0 {
                 return got;
             }
@@ -354,6 +366,9 @@ impl Work<'_> {
             return None;
         };
         let mut result = None;
+        if in_steps {
+            self.mask.hold();
+        }
         let awake = look(self.fds, true).0 != 0;
         if !awake {
             tenant::count(Counter::Sleeps);
@@ -370,8 +385,14 @@ impl Work<'_> {
                 .map_or(std::ptr::null(), |left| left as *const timespec);
             let copy = &mut *self.copy;
             // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
-            let got =
-                unsafe { real::ppoll(copy.as_mut_ptr(), copy.len() as nfds_t, limit, self.mask) };
+            let got = unsafe {
+                real::ppoll(
+                    copy.as_mut_ptr(),
+                    copy.len() as nfds_t,
+                    limit,
+                    self.mask.for_sleep(),
+                )
+            };
             result = (got < 0).then_some(got);
         }
         let error = sys::errno();

@@ -5,7 +5,8 @@
 use crate::conn::{self, Use};
 use crate::end::End;
 use crate::poll::Deadline;
-use crate::{limits, real, signals, sys, tenant, wait};
+use crate::signals::{Ended, Held, Interrupted};
+use crate::{limits, sys, tenant, wait};
 use libc::{POLLIN, POLLOUT, POLLRDHUP, c_int};
 use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::Counter;
@@ -14,16 +15,18 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 
 const AGAIN: isize = -(libc::EAGAIN as isize);
 
-/// A send has found no room behind the rest: waits for some, where it may. `Err`: to be reported, unless some bytes were sent.
+/// A send has found no room behind the rest: waits for some, where it may. `Err`: to be reported, unless some bytes were sent
+/// (`partial`).
 #[cold]
-pub fn for_room(end: &End<'_>, held: &Use, flags: c_int) -> Result<(), isize> {
+pub fn for_room(end: &End<'_>, held: &Use, flags: c_int, partial: bool) -> Result<(), isize> {
     if flags & libc::MSG_DONTWAIT != 0 || end.shared.page().nonblock.load(Relaxed) != 0 {
         // The anchor has refused, so that room which comes is an edge.
         held.conn.note_refused();
         return Err(AGAIN);
     }
     let shut = &end.shared.tx().shut;
-    sleep(end, held, POLLOUT, shut, limit(end, libc::SO_SNDTIMEO))
+    let limit = limit(end, libc::SO_SNDTIMEO);
+    sleep(end, held, POLLOUT, shut, limit, hold(limit, partial)).map(drop)
 }
 
 /// A receive is about to be the kernel's, which sends nothing: sends the rest as room comes, until there are bytes or it is out.
@@ -31,6 +34,7 @@ pub fn for_room(end: &End<'_>, held: &Use, flags: c_int) -> Result<(), isize> {
 pub fn for_bytes(end: &End<'_>, held: &Use, waits: bool) -> Result<(), isize> {
     let fd = end.socket.wait_fd();
     let limit = limit(end, libc::SO_RCVTIMEO);
+    let mut signals = None;
     loop {
         end.send_rest();
         end.finished(Reason::PeerDemoted);
@@ -39,7 +43,9 @@ pub fn for_bytes(end: &End<'_>, held: &Use, waits: bool) -> Result<(), isize> {
             return Ok(());
         }
         let shut = &end.shared.rx().shut;
-        sleep(end, held, POLLIN | POLLRDHUP | POLLOUT, shut, limit)?;
+        let held_back = signals.take().unwrap_or_else(|| hold(limit, false));
+        let events = POLLIN | POLLRDHUP | POLLOUT;
+        signals = Some(sleep(end, held, events, shut, limit, held_back)?);
     }
 }
 
@@ -51,6 +57,15 @@ fn limit(end: &End<'_>, name: c_int) -> Deadline {
     Deadline::after((us > 0).then_some(us as u64 * 1000))
 }
 
+/// Signals from now on, as they end such a call.
+fn hold(limit: Deadline, partial: bool) -> Held {
+    Held::hold(if partial || limit.left().is_some() {
+        Ended::ByAny
+    } else {
+        Ended::ByInterrupting
+    })
+}
+
 /// Sleeps until the anchor has what `events` names, or the program has `shut` the direction. A signal ends it as it ends the
 /// kernel's own wait.
 fn sleep(
@@ -59,32 +74,26 @@ fn sleep(
     events: i16,
     shut: &AtomicU32,
     deadline: Deadline,
-) -> Result<(), isize> {
+    mut signals: Held,
+) -> Result<Held, isize> {
     let (fd, stream) = (end.socket.wait_fd(), end.shared);
     tenant::stay_attached();
     tenant::count(Counter::Sleeps);
     // What another thread or process does, its shutdown say, leaves no trace on the anchor.
     let alone = conn::is_single_threaded() && held.conn.shared.load(Relaxed) == 0;
-    let slice = (!alone).then_some(limits::SLICE_MS.get());
+    let slice = (!alone).then(|| limits::SLICE_MS.get() * 1_000_000);
     loop {
-        let left = deadline.left().map(|ns| ns.div_ceil(1_000_000));
-        let ms = match (left, slice) {
-            (Some(left), Some(slice)) => Some(left.min(slice)),
-            (left, slice) => left.or(slice),
+        let ns = [deadline.left(), slice].into_iter().flatten().min();
+        signals = match signals.wait(fd, events, ns) {
+            Ok((signals, _)) => signals,
+            Err(Interrupted) => return Err(-(libc::EINTR as isize)),
         };
-        // SAFETY: no pollfd. A cancellation point where nothing is held yet.
-        unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
-        let signals = signals::Held::hold();
-        signals.wait(fd, events, ms.map(|ms| ms.min(i64::MAX as u64) as i64));
-        if signals.release() {
-            return Err(-(libc::EINTR as isize));
-        }
         if !wait::is_still(held, fd) {
             return Err(-(libc::EBADF as isize));
         }
         let is_over = shut.load(Acquire) != 0 || !stream.has_rest();
         if is_over || sys::poll_one(fd, events, 0) != 0 {
-            return Ok(());
+            return Ok(signals);
         }
         if deadline.left() == Some(0) {
             return Err(AGAIN);

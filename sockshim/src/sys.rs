@@ -489,11 +489,16 @@ pub fn print_error(text: &str) {
 
 /// Blocks all signals of this thread; the mask before.
 pub fn block_signals() -> u64 {
-    let (all, mut old) = (u64::MAX, 0_u64);
+    block_these_signals(u64::MAX)
+}
+
+/// Blocks these signals of this thread as well; the mask before.
+pub fn block_these_signals(signals: u64) -> u64 {
+    let mut old = 0_u64;
     syscall!(
         SYS_rt_sigprocmask,
-        libc::SIG_SETMASK,
-        &raw const all,
+        libc::SIG_BLOCK,
+        &raw const signals,
         &raw mut old,
         8
     );
@@ -504,31 +509,42 @@ pub fn restore_signals(mask: u64) {
     syscall!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
 }
 
-/// An fd that is readable while one of these signals waits for this thread, blocked. Negative on failure.
-pub fn signal_fd(signals: u64) -> c_int {
-    syscall!(
-        SYS_signalfd4,
-        -1_isize,
-        &raw const signals,
-        8,
-        libc::SFD_CLOEXEC
-    ) as c_int
+/// An fd that is readable while one of these signals waits for the thread that looks, blocked: a new one, or `fd`, if that is
+/// one. Negative on failure.
+pub fn signal_fd(fd: c_int, signals: u64) -> c_int {
+    syscall!(SYS_signalfd4, fd, &raw const signals, 8, libc::SFD_CLOEXEC) as c_int
 }
 
-/// True when a signal waits that `mask` lets through, and whose handler interrupts calls.
-pub fn pending_signal_interrupts(mask: u64) -> bool {
+/// The signals that wait for this thread, blocked.
+pub fn pending_signals() -> u64 {
     let mut pending = 0_u64;
     syscall!(SYS_rt_sigpending, &raw mut pending, 8);
-    let let_through = pending & !mask;
-    (1..=64)
-        .filter(|signal| let_through & (1 << (signal - 1)) != 0)
-        .any(|signal| {
-            // As the kernel has it: handler, flags, restorer, mask.
-            let mut action = [0_usize; 4];
-            syscall!(SYS_rt_sigaction, signal, 0, &raw mut action, 8);
-            let is_handled = action[0] != libc::SIG_DFL && action[0] != libc::SIG_IGN;
-            is_handled && action[1] & libc::SA_RESTART as usize == 0
-        })
+    pending
+}
+
+/// Whether the handler of a signal starts calls again (`SA_RESTART`); `None` without a handler.
+fn restarts(signal: c_int) -> Option<bool> {
+    // As the kernel has it: handler, flags, restorer, mask.
+    let mut action = [0_usize; 4];
+    syscall!(SYS_rt_sigaction, signal, 0, &raw mut action, 8);
+    let is_handled = action[0] != libc::SIG_DFL && action[0] != libc::SIG_IGN;
+    is_handled.then_some(action[1] & libc::SA_RESTART as usize != 0)
+}
+
+fn each_signal(of: u64) -> impl Iterator<Item = c_int> {
+    (1..=64).filter(move |signal| of & (1 << (signal - 1)) != 0)
+}
+
+/// True when one of these signals has a handler that interrupts calls.
+pub fn interrupt(signals: u64) -> bool {
+    each_signal(signals).any(|signal| restarts(signal) == Some(false))
+}
+
+/// Those of these signals that have a handler which starts calls again.
+pub fn restarting_signals(of: u64) -> u64 {
+    each_signal(of)
+        .filter(|signal| restarts(*signal) == Some(true))
+        .fold(0, |all, signal| all | 1 << (signal - 1))
 }
 
 /// Takes part in global expedited membarriers; true when the kernel has them.

@@ -5,7 +5,8 @@
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::end::End;
-use crate::{limits, real, signals, sys, tenant};
+use crate::signals::{self, Ended};
+use crate::{limits, real, sys, tenant};
 use libc::c_int;
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
@@ -183,52 +184,249 @@ pub fn give_way() {
     sys::sched_yield();
 }
 
-/// Sleeps on a stream, counted in as a sleeper: asks for a sign, and sleeps by `sleep` unless `is_ready` by then. An error is
-/// negated.
-fn sleep(
-    end: &End<'_>,
-    held: &Use,
-    ask: impl FnOnce(),
-    is_ready: impl FnOnce() -> bool,
-    sleep: impl FnOnce(c_int) -> isize,
-) -> Result<(), isize> {
-    let fd = end.socket.wait_fd();
-    let Some(sleeper) = Sleeper::enter(end) else {
-        end.socket.give_way();
-        return finish(end, held, 1);
-    };
-    ask();
-    let result = if is_ready() { 1 } else { sleep(fd) };
-    drop(sleeper);
-    finish(end, held, result)
+/// The waits of one call. When it has slept in vain, signals are held back until it returns (see [`signals`]): so one that comes
+/// between two sleeps ends the call as well. The first sleep of a receive, and of most sends, is the kernel's own blocking receive,
+/// which costs nothing more; what it can't tell is that a handler has run while it was being woken for something that does not
+/// suffice. Then the next signal ends the call.
+#[derive(Debug, Default)]
+pub struct Waits {
+    held: Option<signals::Held>,
+    /// When the call first slept, in nanoseconds; 0 if it has not.
+    began: u64,
+    /// The program's time limit, once it was asked for.
+    limit: Option<u64>,
+    /// True once a sleep must not be long, since what ends the wait may leave no trace on the anchor.
+    sliced: bool,
+}
+
+/// What a call waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    Bytes,
+    Space,
+}
+
+impl Waits {
+    /// Of a call that has not waited yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The call goes on in the kernel, or ends: handlers run now.
+    pub fn end(&mut self) {
+        self.held = None;
+    }
+
+    /// Begins a sleep: with signals held back where the kernel's own receive will not do. `partial`: the call has moved a part.
+    fn begin(&mut self, held: &Use, fd: c_int, what: For, partial: bool) {
+        let is_first = self.began == 0;
+        if is_first {
+            self.began = clock::nanoseconds().max(1);
+        }
+        if let Some(signals) = &mut self.held {
+            if partial {
+                signals.end_by_any();
+            }
+            return;
+        }
+        let own_sleep = match what {
+            _ if partial || !is_first => false,
+            For::Bytes => true,
+            For::Space => {
+                self.ask_limits(held, fd, what);
+                let other = limit_of(fd, libc::SO_RCVTIMEO);
+                self.limit.is_none() && !self.sliced && other.is_none()
+            }
+        };
+        if !own_sleep {
+            self.hold(held, fd, what, partial);
+        }
+    }
+
+    fn ask_limits(&mut self, held: &Use, fd: c_int, what: For) {
+        self.limit = limit_of(
+            fd,
+            match what {
+                For::Bytes => libc::SO_RCVTIMEO,
+                For::Space => libc::SO_SNDTIMEO,
+            },
+        );
+        // Another thread's (or process's) shutdown leaves no trace on the anchor.
+        self.sliced = what == For::Space
+            && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0);
+    }
+
+    /// Holds signals back from now on.
+    fn hold(&mut self, held: &Use, fd: c_int, what: For, partial: bool) {
+        if self.held.is_none() {
+            self.ask_limits(held, fd, what);
+            // With a limit, a handler interrupts the call whether it restarts others or not; with a part moved, that is the result.
+            let ended = if partial || self.limit.is_some() {
+                Ended::ByAny
+            } else {
+                Ended::ByInterrupting
+            };
+            self.held = Some(signals::Held::hold(ended));
+        }
+    }
+
+    /// Sleeps until `fd` (or -1: the time alone) has what `events` names, at most `ns` nanoseconds. A result as the kernel's
+    /// receive has it.
+    fn sleep(&mut self, fd: c_int, events: i16, ns: Option<u64>) -> isize {
+        tenant::count(Counter::Sleeps);
+        let Some(signals) = self.held.take() else {
+            return 1;
+        };
+        let left = self
+            .limit
+            .map(|limit| (self.began + limit).saturating_sub(clock::nanoseconds()));
+        if left == Some(0) {
+            self.held = Some(signals);
+            return -(libc::EAGAIN as isize);
+        }
+        let ns = [ns, left].into_iter().flatten().min();
+        match signals.wait(fd, events, ns) {
+            Ok((signals, _)) => {
+                self.held = Some(signals);
+                1
+            }
+            Err(signals::Interrupted) => -(libc::EINTR as isize),
+        }
+    }
+
+    /// Waits for a pipe to be ready. An error is negated.
+    pub fn for_pipe(&mut self, pipe: c_int, events: i16) -> isize {
+        if self.held.is_none() {
+            self.held = Some(signals::Held::hold(Ended::ByInterrupting));
+        }
+        self.sleep(pipe, events, None)
+    }
+}
+
+/// A time limit of the program, in nanoseconds.
+fn limit_of(fd: c_int, name: c_int) -> Option<u64> {
+    let value: libc::timeval = sys::getsockopt(fd, libc::SOL_SOCKET, name)?;
+    let ns = (value.tv_sec as u64)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(value.tv_usec as u64 * 1000);
+    (ns != 0).then_some(ns.min(i64::MAX as u64))
+}
+
+/// A wait of one call on a stream.
+struct Sleep<'a> {
+    held: &'a Use,
+    waits: &'a mut Waits,
+    what: For,
+    partial: bool,
+}
+
+impl Sleep<'_> {
+    /// Sleeps, counted in as a sleeper: asks for a sign, and sleeps unless `is_ready` by then. Unless it `suffices` then, the call
+    /// goes on to wait. An error is negated.
+    fn until(
+        self,
+        end: &End<'_>,
+        ask: impl FnOnce(),
+        is_ready: impl Fn() -> bool,
+        suffices: impl Fn() -> bool,
+    ) -> Result<(), isize> {
+        let Sleep {
+            held,
+            waits,
+            what,
+            partial,
+        } = self;
+        tenant::stay_attached();
+        let fd = end.socket.wait_fd();
+        waits.begin(held, fd, what, partial);
+        let Some(sleeper) = Sleeper::enter(end) else {
+            // It waits, though it does not sleep.
+            waits.hold(held, fd, what, partial);
+            end.socket.give_way();
+            let result = waits.sleep(-1, 0, Some(0));
+            return finish(end, held, result);
+        };
+        ask();
+        let result = match &waits.held {
+            _ if is_ready() => 1,
+            None => peek(fd),
+            Some(_) => {
+                let slice = waits.sliced.then(|| limits::SLICE_MS.get() * 1_000_000);
+                waits.sleep(fd, libc::POLLIN, slice)
+            }
+        };
+        drop(sleeper);
+        if result > 0 && !suffices() {
+            waits.hold(held, fd, what, partial || is_ready());
+        }
+        // The end of the other direction is looked at by a sender itself: it is awake.
+        let result = match what {
+            For::Space if result == 0 => 1,
+            _ => result,
+        };
+        finish(end, held, result)
+    }
 }
 
 /// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
-pub fn for_more(end: &End<'_>, held: &Use, position: u64) -> Result<(), isize> {
-    tenant::stay_attached();
+pub fn for_more(end: &End<'_>, held: &Use, waits: &mut Waits, position: u64) -> Result<(), isize> {
+    let sleep = Sleep {
+        held,
+        waits,
+        what: For::Bytes,
+        partial: false,
+    };
     let is_ready = || end.shared.has_bytes_after(position) || end.shared.has_ended();
-    sleep(end, held, || end.ask_for_bytes(want::WAKE), is_ready, peek)
+    sleep.until(end, || end.ask_for_bytes(want::WAKE), is_ready, is_ready)
 }
 
-/// Sleeps until bytes may be there, on the ring or before the switch on the anchor.
-pub fn for_bytes(end: &End<'_>, held: &Use) -> Result<(), isize> {
-    tenant::stay_attached();
-    let is_ready = || end.shared.may_receive();
-    sleep(end, held, || end.ask_for_bytes(want::WAKE), is_ready, peek)
+/// Sleeps until bytes may be there, on the ring or before the switch on the anchor. `wanted`: the call goes on to wait until it has
+/// so many; `partial`: it has some already.
+pub fn for_bytes(
+    end: &End<'_>,
+    held: &Use,
+    waits: &mut Waits,
+    wanted: u64,
+    partial: bool,
+) -> Result<(), isize> {
+    let stream = end.shared;
+    let sleep = Sleep {
+        held,
+        waits,
+        what: For::Bytes,
+        partial,
+    };
+    let suffices = || {
+        let last = stream
+            .rx()
+            .tail
+            .load(Relaxed)
+            .saturating_add(wanted.saturating_sub(1));
+        stream.may_receive() && (wanted <= 1 || stream.has_bytes_after(last) || stream.has_ended())
+    };
+    let ask = || end.ask_for_bytes(want::WAKE);
+    sleep.until(end, ask, || stream.may_receive(), suffices)
 }
 
-/// Sleeps until space may be there.
-pub fn for_space(end: &End<'_>, held: &Use) -> Result<(), isize> {
-    tenant::stay_attached();
+/// Sleeps until space may be there. `partial`: the call has sent some.
+pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) -> Result<(), isize> {
     let stream = end.shared;
     end.settle_switch();
     if stream.is_switching() && sys::poll_one(end.socket.wait_fd(), libc::POLLIN, 0) > 0 {
         // Unread bytes are still on the anchor, so it cannot be slept on.
-        return finish(end, held, sleep_until(-1, Some(1)));
+        tenant::stay_attached();
+        waits.begin(held, end.socket.wait_fd(), For::Space, partial);
+        waits.hold(held, end.socket.wait_fd(), For::Space, partial);
+        return finish(end, held, waits.sleep(-1, 0, Some(1_000_000)));
     }
+    let sleep = Sleep {
+        held,
+        waits,
+        what: For::Space,
+        partial,
+    };
     let is_ready = || stream.is_sendable(stream.ring_size() / 3);
-    let wait = |fd| sleep_for_send(held, fd);
-    sleep(end, held, || end.ask_for_space(want::WAKE), is_ready, wait)
+    sleep.until(end, || end.ask_for_space(want::WAKE), is_ready, is_ready)
 }
 
 /// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
@@ -242,56 +440,6 @@ fn peek(fd: c_int) -> isize {
         -(sys::errno() as isize)
     } else {
         got
-    }
-}
-
-/// Sleeps until the anchor has something (or -1: for the time alone), a signal is handled, or the time is up. As
-/// [`peek`], SA_RESTART is honoured, and it is a cancellation point.
-fn sleep_until(fd: c_int, ms: Option<i64>) -> isize {
-    tenant::count(Counter::Sleeps);
-    // SAFETY: no pollfd. A cancellation point where nothing is held yet; one who is cancelled later comes here again.
-    unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
-    let signals = signals::Held::hold();
-    signals.wait(fd, libc::POLLIN, ms);
-    if signals.release() {
-        -(libc::EINTR as isize)
-    } else {
-        1
-    }
-}
-
-/// As [`peek`], with the send timeout where the program has set timeouts.
-fn sleep_for_send(held: &Use, fd: c_int) -> isize {
-    let limit = |name| {
-        let value: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, name);
-        value.map_or(0, |value| value.tv_sec * 1000 + value.tv_usec / 1000)
-    };
-    let (send, receive) = (limit(libc::SO_SNDTIMEO), limit(libc::SO_RCVTIMEO));
-    if send == 0 && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0) {
-        // Another thread's (or process's) shutdown leaves no trace on the anchor: look for it now and then.
-        return sleep_until(fd, Some(limits::SLICE_MS.get() as i64));
-    }
-    if send == 0 && receive == 0 {
-        let got = peek(fd);
-        // The end of the other direction is looked at by the caller: report it as awake.
-        return if got == 0 { 1 } else { got };
-    }
-    if send == 0 {
-        return sleep_until(fd, None);
-    }
-    tenant::count(Counter::Sleeps);
-    let mut one = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    let ms = send.min(c_int::MAX as i64) as c_int;
-    // With a limit, a handler interrupts the call whether it restarts others or not.
-    // SAFETY: one valid pollfd.
-    match unsafe { real::poll(&mut one, 1, ms) } {
-        0 => -(libc::EAGAIN as isize),
-        n if n < 0 => -(sys::errno() as isize),
-        _ => 1,
     }
 }
 

@@ -550,6 +550,122 @@ CASE(epoll_many, .seconds = 60)
         EQ(seen_count[i], 5);
 }
 
+static void allow_descriptors(rlim_t count)
+{
+    struct rlimit limit;
+    MUST(getrlimit(RLIMIT_NOFILE, &limit));
+    if (limit.rlim_cur < count) {
+        limit.rlim_cur = count;
+        limit.rlim_max = limit.rlim_max > count ? limit.rlim_max : count;
+        MUST(setrlimit(RLIMIT_NOFILE, &limit));
+    }
+}
+
+/* What a stream in an instance does: level, a wait in which it comes, an edge, gone and here again. */
+static void works_in(const struct duo *d, int set, uint64_t data)
+{
+    add(set, d->fd, EPOLLIN, data);
+    NOTHING(set, 0);
+    for (int i = 0; i < 3; i++) {
+        p_send(d, "abc");
+        ONE(set, 10000, EPOLLIN, data);
+        WANT(d->fd, "a");
+        ONE(set, 0, EPOLLIN, data);
+        WANT(d->fd, "bc");
+        NOTHING(set, 0);
+        p_start(d, do_send_later, 20);
+        ONE(set, -1, EPOLLIN, data);
+        EQ(p_finish(d), 0);
+        WANT(d->fd, "late");
+    }
+    change(set, d->fd, EPOLLIN | EPOLLET, data + 1);
+    NOTHING(set, 0);
+    p_send(d, "x");
+    ONE(set, 10000, EPOLLIN, data + 1);
+    NOTHING(set, 0);
+    WANT(d->fd, "x");
+    MUST(epoll_ctl(set, EPOLL_CTL_DEL, d->fd, NULL));
+    NOTHING(set, 0);
+    ERR(epoll_ctl(set, EPOLL_CTL_DEL, d->fd, NULL), ENOENT);
+}
+
+CASE(epoll_many_sets, .root = true)
+{
+    enum { count = 700 };
+    int sets[count];
+    allow_descriptors(4096);
+    struct duo d = duo_open(0);
+    for (int i = 0; i < count; i++)
+        sets[i] = new_set();
+    works_in(&d, sets[count - 1], 7);
+    works_in(&d, sets[0], 8);
+    /* One stream in a hundred of them: each hears of it. */
+    for (int i = count - 100; i < count; i++)
+        add(sets[i], d.fd, EPOLLIN, (uint64_t)i);
+    for (int round = 0; round < 3; round++) {
+        p_send(&d, "all");
+        for (int i = count - 100; i < count; i++)
+            ONE(sets[i], 10000, EPOLLIN, (uint64_t)i);
+        WANT(d.fd, "all");
+        for (int i = count - 100; i < count; i++)
+            NOTHING(sets[i], 0);
+    }
+    for (int i = 0; i < count; i++)
+        MUST(close(sets[i]));
+    works_in(&d, new_set(), 9);
+}
+
+/* Sockets that are not connected have one edge each. */
+static void take_edges(int set)
+{
+    struct epoll_event seen[64];
+    for (int n; (n = (int)MUST(epoll_wait(set, seen, 64, 0))) > 0;)
+        for (int i = 0; i < n; i++)
+            EQ(seen[i].data.u64, 1);
+}
+
+CASE(epoll_many_before, .root = true, .seconds = 60)
+{
+    /* Thousands of registrations stand before those that are looked at. */
+    enum { count = 9000 };
+    static int fds[count];
+    allow_descriptors(count + 1024);
+    struct duo d[3];
+    int set = new_set();
+    d[0] = duo_open(0);
+    d[1] = duo_more(&d[0], 0);
+    d[2] = duo_more(&d[0], COLD); /* promoted when it is registered already */
+    for (int i = 0; i < count; i++) {
+        fds[i] = (int)MUST(socket(AF_INET, SOCK_STREAM, 0));
+        add(set, fds[i], EPOLLIN | EPOLLET, 1);
+        if (i == 4000) {
+            take_edges(set);
+            works_in(&d[0], set, 2); /* its place is free again */
+        }
+    }
+    take_edges(set);
+    add(set, d[2].fd, EPOLLIN, 4);
+    add(set, d[1].fd, EPOLLIN, 3);
+    works_in(&d[0], set, 5);
+    for (int i = 0; i < 20; i++) {
+        p_send(&d[2], "cold");
+        ONE(set, 10000, EPOLLIN, 4);
+        WANT(d[2].fd, "cold");
+        PUT(d[2].fd, "out");
+        P_WANT(&d[2], "out");
+        p_send(&d[1], "warm");
+        ONE(set, 10000, EPOLLIN, 3);
+        WANT(d[1].fd, "warm");
+        NOTHING(set, i % 2);
+    }
+    for (int i = 0; i < count; i += 2)
+        MUST(close(fds[i]));
+    works_in(&d[0], set, 6);
+    p_send(&d[2], "cold");
+    ONE(set, 10000, EPOLLIN, 4);
+    WANT(d[2].fd, "cold");
+}
+
 CASE(epoll_is_fair)
 {
     /* More ready connections than the array holds: each call goes on where the last one ended. */

@@ -213,6 +213,44 @@ static void count_alarm(int signal_no)
     alarms++;
 }
 
+/* The state of a thread as the kernel has it: S while it sleeps. */
+static char thread_state(pid_t id)
+{
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)id);
+    int fd = (int)MUST(open(path, O_RDONLY | O_CLOEXEC));
+    ssize_t got = MUST(raw_call(SYS_read, fd, (long)text, sizeof text - 1, 0, 0, 0));
+    text[got] = 0;
+    close(fd);
+    char *end = strrchr(text, ')');
+    return end && end[1] == ' ' ? end[2] : '?';
+}
+
+/* Sends one signal after the other to a thread, each while it sleeps in its call. */
+struct conductor {
+    pthread_t thread, target;
+    pid_t id;
+    atomic_int inside;
+};
+
+enum { BEATS = 5 };
+
+static void *conduct(void *arg)
+{
+    struct conductor *c = arg;
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    while (!atomic_load(&c->inside))
+        sleep_ms(1);
+    for (int beat = 0; beat <= BEATS; beat++) {
+        while (hits < beat || thread_state(c->id) != 'S')
+            sleep_ms(1);
+        pthread_kill(c->target, beat < BEATS ? SIGUSR1 : SIGALRM);
+    }
+    return NULL;
+}
+
 CASE(restart_send_beside_threads)
 {
     struct duo d = duo_open(0);
@@ -221,21 +259,18 @@ CASE(restart_send_beside_threads)
     pest_start(&pest, 0, 1000000); /* a second thread, which disturbs nobody yet */
     restarted_send(&d);
     pest_stop(&pest);
-    /* Two handlers: the one that restarts calls does not end the wait, the other one does, and at once. */
+    /* Two handlers: the one that restarts calls does not end the wait, the other one does. */
+    struct conductor conductor = {.target = pthread_self(), .id = (pid_t)syscall(SYS_gettid)};
     size_t sent = fill(d.fd);
     handle(SIGALRM, count_alarm, 0);
     handle(SIGUSR1, count_hit, SA_RESTART);
     alarms = 0;
-    pest_start(&pest, 10, 20000); /* not together with the alarm: then the first of them to run decides */
-    int64_t start = now_ms();
-    tick(100, 400);
+    EQ(pthread_create(&conductor.thread, NULL, conduct, &conductor), 0);
+    atomic_store(&conductor.inside, 1);
     ERR(send(d.fd, "x", 1, 0), EINTR);
-    int64_t took = now_ms() - start;
-    tick(0, 0);
-    pest_stop(&pest);
-    CHECK(alarms > 0, "expected the alarm to end the wait, saw another signal end it");
-    TIMELY(took >= 99 && took < 400 && hits > 1, "expected 100 ms with many signals, saw %lld ms with %d", (long long)took,
-           (int)hits);
+    EQ(alarms, 1);
+    EQ(hits, BEATS);
+    EQ(pthread_join(conductor.thread, NULL), 0);
     EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
     PUT(d.fd, "x");
     P_WANT(&d, "x");
@@ -255,6 +290,232 @@ CASE(eintr_send_before_unread_bytes)
     INTERRUPTED(send(d.fd, "x", 1, 0));
     EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
     WANT(d.fd, "unread");
+}
+
+/*
+ * A signal that comes while a call sleeps ends it, at whatever moment: also between two sleeps of one wait. One thread looks until
+ * the other one sleeps in its call, lets some time pass that is another one each time, and sends one signal. On a machine of any
+ * load, nothing else ends the call.
+ */
+enum { SHOTS = 150, PATIENCE_MS_OF_A_SHOT = 30000 };
+
+struct sniper {
+    pthread_t thread, target;
+    pid_t id;
+    atomic_int aimed; /* the number of the call that is under way, 0 for none */
+    atomic_int stop;
+};
+
+static void busy_us(int us)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    int64_t end = now.tv_sec * 1000000000LL + now.tv_nsec + us * 1000LL;
+    do {
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while (now.tv_sec * 1000000000LL + now.tv_nsec < end);
+}
+
+static void *snipe(void *arg)
+{
+    struct sniper *s = arg;
+    sigset_t all;
+    uint32_t seed = 1;
+    int shot = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    while (!atomic_load(&s->stop)) {
+        int aimed = atomic_load(&s->aimed);
+        if (aimed == shot || aimed == 0 || thread_state(s->id) != 'S') {
+            usleep(50);
+            continue;
+        }
+        shot = aimed;
+        busy_us((int)(dice(&seed) % 3000));
+        pthread_kill(s->target, SIGUSR1);
+        for (int64_t end = now_ms() + PATIENCE_MS_OF_A_SHOT; atomic_load(&s->aimed) == shot;) {
+            CHECK(now_ms() < end, "expected signal number %d to end the call, saw it sleep on", shot);
+            usleep(100);
+        }
+    }
+    return NULL;
+}
+
+static void sniper_start(struct sniper *s)
+{
+    *s = (struct sniper){.target = pthread_self(), .id = (pid_t)syscall(SYS_gettid)};
+    handle(SIGUSR1, count_hit, 0);
+    EQ(pthread_create(&s->thread, NULL, snipe, s), 0);
+}
+
+static void sniper_stop(struct sniper *s)
+{
+    atomic_store(&s->stop, 1);
+    EQ(pthread_join(s->thread, NULL), 0);
+}
+
+/* Each of many calls ends with EINTR by one signal. */
+#define SHOT_DEAD(expression)                                                                  \
+    do {                                                                                       \
+        struct sniper sniper_;                                                                 \
+        sniper_start(&sniper_);                                                                \
+        for (int shot_ = 1; shot_ <= SHOTS; shot_++) {                                         \
+            atomic_store(&sniper_.aimed, shot_);                                               \
+            ERR(expression, EINTR);                                                            \
+            atomic_store(&sniper_.aimed, 0);                                                   \
+            EQ(hits, shot_);                                                                   \
+        }                                                                                      \
+        sniper_stop(&sniper_);                                                                 \
+    } while (0)
+
+CASE(each_signal_ends_a_send, .seconds = 120)
+{
+    struct duo d = duo_open(0);
+    size_t sent = fill(d.fd);
+    SHOT_DEAD(send(d.fd, "x", 1, 0));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    PUT(d.fd, "x");
+    P_WANT(&d, "x");
+}
+
+/* A byte that was there before any promotion lies where a sender, or a poll for room, would sleep. */
+static size_t fill_before_unread_bytes(struct duo *d)
+{
+    *d = duo_open(COLD);
+    p_send(d, "unread");
+    for (int i = 0; i < 40; i++) {
+        PUT(d->fd, "x");
+        P_WANT(d, "x");
+        sleep_ms(1);
+    }
+    return fill(d->fd);
+}
+
+CASE(each_signal_ends_a_send_before_unread_bytes, .seconds = 120)
+{
+    struct duo d;
+    size_t sent = fill_before_unread_bytes(&d);
+    SHOT_DEAD(send(d.fd, "x", 1, 0));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    WANT(d.fd, "unread");
+}
+
+CASE(each_signal_ends_a_poll_before_unread_bytes, .seconds = 120)
+{
+    struct duo d;
+    size_t sent = fill_before_unread_bytes(&d);
+    struct pollfd room = {.fd = d.fd, .events = POLLOUT};
+    fd_set out;
+    FD_ZERO(&out);
+    FD_SET(d.fd, &out);
+    SHOT_DEAD(poll(&room, 1, -1));
+    SHOT_DEAD(select(d.fd + 1, NULL, &out, NULL, NULL));
+    sigset_t none, usr1;
+    sigemptyset(&none);
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    MUST(sigprocmask(SIG_BLOCK, &usr1, NULL));
+    SHOT_DEAD(ppoll(&room, 1, NULL, &none)); /* comes through in the call alone */
+    MUST(sigprocmask(SIG_UNBLOCK, &usr1, NULL));
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    WANT(d.fd, "unread");
+}
+
+/* Sends a byte now and then, until it gets one. */
+static long do_trickle(int *fd, void *bytes, size_t len, long unused)
+{
+    (void)bytes, (void)len, (void)unused;
+    for (long sent = 0;; sent++) {
+        struct pollfd stop = {.fd = *fd, .events = POLLIN};
+        char byte = 't';
+        if (poll(&stop, 1, 1) > 0)
+            return recv(*fd, &byte, 1, 0) == 1 ? sent : -EPROTO;
+        if (send(*fd, &byte, 1, 0) != 1)
+            return -errno;
+    }
+}
+
+CASE(each_signal_ends_a_receive_of_many, .seconds = 120)
+{
+    struct duo d = duo_open(0);
+    struct sniper sniper;
+    static char got[1 << 20];
+    long received = 0;
+    p_start(&d, do_trickle, 0);
+    sniper_start(&sniper);
+    for (int shot = 1; shot <= SHOTS; shot++) {
+        AWAIT(d.fd, POLLIN); /* a part is there from the start */
+        atomic_store(&sniper.aimed, shot);
+        ssize_t part = recv(d.fd, got, sizeof got, MSG_WAITALL); /* of a megabyte, byte by byte */
+        int code = errno;
+        atomic_store(&sniper.aimed, 0);
+        CHECK(part > 0, "expected a part, saw %zd with errno %d", part, code);
+        EQ(hits, shot);
+        received += part;
+    }
+    sniper_stop(&sniper);
+    PUT(d.fd, "s");
+    long sent = p_finish(&d);
+    while (received < sent)
+        received += MUST(recv(d.fd, got, sizeof got, 0));
+    EQ(received, sent);
+}
+
+/* A call that has moved a part returns that when a handler has run, also one that restarts calls. */
+CASE(a_part_is_not_restarted)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    size_t size = 64 << 20;
+    char *big = malloc(size), got[16];
+    pattern(0, 0, big, size);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    pest_start(&pest, 60, 20000);
+    ssize_t part = send(d.fd, big, size, 0);
+    pest_stop(&pest);
+    CHECK(part > 0 && (size_t)part < size, "expected part of 64 MiB, saw %zd", part);
+    EQ(p_do(&d, do_recv_pattern, part), 0);
+    free(big);
+    p_send(&d, "12345");
+    AWAIT_BYTES(d.fd, 5);
+    pest_start(&pest, 40, 20000);
+    EQ(recv(d.fd, got, 10, MSG_WAITALL), 5);
+    pest_stop(&pest);
+}
+
+struct writer {
+    int fd, ms;
+};
+
+static void *write_later(void *arg)
+{
+    struct writer *w = arg;
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    sleep_ms(w->ms);
+    EQ(write(w->fd, "late", 4), 4);
+    return NULL;
+}
+
+CASE(signals_in_a_splice)
+{
+    struct duo d = duo_open(0);
+    int pipes[2];
+    pthread_t thread;
+    struct pest pest;
+    MUST(pipe(pipes));
+    handle(SIGUSR1, count_hit, 0);
+    INTERRUPTED(splice(pipes[0], NULL, d.fd, NULL, 4, 0));
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    struct writer writer = {pipes[1], 150};
+    EQ(pthread_create(&thread, NULL, write_later, &writer), 0);
+    pest_start(&pest, 10, 10000);
+    EQ(splice(pipes[0], NULL, d.fd, NULL, 4, 0), 4);
+    pest_stop(&pest);
+    EQ(pthread_join(thread, NULL), 0);
+    TIMELY(hits > 0, "expected signals during the wait, saw none");
+    P_WANT(&d, "late");
 }
 
 /*
@@ -500,6 +761,40 @@ CASE(jump_out_of_a_blocked_call)
         PUT(d.fd, "alive");
         P_WANT(&d, "alive");
     }
+}
+
+__attribute__((noinline)) static int count_descriptors(void)
+{
+    int count = 0;
+    for (int fd = 0; fd < 1100; fd++)
+        count += raw_call(SYS_fcntl, fd, F_GETFD, 0, 0, 0, 0) >= 0;
+    return count;
+}
+
+CASE(jump_out_of_a_blocked_send_beside_threads)
+{
+    struct duo d = duo_open(0);
+    struct pest pest;
+    size_t sent = fill(d.fd);
+    handle(SIGUSR1, count_hit, SA_RESTART);
+    pest_start(&pest, 0, 1000000); /* a second thread, which disturbs nobody */
+    handle(SIGALRM, jump_out, 0);
+    hits = 0;
+    int before = count_descriptors();
+    for (volatile int i = 0; i < 40; i++) {
+        struct itimerval soon = {.it_interval = {0, 5000}, .it_value = {0, 5000}}, never = {0};
+        if (sigsetjmp(back, 1) == 0) {
+            setitimer(ITIMER_REAL, &soon, NULL);
+            fail(HERE, "expected a jump, saw the send return %zd", send(d.fd, "x", 1, 0));
+        }
+        setitimer(ITIMER_REAL, &never, NULL);
+    }
+    int more = count_descriptors() - before;
+    CHECK(more <= 4, "expected as many descriptors as before, saw %d more", more);
+    pest_stop(&pest);
+    EQ(p_do(&d, do_recv_pattern, (long)sent), 0);
+    PUT(d.fd, "alive");
+    P_WANT(&d, "alive");
 }
 
 CASE(signal_storm_during_transfer, .seconds = 60)

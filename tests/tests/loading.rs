@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdsock_tests::{Daemon, Folder, Program, place, why};
 
@@ -17,10 +17,14 @@ const PROGRAM: &str = r#"
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 int main(int argc, char **argv)
 {
+#ifdef IO_URING /* before anything else; that the kernel refuses it does not matter */
+    syscall(SYS_io_uring_setup, 0, NULL);
+#endif
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t len = sizeof at;
     int listener = socket(AF_INET, SOCK_STREAM, 0), end, other;
@@ -177,6 +181,31 @@ fn a_program_of_another_libc_runs_and_why_says_so() {
 }
 
 /// gcc's AddressSanitizer as a shared library wants to be loaded first, and ends the program else.
+#[test]
+fn a_program_that_used_io_uring_before_its_first_connection_has_that_as_the_reason() {
+    let (folder, daemon) = (Folder::new(), Daemon::start(""));
+    let Some(program) = build(&folder, "cc", &["-DIO_URING"]) else {
+        return;
+    };
+    let running = Program::new(&program, folder.path())
+        .args("60")
+        .preloaded(&daemon.socket())
+        .start();
+    let end = Instant::now() + LIMIT;
+    loop {
+        let told = why::ask(&daemon.socket(), Some(running.pid()));
+        let is_told = |connection: &why::Connection| {
+            let reason = connection.reason.as_deref().unwrap_or("");
+            !connection.accelerated && reason.contains("io_uring")
+        };
+        if told.connections.iter().filter(|one| is_told(one)).count() == 2 {
+            break;
+        }
+        assert!(Instant::now() < end, "never said: {told:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_program_with_a_shared_sanitizer_runs() {
     let folder = Folder::new();

@@ -3,8 +3,9 @@
 
 use crate::conn::{self, Use, phase};
 use crate::io::{self, InKernel, Outcome};
+use crate::signals::{self, Ended, Interrupted};
 use crate::stream::Stream;
-use crate::{demote, limits, rest, signals, sys, tenant};
+use crate::{demote, limits, rest, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -58,11 +59,12 @@ pub(super) fn transfer(
                 }
             };
         }
-        if moves == (Moves::In { waits: true })
-            && held.conn.offered.load(Relaxed) != 0
-            && let Err(error) = give_way_to_offer(&held, fd)
-        {
-            return sys::to_c(error);
+        let mut signals = None;
+        if moves == (Moves::In { waits: true }) && held.conn.offered.load(Relaxed) != 0 {
+            signals = match give_way_to_offer(&held, fd) {
+                Ok(signals) => signals,
+                Err(Interrupted) => return sys::to_c(-(libc::EINTR as isize)),
+            };
         }
         if moves != Moves::Out {
             tenant::stay_attached();
@@ -78,6 +80,12 @@ pub(super) fn transfer(
             }
             phase::MAPPED => {}
             _ => {
+                if let Some(signals) = signals
+                    && wait_in_kernel(signals, fd) == Err(Interrupted)
+                {
+                    drop(counted);
+                    return sys::to_c(-(libc::EINTR as isize));
+                }
                 let result = in_kernel();
                 drop(counted);
                 let error = sys::errno();
@@ -90,31 +98,43 @@ pub(super) fn transfer(
 }
 
 /// Looks for bytes while not counted in, for a while: an offer is followed when nobody is inside the kernel, and
-/// where one thread waits for bytes and another one for space, somebody always would be. A signal ends it: by
-/// failing where the kernel's own receive would have been interrupted.
+/// where one thread waits for bytes and another one for space, somebody always would be. A signal ends it where
+/// the kernel's own receive would have been interrupted. What is left is held back, until the call goes on to [`wait_in_kernel`].
 #[cold]
-fn give_way_to_offer(held: &Use, fd: c_int) -> Result<(), isize> {
+fn give_way_to_offer(held: &Use, fd: c_int) -> Result<Option<signals::Held>, Interrupted> {
     let error = sys::errno();
     let timeout: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO);
-    let waits = |fd| sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
     let is_limited = timeout.is_none_or(|limit| limit.tv_sec != 0 || limit.tv_usec != 0);
     if is_limited || sys::poll_one(fd, libc::POLLIN, 0) != 0 {
-        return Ok(());
+        return Ok(None);
     }
-    let signals = signals::Held::hold();
+    let mut signals = signals::Held::hold(Ended::ByInterrupting);
     for _ in 0..limits::GIVE_WAY_TURNS.get() {
-        if held.conn.offered.load(Relaxed) == 0
-            || !waits(fd)
-            || signals.wait(fd, libc::POLLIN, Some(limits::GIVE_WAY_MS.get() as i64))
-        {
+        if held.conn.offered.load(Relaxed) == 0 || !waits(fd) {
+            break;
+        }
+        let turn = limits::GIVE_WAY_MS.get() * 1_000_000;
+        let (again, is_there) = signals.wait(fd, libc::POLLIN, Some(turn))?;
+        signals = again;
+        if is_there {
             break;
         }
     }
-    if signals.release() {
-        return Err(-(libc::EINTR as isize));
-    }
     sys::set_errno(error);
+    Ok(Some(signals))
+}
+
+/// The same receive goes on, counted in: until the kernel's own would not wait any more.
+fn wait_in_kernel(mut signals: signals::Held, fd: c_int) -> Result<(), Interrupted> {
+    while waits(fd) && sys::poll_one(fd, libc::POLLIN, 0) == 0 {
+        (signals, _) = signals.wait(fd, libc::POLLIN, None)?;
+    }
     Ok(())
+}
+
+/// True unless the descriptor does not wait.
+fn waits(fd: c_int) -> bool {
+    sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0
 }
 
 /// Flags of a receive that rings honour; with any other the kernel decides.

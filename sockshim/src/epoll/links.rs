@@ -3,6 +3,11 @@
 use super::*;
 use std::sync::atomic::fence;
 
+/// Registrations of one connection, as a rule.
+const FEW: usize = 64;
+/// Registrations of one connection that are followed.
+const MANY: usize = 4096;
+
 /// The lists of registrations, held. Nothing else is locked inside.
 struct Links(Taken);
 
@@ -20,9 +25,7 @@ impl Drop for Links {
 
 fn next_of(reference: u32) -> Option<&'static AtomicU32> {
     let (epoll, _, bit) = of_reference(reference)?;
-    let links = epoll.links.load(Acquire);
-    // SAFETY: the array has BELL_BITS words and is never unmapped.
-    (bit < BELL_BITS && !links.is_null()).then(|| unsafe { &*links.add(bit) })
+    epoll.table.link(bit)
 }
 
 pub(super) fn list_of(target: Kind) -> Option<&'static AtomicU32> {
@@ -48,7 +51,7 @@ pub(super) fn unlink(target: Kind, gone: u32) {
     let (Some(mut place), Some(after)) = (list_of(target), next_of(gone)) else {
         return;
     };
-    for _ in 0..BELL_BITS {
+    for _ in 0..MANY {
         let here = place.load(Relaxed);
         if here == gone {
             place.store(after.load(Relaxed), Release);
@@ -65,15 +68,34 @@ pub(super) fn each(list: &AtomicU32, mut found: impl FnMut(&'static Epoll, usize
     if list.load(Acquire) == 0 {
         return;
     }
-    let mut all = [0; LINKS];
-    let links = Links::take();
+    let mut few = [0; FEW];
+    if copy(list, &mut few) {
+        few.into_iter()
+            .map_while(of_reference)
+            .for_each(|(epoll, index, bit)| found(epoll, index, bit));
+    } else {
+        each_of_many(list, &mut found);
+    }
+}
+
+/// Many take more of the stack than a signal handler may have.
+#[cold]
+#[inline(never)]
+fn each_of_many(list: &AtomicU32, found: &mut dyn FnMut(&'static Epoll, usize, usize)) {
+    let mut many = [0; MANY];
+    copy(list, &mut many);
+    many.into_iter()
+        .map_while(of_reference)
+        .for_each(|(epoll, index, bit)| found(epoll, index, bit));
+}
+
+/// Copies a list, which ends at a 0. False when there is more of it.
+fn copy(list: &AtomicU32, to: &mut [u32]) -> bool {
+    let _links = Links::take();
     let mut next = list.load(Relaxed);
-    for place in &mut all {
+    for place in to {
         *place = next;
         next = next_of(next).map_or(0, |next| next.load(Relaxed));
     }
-    drop(links);
-    for (epoll, index, bit) in all.into_iter().map_while(of_reference) {
-        found(epoll, index, bit);
-    }
+    next == 0
 }

@@ -78,7 +78,7 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
         return Ok(());
     }
     state.slot(bit).ok_or(-1)?.enter(fired);
-    set_bit(&mut state.inner, bit, true);
+    state.slots.set_inner(bit, true);
     epoll.streams.fetch_add(1, Relaxed);
     let number = move_out(epoll, state, bit);
     Err(number)
@@ -253,7 +253,7 @@ fn watched(slot: &Slot) -> u32 {
 pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
     let Some(guard) = take(epoll) else { return };
     let state = guard.state();
-    for bit in 0..state.high {
+    for bit in 0..state.slots.high {
         let Some(slot) = state.slot(bit).filter(|slot| slot.number == old) else {
             continue;
         };
@@ -282,14 +282,13 @@ pub(super) fn moved_copy(epoll: &Epoll, old: c_int, new: c_int) {
 /// No connection is looked after any more: the copies that stand for closed numbers go, so that the last of the program's
 /// descriptors closes its connection. What is registered stays, as the kernel has it.
 pub fn close_copies() {
-    for index in 0..INSTANCES {
-        let Some(epoll) = at(index) else { return };
+    for (_, epoll) in all() {
         if epoll.refs.load(Relaxed) == 0 {
             continue;
         }
         let Some(guard) = take(epoll) else { continue };
         let state = guard.state();
-        for bit in 0..state.high {
+        for bit in 0..state.slots.high {
             if let Some(slot) = state.slot(bit).filter(|slot| slot.place() != Place::Free) {
                 let number = std::mem::replace(&mut slot.number, -1);
                 if number != slot.fd {

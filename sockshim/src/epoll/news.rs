@@ -47,7 +47,7 @@ pub fn changed(conn: &Conn) {
     // Either this sees a registration that is just being made, or that one sees what has changed.
     fence(SeqCst);
     each(&conn.registrations, |epoll, _, bit| {
-        bell::ring(&epoll.own, bit);
+        epoll.table.ring(bit);
         // Who has the lock looks, and hands on when it leaves.
         if epoll.lock.load(Relaxed) != me().word() {
             kick(epoll);
@@ -57,14 +57,12 @@ pub fn changed(conn: &Conn) {
 
 /// Takes all marks that others have made: those of this process, and the bell.
 pub(super) fn take_marks(epoll: &Epoll, state: &mut State) {
-    let look = &mut state.look;
+    let slots = &mut state.slots;
     let mut mark = |word: usize, bits: u64| {
         epoll.news.fetch_add(1, Relaxed);
-        if let Some(place) = look.get_mut(word) {
-            *place |= bits;
-        }
+        slots.look_at(word, bits);
     };
-    bell::take(&epoll.own, &mut mark);
+    epoll.table.take(&mut mark);
     if let Some((_, bell)) = state.bell {
         bell::take(bell, &mut mark);
     }
@@ -72,12 +70,12 @@ pub(super) fn take_marks(epoll: &Epoll, state: &mut State) {
 
 /// Takes the mark of one registration that is about to be looked at.
 pub(super) fn take_mark(epoll: &Epoll, bit: usize) {
-    bell::unring(&epoll.own, bit);
+    epoll.table.unring(bit);
 }
 
 /// True when somebody has marked something that was not taken yet.
 pub(super) fn is_marked(epoll: &Epoll, bell: Option<&Bell>) -> bool {
-    bell::is_rung(&epoll.own) || bell.is_some_and(bell::is_rung)
+    epoll.table.is_rung() || bell.is_some_and(bell::is_rung)
 }
 
 /// True when a thread of this process sleeps on the instance, or on one that it is registered in.
@@ -152,10 +150,10 @@ pub(super) fn check(epoll: &Epoll) {
 fn find_deaf(epoll: &Epoll) -> Option<usize> {
     let guard = take(epoll)?;
     let state = guard.state();
-    for bit in 0..state.high {
+    for bit in 0..state.slots.high {
         if is_deaf(state, bit) {
             take_marks(epoll, state);
-            let marked = state.look.get(bit / 64).copied().unwrap_or(0) >> (bit % 64) & 1 != 0;
+            let marked = state.slots.word(bit / 64).1 >> (bit % 64) & 1 != 0;
             if !marked && is_deaf(state, bit) {
                 return Some(bit);
             }

@@ -178,10 +178,10 @@ impl Change<'_> {
             target: self.target,
             watches_space: false,
         };
-        let mut added = state.add(new);
+        let mut added = state.slots.add(new);
         if added.is_none() {
-            (0..state.high).for_each(|bit| drop_resting(self.epoll, state, bit));
-            added = state.add(new);
+            (0..state.slots.high).for_each(|bit| drop_resting(self.epoll, state, bit));
+            added = state.slots.add(new);
         }
         let Some(bit) = added else {
             // No room: this connection stays with the kernel here.
@@ -281,8 +281,8 @@ pub(super) fn remove(epoll: &Epoll, state: &mut State, bit: usize, target: Kind)
         _ => {}
     }
     state.unmark(bit);
-    state.free = state.free.min(bit);
-    unlink(target, reference(epoll.index(), bit));
+    state.slots.freed(bit);
+    unlink(target, reference(epoll.number.load(Relaxed) as usize, bit));
 }
 
 /// Frees a slot whose registration the program has deleted, if it is one.
@@ -301,7 +301,7 @@ pub(super) fn drop_resting(epoll: &Epoll, state: &mut State, bit: usize) {
 }
 
 pub(super) fn leave_inner(epoll: &Epoll, state: &mut State, bit: usize) {
-    set_bit(&mut state.inner, bit, false);
+    state.slots.set_inner(bit, false);
     epoll.streams.fetch_sub(1, Relaxed);
 }
 
@@ -366,7 +366,7 @@ fn enter_inner(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>,
     if !slot.enter(fired) {
         return;
     }
-    set_bit(&mut state.inner, bit, true);
+    state.slots.set_inner(bit, true);
     epoll.streams.fetch_add(1, SeqCst);
     state.mark(bit);
     if let Some(held) = held {
@@ -387,7 +387,7 @@ fn set_place(epoll: &Epoll, state: &State, bit: usize, held: &Use) {
         && held.conn.born.load(Relaxed) != born::UNKNOWN
         && !epoll.is_inherited();
     let place = match state.bell {
-        Some((number, _)) if own && registrations == 1 => {
+        Some((number, _)) if own && registrations == 1 && bit < limits::BELLED.get() as usize => {
             bell::Place { bell: number, bit }.to_word()
         }
         _ => 0,

@@ -96,7 +96,7 @@ fn is_of_streams(epoll: &Epoll, data: u64) -> bool {
     };
     let state = guard.state();
     let mut found = false;
-    for bit in 0..state.high {
+    for bit in 0..state.slots.high {
         let Some(slot) = state.slot(bit).copied() else {
             continue;
         };
@@ -123,7 +123,7 @@ fn was_reported(epoll: &Epoll, data: u64) -> bool {
         return false;
     };
     let state = guard.state();
-    let brought = (0..state.high).find_map(|bit| state.slot(bit)?.bring(data));
+    let brought = (0..state.slots.high).find_map(|bit| state.slot(bit)?.bring(data));
     if brought.is_some() {
         epoll.moved.fetch_sub(1, SeqCst);
     }
@@ -199,7 +199,7 @@ pub(super) fn collect(
     // Since the kernel's were looked through, see `is_of_streams`.
     let may_have_moved = kept != 0 && may_have_moved(epoll);
     take_marks(epoll, state);
-    let words = state.high.div_ceil(64);
+    let words = state.slots.words();
     let mut found = kept;
     let start = state.cursor;
     for step in 0..=words {
@@ -424,7 +424,7 @@ pub fn has_left(stream: &Stream) -> bool {
 
 /// Follows the peers that have left, which [`report`] may not do under the lock.
 pub(super) fn follow_leavers(epoll: &Epoll) {
-    for _ in 0..BELL_BITS {
+    for _ in 0..slots::MOST {
         let mut leaver = None;
         let mut nested = [None; 8];
         if let Some(guard) = take(epoll) {

@@ -4,6 +4,7 @@ use super::news::{is_marked, leave};
 use super::report::{Look, ask_kernel, collect, follow_leavers, harvest, must_move, strip};
 use super::*;
 use crate::poll::Deadline;
+use crate::signals::Mask;
 use crate::{ready, real};
 use libc::{sigset_t, timespec};
 use rdsock_shm::bell;
@@ -34,7 +35,9 @@ pub unsafe fn wait_on(
     tenant::look();
     // SAFETY: as the caller says.
     let events = unsafe { std::slice::from_raw_parts_mut(events, most as usize) };
-    let found = wait_as_asked(epoll, epfd, events, Deadline::after(ns), mask, kernel);
+    // Behind what is owed to others: a handler may never return.
+    let mut mask = Mask::new(mask);
+    let found = wait_as_asked(epoll, epfd, events, Deadline::after(ns), &mut mask, kernel);
     leave(epoll);
     found
 }
@@ -44,13 +47,13 @@ fn wait_as_asked(
     epfd: c_int,
     events: &mut [epoll_event],
     deadline: Deadline,
-    mask: *const sigset_t,
+    mask: &mut Mask,
     kernel: impl Fn() -> c_int,
 ) -> c_int {
     epoll.sleepers.fetch_add(1, SeqCst);
     if epoll.streams.load(SeqCst) != 0 {
         count_out(epoll);
-        return wait(epoll, epfd, events, deadline, mask);
+        return wait(epoll, epfd, events, deadline, mask, false);
     }
     tenant::before_sleep();
     // A stream may come while this sleeps: then its sign is among the events.
@@ -67,7 +70,7 @@ fn wait_as_asked(
     if found != 0 {
         return found as c_int;
     }
-    wait(epoll, epfd, events, deadline, mask)
+    wait(epoll, epfd, events, deadline, mask, true)
 }
 
 /// A thread that sleeps no more. It may have slept on the one that had this place before.
@@ -84,16 +87,20 @@ fn now(epoll: &Epoll, events: &mut [epoll_event], kept: usize) -> usize {
     take(epoll).map_or(kept, |guard| collect(epoll, &guard, events, kept, look))
 }
 
-/// The wait on an instance that holds streams.
+/// The wait on an instance that holds streams. `has_slept`: the call has slept before.
 fn wait(
     epoll: &Epoll,
     epfd: c_int,
     events: &mut [epoll_event],
     deadline: Deadline,
-    mask: *const sigset_t,
+    mask: &mut Mask,
+    mut has_slept: bool,
 ) -> c_int {
     loop {
         let mut found = gather(epoll, epfd, events);
+        if found == 0 && has_slept {
+            mask.hold();
+        }
         if found == 0 && !deadline.is_now() {
             wait::spin(&epoll.score, || {
                 found = gather(epoll, epfd, events);
@@ -109,19 +116,15 @@ fn wait(
         if let Some(result) = sleep(epoll, epfd, events, deadline, mask) {
             return result;
         }
+        has_slept = true;
     }
 }
 
 /// The time is up: the kernel's fds, with the program's signal mask, and the rings once more.
-fn last_look(
-    epoll: &Epoll,
-    epfd: c_int,
-    events: &mut [epoll_event],
-    mask: *const sigset_t,
-) -> c_int {
+fn last_look(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], mask: &Mask) -> c_int {
     tenant::stay_attached();
     let mut found = 0;
-    if mask.is_null() {
+    if !mask.is_given() {
         found = ask_kernel(epoll, epfd, events);
     } else {
         let got = kernel_wait(epfd, events, Deadline::after(Some(0)), mask);
@@ -174,7 +177,7 @@ fn sleep(
     epfd: c_int,
     events: &mut [epoll_event],
     deadline: Deadline,
-    mask: *const sigset_t,
+    mask: &Mask,
 ) -> Option<c_int> {
     tenant::stay_attached();
     epoll.sleepers.fetch_add(1, SeqCst);
@@ -195,7 +198,7 @@ fn sleep_counted(
     epfd: c_int,
     events: &mut [epoll_event],
     deadline: Deadline,
-    mask: *const sigset_t,
+    mask: &Mask,
     bell: Option<&Bell>,
 ) -> Option<c_int> {
     if let Some(guard) = take(epoll) {
@@ -279,19 +282,15 @@ pub fn disarm(index: usize) {
 }
 
 /// The kernel's own wait: a cancellation point, ended by signals as ever.
-fn kernel_wait(
-    epfd: c_int,
-    events: &mut [epoll_event],
-    deadline: Deadline,
-    mask: *const sigset_t,
-) -> c_int {
+fn kernel_wait(epfd: c_int, events: &mut [epoll_event], deadline: Deadline, mask: &Mask) -> c_int {
     let most = events.len().min(c_int::MAX as usize) as c_int;
     let left: Option<timespec> = deadline.left_timespec();
     let limit = left
         .as_ref()
         .map_or(std::ptr::null(), |left| left as *const timespec);
     // SAFETY: the events are valid for `most` entries; the caller vouches for the mask.
-    let got = unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask) };
+    let got =
+        unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask.for_sleep()) };
     if got >= 0 || !sys::is_missing(sys::errno()) {
         return got;
     }
@@ -300,5 +299,5 @@ fn kernel_wait(
         ns.div_ceil(1_000_000).min(c_int::MAX as u64) as c_int
     });
     // SAFETY: as above.
-    unsafe { real::epoll_pwait(epfd, events.as_mut_ptr(), most, ms, mask) }
+    unsafe { real::epoll_pwait(epfd, events.as_mut_ptr(), most, ms, mask.for_sleep()) }
 }

@@ -3,7 +3,7 @@
 use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
-use crate::{demote, limits, rest};
+use crate::{demote, limits, rest, wait};
 use rdsock_shm::end::{MOST, Way};
 use rdsock_shm::layout::phase;
 use rdsock_shm::reason::Reason;
@@ -69,6 +69,7 @@ fn read_in<'a>(
 ) -> Outcome<'a> {
     let end = stream.at(held, fd);
     let mut done = 0_usize;
+    let mut waits = wait::Waits::new();
     let count = count.min(MOST);
     loop {
         let half = end.lock_tx();
@@ -76,7 +77,8 @@ fn read_in<'a>(
             Way::Ring => {}
             Way::Behind => {
                 drop(half);
-                match rest::for_room(&end, held, 0) {
+                waits.end();
+                match rest::for_room(&end, held, 0, done != 0) {
                     Ok(()) => continue,
                     Err(error) => {
                         return Outcome::Done(if done == 0 { error } else { done as isize });
@@ -86,6 +88,7 @@ fn read_in<'a>(
             Way::Kernel(counted) if done == 0 => return Outcome::Kernel(counted),
             Way::Kernel(counted) => {
                 drop(half);
+                drop(waits);
                 let rest = count - done;
                 let sent = match source {
                     Source::File => sys::sendfile(fd, file, offset.as_deref_mut(), rest),
@@ -151,7 +154,7 @@ fn read_in<'a>(
         }
         if full
             && stream.tx().phase.load(Relaxed) == phase::RING
-            && let Err(error) = wait_for_space(&end, held, 0)
+            && let Err(error) = wait_for_space(&end, held, &mut waits, 0, done != 0)
         {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }
@@ -173,18 +176,18 @@ pub fn splice_in<'a>(
             other => return other,
         }
     }
+    let mut waits = wait::Waits::new();
     loop {
         match sys::ioctl_int(pipe, libc::FIONREAD) {
             None => return Outcome::Done(-(libc::EINVAL as isize)),
             Some(0) => {}
             Some(ready) => {
+                drop(waits);
                 let len = len.min(ready as usize);
                 return read_in(held, stream, fd, (Source::Pipe, pipe), None, len);
             }
         }
-        let nonblocking =
-            !wait || sys::fcntl(pipe, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0;
-        let seen = sys::poll_one(pipe, libc::POLLIN, if nonblocking { 0 } else { 1000 });
+        let seen = sys::poll_one(pipe, libc::POLLIN, 0);
         if seen < 0 {
             return Outcome::Done(seen);
         }
@@ -192,8 +195,16 @@ pub fn splice_in<'a>(
         if seen & libc::POLLHUP as isize != 0 && !readable {
             return Outcome::Done(0);
         }
+        let nonblocking =
+            !wait || sys::fcntl(pipe, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0;
         if nonblocking && !readable {
             return Outcome::Done(AGAIN);
+        }
+        if !readable {
+            let woken = waits.for_pipe(pipe, libc::POLLIN);
+            if woken < 0 {
+                return Outcome::Done(woken);
+            }
         }
     }
 }
@@ -259,15 +270,21 @@ fn splice_piece<'a>(
         Outcome::Done(ready) if ready > 0 => ready as usize,
         other => return other,
     };
+    let mut waits = wait::Waits::new();
     loop {
-        let seen = sys::poll_one(pipe, libc::POLLOUT, if wait { 1000 } else { 0 });
+        let seen = sys::poll_one(pipe, libc::POLLOUT, 0);
         if seen & libc::POLLOUT as isize != 0 && seen > 0 {
             break;
         }
         if seen < 0 || !wait {
             return Outcome::Done(if seen < 0 { seen } else { AGAIN });
         }
+        let woken = waits.for_pipe(pipe, libc::POLLOUT);
+        if woken < 0 {
+            return Outcome::Done(woken);
+        }
     }
+    drop(waits);
     let found = part(ready);
     // SAFETY: as above.
     let Ok(found) = (unsafe { buffers(&found, 1, 0) }) else {

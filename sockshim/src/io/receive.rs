@@ -4,7 +4,7 @@ use super::*;
 use crate::conn::Use;
 use crate::end::End;
 use crate::{clock, limits, wait};
-use rdsock_shm::end::{How, Received};
+use rdsock_shm::end::{Anchor, How, Received};
 
 /// Receives from a stream.
 pub fn recv<'a>(
@@ -21,44 +21,81 @@ pub fn recv<'a>(
         whole: flags & libc::MSG_WAITALL != 0 && !is_nonblocking(stream, flags),
     };
     let mut done = 0_usize;
-    let mut has_slept = false;
+    let mut going = None;
     loop {
-        let slept = match end.receive(to, how, &mut done) {
-            Received::Bytes => {
-                note_bytes(&end, held);
-                return Outcome::Done(done as isize);
-            }
-            Received::Kernel if done == 0 => return Outcome::Kernel(None),
-            Received::Kernel => {
-                return Outcome::Done((done + recv_rest(fd, to, done, flags)) as isize);
-            }
-            Received::End => return Outcome::Done(0),
-            Received::Error(error) => return Outcome::Done(-(error as isize)),
-            Received::Nothing if is_nonblocking(stream, flags) => {
-                if look_in_vain(&end, held) {
-                    continue;
-                }
-                return Outcome::Done(AGAIN);
-            }
-            // It has slept, the anchor has woken it, and there is nothing: somebody slipped past, or it was another's token.
-            Received::Nothing | Received::Few(_) if has_slept => {
-                end.look();
-                has_slept = false;
-                continue;
-            }
-            Received::Nothing if wait::spin_for_bytes(held.conn, stream) => continue,
-            Received::Nothing => wait::for_bytes(&end, held),
-            Received::Few(position) => {
-                if wait::spin(&held.conn.spin_score, || stream.has_bytes_after(position)) {
-                    continue;
-                }
-                wait::for_more(&end, held, position)
-            }
-        };
-        match slept {
-            Ok(()) => has_slept = true,
-            Err(error) => return Outcome::Done(if done == 0 { error } else { done as isize }),
+        let received = end.receive(to, how, &mut done);
+        if received == Received::Bytes {
+            note_bytes(&end, held);
+            return Outcome::Done(done as isize);
         }
+        let going = going.get_or_insert_with(Going::default);
+        if let Some(outcome) = go_on(&end, held, to, flags, how, (received, done), going) {
+            return outcome;
+        }
+    }
+}
+
+/// A receive that did not have at once what it wants.
+#[derive(Debug, Default)]
+struct Going {
+    waits: wait::Waits,
+    /// It has slept, and was not looked at why it was woken.
+    has_slept: bool,
+}
+
+/// Goes on with such a receive, of which `done` bytes are there: waits for more. What became of it, or `None`: to be tried again.
+#[cold]
+#[inline(never)]
+fn go_on<'a>(
+    end: &End<'a>,
+    held: &'a Use,
+    to: &Buffers,
+    flags: c_int,
+    how: How,
+    (received, done): (Received, usize),
+    going: &mut Going,
+) -> Option<Outcome<'a>> {
+    let (stream, fd) = (end.shared, end.socket.wait_fd());
+    let slept = match received {
+        Received::Bytes => return Some(Outcome::Done(done as isize)),
+        Received::Kernel if done == 0 => return Some(Outcome::Kernel(None)),
+        Received::Kernel => {
+            going.waits.end();
+            let rest = recv_rest(fd, to, done, flags);
+            return Some(Outcome::Done((done + rest) as isize));
+        }
+        Received::End => return Some(Outcome::Done(0)),
+        Received::Error(error) => return Some(Outcome::Done(-(error as isize))),
+        Received::Nothing if is_nonblocking(stream, flags) => {
+            if !look_in_vain(end, held) {
+                return Some(Outcome::Done(AGAIN));
+            }
+            Ok(false)
+        }
+        // It has slept, the anchor has woken it, and there is nothing: somebody slipped past, or it was another's token.
+        Received::Nothing | Received::Few(_) if going.has_slept => {
+            end.look();
+            Ok(false)
+        }
+        Received::Nothing if wait::spin_for_bytes(held.conn, stream) => Ok(false),
+        Received::Nothing => {
+            let wanted = if how.whole { to.total - done } else { 1 };
+            wait::for_bytes(end, held, &mut going.waits, wanted as u64, done != 0).map(|()| true)
+        }
+        Received::Few(position) => {
+            if wait::spin(&held.conn.spin_score, || stream.has_bytes_after(position)) {
+                Ok(false)
+            } else {
+                wait::for_more(end, held, &mut going.waits, position).map(|()| true)
+            }
+        }
+    };
+    match slept {
+        Ok(slept) => {
+            going.has_slept = slept;
+            None
+        }
+        Err(error) => Some(Outcome::Done(if done == 0 { error } else { done as isize })),
     }
 }
 

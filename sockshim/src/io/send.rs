@@ -18,58 +18,97 @@ pub fn send<'a>(
 ) -> Outcome<'a> {
     let end = stream.at(held, fd);
     let mut done = 0_usize;
-    let mut has_slept = false;
+    let mut going = None;
     loop {
         let sent = end.send(from, &mut done);
         if done != 0 {
             wait::owe(stream);
             held.conn.one_way.store(0, Relaxed);
         }
-        match sent {
-            Sent::All => {
-                if check_is_due(held) && stream.has_unread() {
-                    peer_has_gone(&end);
-                }
-                return Outcome::Done(done as isize);
+        if let Sent::All = sent {
+            if check_is_due(held) && stream.has_unread() {
+                peer_has_gone(&end);
             }
-            Sent::Behind => {
-                if let Err(error) = rest::for_room(&end, held, flags) {
-                    return Outcome::Done(if done == 0 { error } else { done as isize });
-                }
-            }
-            Sent::Kernel(counted) if done == 0 => {
-                end.finished(Reason::PeerDemoted);
-                return Outcome::Kernel(counted);
-            }
-            Sent::Kernel(counted) => {
-                let rest = send_rest(held, fd, from, done, flags);
-                if counted.is_some() {
-                    drop(counted);
-                    end.after_kernel_send();
-                }
-                return Outcome::Done((done + rest) as isize);
-            }
-            Sent::Pipe | Sent::Broken if done != 0 => return Outcome::Done(done as isize),
-            Sent::Pipe => return Outcome::Done(broken_pipe(flags)),
-            Sent::Broken => return Outcome::Done(BROKEN),
-            Sent::Full if has_slept => {
-                // It was woken, and there is no room: somebody slipped past, or it was another's token.
-                end.look();
-                has_slept = false;
-            }
-            Sent::Full => match wait_for_space(&end, held, flags) {
-                Ok(slept) => has_slept = slept,
-                Err(error) => {
-                    return Outcome::Done(if done == 0 { error } else { done as isize });
-                }
-            },
+            return Outcome::Done(done as isize);
+        }
+        let going = going.get_or_insert_with(Going::default);
+        if let Some(outcome) = go_on(&end, held, from, flags, (sent, done), going) {
+            return outcome;
         }
     }
 }
 
+/// A send that could not put all into the ring at once.
+#[derive(Debug, Default)]
+struct Going {
+    waits: wait::Waits,
+    /// It has slept, and was not looked at why it was woken.
+    has_slept: bool,
+}
+
+/// Goes on with such a send, of which `done` bytes have gone: waits for room. What became of it, or `None`: to be tried again.
+#[cold]
+#[inline(never)]
+fn go_on<'a>(
+    end: &End<'a>,
+    held: &'a Use,
+    from: &Buffers,
+    flags: c_int,
+    (sent, done): (Sent<'a>, usize),
+    going: &mut Going,
+) -> Option<Outcome<'a>> {
+    Some(match sent {
+        Sent::All => Outcome::Done(done as isize),
+        Sent::Behind => {
+            going.waits.end();
+            match rest::for_room(end, held, flags, done != 0) {
+                Ok(()) => return None,
+                Err(error) if done == 0 => Outcome::Done(error),
+                Err(_) => Outcome::Done(done as isize),
+            }
+        }
+        Sent::Kernel(counted) if done == 0 => {
+            end.finished(Reason::PeerDemoted);
+            Outcome::Kernel(counted)
+        }
+        Sent::Kernel(counted) => {
+            going.waits.end();
+            let rest = send_rest(held, end.socket.wait_fd(), from, done, flags);
+            if counted.is_some() {
+                drop(counted);
+                end.after_kernel_send();
+            }
+            Outcome::Done((done + rest) as isize)
+        }
+        Sent::Pipe | Sent::Broken if done != 0 => Outcome::Done(done as isize),
+        Sent::Pipe => Outcome::Done(broken_pipe(flags)),
+        Sent::Broken => Outcome::Done(BROKEN),
+        Sent::Full if going.has_slept => {
+            // It was woken, and there is no room: somebody slipped past, or it was another's token.
+            end.look();
+            going.has_slept = false;
+            return None;
+        }
+        Sent::Full => match wait_for_space(end, held, &mut going.waits, flags, done != 0) {
+            Ok(slept) => {
+                going.has_slept = slept;
+                return None;
+            }
+            Err(error) if done == 0 => Outcome::Done(error),
+            Err(_) => Outcome::Done(done as isize),
+        },
+    })
+}
+
 /// The ring is full: waits for space, unless the peer has gone. True when it has slept. `Err`: to be reported, unless some
-/// bytes were sent.
-pub(super) fn wait_for_space(end: &End<'_>, held: &Use, flags: c_int) -> Result<bool, isize> {
+/// bytes were sent (`partial`).
+pub(super) fn wait_for_space(
+    end: &End<'_>,
+    held: &Use,
+    waits: &mut wait::Waits,
+    flags: c_int,
+    partial: bool,
+) -> Result<bool, isize> {
     let stream = end.shared;
     if peer_has_gone(end) {
         return Ok(false);
@@ -93,7 +132,7 @@ pub(super) fn wait_for_space(end: &End<'_>, held: &Use, flags: c_int) -> Result<
     if wait::spin(&held.conn.spin_score, has_space) {
         return Ok(false);
     }
-    wait::for_space(end, held).map(|()| true)
+    wait::for_space(end, held, waits, partial).map(|()| true)
 }
 
 /// Sends on the anchor what a call has left, since the stream was left in its middle: all of it, or as much as goes where the

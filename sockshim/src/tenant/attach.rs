@@ -69,6 +69,13 @@ pub(super) fn is_disabled() -> bool {
     DISABLED.load(Relaxed) != 0
 }
 
+/// True when the daemon is not to know this process. Where something else keeps its connections on the kernel, it is told, so that
+/// `rdsock why` can say what.
+fn stays_unknown() -> bool {
+    let speaks = [Reason::IoUring, Reason::DeepBind, Reason::HandedOver];
+    is_disabled() && !speaks.contains(&why_disabled())
+}
+
 /// Why that is so.
 pub(super) fn why_disabled() -> Reason {
     Reason::from_code(DISABLED.load(Relaxed)).unwrap_or(Reason::Disabled)
@@ -84,7 +91,7 @@ pub fn disable(reason: Reason) {
 pub fn ensure() {
     if !MEMORY.load(Relaxed).is_null() {
         stay_attached();
-    } else if !is_disabled()
+    } else if !stays_unknown()
         && let Some(guard) = Guard::take()
     {
         make_memory();
@@ -103,7 +110,7 @@ pub fn stay_attached() {
         0 => LOOK_MS * 1000,
         _ => GREETING_US,
     };
-    if since >= clock::ticks_of(pause) && !MEMORY.load(Relaxed).is_null() && !is_disabled() {
+    if since >= clock::ticks_of(pause) && !MEMORY.load(Relaxed).is_null() && !stays_unknown() {
         look_for_daemon(now);
     }
 }

@@ -68,5 +68,6 @@ pub fn move_hidden(fd: c_int) {
         let _ = place.compare_exchange(fd, new, AcqRel, Relaxed);
     }
     crate::epoll::moved_inner(fd, new);
+    crate::signals::moved(fd, new);
     close_hidden(fd);
 }
