@@ -422,6 +422,11 @@ impl Daemon {
             } => self.on_unpacked(connection, received),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
+            Found::Called {
+                ticket,
+                socket,
+                called,
+            } => self.on_called(ticket, socket, called),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
             Found::Socket {
                 tenant,
