@@ -110,7 +110,36 @@ pub struct Tenant {
 pub struct Connections {
     open: HashMap<u64, Connection>,
     next: u64,
-    tenants: usize,
+    tenants: OfProcesses,
+}
+
+/// Tenants by their processes' ids, the earlier ones first. An honest process has one.
+#[derive(Debug, Default)]
+struct OfProcesses {
+    of: HashMap<i32, Vec<TenantId>>,
+    len: usize,
+}
+
+impl OfProcesses {
+    fn insert(&mut self, pid: i32, id: TenantId) {
+        self.of.entry(pid).or_default().push(id);
+        self.len += 1;
+    }
+
+    fn remove(&mut self, pid: i32, id: TenantId) {
+        if let Some(tenants) = self.of.get_mut(&pid) {
+            let before = tenants.len();
+            tenants.retain(|other| *other != id);
+            self.len -= before - tenants.len();
+            if tenants.is_empty() {
+                self.of.remove(&pid);
+            }
+        }
+    }
+
+    fn of(&self, pid: i32) -> &[TenantId] {
+        self.of.get(&pid).map_or(&[], Vec::as_slice)
+    }
 }
 
 impl Default for Connections {
@@ -119,7 +148,7 @@ impl Default for Connections {
             open: HashMap::new(),
             // 0 is nobody.
             next: 1,
-            tenants: 0,
+            tenants: OfProcesses::default(),
         }
     }
 }
@@ -143,14 +172,16 @@ impl Connections {
         if let Some(connection) = self.open.get_mut(&id)
             && connection.tenant.replace(tenant).is_none()
         {
-            self.tenants += 1;
+            self.tenants.insert(connection.peer.pid, id);
         }
     }
 
     /// It is over.
     pub fn remove(&mut self, id: u64) -> Option<Connection> {
         let connection = self.open.remove(&id)?;
-        self.tenants -= usize::from(connection.tenant.is_some());
+        if connection.tenant.is_some() {
+            self.tenants.remove(connection.peer.pid, id);
+        }
         Some(connection)
     }
 
@@ -183,13 +214,38 @@ impl Connections {
         self.open.iter().filter_map(attached)
     }
 
+    /// The tenants whose process has this id, the earlier ones first.
+    pub fn of_process(&self, pid: i32) -> &[TenantId] {
+        self.tenants.of(pid)
+    }
+
     /// How many have a tenant.
     pub fn tenants(&self) -> usize {
-        self.tenants
+        self.tenants.len
     }
 
     /// True when there is none.
     pub fn is_empty(&self) -> bool {
         self.open.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tenants_of_a_process_are_found_by_it() {
+        let mut tenants = OfProcesses::default();
+        for (pid, id) in [(7, 1), (8, 2), (7, 3)] {
+            tenants.insert(pid, id);
+        }
+        assert_eq!((tenants.of(7), tenants.len), (&[1, 3][..], 3));
+        tenants.remove(7, 1);
+        tenants.remove(7, 2);
+        assert_eq!((tenants.of(7), tenants.of(8)), (&[3][..], &[2][..]));
+        tenants.remove(7, 3);
+        assert_eq!((tenants.of(7), tenants.len), (&[][..], 1));
+        assert_eq!(tenants.of.len(), 1);
     }
 }

@@ -440,6 +440,11 @@ impl Daemon {
             } => self.on_namespace(owner, opened, held),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
+            Found::Called {
+                ticket,
+                socket,
+                called,
+            } => self.on_called(ticket, socket, called),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
             Found::Socket {
                 tenant,

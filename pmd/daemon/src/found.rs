@@ -2,10 +2,11 @@
 
 use std::io;
 
+use nix::errno::Errno;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
-use crate::channel::{Receive, Sent};
+use crate::channel::{Foreign, Receive, Sent};
 use crate::memory::{Bells, TenantMap};
 use crate::namespaces::Opened;
 use crate::porters::Owner;
@@ -60,6 +61,15 @@ pub enum Found {
         asker: TenantId,
         /// What.
         fetched: Fetched,
+    },
+    /// The kernel was told to connect to a program that listens.
+    Called {
+        /// The stream that the connection is for.
+        ticket: u64,
+        /// The daemon's end.
+        socket: Foreign,
+        /// What the kernel said.
+        called: Result<(), Errno>,
     },
     /// A look at a tenant's process.
     Process {

@@ -559,7 +559,7 @@ impl Nudge {
 pub struct Foreign<D: Send + 'static> {
     fd: Option<OwnedFd>,
     owner: Owner,
-    charge: Option<Charge>,
+    charge: Option<Arc<Charge>>,
     porters: Porters<D>,
 }
 
@@ -584,8 +584,14 @@ impl<D: Send + 'static> Foreign<D> {
     }
 
     /// It counts on this account until it is closed.
-    pub fn charge_to(&mut self, charge: Charge) {
-        self.charge = Some(charge);
+    pub fn charge_to(&mut self, charge: impl Into<Arc<Charge>>) {
+        self.charge = Some(charge.into());
+    }
+
+    /// Somebody else closes it, and pays for it.
+    pub fn hand_over(mut self) -> Option<OwnedFd> {
+        self.charge = None;
+        self.fd.take()
     }
 }
 
@@ -598,6 +604,9 @@ impl<D: Send + 'static> AsRawFd for Foreign<D> {
 impl<D: Send + 'static> Drop for Foreign<D> {
     fn drop(&mut self) {
         let (fd, charge) = (self.fd.take(), self.charge.take());
+        if fd.is_none() && charge.is_none() {
+            return;
+        }
         self.porters.give(self.owner, move || {
             drop(fd);
             drop(charge);

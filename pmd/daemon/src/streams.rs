@@ -81,22 +81,15 @@ impl Elsewhere {
 }
 
 impl Memory {
-    /// From the descriptors of a new stream, and what it costs its payer: `None` for one to another node, which costs
-    /// from before it is promoted.
+    /// From the descriptors of a new stream, and what it costs its payer.
     pub fn new(
         fds: StreamFds,
         bells: [Option<Bells>; 2],
         ring_size: u64,
-        charge: Option<Charge>,
+        charge: Arc<Charge>,
         elsewhere: Option<Elsewhere>,
     ) -> Self {
-        let charge = charge.map(Arc::new);
-        let paid = |file| {
-            Arc::new(match &charge {
-                Some(charge) => Paid::new(file, charge.clone()),
-                None => Paid::free(file),
-            })
-        };
+        let paid = |file| Arc::new(Paid::new(file, charge.clone()));
         Memory {
             stream: paid(fds.stream),
             ends: fds.ends.map(&paid),

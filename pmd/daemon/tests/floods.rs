@@ -13,6 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{Shutdown, shutdown};
@@ -42,6 +43,7 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "dead holder" => be_dead_holder(part),
         "restless" => be_restless(part),
+        "watched listener" => be_watched_listener(part),
         "listeners" => be_listeners(part),
         "many records" => be_many_records(part),
         other => panic!("no such part: {other}"),
@@ -187,6 +189,64 @@ scene!(connects_without_end_to_who_listens, |test| {
     let server = Server::start(nodes.server());
     // Each of these is a stream, of which a user may have few under way.
     flood(test, &nodes, server.address().port(), 100);
+});
+
+/// Listens on a socket that very many wait at: whoever connects to it wakes them all.
+fn be_watched_listener(part: &Part) {
+    const DUPLICATES: usize = 1000;
+    const INSTANCES: usize = 200;
+    raise_descriptors();
+    let listener = listener();
+    let duplicates: Vec<_> = (0..DUPLICATES)
+        .map(|_| listener.try_clone().unwrap())
+        .collect();
+    let mut instances = Vec::new();
+    for _ in 0..INSTANCES {
+        let instance = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        for duplicate in &duplicates {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+            instance.add(duplicate, event).unwrap();
+        }
+        instances.push(instance);
+    }
+    let mut tenant = Tenant::attach_at(&part.socket);
+    tenant.ask_for(&listens(&listener));
+    wait_for_looks(&part.socket);
+    say(&format!("port {}", listener.local_addr().unwrap().port()));
+    while let Ok((stream, _)) = listener.accept() {
+        drop(stream);
+    }
+}
+
+scene!(who_makes_a_connect_take_long_holds_up_his_own, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = nodes.server();
+    let listener = Actor::start(test, "watched listener", &server.socket(), ATTACKER);
+    let line = listener.next_line(Duration::from_secs(60)).unwrap();
+    let port: u16 = line.strip_prefix("port ").unwrap().parse().unwrap();
+    let mut attacker = Actor::start(test, "restless", &nodes.client().socket(), ATTACKER);
+    attacker.hear("ready");
+    attacker.say(&port.to_string());
+    // The control thread has laid the baton down while it connects, and does not connect to this user's programs again.
+    server.wait_until("another thread has taken over", |stat| {
+        stat["counters"]["held_up"].as_u64() >= Some(1)
+    });
+    let other = Server::start(server);
+    let mut client = Client::at(&nodes.client().socket());
+    let (end, mut served) = (Instant::now() + Duration::from_secs(60), 0);
+    while served < 5 {
+        let bound = Bound::new(0).unwrap();
+        let reached = client.reach(&bound, other.address());
+        if reached.ticket == 0 {
+            // The kernel itself takes its time meanwhile, and a connect goes over the kernel then.
+            assert!(Instant::now() < end, "reason {}", reached.reason);
+            continue;
+        }
+        served += 1;
+        let mut stream = client.go(bound, &reached).unwrap();
+        stream.write_all(b"served").unwrap();
+        assert!(other.receives("served", Duration::from_secs(60)));
+    }
 });
 
 /// What the daemon says of this user's account.

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rdsock_shm::control::{
-    Between, Message, Query, Refused, from_bytes, kind, question, refusal, request as what,
+    Between, Message, Query, Refused, Request, from_bytes, kind, question, refusal, request as what,
 };
 use rdsock_shm::layout::CONN_RECORDS;
 use serde_json::json;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
-use tenant::{Answer, Daemon, Tenant, request, tcp_pair};
+use tenant::nodes::{Bound, Client, Nodes, Server};
+use tenant::{Answer, Daemon, Tenant, announcement, request, tcp_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
@@ -479,6 +480,55 @@ fn a_message_that_nobody_reads_keeps_its_stream_on_an_account() {
     daemon.wait_until("closed", |stat| stat["streams_now"] == 0);
     assert!(promoted > 300, "{promoted}");
     all_is_charged(&daemon, own, 0);
+}
+
+#[test]
+fn what_streams_to_other_nodes_leave_behind_is_on_an_account() {
+    const STREAMS: usize = 20;
+    let nodes = Nodes::start([SMALL; 2]);
+    let (daemon, server) = (nodes.client(), Server::start(nodes.server()));
+    drop(Tenant::attach(daemon));
+    daemon.wait_until("all have gone", |stat| stat["tenants"] == json!([]));
+    std::thread::sleep(Duration::from_millis(100));
+    let own = daemon.descriptors();
+    let mut deaf = Client::at(&daemon.socket());
+    let reached: Vec<_> = (0..STREAMS)
+        .map(|_| {
+            let bound = Bound::new(0).unwrap();
+            let reached = deaf.reach(&bound, server.address());
+            (bound, reached)
+        })
+        .collect();
+    // What it is told from now on waits for it.
+    for number in 0..400 {
+        deaf.tenant.ask_for(&request(what::ANNOUNCE, number, 1));
+    }
+    daemon.wait_until("its answers wait", |stat| {
+        stat["tenants"][0]["unread_messages"] != 0 && stat["counters"]["announced"] == 400
+    });
+    let mut anchors = Vec::new();
+    for (number, (bound, reached)) in (1000..).zip(reached) {
+        let anchor = bound.connect(reached.anchor_port).unwrap();
+        deaf.tenant.ask_for(&Request {
+            stream_id: reached.ticket,
+            ..announcement(number, 1, &anchor, 1)
+        });
+        anchors.push(anchor);
+    }
+    daemon.wait_until("promoted", |stat| {
+        stat["counters"]["streams_opened"] == STREAMS
+    });
+    all_is_charged(daemon, own, 5 * STREAMS as u64);
+    drop(anchors);
+    daemon.wait_until("over", |stat| stat["fabric"]["streams"] == 0);
+    all_is_charged(daemon, own, 3 * STREAMS as u64);
+    drop(deaf);
+    daemon.wait_until("given back", |stat| {
+        let users = stat["users"].as_array().unwrap();
+        users
+            .iter()
+            .all(|user| user["carried"].as_u64().unwrap_or(0) == 0)
+    });
 }
 
 scene!(

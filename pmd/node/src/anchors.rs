@@ -75,8 +75,9 @@ impl Rest {
 
 #[derive(Debug)]
 struct Anchor {
-    stream: Arc<NodeStream>,
     socket: Socket,
+    // Behind the socket, which it pays for.
+    stream: Arc<NodeStream>,
     reading: Reading,
     writing: Writing,
     /// Position after the last byte taken off the anchor.

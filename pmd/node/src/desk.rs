@@ -17,10 +17,10 @@ pub const DESCRIPTORS: u64 = 2;
 /// A socket that a stream to another node has on this host.
 #[derive(Debug)]
 pub struct Attach {
-    /// The stream.
-    pub stream: Arc<NodeStream>,
     /// The daemon's end of the program's connection.
     pub socket: OwnedFd,
+    /// The stream, which pays for it.
+    pub stream: Arc<NodeStream>,
 }
 
 /// What the thread shares with the others.

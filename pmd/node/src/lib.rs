@@ -28,7 +28,7 @@ mod station;
 pub mod stream;
 mod totals;
 
-pub use desk::DESCRIPTORS;
+pub use desk::{DESCRIPTORS, Paid};
 use mail::Waker;
 use memory::{Slot, StreamMemory, stream_bytes};
 pub use rdsock_model::Fabric;
@@ -335,7 +335,8 @@ impl Poller {
     }
 
     /// Maps the memory of a stream to a node: a memfd of [`stream_bytes`] bytes, sealed against shrinking, with the
-    /// header in place. `None` when there are too many already, or there is no such node.
+    /// header in place. What pays for it is held until its anchor is closed and nobody refers to the stream. `None` when there are too
+    /// many already, or there is no such node.
     pub fn stream(
         &mut self,
         ticket: u64,
@@ -343,6 +344,7 @@ impl Poller {
         opening: Opening,
         berth: Berth,
         file: &impl AsFd,
+        paid: Paid,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
         let end = match opening {
             Opening::Connect => 0,
@@ -359,7 +361,7 @@ impl Poller {
             return Ok(None);
         };
         let memory = StreamMemory::new(file, self.ring_size, &places.window, slot)?;
-        let stream = NodeStream::new(ticket, node, end, berth, memory);
+        let stream = NodeStream::new(ticket, node, end, berth, memory, paid);
         Ok(Some(Arc::new(stream)))
     }
 

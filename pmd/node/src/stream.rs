@@ -4,7 +4,7 @@
 //! node, *in* the one back. Positions count the bytes of a direction from the connection's birth, on the
 //! anchor, in the ring and between the nodes alike.
 
-use crate::desk::{Attach, Seat};
+use crate::desk::{Attach, Paid, Seat};
 use crate::memory::{Board, StreamMemory};
 use rdsock_shm::end::take_ask;
 use rdsock_shm::layout::{Ask, Direction, mark, want};
@@ -107,6 +107,8 @@ pub struct NodeStream {
 
     /// It is in the queue to the poll core, to the anchors' thread.
     pub queued: [AtomicBool; 2],
+    // Goes behind all else.
+    _paid: Paid,
 }
 
 impl NodeStream {
@@ -117,6 +119,7 @@ impl NodeStream {
         end: usize,
         Berth { core, load, seat }: Berth,
         memory: StreamMemory,
+        paid: Paid,
     ) -> Self {
         let stream = NodeStream {
             ticket,
@@ -139,6 +142,7 @@ impl NodeStream {
             ends_at: AtomicU64::new(NONE),
             todo: AtomicU32::new(0),
             queued: [AtomicBool::new(false), AtomicBool::new(false)],
+            _paid: paid,
         };
         // The daemon counts what it reads from the anchor, so the program may switch when it likes.
         stream.out().consumer.ready.store(1, Ordering::Release);

@@ -147,7 +147,14 @@ fn a_thread_is_paid_for_once_and_until_its_last_stream_has_gone() {
         };
         let berth = site.poller.berth(2, Opening::Connect, user, pay).unwrap();
         let ticket = 1000 + ticket as u64;
-        let made = (site.poller).stream(ticket, 2, Opening::Connect, berth.unwrap(), &memory(RING));
+        let made = (site.poller).stream(
+            ticket,
+            2,
+            Opening::Connect,
+            berth.unwrap(),
+            &memory(RING),
+            Box::new(()),
+        );
         streams.push(made.unwrap().unwrap());
     }
     assert_eq!(payments, 2);

@@ -2,8 +2,11 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::getsockname;
 use rdsock_node::memory::Board;
 use rdsock_node::{Command, Notice, Opening};
 use rdsock_proto::{Addresses, Refusal};
@@ -16,11 +19,13 @@ use super::{Daemon, End, Portion};
 use crate::accounts::{Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::book::{Announced, Conn, Role, Route, TenantId};
+use crate::channel::sender;
 use crate::config::Config;
 use crate::fabric::{Anchor, Arrival, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
 use crate::memory::{TenantMap, make_stream_with};
-use crate::rights::{Held, NotHeld, Passport, Rights};
+use crate::porters::Owner;
+use crate::rights::{Held, NotHeld, Passport, Rights, socket_address};
 use crate::streams::{Elsewhere, Memory};
 use serde_json::{Value, json};
 
@@ -30,6 +35,12 @@ const ANCHOR: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Anchors that are taken in a turn: all that can wait at both listeners.
 const ANCHORS: usize = 2 * 129;
+/// In place of the user of those who come without a promise.
+const STRANGERS: u32 = u32::MAX - 1;
+/// With so many of them that are to be closed, others wait, too.
+const STRAYS: usize = 64;
+/// Descriptors of a stream to another node besides: its anchor, and its memory once more, for models that are linked.
+const FURTHER_DESCRIPTORS: u64 = 2;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
 
@@ -210,14 +221,16 @@ impl Daemon {
         let wanted = [
             (Thing::Streams, 1),
             (Thing::Carried, 1),
-            (Thing::Connects, 1),
             (Thing::Bytes, bytes),
-            // Its anchor as well.
-            (Thing::Descriptors, STREAM_DESCRIPTORS + 1),
+            (Thing::Descriptors, STREAM_DESCRIPTORS + FURTHER_DESCRIPTORS),
         ];
-        let charge = self.accounts.charge(uid, &wanted).inspect_err(|over| {
+        let charge = self.accounts.charge(uid, &wanted);
+        let connect = self.accounts.charge(uid, &[(Thing::Connects, 1)]);
+        let charges = charge.and_then(|charge| Ok((charge, connect?)));
+        let (charge, connect) = charges.inspect_err(|over| {
             self.journal.refusal(over.cause(), uid, 0);
         })?;
+        let charge = Arc::new(charge);
         if matches!(opening, Opening::Accept(_)) {
             self.leave_room(uid)?;
         }
@@ -230,7 +243,7 @@ impl Daemon {
         let ticket = self.streams.number();
         let fds = make_stream_with(ticket, ring_size, bytes)?;
         let made = fabric
-            .stream(ticket, node, opening, berth, &fds)
+            .stream(ticket, node, opening, berth, &fds, charge.clone())
             .map_err(|error| {
                 let error = io::Error::other(error);
                 let what = "the device can't be given a stream's memory, so it stays on the kernel";
@@ -252,6 +265,7 @@ impl Daemon {
                     Opening::Accept(_) => Anchor::Called,
                 },
                 charge,
+                connect: Some(connect),
             },
         );
         Ok(ticket)
@@ -439,24 +453,54 @@ impl Daemon {
             && let Some(fabric) = &mut self.fabric
         {
             self.turn.arrivals += 1;
-            let from = match fabric.arrival(listener) {
-                Arrival::From(from) => from,
-                Arrival::Stray(from) => {
-                    self.journal.counters.stray += 1;
-                    debug!(%from, "a connection to the anchors' port that nobody asked for");
-                    continue;
-                }
+            if self.porters.waiting_of(STRANGERS) > STRAYS {
+                return self.let_anchors_wait(listener);
+            }
+            match fabric.arrival(listener) {
+                Arrival::From(socket, from) => self.on_arrival(socket, from),
                 Arrival::None => return,
                 Arrival::Short(error) => {
                     let what = "programs that go to other nodes have to wait: more descriptors are needed (LimitNOFILE=)";
                     self.journal.fault(what, 0, &error);
-                    if let Some(listener) = fabric.listener(listener) {
-                        self.agenda.unwatch(listener);
-                    }
-                    return self.agenda.after(PAUSE, Due::Anchors(listener));
+                    return self.let_anchors_wait(listener);
                 }
-            };
-            self.attach_arrival(from);
+            }
+        }
+    }
+
+    /// Those that come now wait in the backlog of the listener.
+    fn let_anchors_wait(&mut self, listener: usize) {
+        let fabric = self.fabric.as_ref();
+        if let Some(socket) = fabric.and_then(|fabric| fabric.listener(listener)) {
+            self.agenda.unwatch(socket);
+        }
+        self.agenda.after(PAUSE, Due::Anchors(listener));
+    }
+
+    /// A connection has come in. Whoever has made it decides what its end costs, which wakes all that watch it: a porter closes it, if
+    /// it is nobody's anchor.
+    fn on_arrival(&mut self, socket: OwnedFd, from: SocketAddr) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let name = getsockname(socket.as_raw_fd()).ok();
+        let to = name.as_ref().and_then(socket_address);
+        let expected = fabric.expected_from(from).zip(to);
+        let stranger = Owner {
+            uid: STRANGERS,
+            connection: from.port().into(),
+        };
+        let owner = expected.map_or(stranger, |(owner, _)| sender(owner));
+        let socket = self.porters.foreign(owner, socket);
+        match expected {
+            Some((_, to)) => {
+                fabric.arrive(from, to, socket);
+                self.attach_arrival(from);
+            }
+            None => {
+                self.journal.counters.stray += 1;
+                debug!(%from, "a connection to the anchors' port that nobody asked for");
+            }
         }
     }
 
@@ -516,7 +560,7 @@ impl Daemon {
         if Rights::is_between(diag, held, (from, to)) {
             fabric.attach_arrived(ticket, from);
             if let Some(carried) = fabric.carried.get_mut(&ticket) {
-                carried.charge.less(Thing::Connects, 1);
+                carried.connect = None;
             }
         }
     }
@@ -621,7 +665,8 @@ impl Daemon {
                 let bytes = fds.bytes;
                 let ring_size = stream.memory.ring_size();
                 // The poll core alone rings the tenant's bells.
-                let memory = Memory::new(fds, [None, None], ring_size, None, Some(elsewhere));
+                let charge = carried.charge.clone();
+                let memory = Memory::new(fds, [None, None], ring_size, charge, Some(elsewhere));
                 self.journal.counters.streams_opened += 1;
                 self.streams.open(ticket, ends, bytes, memory);
             }

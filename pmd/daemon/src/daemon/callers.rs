@@ -97,7 +97,7 @@ pub(super) struct Watched {
 }
 
 /// To watch a socket of a stranger's.
-fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
+pub(super) fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
     // SAFETY: the descriptor stays open while `socket` lives, which the borrow does not outlive.
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }

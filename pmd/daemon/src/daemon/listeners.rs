@@ -15,17 +15,25 @@ use rdsock_proto::{Addresses, Refusal};
 use rdsock_shm::control::{Between, Caller, FABRIC_SOURCE_V4, Message, Request, kind};
 use tracing::debug;
 
+use super::callers::borrowed;
 use super::{Daemon, End};
 use crate::accounts::Thing;
 use crate::agenda::{Due, Token};
 use crate::book::TenantId;
+use crate::channel::Foreign;
 use crate::diag::Listener;
 use crate::fabric::{Call, Carried, Listening, addresses, octets};
-use crate::found::Errand;
+use crate::found::{Errand, Found};
+use crate::porters::Owner;
 use crate::rights::{Held, NotHeld, Rights, socket_address};
 
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
+/// Time until the kernel was told to make it, for whom other calls are in the way, or a program that can make them long.
+const DIAL: Duration = Duration::from_secs(2);
+
+/// In the connection of a load: a call, and its ticket.
+const CALLS: u64 = 1 << 62;
 
 /// Holders of a listening socket that are looked at for one connection: those that do not hold it any more are forgotten, and
 /// the next connection finds others.
@@ -157,27 +165,67 @@ impl Daemon {
             return Err(Refusal::Policy);
         };
         fabric.call_from(ticket, local);
-        let called = connect(socket.as_raw_fd(), &SockaddrStorage::from(destination));
-        if let Err(error) = called
-            && error != Errno::EINPROGRESS
-        {
-            return Err(self.give_up_call(ticket, error));
-        }
-        let token = Token::Call(ticket);
-        if let Err(error) = self.agenda.watch_for(&socket, EpollFlags::EPOLLOUT, token) {
-            return Err(self.give_up_call(ticket, error));
-        }
         let call = Call {
             id,
-            socket,
+            socket: None,
             local,
             destination,
             uid,
             listener,
         };
         fabric.calls.insert(ticket, call);
-        self.agenda.after(CALL, Due::Call(ticket));
+        self.agenda.after(DIAL, Due::Call(ticket));
+        self.have_called(ticket, uid, socket, destination);
         Ok(())
+    }
+
+    /// Has a program that listens called. All that watch its socket are woken in the time of who calls: so that is a look, and so
+    /// is the end of a call that is not wanted any more. No call waits for another one.
+    fn have_called(&mut self, ticket: u64, uid: u32, socket: OwnedFd, to: SocketAddr) {
+        let owner = Owner {
+            uid,
+            connection: ticket | CALLS,
+        };
+        let mut socket = self.porters.foreign(owner, socket);
+        let fabric = self.fabric.as_ref();
+        if let Some(carried) = fabric.and_then(|fabric| fabric.carried.get(&ticket)) {
+            socket.charge_to(carried.charge.clone());
+        }
+        self.porters.give_quick(owner, move || {
+            let called = connect(socket.as_raw_fd(), &SockaddrStorage::from(to));
+            Some(Found::Called {
+                ticket,
+                socket,
+                called,
+            })
+        });
+    }
+
+    /// The kernel was told to connect to a program that listens.
+    pub(super) fn on_called(&mut self, ticket: u64, socket: Foreign, called: Result<(), Errno>) {
+        let fabric = self.fabric.as_mut();
+        let Some(call) = fabric.and_then(|fabric| fabric.calls.get_mut(&ticket)) else {
+            return;
+        };
+        let flags = EpollFlags::EPOLLOUT | EpollFlags::EPOLLONESHOT;
+        let watched = match called {
+            Ok(()) | Err(Errno::EINPROGRESS) => {
+                let token = Token::Call(ticket);
+                self.agenda.watch_for(borrowed(&socket), flags, token)
+            }
+            Err(error) => Err(error),
+        };
+        let id = call.id;
+        match watched {
+            Ok(()) => {
+                call.socket = Some(socket);
+                self.agenda.after(CALL, Due::Call(ticket));
+            }
+            Err(error) => {
+                let why = self.give_up_call(ticket, error);
+                self.refuse(id, why);
+            }
+        }
     }
 
     /// A program that listens can't be reached.
@@ -197,11 +245,17 @@ impl Daemon {
         let Some(fabric) = &mut self.fabric else {
             return;
         };
+        let Some(call) = fabric.calls.get_mut(&ticket) else {
+            return;
+        };
+        let Some(socket) = call.socket.take() else {
+            return;
+        };
         let Some(call) = fabric.calls.remove(&ticket) else {
             return;
         };
-        self.agenda.unwatch(&call.socket);
-        let error = getsockopt(&call.socket, sockopt::SocketError);
+        self.agenda.unwatch(borrowed(&socket));
+        let error = getsockopt(&borrowed(&socket), sockopt::SocketError);
         let made = match error {
             Ok(0) => self.is_made(&call),
             Ok(error) => Err(Errno::from_raw(error)),
@@ -215,12 +269,12 @@ impl Daemon {
             return;
         };
         if let Some(carried) = fabric.carried.get_mut(&ticket) {
-            carried.charge.less(Thing::Connects, 1);
+            carried.connect = None;
             let (id, stream) = (call.id, carried.stream.clone());
             fabric.command(Command::Accept { id, stream });
         }
         // As the program's socket has them.
-        fabric.attach(ticket, call.socket, (call.destination, call.local));
+        fabric.attach(ticket, socket, (call.destination, call.local));
     }
 
     /// Was a connection made to the program that it was meant for? The socket that would have got it listens still, so
@@ -243,7 +297,9 @@ impl Daemon {
             .as_mut()
             .and_then(|fabric| fabric.calls.remove(&ticket));
         if let Some(call) = call {
-            self.agenda.unwatch(&call.socket);
+            if let Some(socket) = &call.socket {
+                self.agenda.unwatch(borrowed(socket));
+            }
             let why = self.give_up_call(ticket, Errno::ETIMEDOUT);
             self.refuse(call.id, why);
         }

@@ -1,5 +1,6 @@
 //! Streams: made, handed out, found again, given back.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdsock_shm::reason::Reason;
@@ -65,7 +66,7 @@ impl Daemon {
         self.journal.counters.streams_huge += u64::from(fds.huge);
         debug!(stream = id, route = ?ends[0].route, "opened");
         let bytes = fds.bytes;
-        let memory = Memory::new(fds, bells, ring_size, Some(charge), None);
+        let memory = Memory::new(fds, bells, ring_size, Arc::new(charge), None);
         self.streams.open(id, ends, bytes, memory);
         Ok(())
     }

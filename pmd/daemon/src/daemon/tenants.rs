@@ -193,10 +193,9 @@ impl Daemon {
     /// A process says HELLO: whatever it was attached as before it ran another program is over. Of very many such
     /// connections, the rest is left to the sweep.
     pub(super) fn detach_earlier_programs(&mut self, id: TenantId, pid: i32) {
-        let earlier = self.connections.attached();
-        let earlier =
-            earlier.filter(|(other, connection, _)| *other != id && connection.peer.pid == pid);
-        let earlier: Vec<TenantId> = earlier.take(EARLIER).map(|(other, ..)| other).collect();
+        let tenants = self.connections.of_process(pid).iter().copied();
+        let earlier = tenants.filter(|other| *other != id).take(EARLIER);
+        let earlier: Vec<TenantId> = earlier.collect();
         for other in earlier {
             self.have_process_looked_at(other);
         }

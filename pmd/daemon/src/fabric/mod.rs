@@ -14,8 +14,10 @@ pub use routes::follow;
 use crate::accounts::Charge;
 use crate::agenda::{Agenda, Token};
 use crate::book::{Route, TenantId};
+use crate::channel::Foreign;
 use crate::confine::Confinement;
 use crate::memory::{StreamFds, can_be_whole};
+use crate::porters::Owner;
 use crate::rights::Held;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
@@ -55,8 +57,10 @@ pub struct Carried {
     pub destination: SocketAddr,
     /// Where bytes flow as long as it is not promoted.
     pub anchor: Anchor,
-    /// What it costs its user.
-    pub charge: Charge,
+    /// What it costs its user, until its last descriptor is closed: that of its anchor, or one in a message that nobody reads.
+    pub charge: Arc<Charge>,
+    /// The connect, as long as it is under way.
+    pub connect: Option<Charge>,
 }
 
 /// The daemon's end of a program's connection.
@@ -93,10 +97,8 @@ pub enum Anchor {
 /// What there is at a listener for anchors.
 #[derive(Debug)]
 pub enum Arrival {
-    /// A connection from an address that a stream is promised for.
-    From(SocketAddr),
-    /// One that nobody was told to make.
-    Stray(SocketAddr),
+    /// A connection, and from where.
+    From(OwnedFd, SocketAddr),
     /// Nothing now.
     None,
     /// There are no descriptors to take what there is.
@@ -119,8 +121,8 @@ pub struct Asking {
 pub struct Call {
     /// What the other node asked for.
     pub id: Asked,
-    /// The daemon's socket.
-    pub socket: OwnedFd,
+    /// The daemon's socket, once the kernel was told to connect it.
+    pub socket: Option<Foreign>,
     /// Its address.
     pub local: SocketAddr,
     /// The program's address.
@@ -152,7 +154,7 @@ pub struct Control {
     /// holds the socket that comes from there is looked up.
     promised: HashMap<SocketAddr, Vec<u64>>,
     /// Anchors that have come in, by the address that they come from, until it is known whose they are.
-    arrived: HashMap<SocketAddr, (OwnedFd, SocketAddr)>,
+    arrived: HashMap<SocketAddr, (Foreign, SocketAddr)>,
     /// Connections to programs that listen, on their way, by ticket.
     pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
@@ -403,7 +405,8 @@ impl Control {
         self.poller.berth(node, opening, uid, pay)
     }
 
-    /// Gives a stream's memory to the data path. `None` when there are too many streams.
+    /// Gives a stream's memory to the data path, which pays for the stream as long as it has something of it. `None` when
+    /// there are too many streams.
     pub fn stream(
         &mut self,
         ticket: u64,
@@ -411,9 +414,11 @@ impl Control {
         opening: Opening,
         berth: Berth,
         fds: &StreamFds,
+        charge: Arc<Charge>,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
+        let paid = Box::new(charge);
         self.poller
-            .stream(ticket, node, opening, berth, &fds.stream)
+            .stream(ticket, node, opening, berth, &fds.stream, paid)
     }
 
     /// Where a program makes its anchor, from an address of this family.
@@ -476,12 +481,28 @@ impl Control {
                 _ => return Arrival::None,
             },
         };
-        let to = socket.local_addr().ok();
-        let Some(to) = to.filter(|_| self.promised.contains_key(&from)) else {
-            return Arrival::Stray(from);
-        };
-        self.arrived.insert(from, (socket.into(), to));
-        Arrival::From(from)
+        Arrival::From(socket.into(), from)
+    }
+
+    /// Whose anchor a connection from this address is to be: a stream is promised for it. Of several, the latest.
+    pub fn expected_from(&self, from: SocketAddr) -> Option<Owner> {
+        let ticket = self.promised.get(&from)?.last()?;
+        match self.carried.get(ticket)?.anchor {
+            Anchor::Promised { tenant, uid, .. } => Some(Owner {
+                uid,
+                connection: tenant,
+            }),
+            _ => None,
+        }
+    }
+
+    /// A connection has come in from an address that a stream is promised for.
+    pub fn arrive(&mut self, from: SocketAddr, to: SocketAddr, mut socket: Foreign) {
+        let ticket = self.promised.get(&from).and_then(|tickets| tickets.last());
+        if let Some(carried) = ticket.and_then(|ticket| self.carried.get(ticket)) {
+            socket.charge_to(carried.charge.clone());
+        }
+        self.arrived.insert(from, (socket, to));
     }
 
     /// A listener for anchors, to be watched or not.
@@ -539,9 +560,12 @@ impl Control {
     }
 
     /// Gives the daemon's end of a program's connection to the data path: bytes flow.
-    pub fn attach(&mut self, ticket: u64, socket: OwnedFd, names: (SocketAddr, SocketAddr)) {
+    pub fn attach(&mut self, ticket: u64, socket: Foreign, names: (SocketAddr, SocketAddr)) {
         let Some(carried) = self.carried.get_mut(&ticket) else {
             return;
+        };
+        let Some(socket) = socket.hand_over() else {
+            return self.abandon(ticket);
         };
         let inode = nix::sys::stat::fstat(&socket).map(|stat| stat.st_ino);
         let cookie = crate::diag::cookie_of(socket.as_fd());

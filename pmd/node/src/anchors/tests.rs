@@ -24,7 +24,7 @@ fn anchor() -> (Anchor, TcpStream) {
     let (_, seat) = Desk::new(1, Box::new(())).unwrap();
     let (core, load) = (0, Arc::new(()));
     let berth = Berth { core, load, seat };
-    let stream = Arc::new(NodeStream::new(1, 2, 0, berth, memory));
+    let stream = Arc::new(NodeStream::new(1, 2, 0, berth, memory, Box::new(())));
     for direction in [stream.out(), stream.incoming()] {
         let switch_at = &direction.producer.switch_at;
         switch_at.store(NOT_SWITCHED, Ordering::Relaxed);

@@ -181,7 +181,7 @@ impl Site {
             .poller
             .berth(node, opening, user, || Ok::<_, Error>(()));
         let berth = berth.unwrap().unwrap();
-        let made = (self.poller).stream(ticket, node, opening, berth, file);
+        let made = (self.poller).stream(ticket, node, opening, berth, file, Box::new(()));
         let made = made.unwrap();
         let stream = made.expect("there is room");
         self.streams.insert(ticket, stream.clone());
