@@ -2,7 +2,7 @@
 //! themselves are `rdsock_shm::end`.
 
 use crate::conn::{self, Use};
-use crate::stream::Stream;
+use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::layout::{anchor, mark};
@@ -93,12 +93,13 @@ pub fn before_close(held: &Use, fd: c_int) {
     let Some(stream) = held.conn.stream() else {
         return;
     };
-    if stream.page().holders.load(Acquire) > 1 || stream.is_reset() {
+    let end = stream.at(held, fd);
+    if stream.is_reset() || !end.is_last_to_close(stream::pid()) {
         return;
     }
     let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
     let breaks = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
-    stream.at(held, fd).close(breaks);
+    end.close(breaks);
 }
 
 /// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.

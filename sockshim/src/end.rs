@@ -156,6 +156,10 @@ impl Process for Socket<'_> {
         sys::is_alive(pid)
     }
 
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        sys::may_have_open(pid, self.fd)
+    }
+
     fn name(&self) -> u64 {
         wait::own_name()
     }

@@ -28,6 +28,7 @@ mod anchor;
 mod buffers;
 mod change;
 mod half;
+mod holders;
 mod leave;
 mod quick;
 mod receive;

@@ -185,6 +185,12 @@ pub trait Process {
     /// True while that process runs.
     fn is_running(&self, pid: u32) -> bool;
 
+    /// False where that process is known not to have the anchor open.
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        let _ = pid;
+        true
+    }
+
     /// Process (upper half) and thread, as they stand in the table of sleepers; never 0.
     fn name(&self) -> u64;
 

@@ -61,6 +61,8 @@ pub struct Side<'a> {
     broken: Cell<Option<Reason>>,
     left: Cell<Option<Reason>>,
     looks: Cell<u32>,
+    /// Processes that are no more, and those that run another program, without the anchor.
+    gone: RefCell<[Vec<u32>; 2]>,
     /// How often it was said that something has changed here,
     changes: Cell<u32>,
     /// and that with what it was about, when it was last compared.
@@ -122,6 +124,7 @@ impl Wire {
             broken: Cell::new(None),
             left: Cell::new(None),
             looks: Cell::new(0),
+            gone: RefCell::default(),
             changes: Cell::new(0),
             noted: Cell::default(),
         })
@@ -240,8 +243,12 @@ impl Process for &Side<'_> {
         self.clock.get()
     }
 
-    fn is_running(&self, _: u32) -> bool {
-        true
+    fn is_running(&self, pid: u32) -> bool {
+        !self.gone.borrow()[0].contains(&pid)
+    }
+
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        !self.gone.borrow()[1].contains(&pid)
     }
 
     fn name(&self) -> u64 {
@@ -315,6 +322,16 @@ impl Side<'_> {
     /// Why the stream was broken, where it was.
     pub fn broken(&self) -> Option<Reason> {
         self.broken.get()
+    }
+
+    /// A process ends.
+    pub fn ends(&self, pid: u32) {
+        self.gone.borrow_mut()[0].push(pid);
+    }
+
+    /// A process runs another program, which has not got the anchor.
+    pub fn runs_another(&self, pid: u32) {
+        self.gone.borrow_mut()[1].push(pid);
     }
 
     /// Why both directions are the kernel's, where they are.
