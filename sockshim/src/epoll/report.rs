@@ -337,6 +337,7 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     if has_left(stream) {
         // Following it changes this very registration: done without the lock, see `follow_leavers`.
         held.conn.look.store(1, Relaxed);
+        state.has_leaver = true;
         state.mark(bit);
         return None;
     }
