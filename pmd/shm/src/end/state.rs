@@ -97,7 +97,7 @@ pub enum Peer {
     Reads,
     /// It reads them, and wants the direction to end (LEAVE).
     Leaves,
-    /// It has closed.
+    /// It has closed, or has shut both directions.
     Closed,
     /// It reads the anchor, and wants the rest of the ring there (DEMOTED).
     Abandoned,
@@ -303,6 +303,10 @@ impl State {
             }
             Incoming::Anchor { switched, then } => {
                 ready |= kernel.bits & (IN | POLLRDHUP);
+                // The end stands in the ring, behind what is unread on the anchor.
+                if matches!(then, Then::End | Then::Anchor { ended: true }) {
+                    ready |= IN | POLLRDHUP;
+                }
                 match switched {
                     Some((0, bytes)) if bytes != 0 => ready |= IN,
                     // The byte that the kernel sees may be a token; then the ring tells.
