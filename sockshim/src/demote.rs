@@ -2,12 +2,14 @@
 //! themselves are `rdsock_shm::end`.
 
 use crate::conn::{self, Use};
+use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
-use rdsock_shm::layout::{anchor, mark};
+use rdsock_shm::end::Anchor;
+use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// True when either direction is, or may yet go, on a ring.
 pub fn is_on_rings(stream: &Stream) -> bool {
@@ -99,6 +101,9 @@ pub fn before_close(held: &Use, fd: c_int) {
     }
     let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
     let breaks = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
+    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well.
+    let unread = end.unread().or_else(|| end.socket.unread());
+    let breaks = breaks || unread.is_some_and(|unread| unread != 0);
     end.close(breaks);
 }
 
@@ -113,15 +118,25 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     }
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
-    if stream.tx().shut.load(Acquire) != 0 && peer_is_done {
+    // What the kernel says of a direction that it has again holds for the connection.
+    let is_closed = stream.tx().phase.load(Acquire) == phase::DEMOTED
+        && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE);
+    if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed {
         return Some(libc::ENOTCONN);
     }
     let end = stream.at(held, fd);
     if how != libc::SHUT_RD && !end.shut_sending() {
         held.conn.tell(held.index, State::Demoted, Reason::Call);
     }
+    if how != libc::SHUT_RD {
+        end.note_shut_sending();
+    }
     if how != libc::SHUT_WR {
         end.shut_receiving();
+    }
+    let is_shut = |word: &AtomicU32| word.load(Acquire) != 0;
+    if is_shut(&stream.tx().shut) && is_shut(&stream.rx().shut) && !held.conn.names.are_told() {
+        end.shut_both();
     }
     Some(0)
 }

@@ -33,6 +33,7 @@ mod leave;
 mod quick;
 mod receive;
 mod send;
+mod shut;
 mod sleep;
 mod state;
 mod switch;

@@ -52,6 +52,8 @@ pub mod want {
     /// The asker has ended its own direction, and asks the other end to end its one as well. It
     /// goes on reading the ring until that is done. Sticky.
     pub const LEAVE: u32 = 32;
+    /// The asker has shut both directions: it may read what is there, and takes nothing more. Sticky.
+    pub const SHUT: u32 = 64;
 }
 
 /// What the producer of a direction tells its consumer. One cache line, written by the producer.

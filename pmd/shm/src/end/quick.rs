@@ -1,6 +1,7 @@
 //! Quick questions: single words of a stream, for a caller that spins, and for a step that is about to act. They change
 //! nothing, and take no lock. The whole is [`super::State`].
 
+use super::shut::DEAF;
 use super::{Peer, Shared};
 use crate::layout::{phase, want};
 use crate::sync::Ordering::*;
@@ -86,8 +87,7 @@ impl Shared {
     #[inline]
     pub fn is_sendable(&self, enough: u64) -> bool {
         self.space() >= enough
-            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED | want::LEAVE)
-                != 0
+            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE | DEAF) != 0
             || self.tx().shut.load(Relaxed) != 0
             || self.rx().anchor.load(Relaxed) != 0
             || self.tx().phase.load(Relaxed) != phase::RING
@@ -107,7 +107,7 @@ impl Shared {
         let wants = self.out().bytes.want.load(Relaxed);
         if wants & want::DEMOTED != 0 {
             Peer::Abandoned
-        } else if wants & want::CLOSED != 0 {
+        } else if wants & DEAF != 0 {
             Peer::Closed
         } else if wants & want::LEAVE != 0 {
             Peer::Leaves

@@ -304,8 +304,18 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
                 self.incoming_ended();
                 Took::Left
             }
+            Then::End if marks == 0 => self.own_end(),
             Then::End => Took::End,
             Then::More => self.anchor_end(),
+        }
+    }
+
+    /// The program wants nothing more. Where it sends nothing more either, the kernel answers what comes, and has an error then.
+    fn own_end(&self) -> Took {
+        let has_ended = self.end.tx().phase.load(Acquire) == phase::DEMOTED;
+        match has_ended.then(|| self.end.socket.peek()) {
+            Some(Got::Error(error)) => Took::Error(error),
+            _ => Took::End,
         }
     }
 
@@ -347,13 +357,18 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         let position = rx.tail.load(Relaxed);
         let mut limit = to.total - *done;
         let before = producer.switch_at.load(Acquire);
-        let (ready, ended) = if before == NOT_SWITCHED {
+        let ready = if before == NOT_SWITCHED {
             // What is on the anchor now is the program's, unless the other end switches meanwhile.
-            let ready = end.socket.unread().unwrap_or(0);
-            (ready, producer.mark.load(Acquire) & mark::END != 0)
+            end.socket.unread().unwrap_or(0)
         } else {
-            (u64::MAX, false)
+            u64::MAX
         };
+        let marks = producer.mark.load(Acquire);
+        let ended = before == NOT_SWITCHED && marks & mark::END != 0;
+        // The other end may tell of a break by a token, also where it has not switched.
+        let broken = marks & mark::RESET != 0;
+        let tokens = if broken { self.outstanding() } else { 0 };
+        let ready = ready.saturating_sub(u64::from(tokens));
         let ahead = Ahead::of(producer, position);
         match ahead {
             Ahead::Ring => {
@@ -372,7 +387,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             Ahead::Unswitched => limit = limit.min(ready.min(MOST as u64) as usize),
             Ahead::Anchor(bytes) => limit = limit.min(bytes.min(MOST as u64) as usize),
         }
-        if producer.mark.load(Acquire) & mark::RESET != 0 {
+        if limit == 0 && broken {
             end.reset(Reason::PeerReset);
             return Took::Again;
         }
@@ -401,6 +416,11 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             return Took::Some;
         }
         match stop {
+            // What came before the break has been read.
+            _ if broken => {
+                end.reset(Reason::PeerReset);
+                Took::Again
+            }
             Some(Got::End) => self.anchor_end_unless_switched(before),
             Some(Got::Error(error)) => self.anchor_error(before, error),
             _ => Took::Nothing,

@@ -191,7 +191,9 @@ impl<S: Anchor + Process> End<'_, S> {
     /// receiving ends as well, and says nothing about the peer.
     pub fn note_end(&self, error: bool) {
         let on_ring = self.tx().phase.load(Acquire) == phase::RING;
-        let is_own = self.rx().shut.load(Acquire) != 0 && !error;
+        // What a socket has not read when it is shut is no reason for a reset; what is sent to it later is, and the kernel's.
+        let is_shut = self.out().bytes.want.load(Relaxed) & want::SHUT != 0;
+        let is_own = (self.rx().shut.load(Acquire) != 0 || is_shut) && !error;
         let bits = if on_ring && self.shared.has_unread() && !is_own || error && !on_ring {
             anchor::EOF | anchor::ERROR | anchor::BROKEN
         } else {

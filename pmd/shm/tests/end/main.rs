@@ -7,4 +7,5 @@ mod hostile;
 mod operations;
 mod pair;
 mod random;
+mod shut;
 mod state;
