@@ -4,7 +4,7 @@
 use crate::conn::{self, Use};
 use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
-use crate::sys;
+use crate::{real, sys};
 use libc::c_int;
 use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark, phase};
@@ -110,6 +110,7 @@ pub fn before_close(held: &Use, fd: c_int) {
 /// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.
 pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     let stream = held.conn.stream()?;
+    stream.at(held, fd).settle_reset();
     if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how)
         || !stream.is_on_rings()
         || stream.is_reset()
@@ -121,7 +122,13 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     // What the kernel says of a direction that it has again holds for the connection.
     let is_closed = stream.tx().phase.load(Acquire) == phase::DEMOTED
         && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE);
-    if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed {
+    let is_broken = stream.marks() & mark::RESET != 0;
+    if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed || is_broken {
+        // It wakes whoever waits for the connection all the same.
+        if is_closed || is_broken {
+            // SAFETY: a plain call on the program's fd.
+            unsafe { real::shutdown(fd, how) };
+        }
         return Some(libc::ENOTCONN);
     }
     let end = stream.at(held, fd);

@@ -91,6 +91,11 @@ impl Anchor for Socket<'_> {
         TcpInfo::of(self.fd).is_some_and(|info| info.state == TcpInfo::ESTABLISHED)
     }
 
+    fn hears_end(&self) -> bool {
+        let ends = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        sys::poll_one(self.fd, libc::POLLRDHUP, 0).max(0) as i16 & ends != 0
+    }
+
     fn is_at_mark(&self) -> bool {
         sys::ioctl_int(self.fd, SIOCATMARK).is_some_and(|is_there| is_there != 0)
     }

@@ -7,7 +7,7 @@ use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
 };
-use rdsock_shm::layout::{Counter, phase, want};
+use rdsock_shm::layout::{Counter, mark, phase, want};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped: the most that [`limits::ON_STACK`] can be.
@@ -497,8 +497,9 @@ fn enter_stream(end: &End<'_>, entry: &pollfd) -> Option<(i16, bool)> {
     }
     // Bytes that stand on the anchor, and that the caller does not wait for, would end the sleep
     // at once.
+    let goes_on = stream.marks() & mark::END != 0;
     let full = entry.events & ready::IN == 0
-        && receives != phase::RING
+        && (receives != phase::RING || goes_on)
         && sys::poll_one(entry.fd, POLLIN, 0) > 0;
     if !full {
         events |= POLLIN;

@@ -32,7 +32,7 @@
 //! `poll`, on an outer instance, or that went to sleep before the instance had a bell are not counted there. So as long as
 //! somebody sleeps who is not, everything is asked for by token ([`reaches`]).
 
-use super::report::{has_left, has_some, snapshot};
+use super::report::{harvest, has_left, has_some, snapshot};
 use super::*;
 use crate::conn::Conn;
 use crate::ready;
@@ -139,6 +139,9 @@ pub(super) fn check(epoll: &Epoll) {
         if find_deaf(epoll).is_none() {
             return;
         }
+        // The sign may be an edge of an anchor. Whoever takes it hands on.
+        harvest(epoll);
+        kick(epoll);
         sys::poll_one(-1, 0, 1);
     }
     debug_assert!(

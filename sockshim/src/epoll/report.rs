@@ -13,7 +13,7 @@ use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
 /// What EPOLLET compares, now.
 pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
-    let state = u64::from(stream.incoming().producer.mark.load(Acquire))
+    let state = u64::from(stream.marks())
         | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
         | u64::from(stream.rx().phase.load(Acquire)) << 16
         | u64::from(stream.tx().phase.load(Acquire)) << 24

@@ -60,6 +60,8 @@ struct Conductor<'a> {
     ended: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
     edges: BTreeSet<(String, String)>,
+    /// Instances that may have an edge for room, for those that they are nested in.
+    rooms: BTreeSet<String>,
     pending: BTreeMap<(char, u8), Pending>,
     children: BTreeSet<char>,
     next: u64,
@@ -76,6 +78,7 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         full: BTreeSet::new(),
         ended: BTreeSet::new(),
         edges: BTreeSet::new(),
+        rooms: BTreeSet::new(),
         pending: BTreeMap::new(),
         children: BTreeSet::new(),
         next: 0,
@@ -269,7 +272,11 @@ impl Conductor<'_> {
             }
             "ctl" if answer == "ok" => {
                 let key = (word(1).to_owned(), word(3).to_owned());
-                match word(4).split(',').any(|bit| bit == "et") {
+                let has = |name| word(4).split(',').any(|bit| bit == name);
+                if has("et") && has("out") {
+                    self.rooms.insert(word(1).to_owned());
+                }
+                match has("et") {
                     true => self.edges.insert(key),
                     false => self.edges.remove(&key),
                 };
@@ -301,6 +308,10 @@ impl Conductor<'_> {
             let (name, bits) = report.split_once(':').unwrap_or((report, ""));
             let end = self.ends.get(name);
             let is_full = end.is_some_and(|end| self.full.contains(&end.conn));
+            if self.rooms.contains(name) {
+                // A nested instance: nobody knows what it tells of.
+                return None;
+            }
             if is_full || !self.edges.contains(&(instance.to_owned(), name.to_owned())) {
                 return Some(report.to_owned());
             }

@@ -81,6 +81,11 @@ pub trait Anchor {
     /// False when the connection is over in either direction, whatever still lies on it.
     fn is_open(&self) -> bool;
 
+    /// True when nothing more comes, since the other end has ended it, this one, or an error. An error stays.
+    fn hears_end(&self) -> bool {
+        matches!(self.peek(), Got::End | Got::Error(_))
+    }
+
     /// True when urgent data comes next, before which a receive ends that has bytes already.
     fn is_at_mark(&self) -> bool {
         false

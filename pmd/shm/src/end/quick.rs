@@ -3,7 +3,7 @@
 
 use super::shut::DEAF;
 use super::{Peer, Shared};
-use crate::layout::{phase, want};
+use crate::layout::{mark, phase, want};
 use crate::sync::Ordering::*;
 
 impl Shared {
@@ -73,6 +73,34 @@ impl Shared {
         }
         self.incoming().producer.switch_at.load(Acquire) == self.rx().tail.load(Relaxed)
             || self.has_ended()
+    }
+
+    /// What the other end has marked. A break counts unless
+    /// - both directions had ended before: TCP has no connection then that could be reset, and nobody is told;
+    /// - the other end has closed, and the rest comes on the anchor: then the kernel tells of it, behind that.
+    pub fn marks(&self) -> u32 {
+        let marks = self.incoming().producer.mark.load(Acquire);
+        if marks & mark::RESET == 0 {
+            return marks;
+        }
+        let is_over = marks & mark::FIN != 0 && self.tx().shut.load(Relaxed) != 0;
+        let has_closed = self.out().bytes.want.load(Relaxed) & want::CLOSED != 0;
+        let is_kernels = marks & mark::END != 0 && has_closed;
+        if is_over || is_kernels {
+            marks & !mark::RESET
+        } else {
+            marks
+        }
+    }
+
+    /// The error of a broken stream. As of TCP, one that broke behind its end has EPIPE, and a receive tells of the end alone.
+    pub(super) fn broken_by(&self) -> i32 {
+        let both = mark::FIN | mark::RESET;
+        if self.incoming().producer.mark.load(Acquire) & both == both {
+            libc::EPIPE
+        } else {
+            libc::ECONNRESET
+        }
     }
 
     /// No more bytes will come on the ring.

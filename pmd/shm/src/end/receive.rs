@@ -87,7 +87,11 @@ impl<S: Anchor + Process> End<'_, S> {
                 phase::RING => half.take(to, how, done, answer),
                 phase::SWITCHING => half.take_switching(to, how, done),
                 phase::RESET if *done != 0 => Took::Some,
-                phase::RESET if self.take_reset_error() => Took::Error(libc::ECONNRESET),
+                phase::RESET
+                    if self.shared.broken_by() != libc::EPIPE && self.take_reset_error() =>
+                {
+                    Took::Error(libc::ECONNRESET)
+                }
                 phase::RESET => Took::End,
                 _ if *done == 0 => return Received::Kernel,
                 _ => return half.take_rest(to, how, done),
@@ -117,12 +121,13 @@ impl<S: Anchor + Process> End<'_, S> {
     /// others when that looked.
     pub fn take_error(&self, kernel: i32) -> i32 {
         self.settle_reset();
-        let marks = self.incoming().producer.mark.load(Acquire);
+        let marks = self.shared.marks();
         let is_pending = if self.shared.is_reset() {
             self.take_reset_error()
+        } else if marks & mark::RESET != 0 {
+            self.take_send_error()
         } else {
-            let judged =
-                kernel == libc::ECONNRESET && self.shared.judges_end() && marks & mark::RESET == 0;
+            let judged = kernel == libc::ECONNRESET && self.shared.judges_end();
             if judged && self.rx().anchor.load(Acquire) == 0 {
                 self.note_end(true);
             }
@@ -132,7 +137,11 @@ impl<S: Anchor + Process> End<'_, S> {
             }
             pending
         };
-        if is_pending { libc::ECONNRESET } else { 0 }
+        if is_pending {
+            self.shared.broken_by()
+        } else {
+            0
+        }
     }
 
     /// Bytes that can be received now (`FIONREAD`). `None`: ask the kernel.
@@ -161,6 +170,8 @@ impl<S: Anchor + Process> End<'_, S> {
                     }
                 })
             }
+            // What the anchor may have are tokens.
+            phase::RESET => Some(0),
             _ => None,
         }
     }
@@ -281,7 +292,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         let end = self.end;
         // The anchor's end comes after the marks, so it is looked at first.
         let seen = end.rx().anchor.load(Acquire);
-        let marks = end.incoming().producer.mark.load(Acquire);
+        let marks = end.shared.marks();
         let shut = end.rx().shut.load(Relaxed) != 0;
         if marks == 0 && seen == 0 && !shut {
             return Took::Nothing;
@@ -304,16 +315,17 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
                 self.incoming_ended();
                 Took::Left
             }
-            Then::End if marks == 0 => self.own_end(),
+            Then::End if marks == 0 => self.kernels_end(),
             Then::End => Took::End,
             Then::More => self.anchor_end(),
         }
     }
 
-    /// The program wants nothing more. Where it sends nothing more either, the kernel answers what comes, and has an error then.
-    fn own_end(&self) -> Took {
-        let has_ended = self.end.tx().phase.load(Acquire) == phase::DEMOTED;
-        match has_ended.then(|| self.end.socket.peek()) {
+    /// Nothing more comes on the ring, and the other end has said nothing of an end. Where the kernel has the other direction, it
+    /// knows how that one stands, and of an error.
+    fn kernels_end(&self) -> Took {
+        let knows = self.end.tx().phase.load(Acquire) == phase::DEMOTED;
+        match knows.then(|| self.end.socket.peek()) {
             Some(Got::Error(error)) => Took::Error(error),
             _ => Took::End,
         }
@@ -334,7 +346,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if seen & anchor::ERROR != 0 {
             return Took::Error(libc::ECONNRESET);
         }
-        Took::End
+        self.kernels_end()
     }
 
     /// The kernel reports an error of the anchor. It resets a connection for tokens that its end has
@@ -343,7 +355,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if error != libc::ECONNRESET {
             return Took::Error(error);
         }
-        if self.end.incoming().producer.mark.load(Acquire) & mark::RESET != 0 {
+        if self.end.shared.marks() & mark::RESET != 0 {
             return Took::Again;
         }
         self.end.note_end(true);
@@ -363,7 +375,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         } else {
             u64::MAX
         };
-        let marks = producer.mark.load(Acquire);
+        let marks = end.shared.marks();
         let ended = before == NOT_SWITCHED && marks & mark::END != 0;
         // The other end may tell of a break by a token, also where it has not switched.
         let broken = marks & mark::RESET != 0;

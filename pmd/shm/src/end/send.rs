@@ -166,7 +166,9 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         match tx.phase.load(Acquire) {
             phase::RING => Way::Ring,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
-            phase::RESET if end.take_send_error() => Way::Broken,
+            phase::RESET if end.take_send_error() && end.shared.broken_by() != libc::EPIPE => {
+                Way::Broken
+            }
             phase::RESET => Way::Pipe,
             _ => Way::Kernel(None),
         }

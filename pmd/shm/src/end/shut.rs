@@ -7,7 +7,7 @@
 //! word. Between nodes the anchor leads to the daemon, which takes its end for the program's: there only the ring is ended.
 
 use super::{Anchor, End, Process, Sending, Shut};
-use crate::layout::{phase, want};
+use crate::layout::{mark, phase, want};
 use crate::sync::Ordering::*;
 
 /// Words of the other end that say that it takes nothing more.
@@ -49,9 +49,16 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         }
         // Before its kernel says so.
         end.settle_reset();
-        if !end.shared.is_reset() {
-            end.set_sending(phase::DEMOTED);
-            end.socket.look_later();
+        if end.shared.is_reset() {
+            return;
         }
+        // What came before the break can still be received.
+        let is_broken = end.shared.marks() & mark::RESET != 0;
+        end.set_sending(if is_broken {
+            phase::RESET
+        } else {
+            phase::DEMOTED
+        });
+        end.socket.look_later();
     }
 }

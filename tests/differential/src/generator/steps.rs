@@ -382,7 +382,12 @@ impl Writer<'_> {
                     format!("nonblock {end} {}{how}", if on { "on" } else { "off" }),
                 );
             }
-            2 => self.put(actor, format!("nodelay {end} {}", self.conns.len() % 2)),
+            2 => {
+                self.put(actor, format!("nodelay {end} 0"));
+                self.put(actor, format!("isnodelay {end}"));
+                // Without it, when a byte comes is Nagle's to say.
+                self.put(actor, format!("nodelay {end} 1"));
+            }
             3 => self.put(actor, format!("isnodelay {end}")),
             4 => self.put(actor, format!("inq {end}")),
             _ => self.put(actor, format!("rcvtimeo {end} 0")),
