@@ -4,7 +4,7 @@
 use crate::conn::{self, Use};
 use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
-use crate::{real, sys};
+use crate::{epoll, sys};
 use libc::c_int;
 use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark, phase};
@@ -117,18 +117,17 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     {
         return None;
     }
+    // Linux wakes whoever waits for the connection, also where the call changes nothing: an edge each time.
+    held.conn.shuts.fetch_add(1, SeqCst);
+    epoll::changed(held.conn);
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
-    // What the kernel says of a direction that it has again holds for the connection.
-    let is_closed = stream.tx().phase.load(Acquire) == phase::DEMOTED
+    // What the kernel says of a direction that it has, or has again, holds for the connection.
+    let goes_on = stream.marks() & mark::END != 0;
+    let is_closed = (stream.tx().phase.load(Acquire) != phase::RING || goes_on)
         && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE);
     let is_broken = stream.marks() & mark::RESET != 0;
     if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed || is_broken {
-        // It wakes whoever waits for the connection all the same.
-        if is_closed || is_broken {
-            // SAFETY: a plain call on the program's fd.
-            unsafe { real::shutdown(fd, how) };
-        }
         return Some(libc::ENOTCONN);
     }
     let end = stream.at(held, fd);

@@ -18,7 +18,8 @@ pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
         | u64::from(stream.rx().phase.load(Acquire)) << 16
         | u64::from(stream.tx().phase.load(Acquire)) << 24
         | u64::from(stream.tx().shut.load(Acquire)) << 32
-        | u64::from(stream.rx().shut.load(Acquire)) << 40;
+        | u64::from(stream.rx().shut.load(Acquire)) << 40
+        | u64::from(held.conn.shuts.load(SeqCst)) << 48;
     Snapshot {
         head: stream.incoming().producer.head.load(Acquire),
         state,

@@ -324,9 +324,16 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// Nothing more comes on the ring, and the other end has said nothing of an end. Where the kernel has the other direction, it
     /// knows how that one stands, and of an error.
     fn kernels_end(&self) -> Took {
-        let knows = self.end.tx().phase.load(Acquire) == phase::DEMOTED;
-        match knows.then(|| self.end.socket.peek()) {
-            Some(Got::Error(error)) => Took::Error(error),
+        let end = self.end;
+        if end.tx().phase.load(Acquire) != phase::DEMOTED {
+            return Took::End;
+        }
+        // Tokens stand before it.
+        self.drain();
+        let seen = end.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+        match end.socket.peek() {
+            _ if seen & anchor::ERROR != 0 => Took::Error(libc::ECONNRESET),
+            Got::Error(error) => Took::Error(error),
             _ => Took::End,
         }
     }
@@ -475,7 +482,10 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// The ring was read to its end, and what stands behind it on the anchor belongs to the same call.
     fn take_rest(&self, to: &Buffers, how: How, done: &mut usize) -> Received {
         // A look has seen what is there, and a receive ends before urgent data.
-        if how.peek || self.end.socket.is_at_mark() {
+        // An error stays for the next call.
+        let socket = &self.end.socket;
+        let is_empty = !how.whole && socket.unread() == Some(0);
+        if how.peek || is_empty || socket.is_at_mark() {
             return Received::Bytes;
         }
         self.take_anchor(to, *done, to.total - *done, how, done);
