@@ -75,6 +75,14 @@ impl Anchor for Socket<'_> {
         got(unsafe { sys::recv_raw(self.fd, to, len, libc::MSG_DONTWAIT | flags) })
     }
 
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        // SAFETY: the caller vouches for the buffer.
+        match unsafe { sys::peek_behind(self.fd, skip, to, len) } {
+            0 => Got::Nothing,
+            bytes => Got::Bytes(bytes),
+        }
+    }
+
     fn unread(&self) -> Option<u64> {
         Some(sys::ioctl_int(self.fd, libc::FIONREAD)? as u64)
     }

@@ -42,8 +42,10 @@ macro_rules! syscall {
     }};
 }
 
+mod peek;
 mod processes;
 
+pub use peek::peek_behind;
 pub use processes::{is_alive, may_have_open};
 
 /// The thread pointer: distinct for each thread of a process.

@@ -56,8 +56,6 @@ struct Conductor<'a> {
     ends: BTreeMap<String, End>,
     /// Connections that were filled and not drained: there an edge for room says something.
     full: BTreeSet<usize>,
-    /// Connections of which an end was shut or closed.
-    ended: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
     edges: BTreeSet<(String, String)>,
     /// Instances that may have an edge for room, for those that they are nested in.
@@ -76,7 +74,6 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         numbers: BTreeMap::new(),
         ends: BTreeMap::new(),
         full: BTreeSet::new(),
-        ended: BTreeSet::new(),
         edges: BTreeSet::new(),
         rooms: BTreeSet::new(),
         pending: BTreeMap::new(),
@@ -184,14 +181,7 @@ impl Conductor<'_> {
             "interrupt" => self.interrupt(key, Signal::SIGUSR1, true),
             "poke" => self.interrupt(key, Signal::SIGUSR2, false),
             _ if self.pending.contains_key(&key) => "busy".to_owned(),
-            word => {
-                let end = self.ends.get(step.word(1)).copied();
-                if end.is_some_and(|end| self.ended.contains(&end.conn))
-                    && transfer(word) == Some(true)
-                {
-                    // TCP leaves open when a reset is seen; who asks sees it.
-                    self.call(step.actor, &format!("poll 0 {}:in", step.word(1)));
-                }
+            _ => {
                 let text = self.text(&step.words);
                 let answer = self.call_thread(step.actor, step.thread, &text);
                 self.note(&step.words, &answer)
@@ -264,7 +254,6 @@ impl Conductor<'_> {
                     self.ends.insert(word(2).to_owned(), end);
                 }
             }
-            "close" | "closerange" | "shut" => self.ended.extend(end.map(|end| end.conn)),
             "demote" => {
                 if let Some(connection) = end.and_then(|end| self.connections.get_mut(end.conn)) {
                     connection.is_demoted = true;

@@ -69,6 +69,15 @@ pub trait Anchor {
     /// `to` is valid for writes of `len` bytes.
     unsafe fn take(&self, to: *mut u8, len: usize, how: Take) -> Got;
 
+    /// Copies bytes that lie behind `skip` others, and leaves all of them. `Nothing` where they can't be reached.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of `len` bytes.
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        let _ = (skip, to, len);
+        Got::Nothing
+    }
+
     /// Bytes that can be taken now.
     fn unread(&self) -> Option<u64>;
 

@@ -427,10 +427,14 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             if !how.peek {
                 rx.tail.store(position + total, Relaxed);
             } else if ahead == Ahead::Anchor(total)
-                // What may come behind the ring's end is not looked at: tokens may lie before it.
-                && let Ok(Some(available)) = self.receiver.available_from(position + total)
+                && let Ok(available) = self.receiver.available_from(position + total)
             {
-                self.copy_from_ring(available, to, how, done);
+                let mut end_of_ring = position + total;
+                if let Some(available) = available {
+                    self.copy_from_ring(available, to, how, done);
+                    end_of_ring = available.at + available.len;
+                }
+                self.peek_past_tokens(total, end_of_ring, to, how, done);
             }
             return Took::Some;
         }
@@ -444,6 +448,32 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             Some(Got::Error(error)) => self.anchor_error(before, error),
             _ => Took::Nothing,
         }
+    }
+
+    /// Copies what the anchor has behind the ring's end, where so many `unread` bytes and the tokens lie before it.
+    fn peek_past_tokens(
+        &self,
+        unread: u64,
+        end_of_ring: u64,
+        to: &Buffers,
+        how: How,
+        done: &mut usize,
+    ) {
+        let ended = self.end.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        if !ended || how.discard || self.end.shared.has_bytes_after(end_of_ring) {
+            return;
+        }
+        let mut skip = unread + u64::from(self.outstanding());
+        let mut is_more = true;
+        to.each(*done, to.total - *done, |at, len, _| {
+            // SAFETY: the program's buffer, as long as it says.
+            let got = is_more.then(|| unsafe { self.end.socket.peek_behind(skip, at, len) });
+            is_more = got == Some(Got::Bytes(len));
+            if let Some(Got::Bytes(got)) = got {
+                *done += got;
+                skip += got as u64;
+            }
+        });
     }
 
     /// Takes up to `limit` bytes off the anchor, to the place behind `from` bytes. What stopped it.

@@ -186,6 +186,21 @@ impl Anchor for &Side<'_> {
         Got::Bytes(len)
     }
 
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        let queue = self.incoming().bytes.borrow();
+        let behind = queue.iter().skip(skip as usize).take(len);
+        let got = behind.clone().count();
+        for (at, byte) in behind.enumerate() {
+            // SAFETY: the caller vouches for the buffer.
+            unsafe { to.add(at).write(*byte) };
+        }
+        if got == 0 {
+            Got::Nothing
+        } else {
+            Got::Bytes(got)
+        }
+    }
+
     fn unread(&self) -> Option<u64> {
         Some(self.incoming().bytes.borrow().len() as u64)
     }

@@ -134,3 +134,89 @@ fn an_end_in_the_ring_shows_behind_bytes_of_the_anchor() {
     assert!(b.end().shut_sending());
     assert_eq!(ready(&b), POLLIN | POLLOUT | POLLRDHUP | POLLHUP);
 }
+
+/// As of TCP: the socket has one error, and the first call that fails takes it.
+#[test]
+fn a_break_is_told_once_by_a_send_or_a_receive() {
+    for sends in [false, true] {
+        stream(true, |a, b| {
+            b.send(b"unread");
+            a.end().close(false);
+            if sends {
+                assert_eq!(b.send(b"x"), None);
+                assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+            } else {
+                assert_eq!(b.receive(100, PLAIN), Gave::Broken);
+                assert!(!b.end().take_send_error());
+            }
+            assert_eq!(b.end().take_error(0), 0);
+        });
+    }
+}
+
+#[test]
+fn a_send_hears_of_a_break_before_the_last_bytes_are_received() {
+    stream(true, |a, b| {
+        a.send(b"last");
+        b.send(b"unread");
+        a.end().close(false);
+        assert_eq!(b.send(b"x"), None);
+        let ready = State::of(&b.shared).readiness(&NOTHING, RING as u64, POLLIN | POLLOUT);
+        assert_eq!(ready, POLLIN | POLLOUT | POLLHUP, "the error was told");
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(b"last".to_vec()));
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+    });
+}
+
+#[test]
+fn a_break_behind_an_end_is_no_error_of_a_receive() {
+    stream(true, |a, b| {
+        b.send(b"unread");
+        assert!(a.end().shut_sending());
+        a.end().close(false);
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+        assert_eq!(b.end().take_error(0), libc::EPIPE);
+        assert_eq!(b.end().take_error(0), 0);
+    });
+}
+
+#[test]
+fn nobody_is_told_of_a_break_of_what_is_over() {
+    stream(true, |a, b| {
+        b.send(b"unread");
+        assert!(a.end().shut_sending());
+        assert!(b.end().shut_sending());
+        a.end().close(false);
+        b.end().look();
+        assert!(!b.shared.is_reset());
+        let ready = State::of(&b.shared).readiness(&NOTHING, RING as u64, POLLIN | POLLOUT);
+        assert_eq!(ready, POLLIN | POLLOUT | POLLHUP);
+        assert_eq!(b.end().take_error(0), 0);
+    });
+}
+
+/// The kernel breaks the anchor, behind the bytes that lie there.
+#[test]
+fn bytes_behind_the_ring_come_before_a_break() {
+    stream(true, |a, b| {
+        a.send(b"ring");
+        b.send(b"unread");
+        a.end().leave();
+        assert_eq!(a.send(b" anchor"), Some(7));
+        a.end().close(false);
+        let marks = b.shared.incoming().producer.mark.load(Relaxed);
+        assert_eq!(marks, mark::END | mark::RESET);
+        assert_eq!(b.receive(100, PLAIN), Gave::Bytes(b"ring anchor".to_vec()));
+    });
+}
+
+#[test]
+fn a_broken_stream_has_nothing_to_receive() {
+    stream(true, |a, b| {
+        b.end().ask_for_bytes(rdsock_shm::layout::want::WAKE);
+        a.end().reset(Reason::Bypass);
+        assert_ne!(b.side.on_anchor(), 0, "tokens");
+        b.end().settle_reset();
+        assert_eq!(b.end().unread(), Some(0));
+    });
+}
