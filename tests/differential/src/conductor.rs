@@ -602,7 +602,8 @@ impl Conductor<'_> {
         }
     }
 
-    /// Sends signals to a thread: until its call ends, or three.
+    /// Sends signals to a thread: until its call ends, or three where it does not, since the call is begun anew. What any
+    /// handler ends must have ended before the next step, which may end it as well.
     fn interrupt(&mut self, key: (char, u8), signal: Signal, until_it_ends: bool) -> String {
         let (Some(pending), Some(link)) =
             (self.pending.get(&key), self.stage.links.get_mut(&key.0))
@@ -610,7 +611,13 @@ impl Conductor<'_> {
             return "nothing started".to_owned();
         };
         let number = pending.number;
-        for _ in 0..if until_it_ends { 200 } else { 3 } {
+        let is_never_restarted =
+            matches!(pending.step.word(0), "poll" | "ppoll" | "select" | "ewait");
+        let most = match until_it_ends || is_never_restarted {
+            true => 5000,
+            false => 3,
+        };
+        for _ in 0..most {
             if link.has_answered(number) {
                 break;
             }

@@ -2,7 +2,7 @@
 
 use super::shut::DEAF;
 use super::{Anchor, Buffers, End, Process, Sending};
-use crate::layout::{phase, want};
+use crate::layout::{mark, phase, want};
 use crate::reason::Reason;
 use crate::ring::Violation;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
@@ -145,9 +145,23 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
     /// Where the kernel has the direction, it has ended there, and may have another error.
     #[cold]
     fn way_when_shut(&self) -> Way<'a> {
-        match self.end.tx().phase.load(Acquire) {
+        let end = self.end;
+        if end.shared.marks() & mark::RESET != 0 {
+            self.give_up_ring();
+        }
+        match end.tx().phase.load(Acquire) {
             phase::DEMOTED => Way::Kernel(None),
+            phase::RESET => self.way_when_broken(),
             _ => Way::Pipe,
+        }
+    }
+
+    fn way_when_broken(&self) -> Way<'a> {
+        let end = self.end;
+        if end.take_send_error() && end.shared.broken_by() != libc::EPIPE {
+            Way::Broken
+        } else {
+            Way::Pipe
         }
     }
 
@@ -166,10 +180,7 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         match tx.phase.load(Acquire) {
             phase::RING => Way::Ring,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
-            phase::RESET if end.take_send_error() && end.shared.broken_by() != libc::EPIPE => {
-                Way::Broken
-            }
-            phase::RESET => Way::Pipe,
+            phase::RESET => self.way_when_broken(),
             _ => Way::Kernel(None),
         }
     }

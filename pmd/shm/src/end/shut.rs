@@ -13,6 +13,9 @@ use crate::sync::Ordering::*;
 /// Words of the other end that say that it takes nothing more.
 pub(super) const DEAF: u32 = want::CLOSED | want::SHUT;
 
+/// Turns that others get to send the token that they have decided on.
+const TURNS: u32 = if cfg!(loom) { 1 } else { 100 };
+
 impl<S: Anchor + Process> End<'_, S> {
     /// The program has ended what it sends, also where the kernel has the direction.
     pub fn note_shut_sending(&self) {
@@ -29,7 +32,20 @@ impl<S: Anchor + Process> End<'_, S> {
         if is_on_ring && half.is_nested() {
             return;
         }
-        self.incoming().bytes.want.fetch_or(want::SHUT, SeqCst);
+        let requests = [&self.incoming().bytes.want, &self.out().space.want];
+        for request in requests {
+            request.fetch_or(want::SHUT, SeqCst);
+        }
+        // A token that is decided on comes first, as a rule: the kernel answers a later one.
+        for _ in 0..TURNS {
+            if requests
+                .iter()
+                .all(|word| word.load(Acquire) & want::RINGING == 0)
+            {
+                break;
+            }
+            self.socket.give_way();
+        }
         if is_on_ring {
             // Behind the last token: FIN stands in the ring, and who waits for room hears the kernel's.
             self.socket.shut(Shut::Sending);

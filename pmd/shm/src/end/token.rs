@@ -59,7 +59,7 @@ impl<'a> Tokens<'a> {
 /// where it had set BELL or WAKE, [`wake::rung`] comes behind that.
 pub fn take_ask(ask: &Ask, ring: impl FnOnce(Place) -> Option<bool>) -> (u32, bool) {
     let taken = wake::take(&ask.want);
-    if taken & (want::BELL | want::WAKE) == 0 || taken & (want::DEMOTED | want::CLOSED) != 0 {
+    if taken & (want::BELL | want::WAKE) == 0 || taken & wake::NO_TOKEN != 0 {
         return (taken, false);
     }
     let mut token = taken & want::WAKE != 0;
@@ -134,12 +134,12 @@ impl<S: Anchor + Process> End<'_, S> {
     }
 
     /// Puts RINGING into the other end's request, so that a last token may be sent. `Err` when
-    /// that end reads the anchor as data (DEMOTED), or has closed it (CLOSED), so that the kernel
+    /// that end reads the anchor as data (DEMOTED), or has closed or shut it (CLOSED, SHUT), so that the kernel
     /// would answer with a reset: what the request holds.
     pub(super) fn begin_ringing(&self, request: &AtomicU32) -> Result<(), u32> {
         request
             .fetch_update(AcqRel, Acquire, |old| {
-                (old & (want::DEMOTED | want::CLOSED) == 0)
+                (old & wake::NO_TOKEN == 0)
                     .then_some(old & !(want::BELL | want::WAKE) | want::RINGING)
             })
             .map(|_| ())
