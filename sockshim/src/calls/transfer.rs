@@ -39,6 +39,10 @@ pub(super) fn transfer(
                 Outcome::Done(result) => sys::to_c(result),
                 Outcome::Kernel(counted) => {
                     let result = in_kernel();
+                    if result < 0 && moves == Moves::Out && sys::errno() == libc::ECONNRESET {
+                        // It is told once, whatever marks say of it.
+                        stream.at(&held, fd).take_send_error();
+                    }
                     if counted.is_some() {
                         let error = sys::errno();
                         if result < 0 && error == libc::EAGAIN {
