@@ -110,6 +110,8 @@ pub struct Conn {
     pub look: AtomicU32,
     /// Sends that found no room and did not wait: an edge for EPOLLET, in each instance, when space comes.
     pub refused: AtomicU32,
+    /// Calls of `shutdown`: each is an edge for EPOLLET.
+    pub shuts: AtomicU32,
     /// Receives that found bytes since this end last sent: see [`crate::wait::let_gather`].
     pub one_way: AtomicU32,
     /// How long its receiver looks away to let bytes gather, in steps.
@@ -502,6 +504,7 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
         &conn.options,
         &conn.listens,
         &conn.refused,
+        &conn.shuts,
         &conn.one_way,
         &conn.gather,
         &conn.misses,

@@ -2,13 +2,14 @@
 //! themselves are `rdsock_shm::end`.
 
 use crate::conn::{self, Use};
-use crate::stream::Stream;
-use crate::{end, sys};
+use crate::io::TcpInfo;
+use crate::stream::{self, Stream};
+use crate::{end, epoll, sys};
 use libc::c_int;
 use rdsock_shm::end::Anchor;
-use rdsock_shm::layout::{anchor, mark};
+use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// True when either direction is, or may yet go, on a ring.
 pub fn is_on_rings(stream: &Stream) -> bool {
@@ -93,34 +94,54 @@ pub fn before_close(held: &Use, fd: c_int) {
     let Some(stream) = held.conn.stream() else {
         return;
     };
-    if stream.page().holders.load(Acquire) > 1 || stream.is_reset() {
+    let end = stream.at(held, fd);
+    if stream.is_reset() || !end.is_last_to_close(stream::pid()) {
         return;
     }
-    let end = stream.at(held, fd);
     let linger = end::unpacked(end.said_linger().unwrap_or_else(|| end.socket.linger()));
-    end.close(linger.l_onoff != 0 && linger.l_linger == 0);
+    let breaks = linger.l_onoff != 0 && linger.l_linger == 0;
+    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well.
+    let unread = end.unread().or_else(|| end.socket.unread());
+    let breaks = breaks || unread.is_some_and(|unread| unread != 0);
+    end.close(breaks);
 }
 
 /// `shutdown` on a stream: 0 or an error number, `None` when it is the kernel's.
 pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     let stream = held.conn.stream()?;
+    stream.at(held, fd).settle_reset();
     if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how)
         || !stream.is_on_rings()
         || stream.is_reset()
     {
         return None;
     }
+    // Linux wakes whoever waits for the connection, also where the call changes nothing: an edge each time.
+    held.conn.shuts.fetch_add(1, SeqCst);
+    epoll::changed(held.conn);
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
-    if stream.tx().shut.load(Acquire) != 0 && peer_is_done {
+    // What the kernel says of a direction that it has, or has again, holds for the connection.
+    let goes_on = stream.marks() & mark::END != 0;
+    let is_closed = (stream.tx().phase.load(Acquire) != phase::RING || goes_on)
+        && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE);
+    let is_broken = stream.marks() & mark::RESET != 0;
+    if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed || is_broken {
         return Some(libc::ENOTCONN);
     }
     let end = stream.at(held, fd);
     if how != libc::SHUT_RD && !end.shut_sending() {
         held.conn.tell(held.index, State::Demoted, Reason::Call);
     }
+    if how != libc::SHUT_RD {
+        end.note_shut_sending();
+    }
     if how != libc::SHUT_WR {
         end.shut_receiving();
+    }
+    let is_shut = |word: &AtomicU32| word.load(Acquire) != 0;
+    if is_shut(&stream.tx().shut) && is_shut(&stream.rx().shut) && !held.conn.names.are_told() {
+        end.shut_both();
     }
     Some(0)
 }

@@ -92,6 +92,14 @@ impl Anchor for Socket<'_> {
         got(unsafe { sys::recv_raw(self.fd, to, len, libc::MSG_DONTWAIT | flags) })
     }
 
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        // SAFETY: the caller vouches for the buffer.
+        match unsafe { sys::peek_behind(self.fd, skip, to, len) } {
+            0 => Got::Nothing,
+            bytes => Got::Bytes(bytes),
+        }
+    }
+
     fn unread(&self) -> Option<u64> {
         Some(sys::ioctl_int(self.fd, libc::FIONREAD)? as u64)
     }
@@ -110,6 +118,11 @@ impl Anchor for Socket<'_> {
 
     fn is_open(&self) -> bool {
         TcpInfo::of(self.fd).is_some_and(|info| info.state == TcpInfo::ESTABLISHED)
+    }
+
+    fn hears_end(&self) -> bool {
+        let ends = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        sys::poll_one(self.fd, libc::POLLRDHUP, 0).max(0) as i16 & ends != 0
     }
 
     fn is_at_mark(&self) -> bool {
@@ -206,6 +219,10 @@ impl Process for Socket<'_> {
 
     fn is_running(&self, pid: u32) -> bool {
         sys::is_alive(pid)
+    }
+
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        sys::may_have_open(pid, self.fd)
     }
 
     fn name(&self) -> u64 {

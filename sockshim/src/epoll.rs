@@ -123,6 +123,8 @@ struct State {
     asked_at: u64,
     /// The kernel's fds had the last turn.
     kernel_had: bool,
+    /// A look has come to a stream that has left, or whose other end has.
+    has_leaver: bool,
 }
 
 // SAFETY: `state` is used under `lock`, which nested code on the same thread does not enter.
@@ -280,6 +282,7 @@ pub fn track(fd: c_int) {
             bell: None,
             asked_at: 0,
             kernel_had: false,
+            has_leaver: false,
         });
     }
     conn::replace(fd, Kind::Epoll(index));

@@ -9,7 +9,7 @@ use libc::{
     timespec,
 };
 use rdsock_shm::end::Shared;
-use rdsock_shm::layout::{Counter, phase, want};
+use rdsock_shm::layout::{Counter, mark, phase, want};
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped: the most that [`limits::ON_STACK`] can be.
@@ -280,7 +280,10 @@ impl Work<'_> {
 
     /// What the rings have, and now and then what the kernel has.
     fn look(&mut self) -> usize {
-        let (rings, others) = look(self.fds, false);
+        let (mut rings, others) = look(self.fds, false);
+        if rings != 0 && self.ask_anchors() {
+            rings = look(self.fds, false).0;
+        }
         let now = clock::ticks();
         if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(limits::ASK_KERNEL_US.get())
         {
@@ -296,7 +299,11 @@ impl Work<'_> {
     /// the program's signal mask.
     fn last_look(&mut self) -> c_int {
         tenant::stay_attached();
-        let rings = self.look_at_anchors();
+        let rings = if self.ask_anchors() {
+            look(self.fds, false).0
+        } else {
+            0
+        };
         self.ask();
         let got = if !self.mask.is_given() || rings != 0 {
             sys::poll_now(self.copy)
@@ -320,17 +327,31 @@ impl Work<'_> {
         (rings + self.merge(got)) as c_int
     }
 
-    /// What the rings have after a look at their anchors, where one is due: a peer that was killed says nothing else, and
-    /// a program that never waits has nobody who sleeps on them.
-    fn look_at_anchors(&mut self) -> usize {
+    /// True when one of the anchors has something to say that was not looked at: a peer that was killed, or of whose last close
+    /// nobody has told, says nothing else. They are asked by one call, where a look is due, of those that have nothing or room
+    /// alone for a program that waits for input as well.
+    fn ask_anchors(&mut self) -> bool {
         let mut due = false;
-        for held in self.fds.iter().filter_map(|entry| on_rings(entry.fd)) {
-            if io::look_is_due(&held) {
+        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
+            let may_end = from.revents & !ready::OUT == 0
+                && (from.revents == 0 || from.events & (ready::IN | POLLRDHUP) != 0);
+            let held = on_rings(from.fd).filter(|held| may_end && io::look_is_due(held));
+            due |= held.is_some();
+            *to = pollfd {
+                fd: if held.is_some() { from.fd } else { -1 },
+                events: POLLIN | POLLRDHUP,
+                revents: 0,
+            };
+        }
+        if !due || sys::poll_now(self.copy) <= 0 {
+            return false;
+        }
+        for seen in self.copy.iter().filter(|seen| seen.revents != 0) {
+            if let Some(held) = on_rings(seen.fd) {
                 held.conn.look.store(1, Relaxed);
-                due = true;
             }
         }
-        if due { look(self.fds, false).0 } else { 0 }
+        true
     }
 
     /// Prepares to ask the kernel about all that are not on rings.
@@ -499,8 +520,9 @@ fn enter_stream(end: &End<'_>, entry: &pollfd) -> Option<(i16, bool)> {
     }
     // Bytes that stand on the anchor, and that the caller does not wait for, would end the sleep
     // at once.
+    let goes_on = stream.marks() & mark::END != 0;
     let full = entry.events & ready::IN == 0
-        && receives != phase::RING
+        && (receives != phase::RING || goes_on)
         && sys::poll_one(entry.fd, POLLIN, 0) > 0;
     if !full {
         events |= POLLIN;

@@ -248,6 +248,9 @@ fn before_exec(loads_shim: bool) {
     if !has_streams() {
         return;
     }
+    if !is_foreign() {
+        each_stream(|stream| stream.go(stream::pid()));
+    }
     // A vfork child may have the connection under a number that its parent does not know.
     for fd in 0..conn::high_fd().max(if is_foreign() { INHERITED as c_int } else { 0 }) {
         if !is_kept_over_exec(fd) {
@@ -287,11 +290,31 @@ pub fn fits_new_program(held: &conn::Use, keep: bool) -> bool {
 fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
     if fd <= STDERR || !fits_new_program(held, keep) {
         demote::abandon(held, fd, Reason::Exec);
-    } else if let Some(stream) = held.conn.stream()
-        && is_foreign()
-    {
-        stream.page().holders.fetch_add(1, AcqRel);
+    } else if let Some(stream) = held.conn.stream() {
+        let pid = sys::getpid();
+        if is_foreign() && !stream.is_held_by(pid) {
+            stream.count_holder();
+        }
+        stream.at(held, fd).hold(pid);
     }
+}
+
+fn each_stream(found: impl Fn(&stream::Stream)) {
+    conn::each(|_, conn| {
+        if let Some(stream) = conn.stream() {
+            found(stream);
+        }
+    });
+}
+
+/// Runs another program by `call`, which comes back only where it fails.
+fn run(loads_shim: bool, call: impl FnOnce() -> c_int) -> c_int {
+    before_exec(loads_shim);
+    let result = call();
+    if is_ready() && !is_foreign() {
+        each_stream(|stream| stream.stay(stream::pid()));
+    }
+    result
 }
 
 /// True when a program with this environment loads the shim, if it can, and uses it.
@@ -432,10 +455,11 @@ pub unsafe extern "C" fn rdsock_execve(
     // SAFETY: the caller vouches for the strings.
     unsafe {
         // A program that cannot be run changes nothing.
-        if !path.is_null() && is_program(path) {
-            before_exec(names_shim(envp) && is_dynamic(CStr::from_ptr(path), 0));
+        if path.is_null() || !is_program(path) {
+            return real::execve(path, argv, envp);
         }
-        real::execve(path, argv, envp)
+        let loads_shim = names_shim(envp) && is_dynamic(CStr::from_ptr(path), 0);
+        run(loads_shim, || real::execve(path, argv, envp))
     }
 }
 
@@ -458,12 +482,12 @@ unsafe fn execvpe_with(
 ) -> c_int {
     // SAFETY: the caller vouches for the strings.
     unsafe {
-        if !file.is_null() {
-            before_exec(
-                names_shim(envp) && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0)),
-            );
+        if file.is_null() {
+            return real::execvpe(file, argv, envp);
         }
-        real::execvpe(file, argv, envp)
+        let loads_shim =
+            names_shim(envp) && in_path(CStr::from_ptr(file), |path| is_dynamic(path, 0));
+        run(loads_shim, || real::execvpe(file, argv, envp))
     }
 }
 
@@ -541,8 +565,8 @@ pub unsafe fn execvpe(
 pub unsafe fn fexecve(fd: c_int, argv: *const *const c_char, envp: *const *const c_char) -> c_int {
     // SAFETY: as the caller says.
     unsafe {
-        before_exec(names_shim(envp) && is_dynamic_file(fd, 0));
-        real::fexecve(fd, argv, envp)
+        let loads_shim = names_shim(envp) && is_dynamic_file(fd, 0);
+        run(loads_shim, || real::fexecve(fd, argv, envp))
     }
 }
 
@@ -557,23 +581,28 @@ pub unsafe fn execveat(
 ) -> c_int {
     // SAFETY: as the caller says.
     unsafe {
-        if !sys::is_bad_pointer(path.cast()) {
-            let is_fd = flags & libc::AT_EMPTY_PATH != 0 && *path == 0;
-            let file = if is_fd {
-                folder
-            } else {
-                sys::open_at(folder, path) as c_int
-            };
-            if file >= 0 {
-                before_exec(names_shim(envp) && is_dynamic_file(file, 0));
-            }
-            if file >= 0 && !is_fd {
-                sys::close(file);
-            }
+        let run_it = || {
+            let args = [path as _, argv as _, envp as _, flags as _];
+            let [path, argv, envp, flags] = args;
+            real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
+        };
+        if sys::is_bad_pointer(path.cast()) {
+            return run_it();
         }
-        let args = [path as _, argv as _, envp as _, flags as _];
-        let [path, argv, envp, flags] = args;
-        real::syscall(libc::SYS_execveat, folder as _, path, argv, envp, flags, 0) as c_int
+        let is_fd = flags & libc::AT_EMPTY_PATH != 0 && *path == 0;
+        let file = if is_fd {
+            folder
+        } else {
+            sys::open_at(folder, path) as c_int
+        };
+        if file < 0 {
+            return run_it();
+        }
+        let loads_shim = names_shim(envp) && is_dynamic_file(file, 0);
+        if !is_fd {
+            sys::close(file);
+        }
+        run(loads_shim, run_it)
     }
 }
 

@@ -12,7 +12,6 @@ use actions::Actions;
 use libc::{c_char, c_int, c_void};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
-use std::sync::atomic::Ordering::*;
 
 /// What the program has put into its objects of file actions.
 static ACTIONS: Actions = Actions::new();
@@ -66,7 +65,7 @@ impl Given {
             && demote::is_on_rings(stream)
         {
             *word |= bit;
-            stream.page().holders.fetch_add(1, AcqRel);
+            stream.count_holder();
         }
     }
 
@@ -78,7 +77,7 @@ impl Given {
                     && let Some(held) = conn::by_index(index)
                     && let Some(stream) = held.conn.stream()
                 {
-                    stream.page().holders.fetch_sub(1, AcqRel);
+                    stream.uncount_holder();
                 }
             }
         }

@@ -42,6 +42,12 @@ macro_rules! syscall {
     }};
 }
 
+mod peek;
+mod processes;
+
+pub use peek::peek_behind;
+pub use processes::{is_alive, may_have_open};
+
 /// The thread pointer: distinct for each thread of a process.
 #[inline]
 pub fn thread_pointer() -> u64 {
@@ -372,50 +378,6 @@ pub fn sched_yield() {
 pub fn core() -> u32 {
     // SAFETY: it takes nothing, and reads memory of this thread that the kernel keeps up to date.
     (unsafe { libc::sched_getcpu() } + 1) as u32
-}
-
-/// True while a process runs; one that has ended but was not waited for does not.
-pub fn is_alive(pid: u32) -> bool {
-    let fd = syscall!(SYS_pidfd_open, pid, 0);
-    if fd < 0 && is_missing(fd as c_int) {
-        return is_listed_alive(pid);
-    }
-    if fd < 0 {
-        return fd != -(libc::ESRCH as isize);
-    }
-    let ended = poll_one(fd as c_int, libc::POLLIN, 0) > 0;
-    close(fd as c_int);
-    !ended
-}
-
-/// As [`is_alive`], by what /proc says: for kernels before 5.3, and filters that know no pidfd. In doubt it runs.
-fn is_listed_alive(pid: u32) -> bool {
-    if syscall!(SYS_kill, pid, 0) == -(libc::ESRCH as isize) {
-        return false;
-    }
-    let (mut path, mut digits) = ([0_u8; 32], [0; 10]);
-    let parts = ["/proc/", decimal(pid, &mut digits), "/stat"];
-    for (to, from) in path
-        .iter_mut()
-        .zip(parts.iter().flat_map(|part| part.bytes()))
-    {
-        *to = from;
-    }
-    let fd = open_read(path.as_ptr().cast()) as c_int;
-    if fd < 0 {
-        return true;
-    }
-    let mut text = [0_u8; 128];
-    // SAFETY: the buffer is valid for its length.
-    let got = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
-    close(fd);
-    // "PID (NAME) STATE …", where the name may hold anything.
-    let text = text.get(..got.max(0) as usize).unwrap_or_default();
-    let end = text
-        .iter()
-        .rposition(|byte| *byte == b')')
-        .unwrap_or(text.len());
-    !matches!(text.get(end + 2), Some(b'Z' | b'X'))
 }
 
 /// True when the kernel closes ranges of descriptors in one call.

@@ -52,6 +52,8 @@ pub mod want {
     /// The asker has ended its own direction, and asks the other end to end its one as well. It
     /// goes on reading the ring until that is done. Sticky.
     pub const LEAVE: u32 = 32;
+    /// The asker has shut both directions: it may read what is there, and takes nothing more. Sticky.
+    pub const SHUT: u32 = 64;
 }
 
 /// What the producer of a direction tells its consumer. One cache line, written by the producer.
@@ -251,6 +253,19 @@ pub mod anchor {
     pub const BROKEN: u32 = 8;
 }
 
+/// Entries of [`EndPage::held_by`].
+pub const HOLDERS: usize = if cfg!(loom) { 2 } else { 16 };
+
+/// What stands beside a process's number in [`EndPage::held_by`].
+pub mod holder {
+    /// The bits of the number: Linux gives out none from `PID_MAX_LIMIT` on, which is 2^22.
+    pub const PID: u32 = (1 << 22) - 1;
+    /// It is about to run another program, which does not get the end.
+    pub const GOING: u32 = 1 << 30;
+    /// It is about to close its last descriptor.
+    pub const CLOSING: u32 = 1 << 31;
+}
+
 /// State of one end, in memory of its own: the other end must not be able to write it.
 #[repr(C, align(128))]
 #[derive(Debug)]
@@ -264,7 +279,7 @@ pub struct EndPage {
     pub end: u32,
     /// The daemon's number of the stream.
     pub stream_id: u64,
-    /// Processes that hold this end.
+    /// Processes that hold this end, each counted before it comes to be.
     pub holders: AtomicU32,
     /// 1 while the open file description is O_NONBLOCK.
     pub nonblock: AtomicU32,
@@ -272,7 +287,9 @@ pub struct EndPage {
     pub reason: AtomicU32,
     /// 1 once the end was set up by the first process that mapped it.
     pub installed: AtomicU32,
-    _pad: [u64; 11],
+    /// Who is counted in `holders`, as far as it has said so: its process number and bits of [`holder`], or 0.
+    pub held_by: [AtomicU32; HOLDERS],
+    _pad: [u64; 3],
     /// Sending half.
     pub tx: TxState,
     /// Receiving half.
@@ -491,6 +508,7 @@ mod assertions {
         assert!(offset_of!(RxState, sleepers) == 72);
         assert!(size_of::<EndPage>() == 384);
         assert!(offset_of!(EndPage, holders) == 24);
+        assert!(offset_of!(EndPage, held_by) == 40);
         assert!(offset_of!(EndPage, tx) == 128);
         assert!(offset_of!(EndPage, rx) == 256);
         assert!(size_of::<QueueSlot>() == 128);

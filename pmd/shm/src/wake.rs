@@ -65,14 +65,17 @@ fn full_fence() {
     fence(Ordering::SeqCst);
 }
 
+/// An asker that gets no token: it would read it as data (DEMOTED), or its kernel would answer it with a reset.
+pub(crate) const NO_TOKEN: u32 = want::DEMOTED | want::CLOSED | want::SHUT;
+
 /// Takes the other end's request for a bell or a wake byte. Returns what it wanted; when that
-/// holds BELL or WAKE, the caller rings and then calls [`rung`]. A demoted or closed asker gets
+/// holds BELL or WAKE, the caller rings and then calls [`rung`]. A demoted, closed or shut asker gets
 /// neither.
 pub fn take(word: &AtomicU32) -> u32 {
     let mut old = word.load(Ordering::Relaxed);
     loop {
         let wants = old & (want::BELL | want::WAKE);
-        if wants == 0 || old & (want::DEMOTED | want::CLOSED) != 0 {
+        if wants == 0 || old & NO_TOKEN != 0 {
             return old & !(want::BELL | want::WAKE);
         }
         let new = (old & !(want::BELL | want::WAKE)) | want::RINGING;

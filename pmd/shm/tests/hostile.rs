@@ -276,7 +276,7 @@ proptest! {
         let after = want.load(Relaxed);
         let sticky = !(want::BELL | want::WAKE | want::RINGING);
         prop_assert_eq!(after & sticky, word & sticky);
-        let gone = word & (want::DEMOTED | want::CLOSED) != 0;
+        let gone = word & (want::DEMOTED | want::CLOSED | want::SHUT) != 0;
         if taken & (want::BELL | want::WAKE) != 0 {
             prop_assert!(!gone && after & want::RINGING != 0);
             prop_assert_eq!(after & (want::BELL | want::WAKE), 0);

@@ -46,6 +46,10 @@ pub(super) fn transfer(
                         return sys::to_c(error);
                     }
                     let result = in_kernel();
+                    if result < 0 && moves == Moves::Out && sys::errno() == libc::ECONNRESET {
+                        // It is told once, whatever marks say of it.
+                        stream.at(&held, fd).take_send_error();
+                    }
                     if counted.is_some() {
                         let error = sys::errno();
                         if result < 0 && error == libc::EAGAIN {

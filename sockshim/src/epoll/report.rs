@@ -13,16 +13,29 @@ use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
 /// What EPOLLET compares, now.
 pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
-    let state = u64::from(stream.incoming().producer.mark.load(Acquire))
+    let refused = held.conn.refused.load(SeqCst);
+    let shuts = u64::from(held.conn.shuts.load(SeqCst)) << 48;
+    let head = stream.incoming().producer.head.load(Acquire);
+    if stream.is_reset() || stream.marks() & mark::RESET != 0 {
+        // Whatever a call has found out since: it has been told.
+        let state = u64::from(mark::RESET) | shuts;
+        return Snapshot {
+            head,
+            state,
+            refused,
+        };
+    }
+    let state = u64::from(stream.marks())
         | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
         | u64::from(stream.rx().phase.load(Acquire)) << 16
         | u64::from(stream.tx().phase.load(Acquire)) << 24
         | u64::from(stream.tx().shut.load(Acquire)) << 32
-        | u64::from(stream.rx().shut.load(Acquire)) << 40;
+        | u64::from(stream.rx().shut.load(Acquire)) << 40
+        | shuts;
     Snapshot {
-        head: stream.incoming().producer.head.load(Acquire),
+        head,
         state,
-        refused: held.conn.refused.load(SeqCst),
+        refused,
     }
 }
 
@@ -340,6 +353,7 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     if has_left(stream) {
         // Following it changes this very registration: done without the lock, see `follow_leavers`.
         held.conn.look.store(1, Relaxed);
+        state.has_leaver = true;
         state.mark(bit);
         return None;
     }

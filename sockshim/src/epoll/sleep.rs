@@ -123,6 +123,7 @@ fn wait(
 /// The time is up: the kernel's fds, with the program's signal mask, and the rings once more.
 fn last_look(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], mask: &Mask) -> c_int {
     tenant::stay_attached();
+    follow_leavers(epoll);
     let mut found = 0;
     if !mask.is_given() {
         found = ask_kernel(epoll, epfd, events);
@@ -145,13 +146,22 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     let state = guard.state();
     let now = clock::ticks();
     if now.wrapping_sub(state.asked_at) <= clock::ticks_of(limits::ASK_KERNEL_US.get()) {
-        return collect(epoll, &guard, events, 0, Look::to_take(epoll, false));
+        let found = collect(epoll, &guard, events, 0, Look::to_take(epoll, false));
+        if !std::mem::take(&mut guard.state().has_leaver) {
+            return found;
+        }
+        drop(guard);
+        follow_leavers(epoll);
+        let rest = events.get_mut(found..).unwrap_or_default();
+        return found + ask_kernel(epoll, epfd, rest);
     }
     state.asked_at = now;
     // With room for one only, they take turns.
     let kernel_first = events.len() > 1 || !state.kernel_had;
     state.kernel_had = kernel_first;
     drop(guard);
+    // First: what has left is the kernel's to tell.
+    follow_leavers(epoll);
     let mut found = 0;
     if kernel_first {
         let room = (events.len() / 2).max(1);
@@ -159,7 +169,6 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
             found = ask_kernel(epoll, epfd, events);
         }
     }
-    follow_leavers(epoll);
     if found < events.len()
         && let Some(guard) = take(epoll)
     {

@@ -10,7 +10,7 @@ use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
-use crate::{clock, process, sys};
+use crate::{clock, process, stream, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};
 use rdsock_shm::layout::TenantMemory;
@@ -23,17 +23,19 @@ const LOOKUP_MS: u64 = 1000;
 
 /// Before fork: nothing of the tenant's may be half done. True when the lock was taken.
 pub fn before_fork() -> bool {
-    let Some(guard) = Guard::take_as_child() else {
-        return false;
-    };
-    note_shared(&guard);
+    let guard = Guard::take_as_child();
+    if let Some(guard) = &guard {
+        note_shared(guard);
+    }
+    // Also where this thread has the lock further up its stack: the child will hold them.
     conn::each(|_, conn| {
         if let Some(stream) = conn.stream() {
-            stream.page().holders.fetch_add(1, AcqRel);
+            stream.count_holder();
         }
     });
+    let is_taken = guard.is_some();
     std::mem::forget(guard);
-    true
+    is_taken
 }
 
 /// Before a program is spawned or executed: it may get any connection, so what is not promoted yet
@@ -70,8 +72,8 @@ fn note_shared(guard: &Guard) {
     });
 }
 
-/// After fork, in the parent. The child may not exist: then the counts of holders are one high,
-/// and the ends are only seen by the kernel's own end of file.
+/// After fork, in the parent. The child may not exist, where libc has made none: then the counts of holders are one high, and the
+/// last close is told by the kernel alone.
 pub fn after_fork_in_parent() {
     lock::release(&LOCK, Taken::Outer);
 }
@@ -80,7 +82,7 @@ pub fn after_fork_in_parent() {
 pub fn fork_failed() {
     conn::each(|_, conn| {
         if let Some(stream) = conn.stream() {
-            stream.page().holders.fetch_sub(1, AcqRel);
+            stream.uncount_holder();
         }
     });
 }
@@ -112,11 +114,16 @@ pub fn after_fork_in_child() {
     ask::after_fork_in_child();
     listeners::after_fork_in_child();
     let mut streams = false;
-    conn::each(|_, conn| {
+    conn::each(|index, conn| {
         conn.users.store(0, Relaxed);
         conn.in_rx.store(0, Relaxed);
         conn.in_tx.store(0, Relaxed);
-        streams |= conn.stream().is_some();
+        if let Some(held) = conn::by_index(index)
+            && let Some(stream) = held.conn.stream()
+        {
+            stream.at(&held, conn.fd.load(Relaxed)).hold(stream::pid());
+            streams = true;
+        }
     });
     if streams {
         hold_inherited();

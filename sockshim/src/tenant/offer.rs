@@ -171,6 +171,7 @@ fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Strea
         stream.unmap();
         return Err(fault);
     }
+    end.hold(stream::pid());
     own_options(conn, fd);
     Ok(stream)
 }

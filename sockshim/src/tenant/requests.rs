@@ -6,7 +6,7 @@ use super::lock::{Guard, Shared};
 use super::memory::{count, memory};
 use super::messages::send_with;
 use crate::conn::{self, Conn};
-use crate::stream::Stream;
+use crate::stream::{self, Stream};
 use libc::c_int;
 use rdsock_shm::control::{Message, Request, kind, request};
 use rdsock_shm::layout::{Counter, QUEUE_SLOTS, QueueSlot};
@@ -109,7 +109,7 @@ pub fn withdraw(index: usize, conn: &Conn) {
 
 /// This process no longer holds a stream.
 pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) {
-    stream.page().holders.fetch_sub(1, AcqRel);
+    stream.let_go(stream::pid());
     if let Some(guard) = Guard::take() {
         put(
             &guard,

@@ -56,10 +56,10 @@ struct Conductor<'a> {
     ends: BTreeMap<String, End>,
     /// Connections that were filled and not drained: there an edge for room says something.
     full: BTreeSet<usize>,
-    /// Connections of which an end was shut or closed.
-    ended: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
     edges: BTreeSet<(String, String)>,
+    /// Instances that may have an edge for room, for those that they are nested in.
+    rooms: BTreeSet<String>,
     pending: BTreeMap<(char, u8), Pending>,
     children: BTreeSet<char>,
     next: u64,
@@ -74,8 +74,8 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         numbers: BTreeMap::new(),
         ends: BTreeMap::new(),
         full: BTreeSet::new(),
-        ended: BTreeSet::new(),
         edges: BTreeSet::new(),
+        rooms: BTreeSet::new(),
         pending: BTreeMap::new(),
         children: BTreeSet::new(),
         next: 0,
@@ -181,14 +181,7 @@ impl Conductor<'_> {
             "interrupt" => self.interrupt(key, Signal::SIGUSR1, true),
             "poke" => self.interrupt(key, Signal::SIGUSR2, false),
             _ if self.pending.contains_key(&key) => "busy".to_owned(),
-            word => {
-                let end = self.ends.get(step.word(1)).copied();
-                if end.is_some_and(|end| self.ended.contains(&end.conn))
-                    && transfer(word) == Some(true)
-                {
-                    // TCP leaves open when a reset is seen; who asks sees it.
-                    self.call(step.actor, &format!("poll 0 {}:in", step.word(1)));
-                }
+            _ => {
                 let text = self.text(&step.words);
                 let answer = self.call_thread(step.actor, step.thread, &text);
                 self.note(&step.words, &answer)
@@ -261,7 +254,6 @@ impl Conductor<'_> {
                     self.ends.insert(word(2).to_owned(), end);
                 }
             }
-            "close" | "closerange" | "shut" => self.ended.extend(end.map(|end| end.conn)),
             "demote" => {
                 if let Some(connection) = end.and_then(|end| self.connections.get_mut(end.conn)) {
                     connection.is_demoted = true;
@@ -269,7 +261,11 @@ impl Conductor<'_> {
             }
             "ctl" if answer == "ok" => {
                 let key = (word(1).to_owned(), word(3).to_owned());
-                match word(4).split(',').any(|bit| bit == "et") {
+                let has = |name| word(4).split(',').any(|bit| bit == name);
+                if has("et") && has("out") {
+                    self.rooms.insert(word(1).to_owned());
+                }
+                match has("et") {
                     true => self.edges.insert(key),
                     false => self.edges.remove(&key),
                 };
@@ -301,6 +297,10 @@ impl Conductor<'_> {
             let (name, bits) = report.split_once(':').unwrap_or((report, ""));
             let end = self.ends.get(name);
             let is_full = end.is_some_and(|end| self.full.contains(&end.conn));
+            if self.rooms.contains(name) {
+                // A nested instance: nobody knows what it tells of.
+                return None;
+            }
             if is_full || !self.edges.contains(&(instance.to_owned(), name.to_owned())) {
                 return Some(report.to_owned());
             }
@@ -602,7 +602,8 @@ impl Conductor<'_> {
         }
     }
 
-    /// Sends signals to a thread: until its call ends, or three.
+    /// Sends signals to a thread: until its call ends, or three where it does not, since the call is begun anew. What any
+    /// handler ends must have ended before the next step, which may end it as well.
     fn interrupt(&mut self, key: (char, u8), signal: Signal, until_it_ends: bool) -> String {
         let (Some(pending), Some(link)) =
             (self.pending.get(&key), self.stage.links.get_mut(&key.0))
@@ -610,7 +611,13 @@ impl Conductor<'_> {
             return "nothing started".to_owned();
         };
         let number = pending.number;
-        for _ in 0..if until_it_ends { 200 } else { 3 } {
+        let is_never_restarted =
+            matches!(pending.step.word(0), "poll" | "ppoll" | "select" | "ewait");
+        let most = match until_it_ends || is_never_restarted {
+            true => 5000,
+            false => 3,
+        };
+        for _ in 0..most {
             if link.has_answered(number) {
                 break;
             }

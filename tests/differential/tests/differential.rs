@@ -22,10 +22,6 @@ macro_rules! say {
 
 /// Programs from fixed seeds, and as many from fresh ones, unless `RDSOCK_DIFFERENTIAL_PROGRAMS` says another number.
 const PROGRAMS: u64 = 1000;
-/// Not yet 0: edges and bytes at the boundary between the kernel and the ring are still lost in rare programs (a short
-/// receive, peek or send there; an event that the second look finds). So many of a hundred programs are borne; each is
-/// printed.
-const BORNE_PERCENT: u64 = 3;
 /// Of programs on which Linux does not agree with itself, so many of a hundred are borne.
 const UNDETERMINED_PERCENT: u64 = 5;
 
@@ -75,7 +71,6 @@ fn seeds(first: u64) {
     for (name, why) in NOT_YET {
         say!("NOT YET: {name}: {why}");
     }
-    say!("NOT YET: {BORNE_PERCENT} of a hundred programs may differ");
     let count = programs();
     for seed in first..first + count {
         let program = generate(seed, &NOT_YET);
@@ -103,7 +98,8 @@ fn seeds(first: u64) {
                 failures.push((seed, program, difference, times, of));
             }
         }
-        if failures.len() as u64 * 100 > count.max(100) * BORNE_PERCENT {
+        // Enough to see what they have in common.
+        if failures.len() == 10 {
             break;
         }
     }
@@ -115,9 +111,7 @@ fn seeds(first: u64) {
         judge.reached,
         judge.wanted
     );
-    if failures.len() as u64 * 100 > count.max(100) * BORNE_PERCENT
-        && let Some((seed, program, difference, times, of)) = failures.pop()
-    {
+    if let Some((seed, program, difference, times, of)) = failures.pop() {
         let verdict = Verdict::Differs {
             difference,
             times,

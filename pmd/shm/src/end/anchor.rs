@@ -70,6 +70,15 @@ pub trait Anchor {
     /// `to` is valid for writes of `len` bytes.
     unsafe fn take(&self, to: *mut u8, len: usize, how: Take) -> Got;
 
+    /// Copies bytes that lie behind `skip` others, and leaves all of them. `Nothing` where they can't be reached.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of `len` bytes.
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        let _ = (skip, to, len);
+        Got::Nothing
+    }
+
     /// Bytes that can be taken now.
     fn unread(&self) -> Option<u64>;
 
@@ -86,6 +95,11 @@ pub trait Anchor {
 
     /// False when the connection is over in either direction, whatever still lies on it.
     fn is_open(&self) -> bool;
+
+    /// True when nothing more comes, since the other end has ended it, this one, or an error. An error stays.
+    fn hears_end(&self) -> bool {
+        matches!(self.peek(), Got::End | Got::Error(_))
+    }
 
     /// True when urgent data comes next, before which a receive ends that has bytes already.
     fn is_at_mark(&self) -> bool {
@@ -211,6 +225,12 @@ pub trait Process {
 
     /// True while that process runs.
     fn is_running(&self, pid: u32) -> bool;
+
+    /// False where that process is known not to have the anchor open.
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        let _ = pid;
+        true
+    }
 
     /// Process (upper half) and thread, as they stand in the table of sleepers; never 0.
     fn name(&self) -> u64;

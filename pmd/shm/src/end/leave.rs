@@ -29,10 +29,11 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         before & (anchor::SEND_ERROR | anchor::ERROR) == 0
     }
 
-    /// ECONNRESET of a reset stream is reported once by a receive: true for the first.
+    /// ECONNRESET of a reset stream is reported by a receive if no call has reported it yet: true then.
     pub(super) fn take_reset_error(&self) -> bool {
         let reported = anchor::ERROR | anchor::EOF;
-        self.rx().anchor.fetch_or(reported, AcqRel) & anchor::ERROR == 0
+        let before = self.rx().anchor.fetch_or(reported, AcqRel);
+        before & (anchor::SEND_ERROR | anchor::ERROR) == 0
     }
 
     /// The words in which this end asks the other one for something.

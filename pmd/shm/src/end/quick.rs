@@ -1,8 +1,9 @@
 //! Quick questions: single words of a stream, for a caller that spins, and for a step that is about to act. They change
 //! nothing, and take no lock. The whole is [`super::State`].
 
+use super::shut::DEAF;
 use super::{Peer, Shared};
-use crate::layout::{phase, want};
+use crate::layout::{mark, phase, want};
 use crate::sync::Ordering::*;
 
 impl Shared {
@@ -74,6 +75,34 @@ impl Shared {
             || self.has_ended()
     }
 
+    /// What the other end has marked. A break counts unless
+    /// - both directions had ended before: TCP has no connection then that could be reset, and nobody is told;
+    /// - the other end has closed, and the rest comes on the anchor: then the kernel tells of it, behind that.
+    pub fn marks(&self) -> u32 {
+        let marks = self.incoming().producer.mark.load(Acquire);
+        if marks & mark::RESET == 0 {
+            return marks;
+        }
+        let is_over = marks & mark::FIN != 0 && self.tx().shut.load(Relaxed) != 0;
+        let has_closed = self.out().bytes.want.load(Relaxed) & want::CLOSED != 0;
+        let is_kernels = marks & mark::END != 0 && has_closed;
+        if is_over || is_kernels {
+            marks & !mark::RESET
+        } else {
+            marks
+        }
+    }
+
+    /// The error of a broken stream. As of TCP, one that broke behind its end has EPIPE, and a receive tells of the end alone.
+    pub(super) fn broken_by(&self) -> i32 {
+        let both = mark::FIN | mark::RESET;
+        if self.incoming().producer.mark.load(Acquire) & both == both {
+            libc::EPIPE
+        } else {
+            libc::ECONNRESET
+        }
+    }
+
     /// No more bytes will come on the ring.
     #[inline]
     pub fn has_ended(&self) -> bool {
@@ -86,8 +115,7 @@ impl Shared {
     #[inline]
     pub fn is_sendable(&self, enough: u64) -> bool {
         self.space() >= enough
-            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::CLOSED | want::LEAVE)
-                != 0
+            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE | DEAF) != 0
             || self.tx().shut.load(Relaxed) != 0
             || self.rx().anchor.load(Relaxed) != 0
             || self.tx().phase.load(Relaxed) != phase::RING
@@ -107,7 +135,7 @@ impl Shared {
         let wants = self.out().bytes.want.load(Relaxed);
         if wants & want::DEMOTED != 0 {
             Peer::Abandoned
-        } else if wants & want::CLOSED != 0 {
+        } else if wants & DEAF != 0 {
             Peer::Closed
         } else if wants & want::LEAVE != 0 {
             Peer::Leaves

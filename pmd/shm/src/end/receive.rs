@@ -87,7 +87,11 @@ impl<S: Anchor + Process> End<'_, S> {
                 phase::RING => half.take(to, how, done, answer),
                 phase::SWITCHING => half.take_switching(to, how, done),
                 phase::RESET if *done != 0 => Took::Some,
-                phase::RESET if self.take_reset_error() => Took::Error(libc::ECONNRESET),
+                phase::RESET
+                    if self.shared.broken_by() != libc::EPIPE && self.take_reset_error() =>
+                {
+                    Took::Error(libc::ECONNRESET)
+                }
                 phase::RESET => Took::End,
                 _ if *done == 0 => return Received::Kernel,
                 _ => return half.take_rest(to, how, done),
@@ -117,12 +121,13 @@ impl<S: Anchor + Process> End<'_, S> {
     /// others when that looked.
     pub fn take_error(&self, kernel: i32) -> i32 {
         self.settle_reset();
-        let marks = self.incoming().producer.mark.load(Acquire);
+        let marks = self.shared.marks();
         let is_pending = if self.shared.is_reset() {
             self.take_reset_error()
+        } else if marks & mark::RESET != 0 {
+            self.take_send_error()
         } else {
-            let judged =
-                kernel == libc::ECONNRESET && self.shared.judges_end() && marks & mark::RESET == 0;
+            let judged = kernel == libc::ECONNRESET && self.shared.judges_end();
             if judged && self.rx().anchor.load(Acquire) == 0 {
                 self.note_end(true);
             }
@@ -132,7 +137,11 @@ impl<S: Anchor + Process> End<'_, S> {
             }
             pending
         };
-        if is_pending { libc::ECONNRESET } else { 0 }
+        if is_pending {
+            self.shared.broken_by()
+        } else {
+            0
+        }
     }
 
     /// Bytes that can be received now (`FIONREAD`). `None`: ask the kernel.
@@ -161,6 +170,8 @@ impl<S: Anchor + Process> End<'_, S> {
                     }
                 })
             }
+            // What the anchor may have are tokens.
+            phase::RESET => Some(0),
             _ => None,
         }
     }
@@ -281,7 +292,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         let end = self.end;
         // The anchor's end comes after the marks, so it is looked at first.
         let seen = end.rx().anchor.load(Acquire);
-        let marks = end.incoming().producer.mark.load(Acquire);
+        let marks = end.shared.marks();
         let shut = end.rx().shut.load(Relaxed) != 0;
         if marks == 0 && seen == 0 && !shut {
             return Took::Nothing;
@@ -304,8 +315,26 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
                 self.incoming_ended();
                 Took::Left
             }
+            Then::End if marks == 0 => self.kernels_end(),
             Then::End => Took::End,
             Then::More => self.anchor_end(),
+        }
+    }
+
+    /// Nothing more comes on the ring, and the other end has said nothing of an end. Where the kernel has the other direction, it
+    /// knows how that one stands, and of an error.
+    fn kernels_end(&self) -> Took {
+        let end = self.end;
+        if end.tx().phase.load(Acquire) != phase::DEMOTED {
+            return Took::End;
+        }
+        // Tokens stand before it.
+        self.drain();
+        let seen = end.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+        match end.socket.peek() {
+            _ if seen & anchor::ERROR != 0 => Took::Error(libc::ECONNRESET),
+            Got::Error(error) => Took::Error(error),
+            _ => Took::End,
         }
     }
 
@@ -324,7 +353,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if seen & anchor::ERROR != 0 {
             return Took::Error(libc::ECONNRESET);
         }
-        Took::End
+        self.kernels_end()
     }
 
     /// The kernel reports an error of the anchor. It resets a connection for tokens that its end has
@@ -333,7 +362,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if error != libc::ECONNRESET {
             return Took::Error(error);
         }
-        if self.end.incoming().producer.mark.load(Acquire) & mark::RESET != 0 {
+        if self.end.shared.marks() & mark::RESET != 0 {
             return Took::Again;
         }
         self.end.note_end(true);
@@ -347,13 +376,18 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         let position = rx.tail.load(Relaxed);
         let mut limit = to.total - *done;
         let before = producer.switch_at.load(Acquire);
-        let (ready, ended) = if before == NOT_SWITCHED {
+        let ready = if before == NOT_SWITCHED {
             // What is on the anchor now is the program's, unless the other end switches meanwhile.
-            let ready = end.socket.unread().unwrap_or(0);
-            (ready, producer.mark.load(Acquire) & mark::END != 0)
+            end.socket.unread().unwrap_or(0)
         } else {
-            (u64::MAX, false)
+            u64::MAX
         };
+        let marks = end.shared.marks();
+        let ended = before == NOT_SWITCHED && marks & mark::END != 0;
+        // The other end may tell of a break by a token, also where it has not switched.
+        let broken = marks & mark::RESET != 0;
+        let tokens = if broken { self.outstanding() } else { 0 };
+        let ready = ready.saturating_sub(u64::from(tokens));
         let ahead = Ahead::of(producer, position);
         match ahead {
             Ahead::Ring => {
@@ -372,7 +406,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             Ahead::Unswitched => limit = limit.min(ready.min(MOST as u64) as usize),
             Ahead::Anchor(bytes) => limit = limit.min(bytes.min(MOST as u64) as usize),
         }
-        if producer.mark.load(Acquire) & mark::RESET != 0 {
+        if limit == 0 && broken {
             end.reset(Reason::PeerReset);
             return Took::Again;
         }
@@ -393,18 +427,53 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             if !how.peek {
                 rx.tail.store(position + total, Relaxed);
             } else if ahead == Ahead::Anchor(total)
-                // What may come behind the ring's end is not looked at: tokens may lie before it.
-                && let Ok(Some(available)) = self.receiver.available_from(position + total)
+                && let Ok(available) = self.receiver.available_from(position + total)
             {
-                self.copy_from_ring(available, to, how, done);
+                let mut end_of_ring = position + total;
+                if let Some(available) = available {
+                    self.copy_from_ring(available, to, how, done);
+                    end_of_ring = available.at + available.len;
+                }
+                self.peek_past_tokens(total, end_of_ring, to, how, done);
             }
             return Took::Some;
         }
         match stop {
+            // What came before the break has been read.
+            _ if broken => {
+                end.reset(Reason::PeerReset);
+                Took::Again
+            }
             Some(Got::End) => self.anchor_end_unless_switched(before),
             Some(Got::Error(error)) => self.anchor_error(before, error),
             _ => Took::Nothing,
         }
+    }
+
+    /// Copies what the anchor has behind the ring's end, where so many `unread` bytes and the tokens lie before it.
+    fn peek_past_tokens(
+        &self,
+        unread: u64,
+        end_of_ring: u64,
+        to: &Buffers,
+        how: How,
+        done: &mut usize,
+    ) {
+        let ended = self.end.incoming().producer.mark.load(Acquire) & mark::END != 0;
+        if !ended || how.discard || self.end.shared.has_bytes_after(end_of_ring) {
+            return;
+        }
+        let mut skip = unread + u64::from(self.outstanding());
+        let mut is_more = true;
+        to.each(*done, to.total - *done, |at, len, _| {
+            // SAFETY: the program's buffer, as long as it says.
+            let got = is_more.then(|| unsafe { self.end.socket.peek_behind(skip, at, len) });
+            is_more = got == Some(Got::Bytes(len));
+            if let Some(Got::Bytes(got)) = got {
+                *done += got;
+                skip += got as u64;
+            }
+        });
     }
 
     /// Takes up to `limit` bytes off the anchor, to the place behind `from` bytes. What stopped it.
@@ -443,7 +512,10 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// The ring was read to its end, and what stands behind it on the anchor belongs to the same call.
     fn take_rest(&self, to: &Buffers, how: How, done: &mut usize) -> Received {
         // A look has seen what is there, and a receive ends before urgent data.
-        if how.peek || self.end.socket.is_at_mark() {
+        // An error stays for the next call.
+        let socket = &self.end.socket;
+        let is_empty = !how.whole && socket.unread() == Some(0);
+        if how.peek || is_empty || socket.is_at_mark() {
             return Received::Bytes;
         }
         self.take_anchor(to, *done, to.total - *done, how, done);

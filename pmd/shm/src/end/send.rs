@@ -1,7 +1,8 @@
 //! Sending: which way the bytes go, and onto the ring as many as fit.
 
+use super::shut::DEAF;
 use super::{Anchor, Buffers, End, Process, Sending};
-use crate::layout::{phase, want};
+use crate::layout::{mark, phase, want};
 use crate::reason::Reason;
 use crate::ring::Violation;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
@@ -136,11 +137,36 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
     pub fn way(&self) -> Way<'a> {
         let tx = self.end.tx();
         if tx.shut.load(Relaxed) != 0 {
-            return Way::Pipe;
+            return self.way_when_shut();
         }
+        // Before anything is copied: an end that takes nothing more is to be heard of by the first send.
+        let is_heard = self.end.out().bytes.want.load(Relaxed) & DEAF == 0;
         match tx.phase.load(Acquire) {
-            phase::RING => Way::Ring,
+            phase::RING if is_heard => Way::Ring,
             _ => self.way_off_the_ring(),
+        }
+    }
+
+    /// Where the kernel has the direction, it has ended there, and may have another error.
+    #[cold]
+    fn way_when_shut(&self) -> Way<'a> {
+        let end = self.end;
+        if end.shared.marks() & mark::RESET != 0 {
+            self.give_up_ring();
+        }
+        match end.tx().phase.load(Acquire) {
+            phase::DEMOTED => Way::Kernel(None),
+            phase::RESET => self.way_when_broken(),
+            _ => Way::Pipe,
+        }
+    }
+
+    fn way_when_broken(&self) -> Way<'a> {
+        let end = self.end;
+        if end.take_send_error() && end.shared.broken_by() != libc::EPIPE {
+            Way::Broken
+        } else {
+            Way::Pipe
         }
     }
 
@@ -148,6 +174,7 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
     fn way_off_the_ring(&self) -> Way<'a> {
         let end = self.end;
         let tx = end.tx();
+        self.give_up_ring();
         if tx.phase.load(Acquire) == phase::ANCHOR {
             if end.shared.is_leaving() {
                 self.end_sending();
@@ -160,8 +187,7 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
             phase::RING => Way::Ring,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
             phase::LEAVING => Way::Behind,
-            phase::RESET if end.take_send_error() => Way::Broken,
-            phase::RESET => Way::Pipe,
+            phase::RESET => self.way_when_broken(),
             _ => Way::Kernel(None),
         }
     }
@@ -204,6 +230,8 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         let wants = self.end.out().bytes.want.load(Acquire);
         if wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
             self.after_answer(wants);
+        } else if wants & want::SHUT != 0 {
+            self.give_up_ring();
         }
     }
 }

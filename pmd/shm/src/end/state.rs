@@ -97,7 +97,7 @@ pub enum Peer {
     Reads,
     /// It reads them, and wants the direction to end (LEAVE).
     Leaves,
-    /// It has closed.
+    /// It has closed, or has shut both directions.
     Closed,
     /// It reads the anchor, and wants the rest of the ring there (DEMOTED).
     Abandoned,
@@ -190,6 +190,10 @@ impl State {
                 Told::Error {
                     pending: seen & (anchor::ERROR | anchor::SEND_ERROR) == 0,
                 }
+            } else if incoming.is_breaking() {
+                Told::Error {
+                    pending: seen & anchor::SEND_ERROR == 0,
+                }
             } else if seen & (anchor::ERROR | anchor::BROKEN) != 0 {
                 Told::Error {
                     pending: seen & anchor::ERROR != 0,
@@ -207,8 +211,20 @@ impl State {
     pub fn asks_kernel(&self, events: i16, look: bool) -> Option<i16> {
         let mut ask = events & POLLPRI;
         let on_ring = matches!(self.incoming, Incoming::Ring { .. } | Incoming::Impossible);
-        if !on_ring {
+        // The rest comes on the anchor, and with it the end.
+        let goes_on = matches!(
+            self.incoming,
+            Incoming::Ring {
+                then: Then::Anchor { .. },
+                ..
+            }
+        );
+        if goes_on {
+            ask |= events & POLLRDHUP;
+        } else if !on_ring {
             ask |= events & (IN | POLLRDHUP);
+        }
+        if goes_on || !on_ring {
             // With the end of the other direction, which the kernel does not know, it is a POLLHUP.
             if ask != 0 || matches!(self.outgoing, Outgoing::Ended { .. }) {
                 ask |= POLLRDHUP;
@@ -246,8 +262,7 @@ impl State {
     pub fn readiness(&self, kernel: &Kernel, ring_size: u64, events: i16) -> i16 {
         let mut ready = kernel.bits & (POLLPRI | POLLERR | POLLHUP);
         if self.is_broken() {
-            let pending = matches!(self.anchor, Told::Error { pending: true })
-                || self.incoming != Incoming::Broken;
+            let pending = matches!(self.anchor, Told::Error { pending: true });
             ready = IN | OUT | POLLHUP | POLLRDHUP | if pending { POLLERR } else { 0 };
             return ready & (events | POLLERR | POLLHUP);
         }
@@ -266,18 +281,7 @@ impl State {
 
     /// True when both ends report ECONNRESET, or will once they have read what came before.
     fn is_broken(&self) -> bool {
-        matches!(
-            self.incoming,
-            Incoming::Broken
-                | Incoming::Ring {
-                    then: Then::Reset,
-                    ..
-                }
-                | Incoming::Anchor {
-                    then: Then::Reset,
-                    ..
-                }
-        )
+        self.incoming == Incoming::Broken || self.incoming.is_breaking()
     }
 
     fn incoming_bits(&self, kernel: &Kernel) -> i16 {
@@ -285,6 +289,7 @@ impl State {
         match self.incoming {
             Incoming::Ring { bytes, then } => {
                 let ended = matches!(then, Then::End | Then::Anchor { ended: true })
+                    || matches!(then, Then::Anchor { .. }) && kernel.bits & POLLRDHUP != 0
                     || self.anchor != Told::Nothing;
                 let behind = match then {
                     Then::Anchor { .. } => kernel.behind,
@@ -305,6 +310,10 @@ impl State {
             }
             Incoming::Anchor { switched, then } => {
                 ready |= kernel.bits & (IN | POLLRDHUP);
+                // The end stands in the ring, behind what is unread on the anchor.
+                if matches!(then, Then::End | Then::Anchor { ended: true }) {
+                    ready |= IN | POLLRDHUP;
+                }
                 match switched {
                     Some((0, bytes)) if bytes != 0 => ready |= IN,
                     // The byte that the kernel sees may be a token; then the ring tells.
@@ -337,11 +346,25 @@ impl State {
 }
 
 impl Incoming {
+    /// The other end has broken the connection, behind bytes that can still be received.
+    fn is_breaking(&self) -> bool {
+        matches!(
+            self,
+            Incoming::Ring {
+                then: Then::Reset,
+                ..
+            } | Incoming::Anchor {
+                then: Then::Reset,
+                ..
+            }
+        )
+    }
+
     fn of(shared: &Shared) -> Self {
         let (rx, producer) = (shared.rx(), &shared.incoming().producer);
         let phase = rx.phase.load(Acquire);
         // Marks come after the last byte, so they are read before it.
-        let marks = producer.mark.load(Acquire);
+        let marks = shared.marks();
         let then = then(marks, rx.shut.load(Relaxed) != 0);
         let tail = rx.tail.load(Relaxed);
         let in_ring = |from: u64| {

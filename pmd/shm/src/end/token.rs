@@ -59,7 +59,7 @@ impl<'a> Tokens<'a> {
 /// where it had set BELL or WAKE, [`wake::rung`] comes behind that.
 pub fn take_ask(ask: &Ask, ring: impl FnOnce(Place) -> Option<bool>) -> (u32, bool) {
     let taken = wake::take(&ask.want);
-    if taken & (want::BELL | want::WAKE) == 0 || taken & (want::DEMOTED | want::CLOSED) != 0 {
+    if taken & (want::BELL | want::WAKE) == 0 || taken & wake::NO_TOKEN != 0 {
         return (taken, false);
     }
     let mut token = taken & want::WAKE != 0;
@@ -134,12 +134,12 @@ impl<S: Anchor + Process> End<'_, S> {
     }
 
     /// Puts RINGING into the other end's request, so that a last token may be sent. `Err` when
-    /// that end reads the anchor as data (DEMOTED), or has closed it (CLOSED), so that the kernel
+    /// that end reads the anchor as data (DEMOTED), or has closed or shut it (CLOSED, SHUT), so that the kernel
     /// would answer with a reset: what the request holds.
     pub(super) fn begin_ringing(&self, request: &AtomicU32) -> Result<(), u32> {
         request
             .fetch_update(AcqRel, Acquire, |old| {
-                (old & (want::DEMOTED | want::CLOSED) == 0)
+                (old & wake::NO_TOKEN == 0)
                     .then_some(old & !(want::BELL | want::WAKE) | want::RINGING)
             })
             .map(|_| ())
@@ -157,10 +157,8 @@ impl<S: Anchor + Process> End<'_, S> {
         if self.rx().phase.swap(phase::RESET, AcqRel) == phase::RESET {
             return;
         }
-        // Not reported yet, whatever the anchor has said.
-        self.rx()
-            .anchor
-            .fetch_and(!(anchor::ERROR | anchor::SEND_ERROR), AcqRel);
+        // Not reported yet, whatever the anchor has said; but for a send that came before the last bytes were received.
+        self.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
         self.set_sending(phase::RESET);
         self.page().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
@@ -179,7 +177,7 @@ impl<S: Anchor + Process> End<'_, S> {
     /// end's, and the error waits to be asked for.
     pub fn settle_reset(&self) {
         let shared = self.shared;
-        if self.incoming().producer.mark.load(Acquire) & mark::RESET == 0 || shared.is_reset() {
+        if shared.marks() & mark::RESET == 0 || shared.is_reset() {
             return;
         }
         let half = self.lock_rx();
@@ -195,7 +193,11 @@ impl<S: Anchor + Process> End<'_, S> {
     /// receiving ends as well, and says nothing about the peer.
     pub fn note_end(&self, error: bool) {
         let on_ring = self.tx().phase.load(Acquire) == phase::RING;
-        let is_own = self.rx().shut.load(Acquire) != 0 && !error;
+        // What a socket has not read when it is shut is no reason for a reset; what is sent to it later is, and the kernel's.
+        let is_shut = self.out().bytes.want.load(Relaxed) & want::SHUT != 0;
+        let is_own = (self.rx().shut.load(Acquire) != 0 || is_shut) && !error
+            // Both directions have ended: nobody is told of a reset.
+            || self.tx().shut.load(Relaxed) != 0 && self.shared.marks() & mark::FIN != 0;
         let bits = if on_ring && self.shared.has_unread() && !is_own || error && !on_ring {
             anchor::EOF | anchor::ERROR | anchor::BROKEN
         } else {
@@ -268,6 +270,10 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         }
         if self.outstanding() != 0 || end.rx().anchor.load(Relaxed) != 0 {
             return;
+        }
+        if end.tx().phase.load(Acquire) == phase::DEMOTED && end.socket.hears_end() {
+            // An error is the program's, from the kernel: a look must not take it.
+            return end.note_end(false);
         }
         match end.socket.peek() {
             // A byte here was sent before its count was read, or the rest of the stream comes on the

@@ -2,9 +2,11 @@
 //! against a model that is nothing but the bytes.
 #![cfg(not(loom))]
 
+mod holders;
 mod hostile;
 mod leaving;
 mod operations;
 mod pair;
 mod random;
+mod shut;
 mod state;

@@ -80,6 +80,8 @@ pub struct Side<'a> {
     /// What was waited, as `Patience` keeps it.
     spent: Rc<AtomicU64>,
     looks: Cell<u32>,
+    /// Processes that are no more, and those that run another program, without the anchor.
+    gone: RefCell<[Vec<u32>; 2]>,
     /// How often it was said that something has changed here,
     changes: Cell<u32>,
     /// and that with what it was about, when it was last compared.
@@ -155,6 +157,7 @@ impl Wire {
             waits: Cell::default(),
             spent: self.spent[number].clone(),
             looks: Cell::new(0),
+            gone: RefCell::default(),
             changes: Cell::new(0),
             noted: Cell::default(),
         })
@@ -214,6 +217,21 @@ impl Anchor for &Side<'_> {
             queue.drain(..len);
         }
         Got::Bytes(len)
+    }
+
+    unsafe fn peek_behind(&self, skip: u64, to: *mut u8, len: usize) -> Got {
+        let queue = self.incoming().bytes.borrow();
+        let behind = queue.iter().skip(skip as usize).take(len);
+        let got = behind.clone().count();
+        for (at, byte) in behind.enumerate() {
+            // SAFETY: the caller vouches for the buffer.
+            unsafe { to.add(at).write(*byte) };
+        }
+        if got == 0 {
+            Got::Nothing
+        } else {
+            Got::Bytes(got)
+        }
     }
 
     fn unread(&self) -> Option<u64> {
@@ -301,8 +319,12 @@ impl Process for &Side<'_> {
         }
     }
 
-    fn is_running(&self, _: u32) -> bool {
-        true
+    fn is_running(&self, pid: u32) -> bool {
+        !self.gone.borrow()[0].contains(&pid)
+    }
+
+    fn may_have_anchor(&self, pid: u32) -> bool {
+        !self.gone.borrow()[1].contains(&pid)
     }
 
     fn name(&self) -> u64 {
@@ -376,6 +398,16 @@ impl Side<'_> {
     /// Why the stream was broken, where it was.
     pub fn broken(&self) -> Option<Reason> {
         self.broken.get()
+    }
+
+    /// A process ends.
+    pub fn ends(&self, pid: u32) {
+        self.gone.borrow_mut()[0].push(pid);
+    }
+
+    /// A process runs another program, which has not got the anchor.
+    pub fn runs_another(&self, pid: u32) {
+        self.gone.borrow_mut()[1].push(pid);
     }
 
     /// Why both directions are the kernel's, where they are.

@@ -139,8 +139,10 @@ fn receive(scene: &Scene, line: &Line) -> Answer {
 fn fill(scene: &Scene, line: &Line) -> Answer {
     let (fd, place) = (scene.fd(line.word(1)), line.place(0)?);
     let mut bytes = vec![0; 64 << 10];
-    let (mut sent, mut idle) = (0, 0);
-    while idle < 4 {
+    let (mut sent, mut idle, mut queued) = (0, 0, unsent(fd));
+    // On a busy machine the kernel may still be moving bytes on.
+    while idle < 20 || queued != unsent(fd) {
+        queued = unsent(fd);
         place.direction.fill(place.at + sent as u64, &mut bytes);
         match put(&Line::new(&["send", "", "", "dontwait"]), fd, &mut bytes) {
             Ok(count) => (sent, idle) = (sent + count, 0),
@@ -152,6 +154,14 @@ fn fill(scene: &Scene, line: &Line) -> Answer {
         }
     }
     Ok(format!("n={sent} full"))
+}
+
+/// Bytes that the other end has not received (`SIOCOUTQ`).
+fn unsent(fd: RawFd) -> c_int {
+    let mut count = 0;
+    // SAFETY: the number lives until the call returns.
+    unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut count) };
+    count
 }
 
 /// Receives so many bytes; each may take a second.

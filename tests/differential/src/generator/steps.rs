@@ -61,10 +61,6 @@ impl Writer<'_> {
             return;
         }
         let actor = own.actor;
-        let other_shut = self.conns[conn].is_shut_both[1 - side];
-        if other_shut && !self.may("send-to-shut") {
-            return;
-        }
         let how = match self.rng.usize(..10) {
             0 => format!("write {end} {size}"),
             1 => format!("writev {end} {size} {}", self.rng.usize(1..5)),
@@ -350,9 +346,11 @@ impl Writer<'_> {
         if !self.conns[conn].is_whole() {
             return;
         }
-        let is_registered =
-            |instance: &Instance| instance.registered.iter().any(|entry| entry.0 == conn);
-        if self.instances.iter().any(is_registered) && !self.may("demote-in-instance") {
+        let has_edges = |instance: &Instance| {
+            let mut entries = instance.registered.iter();
+            entries.any(|entry| entry.0 == conn && entry.2.contains("et"))
+        };
+        if self.instances.iter().any(has_edges) && !self.may("demote-under-edges") {
             return;
         }
         // After a control that is unknown, what was unread comes with the next call of the other end: a known difference.
@@ -382,7 +380,12 @@ impl Writer<'_> {
                     format!("nonblock {end} {}{how}", if on { "on" } else { "off" }),
                 );
             }
-            2 => self.put(actor, format!("nodelay {end} {}", self.conns.len() % 2)),
+            2 => {
+                self.put(actor, format!("nodelay {end} 0"));
+                self.put(actor, format!("isnodelay {end}"));
+                // Without it, when a byte comes is Nagle's to say.
+                self.put(actor, format!("nodelay {end} 1"));
+            }
             3 => self.put(actor, format!("isnodelay {end}")),
             4 => self.put(actor, format!("inq {end}")),
             _ => self.put(actor, format!("rcvtimeo {end} 0")),
@@ -395,13 +398,9 @@ impl Writer<'_> {
         };
         let end = self.conns[conn].end(side);
         let how = self.any(&["wr", "wr", "wr", "rdwr", "rd"]);
-        if self.conns[conn].sides[side].unread > 0 && !self.may("end-behind-unread") {
-            return;
-        }
         if how != "wr" {
             self.conns[conn].is_odd = true;
         }
-        self.conns[conn].is_shut_both[side] |= how == "rdwr";
         let own = &mut self.conns[conn].sides[side];
         own.has_shut |= how != "rd";
         let actor = own.actor;
@@ -414,27 +413,11 @@ impl Writer<'_> {
         };
         let (end, conn) = (self.conns[conn].end(side), &mut self.conns[conn]);
         let resets = conn.sides[1 - side].unread > 0 || conn.sides[1 - side].is_full;
-        if conn.is_shared
-            && self
-                .left_out
-                .iter()
-                .any(|(name, _)| *name == "close-after-child")
-        {
-            return;
-        }
-        let is_left_out = |feature: &str| self.left_out.iter().any(|(name, _)| *name == feature);
-        if conn.sides[side].unread > 0 && is_left_out("end-behind-unread") {
-            return;
-        }
-        let may_reset = !self.left_out.iter().any(|(name, _)| *name == "reset");
-        if resets && !may_reset {
-            return;
-        }
         let actor = conn.sides[side].actor;
         conn.sides[side].has_closed = true;
         conn.sides[side].has_shut = true;
         conn.is_odd |= resets;
-        let linger = may_reset && self.rng.usize(..5) == 0;
+        let linger = self.rng.usize(..5) == 0;
         if linger {
             self.conns
                 .iter_mut()

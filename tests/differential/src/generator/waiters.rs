@@ -180,11 +180,6 @@ impl Writer<'_> {
         }
         let name = ['D', 'E', 'F'][self.children.len()];
         self.children.push(name);
-        let copied = |conn: &&mut super::Conn| conn.sides.iter().any(|side| side.actor == actor);
-        self.conns
-            .iter_mut()
-            .filter(copied)
-            .for_each(|conn| conn.is_shared = true);
         let how = self.any(&["fork", "fork", "clone", "bare", "vfork", "spawn"]);
         self.put(actor, format!("{how} {name}"));
         if self.chance(3) {

@@ -1,0 +1,80 @@
+//! A direction that nobody takes anything of any more, since the other end has closed (CLOSED) or has shut both directions
+//! (SHUT): what is sent there is the kernel's, whose answer is the right one. Linux answers bytes for such a socket with a reset, and
+//! what the sender is told then depends on what it has heard before.
+//!
+//! So both ends see to it that the anchor is as the connection would be without rings: the one that shuts both directions ends its
+//! own on the anchor as well, behind the FIN in the ring, and the other one sends nothing more to the ring once it has seen the
+//! word. Between nodes the anchor leads to the daemon, which takes its end for the program's: there only the ring is ended.
+
+use super::{Anchor, End, Process, Sending, Shut};
+use crate::layout::{mark, phase, want};
+use crate::sync::Ordering::*;
+
+/// Words of the other end that say that it takes nothing more.
+pub(super) const DEAF: u32 = want::CLOSED | want::SHUT;
+
+/// Turns that others get to send the token that they have decided on.
+const TURNS: u32 = if cfg!(loom) { 1 } else { 100 };
+
+impl<S: Anchor + Process> End<'_, S> {
+    /// The program has ended what it sends, also where the kernel has the direction.
+    pub fn note_shut_sending(&self) {
+        if self.tx().shut.load(Acquire) == 0 {
+            self.set_sending_shut();
+        }
+    }
+
+    /// The program has ended both directions, each by itself: what comes from now on is to be answered with a reset. What came
+    /// before can still be read.
+    pub fn shut_both(&self) {
+        let half = self.lock_tx();
+        let is_on_ring = self.tx().phase.load(Acquire) == phase::RING;
+        if is_on_ring && half.is_nested() {
+            return;
+        }
+        let requests = [&self.incoming().bytes.want, &self.out().space.want];
+        for request in requests {
+            request.fetch_or(want::SHUT, SeqCst);
+        }
+        // A token that is decided on comes first, as a rule: the kernel answers a later one.
+        for _ in 0..TURNS {
+            if requests
+                .iter()
+                .all(|word| word.load(Acquire) & want::RINGING == 0)
+            {
+                break;
+            }
+            self.socket.give_way();
+        }
+        if is_on_ring {
+            // Behind the last token: FIN stands in the ring, and who waits for room hears the kernel's.
+            self.socket.shut(Shut::Sending);
+            self.set_sending(phase::DEMOTED);
+        }
+    }
+}
+
+impl<S: Anchor + Process> Sending<'_, '_, S> {
+    /// The other end takes nothing more off the ring: the direction is the kernel's, unless the stream is broken.
+    #[cold]
+    pub(super) fn give_up_ring(&self) {
+        let end = self.end;
+        // A nested sender leaves it to the outer one, whose bytes come first.
+        if end.tx().phase.load(Acquire) != phase::RING || self.is_nested() {
+            return;
+        }
+        // Before its kernel says so.
+        end.settle_reset();
+        if end.shared.is_reset() {
+            return;
+        }
+        // What came before the break can still be received.
+        let is_broken = end.shared.marks() & mark::RESET != 0;
+        end.set_sending(if is_broken {
+            phase::RESET
+        } else {
+            phase::DEMOTED
+        });
+        end.socket.look_later();
+    }
+}
