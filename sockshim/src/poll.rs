@@ -119,7 +119,7 @@ pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
         }
     }
     if tracked {
-        tenant::before_sleep();
+        tenant::before_sleep(-1);
     }
     false
 }
@@ -569,7 +569,7 @@ impl Sets {
                 && {
                     if !tracked {
                         tenant::look();
-                        tenant::before_sleep();
+                        tenant::before_sleep(-1);
                         tracked = true;
                     }
                     is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()

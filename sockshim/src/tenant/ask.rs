@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering::*};
 
 /// Nanoseconds that a call of the program waits beyond the time that the daemon has for its answer.
 const GRACE: u64 = 20_000_000;
+/// Nanoseconds that a program waits, at most, for a daemon to greet it which is to be asked.
+const GREETED_WITHIN: u64 = 500_000_000;
 /// Nanoseconds, at most, of the time that a daemon may claim for an answer.
 const LONGEST: u64 = 10_000_000_000;
 /// Threads that may ask at once; a further one waits for its turn.
@@ -159,8 +161,13 @@ fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> 
 
 fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Option<Answer> {
     ensure();
-    if !await_greeting(end) {
-        return None;
+    let mut end = end;
+    if GREETING.load(Relaxed) != 0 {
+        // The daemon's time for its answer begins when it can be asked.
+        if !await_greeting(clock::nanoseconds() + GREETED_WITHIN) {
+            return None;
+        }
+        end = end.max(end_of_wait());
     }
     question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
     let number = question.question;

@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 const LOOK_MS: u64 = 1000;
 /// microseconds while its greeting is awaited,
 const GREETING_US: u64 = 20;
-/// and milliseconds that a program waits for that at most, before it sleeps for the first time: as its first `connect` does.
-const PATIENCE_MS: u64 = 500;
+/// and milliseconds that a program waits for that at most, before it sleeps for the first time: where that could hold it up,
+/// and where it sleeps on something that is waited for, too.
+const PATIENCE_MS: [u64; 2] = [20, 500];
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -125,21 +126,51 @@ fn look_for_daemon(now: u64) {
 }
 
 /// Before the program sleeps in the kernel, maybe for good, on what need not be a connection: a daemon that was told HELLO just now
-/// gets to know this program first.
+/// gets to know this program first. It sleeps on `what`, -1 where that is not known: when that is ready, it is held up no longer.
 #[inline]
-pub fn before_sleep() {
+pub fn before_sleep(what: c_int) {
     stay_attached();
-    if GREETING.load(Relaxed) != 0 {
-        get_known();
+    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !process::is_foreign() {
+        get_known(what);
     }
 }
 
 #[cold]
-fn get_known() {
+fn get_known(what: c_int) {
+    let [short, long] = PATIENCE_MS;
+    let patience = if what < 0 { short } else { long };
+    let end = clock::nanoseconds() + patience * 1_000_000;
     // A signal that comes meanwhile is one that comes before the call: it must not be lost for that.
     let mask = sys::block_signals();
-    await_greeting(clock::nanoseconds() + PATIENCE_MS * 1_000_000);
+    while !has_greeted() {
+        let left = end.saturating_sub(clock::nanoseconds()).div_ceil(1_000_000);
+        if left == 0 {
+            LATE.store(1, Relaxed);
+            break;
+        }
+        let one = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [one(CONTROL.load(Relaxed)), one(what)];
+        // Another thread may read the greeting between a look and the sleep that it would end.
+        sys::poll_for(&mut fds, Some(1));
+        if fds[1].revents != 0 {
+            break;
+        }
+    }
     sys::restore_signals(mask);
+}
+
+/// Reads what has come. True when this process has mapped its memory, there is no daemon, or this is a handler that has interrupted
+/// whoever reads.
+fn has_greeted() -> bool {
+    let Some(guard) = Guard::take() else {
+        return true;
+    };
+    read_messages(&guard);
+    GREETING.load(Relaxed) == 0
 }
 
 /// Waits until this process has mapped the memory that a daemon sends which was told HELLO. False where that is late, or

@@ -154,7 +154,7 @@ fn hold_inherited() {
         }
     });
     // Who forked it may give them up next: the daemon is to know of this process by then.
-    before_sleep();
+    before_sleep(-1);
 }
 
 /// Asks whether an inherited socket is a stream, and maps it if it is. Waits for the answer.

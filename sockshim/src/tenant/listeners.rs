@@ -24,10 +24,11 @@ pub fn listens(held: &Use) {
     if conn.listens.load(Relaxed) == 0 {
         conn.epoch.store(0, Relaxed);
         conn.listens.store(1, Relaxed);
-    }
-    if GREETING.load(Relaxed) != 0 {
+    } else if GREETING.load(Relaxed) != 0 {
         // It was told just now, and this is the call before it sleeps.
-        before_sleep();
+        let fd = conn.fd.load(Relaxed);
+        let blocks = sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
+        before_sleep(if blocks { fd } else { -1 });
     }
     let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
     let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));

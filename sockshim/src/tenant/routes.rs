@@ -12,7 +12,8 @@ const GREETING: u64 = 500_000_000;
 /// True when an address could belong to another node. Two loads where none does.
 #[inline]
 pub fn may_lead_away() -> bool {
-    memory().is_some_and(|memory| !memory.routes.is_empty()) || is_awaited()
+    // In this order: the greeting brings the memory with the routes.
+    is_awaited() || memory().is_some_and(|memory| !memory.routes.is_empty())
 }
 
 /// True while the daemon has not greeted this process, whose routes are written by then.
