@@ -131,10 +131,8 @@ pub struct Held {
 }
 
 impl Held {
-    /// Holds back all from now on. A cancellation point, before anything is held.
+    /// Holds back all from now on.
     pub fn hold(ended: Ended) -> Self {
-        // SAFETY: no pollfd.
-        unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
         let mask = sys::block_these_signals(!FREE);
         let others = !mask & !FREE;
         let watched = match ended {
