@@ -11,6 +11,8 @@ pub struct Counters {
     pub detached: u64,
     /// Processes that were refused, for whatever cause.
     pub refused: u64,
+    /// Callers that were turned away unheard, since very many of their user's had called in vain.
+    pub turned_away: u64,
     /// Messages that were none, or made no sense where they came.
     pub malformed: u64,
     /// Messages of another version.

@@ -14,6 +14,7 @@ mod listeners;
 mod queries;
 mod streams;
 mod tenants;
+mod vain;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -48,6 +49,7 @@ use crate::streams::Streams;
 
 use announcements::Announcements;
 use callers::{End, Watched};
+use vain::CallsInVain;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +89,7 @@ pub struct Daemon {
     journal: Journal,
     connections: Connections,
     announcements: Announcements,
+    in_vain: CallsInVain,
     /// Processes that have hung up and live on, by their connection.
     watched: HashMap<u64, Watched>,
     /// Tenants that the present round of looks at all of them has not come to; `None` when no round is due.
@@ -157,6 +160,7 @@ impl Daemon {
             journal: Journal::default(),
             connections: Connections::default(),
             announcements: Announcements::default(),
+            in_vain: CallsInVain::new(now),
             watched: HashMap::new(),
             swept: None,
             busy: Busy::default(),

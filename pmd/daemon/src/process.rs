@@ -1,6 +1,8 @@
 //! What the kernel says of processes: who they are, whether they live, which socket they hold.
 //!
-//! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. All
+//! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. (Reading the
+//! link to an executable makes a path and gives a reference back. Were that the last one, the kernel closed the file, and a FUSE file
+//! system with a write-back cache could be waited for: `docs/threat-model.md` says what that takes.) All
 //! else may wait for the process (one in the middle of `exec` holds a lock that `pidfd_getfd` wants) or do its work
 //! (the last to look at a process that ends takes its memory apart), and is asked by a porter.
 

@@ -14,7 +14,7 @@ use rdsock_shm::layout::CONN_RECORDS;
 use serde_json::json;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
-use tenant::nodes::{Bound, Client, Nodes, Server};
+use tenant::nodes::{Client, Nodes, Server};
 use tenant::{Answer, Daemon, Tenant, announcement, request, tcp_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
@@ -493,11 +493,7 @@ fn what_streams_to_other_nodes_leave_behind_is_on_an_account() {
     let own = daemon.descriptors();
     let mut deaf = Client::at(&daemon.socket());
     let reached: Vec<_> = (0..STREAMS)
-        .map(|_| {
-            let bound = Bound::new(0).unwrap();
-            let reached = deaf.reach(&bound, server.address());
-            (bound, reached)
-        })
+        .map(|_| deaf.reach_at_last(server.address()))
         .collect();
     // What it is told from now on waits for it.
     for number in 0..400 {

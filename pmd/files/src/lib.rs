@@ -312,7 +312,9 @@ impl SocketFile {
         let spot = Spot::of(path)?;
         let kind = getsockopt(socket, sockopt::SockType).map_err(failed("can't use", path))?;
         remove(&spot, kind)?;
-        let address = UnixAddr::new(path).map_err(failed("can't use", path))?;
+        // What can't be named can't be connected to.
+        UnixAddr::new(path).map_err(failed("can't use", path))?;
+        let address = spot.address().map_err(failed("can't use", path))?;
         if let Some(mode) = mode {
             // The file gets the mode of the socket less the umask, so it is at no time open to more than it will be.
             nix::sys::stat::fchmod(socket, Mode::from_bits_truncate(mode))
@@ -345,6 +347,12 @@ impl SocketFile {
 }
 
 impl Spot {
+    /// Where a socket is bound, by the open directory: whoever swaps a directory on the way there gets no socket made elsewhere.
+    fn address(&self) -> nix::Result<UnixAddr> {
+        let directory = format!("/proc/self/fd/{}", self.directory.as_raw_fd());
+        UnixAddr::new(&Path::new(&directory).join(&self.name))
+    }
+
     /// The file of a socket that was bound just now.
     fn open_made(&self) -> Result<(OwnedFd, FileStat), Obstacle> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt};
 use rdsock_shm::control::{Message, Refused, kind, refusal};
 use tracing::debug;
 
@@ -37,6 +37,8 @@ const RETRY: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_millis(20);
 /// With so many callers that were turned away and are to be closed, others wait, too.
 const TURNED_AWAY: usize = 64;
+/// Callers of a turn that are turned away unheard, and closed at once.
+const UNHEARD: usize = 16;
 /// With so many loads waiting, a user whose limits are reached is not told so: the porters that it has do not come to
 /// that, and who is turned away counts on nobody's account.
 const LOADS: usize = 64;
@@ -156,35 +158,72 @@ impl Daemon {
     }
 
     pub(super) fn accept(&mut self) {
+        let now = Instant::now();
+        let mut unheard = Vec::new();
         // Whoever is left is told of again.
         let mut portion = Portion::new();
-        while portion.has_room() {
+        while portion.has_room() && unheard.len() < UNHEARD {
             if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
-                return self.let_callers_wait();
+                self.let_callers_wait();
+                break;
             }
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             match accept4(self.endpoint.socket().as_raw_fd(), flags) {
                 Ok(fd) => {
                     // SAFETY: accept4 has just made this fd, and nothing else owns it.
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-                    let peer = Peer::of(&socket);
-                    let owner = Owner {
-                        uid: peer.as_ref().map_or(NOBODY, |peer| peer.uid),
-                        connection: self.connections.next_id(),
-                    };
-                    let socket = self.porters.foreign(owner, socket);
-                    match peer {
-                        Ok(peer) => self.welcome(socket, peer, false),
-                        Err(error) => debug!("a caller is gone already: {error}"),
+                    match getsockopt(&socket, sockopt::PeerCredentials) {
+                        Ok(peer) if self.in_vain.are_too_many(peer.uid(), now) => {
+                            self.refuse_unheard(peer.uid(), peer.pid());
+                            unheard.push(socket);
+                        }
+                        _ => self.hear(socket),
                     }
                 }
                 Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
                     let what = "callers have to wait: more descriptors are needed (LimitNOFILE=)";
                     self.journal.fault(what, 0, &error.into());
-                    return self.let_callers_wait();
+                    self.let_callers_wait();
+                    break;
                 }
-                Err(_) => return,
+                Err(_) => break,
             }
+        }
+        self.close_unheard(unheard);
+    }
+
+    /// Somebody calls.
+    fn hear(&mut self, socket: OwnedFd) {
+        let peer = Peer::of(&socket);
+        let owner = Owner {
+            uid: peer.as_ref().map_or(NOBODY, |peer| peer.uid),
+            connection: self.connections.next_id(),
+        };
+        let socket = self.porters.foreign(owner, socket);
+        match peer {
+            Ok(peer) => self.welcome(socket, peer, false),
+            Err(error) => debug!("a caller is gone already: {error}"),
+        }
+    }
+
+    fn refuse_unheard(&mut self, uid: u32, pid: i32) {
+        self.journal.counters.refused += 1;
+        self.journal.counters.turned_away += 1;
+        let cause = "its user's programs have called over a thousand times in a second, and said nothing: it is not heard before that second is over";
+        self.journal.refusal(cause, uid, pid);
+    }
+
+    /// A porter closes who was not heard, all of a turn at once.
+    fn close_unheard(&self, sockets: Vec<OwnedFd>) {
+        if !sockets.is_empty() {
+            let owner = Owner {
+                uid: NOBODY,
+                connection: self.connections.next_id(),
+            };
+            self.porters.give(owner, move || {
+                drop(sockets);
+                None
+            });
         }
     }
 
@@ -219,6 +258,7 @@ impl Daemon {
         let [of_socket, of_caller, unread] = match charge(&mut self.accounts) {
             Ok(charges) => charges,
             Err(over) => {
+                self.in_vain.note(uid, self.last_use);
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
                 if self.porters.waiting_of(uid) > LOADS {
@@ -544,6 +584,9 @@ impl Daemon {
             return;
         };
         self.last_use = Instant::now();
+        if connection.tenant.is_none() && !connection.answered {
+            self.in_vain.note(uid, self.last_use);
+        }
         self.agenda.unwatch(borrowed(connection.channel.socket()));
         let owner = connection.channel.socket().owner();
         connection.channel.dismiss(&self.porters);

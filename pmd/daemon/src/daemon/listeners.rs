@@ -1,10 +1,11 @@
 //! Programs that listen: a node asks for a stream, and the daemon connects to the program on its behalf.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockname, getsockopt,
@@ -290,8 +291,14 @@ impl Daemon {
         }
     }
 
-    /// A program that listens has had its time: its backlog is full.
+    /// A program that listens has had its time: its backlog is full, unless it was this thread that had no time meanwhile.
     pub(super) fn on_call_due(&mut self, ticket: u64) {
+        let fabric = self.fabric.as_ref();
+        let call = fabric.and_then(|fabric| fabric.calls.get(&ticket));
+        let socket = call.and_then(|call| call.socket.as_ref());
+        if socket.is_some_and(|socket| can_be_written(borrowed(socket))) {
+            return self.on_call(ticket);
+        }
         let call = self
             .fabric
             .as_mut()
@@ -385,6 +392,12 @@ impl Daemon {
         }
         self.send(id, Message::new(kind::CALLER, &answer).into())
     }
+}
+
+/// Is a connection made, or has it failed?
+fn can_be_written(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::POLLOUT)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
 }
 
 /// A socket to call a program with, and its address. Who asks about the connection is told the true peer.

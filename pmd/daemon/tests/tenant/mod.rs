@@ -187,7 +187,7 @@ impl Daemon {
 
     /// Waits until `done` says so of the statistics.
     pub fn wait_until(&self, what: &str, done: impl Fn(&Value) -> bool) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             let stat = self.stat();
             if done(&stat) {
@@ -344,7 +344,7 @@ impl Tenant {
     }
 
     pub fn over(socket: OwnedFd) -> Self {
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(10)).unwrap();
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(60)).unwrap();
         Tenant {
             socket,
             memory: Memory::new(),
