@@ -6,7 +6,6 @@ use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
 use crate::{epoll, sys};
 use libc::c_int;
-use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::{AtomicU32, Ordering::*};
@@ -101,9 +100,9 @@ pub fn before_close(held: &Use, fd: c_int) {
     }
     let linger: Option<libc::linger> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER);
     let breaks = linger.is_some_and(|linger| linger.l_onoff != 0 && linger.l_linger == 0);
-    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well.
-    let unread = end.unread().or_else(|| end.socket.unread());
-    let breaks = breaks || unread.is_some_and(|unread| unread != 0);
+    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well. Where the kernel has the
+    // direction, it knows whether this is the last descriptor: the socket may have been passed on.
+    let breaks = breaks || end.unread().is_some_and(|unread| unread != 0);
     end.close(breaks);
 }
 
