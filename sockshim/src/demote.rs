@@ -100,9 +100,9 @@ pub fn before_close(held: &Use, fd: c_int) {
     }
     let linger = end::unpacked(end.said_linger().unwrap_or_else(|| end.socket.linger()));
     let breaks = linger.l_onoff != 0 && linger.l_linger == 0;
-    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well.
-    let unread = end.unread().or_else(|| end.socket.unread());
-    let breaks = breaks || unread.is_some_and(|unread| unread != 0);
+    // Wherever it lies: what the anchor has from before the switch, or from behind the ring, counts as well. Where the kernel has the
+    // direction, it knows whether this is the last descriptor: the socket may have been passed on.
+    let breaks = breaks || end.unread().is_some_and(|unread| unread != 0);
     end.close(breaks);
 }
 

@@ -58,6 +58,8 @@ struct Conductor<'a> {
     full: BTreeSet<usize>,
     /// Edge-triggered registrations: an instance and a name.
     edges: BTreeSet<(String, String)>,
+    /// Ends that many bytes were sent on: whether there was no room for a while is not Linux's to fix, nor is an edge for it.
+    flowed: BTreeSet<(usize, usize)>,
     /// Instances that may have an edge for room, for those that they are nested in.
     rooms: BTreeSet<String>,
     pending: BTreeMap<(char, u8), Pending>,
@@ -75,6 +77,7 @@ pub fn conduct(stage: &mut Stage, program: &Program) -> Log {
         ends: BTreeMap::new(),
         full: BTreeSet::new(),
         edges: BTreeSet::new(),
+        flowed: BTreeSet::new(),
         rooms: BTreeSet::new(),
         pending: BTreeMap::new(),
         children: BTreeSet::new(),
@@ -249,6 +252,7 @@ impl Conductor<'_> {
             _ => {}
         }
         match word(0) {
+            "flow" => self.flowed.extend(end.map(|end| (end.conn, end.side))),
             "dup" if answer == "ok" => {
                 if let Some(end) = end {
                     self.ends.insert(word(2).to_owned(), end);
@@ -303,6 +307,11 @@ impl Conductor<'_> {
             }
             if is_full || !self.edges.contains(&(instance.to_owned(), name.to_owned())) {
                 return Some(report.to_owned());
+            }
+            let has_flowed = end.is_some_and(|end| self.flowed.contains(&(end.conn, end.side)));
+            if has_flowed && ["out", "in,out"].contains(&bits) {
+                // With what was unread before.
+                return None;
             }
             let bits: Vec<&str> = bits.split(',').filter(|bit| *bit != "out").collect();
             (!bits.is_empty()).then(|| format!("{name}:{}", bits.join(",")))

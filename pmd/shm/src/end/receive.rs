@@ -325,7 +325,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// knows how that one stands, and of an error.
     fn kernels_end(&self) -> Took {
         let end = self.end;
-        if end.tx().phase.load(Acquire) != phase::DEMOTED {
+        if end.tx().phase.load(Acquire) == phase::RING {
             return Took::End;
         }
         // Tokens stand before it.

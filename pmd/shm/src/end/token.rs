@@ -192,6 +192,10 @@ impl<S: Anchor + Process> End<'_, S> {
     /// bytes in the ring that were never read, which it must: the ring tells. An anchor that this end itself has shut for
     /// receiving ends as well, and says nothing about the peer.
     pub fn note_end(&self, error: bool) {
+        if self.shared.is_reset() {
+            // There the bits say what was told.
+            return;
+        }
         let on_ring = self.tx().phase.load(Acquire) == phase::RING;
         // What a socket has not read when it is shut is no reason for a reset; what is sent to it later is, and the kernel's.
         let is_shut = self.out().bytes.want.load(Relaxed) & want::SHUT != 0;
@@ -271,7 +275,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if self.outstanding() != 0 || end.rx().anchor.load(Relaxed) != 0 {
             return;
         }
-        if end.tx().phase.load(Acquire) == phase::DEMOTED && end.socket.hears_end() {
+        if end.tx().phase.load(Acquire) != phase::RING && end.socket.hears_end() {
             // An error is the program's, from the kernel: a look must not take it.
             return end.note_end(false);
         }
