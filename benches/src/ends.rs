@@ -1,7 +1,7 @@
 //! Both ends of a stream on its rings, over a socket that is never used: what the shim does between a program's call and the ring.
 
 use rdsock_shm::end::{
-    Anchor, Buffers, End, Got, How, Process, Received, Sent, Shared, Shut, Take, Until,
+    Anchor, Buffers, End, Got, How, Patience, Process, Received, Sent, Shared, Shut, Take, Until,
 };
 use rdsock_shm::layout::{Counter, Direction, EndPage, NOT_SWITCHED};
 use rdsock_shm::lock::Owner;
@@ -168,6 +168,14 @@ impl Process for Unused {
 
     fn milliseconds(&self) -> u64 {
         0
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience {
+            spent: None,
+            most: 0,
+            every: 0,
+        }
     }
 
     fn is_running(&self, _: u32) -> bool {

@@ -9,7 +9,7 @@ use fastrand::Rng;
 
 use crate::program::{Program, Step, Surroundings};
 
-/// What the generator leaves out since it is known not to work yet, by the names that [`Writer::may`] is asked for, with the reason.
+/// What the generator leaves out since it is known not to work yet, by the names that `Writer::may` is asked for, with the reason.
 /// Each run prints it.
 pub const NOT_YET: [(&str, &str); 1] = [(
     "demote-under-edges",
