@@ -28,7 +28,7 @@ const STOCK: usize = 8;
 #[derive(Debug)]
 pub struct Memory {
     stream: Arc<Paid>,
-    ends: [Arc<Paid>; 2],
+    ends: [Option<Arc<Paid>>; 2],
     /// The bell boards of the tenants that announced the two ends, for those who may ring them.
     bells: [Option<Bells>; 2],
     ring_size: u64,
@@ -92,7 +92,7 @@ impl Memory {
         let paid = |file| Arc::new(Paid::new(file, charge.clone()));
         Memory {
             stream: paid(fds.stream),
-            ends: fds.ends.map(&paid),
+            ends: fds.ends.map(|end| end.map(&paid)),
             bells,
             ring_size,
             huge: fds.huge,
@@ -288,7 +288,7 @@ impl Streams {
             node: elsewhere.map_or(0, |elsewhere| elsewhere.node.into()),
             reserved: 0,
         };
-        let mut fds = vec![memory.stream.clone(), memory.ends.get(end)?.clone()];
+        let mut fds = vec![memory.stream.clone(), memory.ends.get(end)?.clone()?];
         // Whoever has the end by now, maybe by inheritance.
         let bells = memory.bells.get(1 - end)?.as_ref();
         let bells = bells.filter(|bells| Rights::may_ring(uid, bells.uid));

@@ -514,10 +514,10 @@ fn what_streams_to_other_nodes_leave_behind_is_on_an_account() {
     daemon.wait_until("promoted", |stat| {
         stat["counters"]["streams_opened"] == STREAMS
     });
-    all_is_charged(daemon, own, 5 * STREAMS as u64);
+    all_is_charged(daemon, own, 4 * STREAMS as u64);
     drop(anchors);
     daemon.wait_until("over", |stat| stat["fabric"]["streams"] == 0);
-    all_is_charged(daemon, own, 3 * STREAMS as u64);
+    all_is_charged(daemon, own, 2 * STREAMS as u64);
     drop(deaf);
     daemon.wait_until("given back", |stat| {
         let users = stat["users"].as_array().unwrap();

@@ -8,6 +8,7 @@ use tracing::debug;
 
 use super::{Daemon, End};
 use crate::book::{Announced, Announcement, Conn, TenantId};
+use crate::fabric::Early;
 use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
@@ -270,6 +271,20 @@ impl Daemon {
                 return self.not_verified(conn, reason);
             }
         };
+        let names = (announced.route.local, announced.route.peer);
+        let fabric = self.fabric.as_mut();
+        if let Some(call) = fabric.and_then(|fabric| fabric.call_unheard(ticket, names)) {
+            let early = Early {
+                conn,
+                socket: (claim.fd, claim.cookie),
+                searched: claim.maybe_shared,
+            };
+            call.early = Some(early);
+            let claim = Box::new(claim.clone());
+            self.announcements
+                .expect(conn, Wanted::Match { claim, ticket });
+            return Ok(());
+        }
         if ticket != 0 {
             return self.on_carried_announced(announced, ticket, held, &passport);
         }

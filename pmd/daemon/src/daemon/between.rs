@@ -14,7 +14,6 @@ use rdsock_shm::control::{Between, Message, Reached, kind};
 use rdsock_shm::reason::Reason;
 use tracing::{debug, info, warn};
 
-use super::streams::STREAM_DESCRIPTORS;
 use super::{Daemon, End, Portion};
 use crate::accounts::{Over, Thing};
 use crate::agenda::{Due, Token};
@@ -39,8 +38,8 @@ const ANCHORS: usize = 2 * 129;
 const STRANGERS: u32 = u32::MAX - 1;
 /// With so many of them that are to be closed, others wait, too.
 const STRAYS: usize = 64;
-/// Descriptors of a stream to another node besides: its anchor, and its memory once more, for models that are linked.
-const FURTHER_DESCRIPTORS: u64 = 2;
+/// Descriptors of a stream to another node: its memory, and that once more for models that are linked, an end page, and its anchor.
+const STREAM_DESCRIPTORS: u64 = 4;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
 
@@ -222,7 +221,7 @@ impl Daemon {
             (Thing::Streams, 1),
             (Thing::Carried, 1),
             (Thing::Bytes, bytes),
-            (Thing::Descriptors, STREAM_DESCRIPTORS + FURTHER_DESCRIPTORS),
+            (Thing::Descriptors, STREAM_DESCRIPTORS),
         ];
         let charge = self.accounts.charge(uid, &wanted);
         let connect = self.accounts.charge(uid, &[(Thing::Connects, 1)]);
@@ -241,7 +240,11 @@ impl Daemon {
         let berth = fabric.berth(node, opening, uid, pay)?;
         let berth = berth.ok_or(CarryError::Full)?;
         let ticket = self.streams.number();
-        let fds = make_stream_with(ticket, ring_size, bytes)?;
+        let end = match opening {
+            Opening::Connect => 0,
+            Opening::Accept(_) => 1,
+        };
+        let fds = make_stream_with(ticket, ring_size, bytes, end)?;
         let made = fabric
             .stream(ticket, node, opening, berth, &fds, charge.clone())
             .map_err(|error| {

@@ -23,7 +23,7 @@ use crate::agenda::{Due, Token};
 use crate::book::TenantId;
 use crate::channel::Foreign;
 use crate::diag::Listener;
-use crate::fabric::{Call, Carried, Listening, addresses, octets};
+use crate::fabric::{Call, Carried, Early, Listening, addresses, octets};
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
 use crate::rights::{Held, NotHeld, Rights, socket_address};
@@ -173,6 +173,7 @@ impl Daemon {
             destination,
             uid,
             listener,
+            early: None,
         };
         fabric.calls.insert(ticket, call);
         self.agenda.after(DIAL, Due::Call(ticket));
@@ -216,7 +217,7 @@ impl Daemon {
             }
             Err(error) => Err(error),
         };
-        let id = call.id;
+        let (id, early) = (call.id, call.early.take());
         match watched {
             Ok(()) => {
                 call.socket = Some(socket);
@@ -226,6 +227,20 @@ impl Daemon {
                 let why = self.give_up_call(ticket, error);
                 self.refuse(id, why);
             }
+        }
+        // Where it was made, this look finds it.
+        self.look_at_early(early);
+    }
+
+    /// What a program has announced before it was known whether its connection was made is looked at now.
+    fn look_at_early(&mut self, early: Option<Early>) {
+        if let Some(Early {
+            conn,
+            socket,
+            searched,
+        }) = early
+        {
+            self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, searched);
         }
     }
 
@@ -309,6 +324,7 @@ impl Daemon {
             }
             let why = self.give_up_call(ticket, Errno::ETIMEDOUT);
             self.refuse(call.id, why);
+            self.look_at_early(call.early);
         }
     }
 

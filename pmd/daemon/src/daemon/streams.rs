@@ -27,7 +27,7 @@ const NO_CONNECTION: u64 = 0;
 /// Memory for further streams is made when those that come together have theirs.
 const RESTOCK: Duration = Duration::from_millis(3);
 /// Descriptors of a stream: its memory and two end pages.
-pub(super) const STREAM_DESCRIPTORS: u64 = 3;
+const STREAM_DESCRIPTORS: u64 = 3;
 
 impl Daemon {
     /// Makes the stream of two ends that were found to hold the same connection.

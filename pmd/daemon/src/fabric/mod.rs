@@ -13,7 +13,7 @@ pub use routes::follow;
 
 use crate::accounts::Charge;
 use crate::agenda::{Agenda, Token};
-use crate::book::{Route, TenantId};
+use crate::book::{Conn, Route, TenantId};
 use crate::channel::Foreign;
 use crate::confine::Confinement;
 use crate::memory::{StreamFds, can_be_whole};
@@ -131,6 +131,19 @@ pub struct Call {
     pub uid: u32,
     /// Cookie of the socket that would get it.
     pub listener: u64,
+    /// The program has it already, and says so.
+    pub early: Option<Early>,
+}
+
+/// What a program has announced of a connection of which the daemon does not know yet that the kernel has made it.
+#[derive(Clone, Copy, Debug)]
+pub struct Early {
+    /// Its connection record.
+    pub conn: Conn,
+    /// Descriptor and cookie.
+    pub socket: (i32, u64),
+    /// Others may hold it, too.
+    pub searched: bool,
 }
 
 /// The fabric, as the control thread has it.
@@ -617,6 +630,16 @@ impl Control {
     pub fn calls_between(&self, ticket: u64, names: (SocketAddr, SocketAddr)) -> bool {
         let call = self.calls.get(&ticket);
         call.is_some_and(|call| (call.destination, call.local) == names)
+    }
+
+    /// Such a connection that the kernel has made, without this thread having heard of it.
+    pub fn call_unheard(
+        &mut self,
+        ticket: u64,
+        names: (SocketAddr, SocketAddr),
+    ) -> Option<&mut Call> {
+        let call = self.calls.get_mut(&ticket)?;
+        (call.socket.is_none() && (call.destination, call.local) == names).then_some(call)
     }
 
     /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant

@@ -38,8 +38,8 @@ pub enum HugePages {
 pub struct StreamFds {
     /// Header and rings.
     pub stream: OwnedFd,
-    /// The page of each end.
-    pub ends: [OwnedFd; 2],
+    /// The page of each end that a program holds.
+    pub ends: [Option<OwnedFd>; 2],
     /// Made of huge pages.
     pub huge: bool,
     /// Bytes of the stream's memory.
@@ -58,8 +58,8 @@ pub fn make_stream(stream_id: u64, ring_size: u64, try_huge: bool) -> io::Result
     Ok(StreamFds {
         stream: stream.into(),
         ends: [
-            make_end(stream_id, 0)?.into(),
-            make_end(stream_id, 1)?.into(),
+            Some(make_end(stream_id, 0)?.into()),
+            Some(make_end(stream_id, 1)?.into()),
         ],
         huge,
         bytes,
@@ -67,14 +67,20 @@ pub fn make_stream(stream_id: u64, ring_size: u64, try_huge: bool) -> io::Result
 }
 
 /// Makes the memory of a stream to another node, of `bytes` bytes and ordinary pages: the device maps it in
-/// whole, so it is small.
-pub fn make_stream_with(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<StreamFds> {
+/// whole, so it is small. A program of this node holds the end `end`, 0 or 1.
+pub fn make_stream_with(
+    stream_id: u64,
+    ring_size: u64,
+    bytes: u64,
+    end: usize,
+) -> io::Result<StreamFds> {
+    let mut ends = [None, None];
+    if let Some(place) = ends.get_mut(end) {
+        *place = Some(make_end(stream_id, end as u32)?.into());
+    }
     Ok(StreamFds {
         stream: of_pages(stream_id, ring_size, bytes)?.into(),
-        ends: [
-            make_end(stream_id, 0)?.into(),
-            make_end(stream_id, 1)?.into(),
-        ],
+        ends,
         huge: false,
         bytes,
     })
