@@ -3,6 +3,7 @@
 use super::send::wait_for_space;
 use super::*;
 use crate::conn::Use;
+use crate::end::End;
 use crate::{demote, limits, rest, wait};
 use rdsock_shm::end::{MOST, Way};
 use rdsock_shm::layout::phase;
@@ -58,6 +59,15 @@ fn is_plain(stat: &libc::stat) -> bool {
     stat.st_mode & libc::S_IFMT == libc::S_IFREG && stat.st_size > 0
 }
 
+/// What a call reports that has sent nothing, of a connection that is broken.
+fn broken(end: &End<'_>) -> isize {
+    if end.tell_break() {
+        BROKEN
+    } else {
+        broken_pipe(0)
+    }
+}
+
 /// Reads a file, or what a pipe holds, straight into the ring.
 fn read_in<'a>(
     held: &'a Use,
@@ -105,7 +115,10 @@ fn read_in<'a>(
                 drop(half);
                 return Outcome::Done(broken_pipe(0));
             }
-            Way::Broken => return Outcome::Done(BROKEN),
+            Way::Broken => {
+                drop(half);
+                return Outcome::Done(broken(&end));
+            }
         }
         let (mut full, mut stop) = (false, None);
         while done < count && stop.is_none() && stream.tx().phase.load(Relaxed) == phase::RING {
@@ -120,7 +133,11 @@ fn read_in<'a>(
                 }
                 Err(_) => {
                     end.reset(Reason::Violation);
-                    return Outcome::Done(if done == 0 { BROKEN } else { done as isize });
+                    return Outcome::Done(if done == 0 {
+                        broken(&end)
+                    } else {
+                        done as isize
+                    });
                 }
             };
             let (at, len) = half.sender.piece(space);
@@ -131,7 +148,7 @@ fn read_in<'a>(
                 // Only a handler that sent in the middle of this brings us here: its bytes lie
                 // behind a gap that cannot be closed.
                 end.reset(Reason::Call);
-                return Outcome::Done(BROKEN);
+                return Outcome::Done(broken(&end));
             }
             if let Some(offset) = offset.as_deref_mut() {
                 *offset += used as i64;

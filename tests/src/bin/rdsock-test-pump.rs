@@ -138,20 +138,25 @@ fn send(at: SocketAddr, bytes: u64, rate: u64) -> ExitCode {
         let mut done = 0;
         while done < bytes {
             let block = block_at(&pattern, done);
-            if writer.write_all(block).is_err() {
-                return; // the reader sees it too, and says it
+            if let Err(error) = writer.write_all(block) {
+                return Some(error.kind());
             }
             done += block.len() as u64;
             let due = Duration::from_secs_f64(done as f64 / (rate as f64 * 1e6));
             std::thread::sleep(due.saturating_sub(started.elapsed()));
         }
         let _ = writer.shutdown(Shutdown::Write);
+        None
     });
     let mut got = vec![0; BLOCK];
     let mut done = 0;
     while done < bytes {
         if let Err(error) = connection.read_exact(&mut got) {
-            println!("broke at {done}: {:?}", error.kind());
+            // A reset is told once, to whichever call comes first; a receive behind that finds the end.
+            let _ = connection.shutdown(Shutdown::Both);
+            let sending = writing.join().expect("the writer does not panic");
+            let reset = sending.filter(|kind| *kind == ErrorKind::ConnectionReset);
+            println!("broke at {done}: {:?}", reset.unwrap_or(error.kind()));
             return ExitCode::from(3);
         }
         if got != block_at(&right, done) {

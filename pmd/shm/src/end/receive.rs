@@ -110,7 +110,14 @@ impl<S: Anchor + Process> End<'_, S> {
                     self.follow();
                     continue;
                 }
-                Took::End | Took::Error(_) if *done != 0 => Received::Bytes,
+                Took::Error(_) if *done != 0 => {
+                    // The next call is told.
+                    if !self.shared.is_reset() {
+                        self.add_anchor_bits(anchor::EOF | anchor::ERROR | anchor::BROKEN);
+                    }
+                    Received::Bytes
+                }
+                Took::End if *done != 0 => Received::Bytes,
                 Took::End => Received::End,
                 Took::Error(error) => Received::Error(error),
             };

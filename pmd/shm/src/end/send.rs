@@ -39,7 +39,7 @@ pub enum Way<'a> {
     Behind,
     /// Nowhere: EPIPE.
     Pipe,
-    /// Nowhere: ECONNRESET, which is told once.
+    /// Nowhere: the connection is broken. [`End::tell_break`] says how a call that has sent nothing ends.
     Broken,
 }
 
@@ -56,7 +56,7 @@ pub enum Sent<'a> {
     Kernel(Option<Counted<'a>>),
     /// EPIPE.
     Pipe,
-    /// ECONNRESET.
+    /// The connection is broken: ECONNRESET, unless a part was sent. Then that is the result, and the next call is told.
     Broken,
 }
 
@@ -71,12 +71,11 @@ impl<'a, S: Anchor + Process> End<'a, S> {
                 Way::Kernel(counted) => return Sent::Kernel(counted),
                 Way::Behind => return Sent::Behind,
                 Way::Pipe => return Sent::Pipe,
-                Way::Broken => return Sent::Broken,
+                Way::Broken => return self.broken_after(*done),
             }
             if half.fill(from, done).is_err() {
                 self.reset(Reason::Violation);
-                self.take_send_error();
-                return Sent::Broken;
+                return self.broken_after(*done);
             }
             if *done == from.total {
                 return Sent::All;
@@ -87,6 +86,21 @@ impl<'a, S: Anchor + Process> End<'a, S> {
                 return Sent::Full;
             }
         }
+    }
+
+    /// A send finds the connection broken, when it has sent so much.
+    #[cold]
+    fn broken_after(&self, done: usize) -> Sent<'a> {
+        if done != 0 || self.tell_break() {
+            Sent::Broken
+        } else {
+            Sent::Pipe
+        }
+    }
+
+    /// The connection is broken, and a call reports it that has sent nothing: true for ECONNRESET, which is told once, false for EPIPE.
+    pub fn tell_break(&self) -> bool {
+        self.take_send_error() && self.shared.broken_by() != libc::EPIPE
     }
 
     /// Tells the producer of what comes in, which waits for space, that there is some. A token may only be sent on
@@ -156,17 +170,8 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         }
         match end.tx().phase.load(Acquire) {
             phase::DEMOTED => Way::Kernel(None),
-            phase::RESET => self.way_when_broken(),
+            phase::RESET => Way::Broken,
             _ => Way::Pipe,
-        }
-    }
-
-    fn way_when_broken(&self) -> Way<'a> {
-        let end = self.end;
-        if end.take_send_error() && end.shared.broken_by() != libc::EPIPE {
-            Way::Broken
-        } else {
-            Way::Pipe
         }
     }
 
@@ -187,7 +192,7 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
             phase::RING => Way::Ring,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
             phase::LEAVING => Way::Behind,
-            phase::RESET => self.way_when_broken(),
+            phase::RESET => Way::Broken,
             _ => Way::Kernel(None),
         }
     }

@@ -507,6 +507,13 @@ impl<'a> Program<'a> {
     }
 
     /// Sends what goes at once; how much. `None`: the direction has ended.
+    /// Goes on with a send of which so many bytes have gone.
+    pub fn go_on(&self, bytes: &[u8], mut done: usize) -> Sent<'_> {
+        with_buffers(bytes.as_ptr().cast_mut(), bytes.len(), |from| {
+            self.end().send(from, &mut done)
+        })
+    }
+
     pub fn send(&self, bytes: &[u8]) -> Option<usize> {
         if !self.side.mapped.get() {
             return Some(self.side.out().send(bytes));

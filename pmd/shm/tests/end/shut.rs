@@ -2,7 +2,7 @@
 
 use crate::pair::{Gave, Program, RING, Wire, stream};
 use libc::{POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
-use rdsock_shm::end::{How, Kernel, State};
+use rdsock_shm::end::{How, Kernel, Sent, State};
 use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::Relaxed;
@@ -50,6 +50,24 @@ fn one_that_waits_for_room_hears_that_nobody_takes_anything() {
         assert_eq!(b.send(b"later"), Some(5));
         assert_eq!(b.sends_by(), phase::DEMOTED);
     });
+}
+
+/// A send that has moved a part reports that, so the next call is told of the break, whichever it is.
+#[test]
+fn a_break_behind_a_part_is_told_by_the_next_call() {
+    for next_sends in [false, true] {
+        stream(true, |a, _| {
+            a.shared.out().consumer.tail.store(u64::MAX / 2, Relaxed);
+            assert!(matches!(a.go_on(&[7; RING + 2], 1), Sent::Broken));
+            if next_sends {
+                assert!(matches!(a.go_on(b"more", 0), Sent::Broken));
+                assert!(matches!(a.go_on(b"more", 0), Sent::Pipe));
+            } else {
+                assert_eq!(a.receive(100, PLAIN), Gave::Broken);
+            }
+            assert_eq!(a.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+        });
+    }
 }
 
 /// Whoever has shut both directions has not died with what it did not read.
