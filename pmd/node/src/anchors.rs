@@ -565,10 +565,12 @@ impl Anchor {
         }
     }
 
-    /// The stream is broken: the program sees ECONNRESET.
+    /// The stream is broken: the program sees ECONNRESET, unless it has seen an end before. The other node may have told of an end
+    /// before it knew that its program has died with bytes unread: TCP would have told of the break alone.
     fn reset(&mut self) {
-        let producer = &self.stream.incoming().producer;
-        producer.mark.fetch_or(mark::RESET, Ordering::AcqRel);
+        let marks = &self.stream.incoming().producer.mark;
+        let broken = |before: u32| Some(before & !mark::FIN | mark::RESET);
+        let _ = marks.fetch_update(Ordering::AcqRel, Ordering::Acquire, broken);
         self.socket.break_at_close();
     }
 }

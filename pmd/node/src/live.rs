@@ -271,13 +271,14 @@ impl Live {
         }
         let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
         let on_ring = matches!(self.from, From::Ring(_));
-        if !self.shut {
-            self.shut = true;
+        // On a ring, a program that only ends its direction marks that, and leaves its anchor open. One that has gone says no end before:
+        // if it has left bytes unread, the other end sees a break, and no end.
+        let is_over = closed || on_ring;
+        if !std::mem::replace(&mut self.shut, true) && !is_over {
             node.shut(self.id)?;
             worked = true;
         }
-        // On a ring, a program that only ends its direction marks that, and leaves its anchor open.
-        if closed || on_ring {
+        if is_over {
             self.gone = true;
             node.close(self.id)?;
             worked = true;
