@@ -36,7 +36,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const ANCHORS: usize = 2 * 129;
 /// In place of the user of those who come without a promise.
 const STRANGERS: u32 = u32::MAX - 1;
-/// With so many of them that are to be closed, others wait, too.
+/// With so many batches of them that are to be closed, others wait, too.
 const STRAYS: usize = 64;
 /// Descriptors of a stream to another node: its memory, and that once more for models that are linked, an end page, and its anchor.
 const STREAM_DESCRIPTORS: u64 = 4;
@@ -452,6 +452,12 @@ impl Daemon {
     /// Anchors have come in. Not a byte flows before it is known whose each is: that of the program that was promised a
     /// stream for the socket at the other end.
     pub(super) fn on_anchors(&mut self, listener: usize) {
+        let mut strays = Vec::new();
+        self.take_anchors(listener, &mut strays);
+        self.have_closed(strays);
+    }
+
+    fn take_anchors(&mut self, listener: usize, strays: &mut Vec<OwnedFd>) {
         while self.turn.arrivals < ANCHORS
             && let Some(fabric) = &mut self.fabric
         {
@@ -460,7 +466,7 @@ impl Daemon {
                 return self.let_anchors_wait(listener);
             }
             match fabric.arrival(listener) {
-                Arrival::From(socket, from) => self.on_arrival(socket, from),
+                Arrival::From(socket, from) => strays.extend(self.on_arrival(socket, from)),
                 Arrival::None => return,
                 Arrival::Short(error) => {
                     let what = "programs that go to other nodes have to wait: more descriptors are needed (LimitNOFILE=)";
@@ -480,31 +486,35 @@ impl Daemon {
         self.agenda.after(PAUSE, Due::Anchors(listener));
     }
 
-    /// A connection has come in. Whoever has made it decides what its end costs, which wakes all that watch it: a porter closes it, if
-    /// it is nobody's anchor.
-    fn on_arrival(&mut self, socket: OwnedFd, from: SocketAddr) {
-        let Some(fabric) = &mut self.fabric else {
+    /// Nobody has asked for these. Who has made one decides what its end costs, which wakes all that watch it: a porter closes them.
+    fn have_closed(&mut self, strays: Vec<OwnedFd>) {
+        let Some(first) = strays.first() else {
             return;
         };
+        let owner = Owner {
+            uid: STRANGERS,
+            connection: first.as_raw_fd() as u64,
+        };
+        self.porters.give(owner, move || {
+            drop(strays);
+            None
+        });
+    }
+
+    /// A connection has come in. It is given back, if it is nobody's anchor.
+    fn on_arrival(&mut self, socket: OwnedFd, from: SocketAddr) -> Option<OwnedFd> {
+        let fabric = self.fabric.as_mut()?;
         let name = getsockname(socket.as_raw_fd()).ok();
         let to = name.as_ref().and_then(socket_address);
-        let expected = fabric.expected_from(from).zip(to);
-        let stranger = Owner {
-            uid: STRANGERS,
-            connection: from.port().into(),
+        let Some((owner, to)) = fabric.expected_from(from).zip(to) else {
+            self.journal.counters.stray += 1;
+            debug!(%from, "a connection to the anchors' port that nobody asked for");
+            return Some(socket);
         };
-        let owner = expected.map_or(stranger, |(owner, _)| sender(owner));
-        let socket = self.porters.foreign(owner, socket);
-        match expected {
-            Some((_, to)) => {
-                fabric.arrive(from, to, socket);
-                self.attach_arrival(from);
-            }
-            None => {
-                self.journal.counters.stray += 1;
-                debug!(%from, "a connection to the anchors' port that nobody asked for");
-            }
-        }
+        let socket = self.porters.foreign(sender(owner), socket);
+        fabric.arrive(from, to, socket);
+        self.attach_arrival(from);
+        None
     }
 
     /// An anchor has come in. Very many streams may be promised for the address that it comes from, by whoever names it: the
