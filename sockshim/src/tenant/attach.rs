@@ -24,7 +24,7 @@ const LOOK_MS: u64 = 1000;
 const GREETING_US: u64 = 20;
 /// and milliseconds that a program waits for that at most, before it sleeps for the first time: where that could hold it up,
 /// and where it sleeps on something that is waited for, too.
-const PATIENCE_MS: [u64; 2] = [100, 5000];
+const PATIENCE_MS: [u64; 2] = [2000, 5000];
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
