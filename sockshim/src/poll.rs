@@ -99,27 +99,27 @@ fn is_ours(fd: c_int) -> bool {
 }
 
 /// True when any of the fds is on rings, so that the kernel alone can't tell; or an epoll instance, to which a stream may come
-/// while the caller sleeps.
+/// while the caller sleeps, for `limit` nanoseconds at most.
 ///
 /// # Safety
 /// `fds` points to `count` entries.
-pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
-    let mut tracked = false;
+pub unsafe fn concerns(fds: *const pollfd, count: nfds_t, limit: Option<u64>) -> bool {
+    let mut tracked = None;
     for i in 0..count as usize {
         // SAFETY: the caller vouches for `count` entries.
         let fd = unsafe { (*fds.add(i)).fd };
         if matches!(conn::kind(fd), Kind::Conn(_) | Kind::Epoll(_)) {
-            if !tracked {
+            if tracked.is_none() {
                 tenant::look();
-                tracked = true;
+                tracked = Some(fd);
             }
             if is_ours(fd) || epoll::followed(fd).is_some() {
                 return true;
             }
         }
     }
-    if tracked {
-        tenant::before_sleep(-1);
+    if let Some(fd) = tracked {
+        tenant::before_sleep(limit, || sys::poll_one(fd, POLLIN, 0) != 0);
     }
     false
 }
@@ -560,8 +560,8 @@ impl Sets {
         }
     }
 
-    /// As [`concerns`].
-    pub fn concern(&self) -> bool {
+    /// As [`concerns`]. How long the caller sleeps is asked for where it counts.
+    pub fn concern(&self, limit: impl Fn() -> Option<u64>) -> bool {
         let mut tracked = false;
         (0..self.count).any(|fd| {
             (0..3).any(|which| self.has(which, fd))
@@ -569,7 +569,8 @@ impl Sets {
                 && {
                     if !tracked {
                         tenant::look();
-                        tenant::before_sleep(-1);
+                        let fd = fd as c_int;
+                        tenant::before_sleep(limit(), || sys::poll_one(fd, POLLIN, 0) != 0);
                         tracked = true;
                     }
                     is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()

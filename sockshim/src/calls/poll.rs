@@ -8,15 +8,15 @@ use libc::{c_int, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
 /// # Safety
 /// As `poll(2)`.
 pub unsafe fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_int {
+    let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through; bad ones are the kernel's to refuse.
     unsafe {
         if sys::is_bad_pointer(fds.cast())
             || count > conn::FDS as nfds_t
-            || !poll::concerns(fds, count)
+            || !poll::concerns(fds, count, ns)
         {
             return real::poll(fds, count, ms);
         }
-        let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
         poll::ppoll(fds, count as usize, ns, std::ptr::null())
     }
 }
@@ -35,7 +35,7 @@ pub unsafe fn ppoll(
             Ok(ns)
                 if !sys::is_bad_pointer(fds.cast())
                     && count <= conn::FDS as nfds_t
-                    && poll::concerns(fds, count) =>
+                    && poll::concerns(fds, count, ns) =>
             {
                 poll::ppoll(fds, count as usize, ns, mask)
             }
@@ -57,7 +57,7 @@ pub unsafe fn select(
         count: count.max(0) as usize,
         sets: [read, write, except],
     };
-    if !sets.concern() {
+    if !sets.concern(|| time_of(limit)) {
         // SAFETY: arguments pass through.
         return unsafe { real::select(count, read, write, except, limit) };
     }
@@ -69,9 +69,7 @@ pub unsafe fn select(
         sys::set_errno(libc::EINVAL);
         return -1;
     }
-    let ns = (limit.tv_sec as u64)
-        .saturating_mul(1_000_000_000)
-        .saturating_add(limit.tv_usec as u64 * 1000);
+    let ns = nanoseconds_in(limit);
     let deadline = poll::Deadline::after(Some(ns));
     let result = sets.select(Some(ns), std::ptr::null());
     // Linux says how much time was left.
@@ -79,6 +77,21 @@ pub unsafe fn select(
     limit.tv_sec = (left / 1_000_000_000) as i64;
     limit.tv_usec = (left % 1_000_000_000 / 1000) as i64;
     result
+}
+
+fn nanoseconds_in(limit: &timeval) -> u64 {
+    (limit.tv_sec.max(0) as u64)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(limit.tv_usec.max(0) as u64 * 1000)
+}
+
+/// The time limit of a `select`; none where it is nonsense, which the kernel refuses at once.
+fn time_of(limit: *const timeval) -> Option<u64> {
+    if sys::is_bad_pointer(limit.cast()) {
+        return (!limit.is_null()).then_some(0);
+    }
+    // SAFETY: null was ruled out, and the caller of `select` vouches for the rest.
+    unsafe { limit.as_ref() }.map(nanoseconds_in)
 }
 
 /// # Safety
@@ -98,7 +111,7 @@ pub unsafe fn pselect(
     // SAFETY: arguments pass through.
     unsafe {
         match nanoseconds_of(limit) {
-            Ok(ns) if sets.concern() => sets.select(ns, mask),
+            Ok(ns) if sets.concern(|| ns) => sets.select(ns, mask),
             _ => real::pselect(count, read, write, except, limit, mask),
         }
     }

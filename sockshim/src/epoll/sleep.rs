@@ -55,11 +55,9 @@ fn wait_as_asked(
         count_out(epoll);
         return wait(epoll, epfd, events, deadline, mask, false);
     }
-    match deadline.left() {
-        None => tenant::before_sleep(epfd),
-        Some(0) => tenant::stay_attached(),
-        Some(_) => tenant::before_sleep(-1),
-    }
+    tenant::before_sleep(deadline.left(), || {
+        sys::poll_one(epfd, libc::POLLIN, 0) != 0
+    });
     // A stream may come while this sleeps: then its sign is among the events.
     let got = kernel();
     count_out(epoll);

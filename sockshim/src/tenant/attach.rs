@@ -22,9 +22,13 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 const LOOK_MS: u64 = 1000;
 /// microseconds while its greeting is awaited,
 const GREETING_US: u64 = 20;
-/// and milliseconds that a program waits for that at most, before it sleeps for the first time: where that could hold it up,
-/// and where it sleeps on something that is waited for, too.
-const PATIENCE_MS: [u64; 2] = [2000, 5000];
+/// and milliseconds that a program waits for that at most, before it sleeps for the first time. A machine that emulates another one
+/// needed more than 500.
+const PATIENCE_MS: u64 = 5000;
+/// The same where it goes on before long, and looks again.
+pub(super) const SHORT_PATIENCE_MS: u64 = 20;
+/// A call with less time than this, in nanoseconds, is followed by another one before long.
+const LONG_NS: u64 = 1_000_000_000;
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -125,42 +129,43 @@ fn look_for_daemon(now: u64) {
     }
 }
 
-/// Before the program sleeps in the kernel, maybe for good, on what need not be a connection: a daemon that was told HELLO just now
-/// gets to know this program first. It sleeps on `what`, -1 where that is not known: when that is ready, it is held up no longer.
+/// Before the program sleeps in the kernel, for `limit` nanoseconds at most (`None`: maybe for good), on what need not be a connection: a
+/// daemon that was told HELLO just now gets to know this program first. What the program waits for (`is_ready`) and signals come before that.
 #[inline]
-pub fn before_sleep(what: c_int) {
+pub fn before_sleep(limit: Option<u64>, is_ready: impl Fn() -> bool) {
     stay_attached();
-    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !process::is_foreign() {
-        get_known(what);
+    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 {
+        let ms = match limit {
+            Some(ns) if ns < LONG_NS => SHORT_PATIENCE_MS.min(ns / 1_000_000),
+            Some(ns) => PATIENCE_MS.min(ns / 1_000_000),
+            None => PATIENCE_MS,
+        };
+        if ms != 0 && !get_known(ms, &is_ready) {
+            LATE.store(1, Relaxed);
+        }
     }
 }
 
+/// Waits until the daemon knows this program, or something else is to be done. False when the time is up.
 #[cold]
-fn get_known(what: c_int) {
-    let [short, long] = PATIENCE_MS;
-    let patience = if what < 0 { short } else { long };
-    let end = clock::nanoseconds() + patience * 1_000_000;
-    // A signal that comes meanwhile is one that comes before the call: it must not be lost for that.
+pub(super) fn get_known(ms: u64, is_ready: &dyn Fn() -> bool) -> bool {
+    if process::is_foreign() {
+        return true;
+    }
+    let end = clock::nanoseconds() + ms * 1_000_000;
+    // A handler that runs meanwhile may ask for the same.
     let mask = sys::block_signals();
-    while !has_greeted() {
-        let left = end.saturating_sub(clock::nanoseconds()).div_ceil(1_000_000);
-        if left == 0 {
-            LATE.store(1, Relaxed);
+    let mut is_late = false;
+    while !has_greeted() && !is_ready() && sys::pending_signals() & !mask == 0 {
+        is_late = clock::nanoseconds() >= end;
+        if is_late {
             break;
         }
-        let one = |fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut fds = [one(CONTROL.load(Relaxed)), one(what)];
-        // Another thread may read the greeting between a look and the sleep that it would end.
-        sys::poll_for(&mut fds, Some(1));
-        if fds[1].revents != 0 {
-            break;
-        }
+        // Not for long: another thread may read the greeting between a look and this sleep.
+        sys::poll_one(CONTROL.load(Relaxed), libc::POLLIN, 1);
     }
     sys::restore_signals(mask);
+    !is_late
 }
 
 /// Reads what has come. True when this process has mapped its memory, there is no daemon, or this is a handler that has interrupted

@@ -1,7 +1,9 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{CONTROL, EPOCH, INHERITED, await_greeting, before_sleep, ensure};
+use super::attach::{
+    CONTROL, EPOCH, GREETING, INHERITED, SHORT_PATIENCE_MS, await_greeting, ensure, get_known,
+};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, BOARD_FD, MEMORY, record};
@@ -154,7 +156,9 @@ fn hold_inherited() {
         }
     });
     // Who forked it may give them up next: the daemon is to know of this process by then.
-    before_sleep(-1);
+    if GREETING.load(Relaxed) != 0 {
+        get_known(SHORT_PATIENCE_MS, &|| false);
+    }
 }
 
 /// Asks whether an inherited socket is a stream, and maps it if it is. Waits for the answer.

@@ -27,8 +27,9 @@ pub fn listens(held: &Use) {
     } else if GREETING.load(Relaxed) != 0 {
         // It was told just now, and this is the call before it sleeps.
         let fd = conn.fd.load(Relaxed);
-        let blocks = sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
-        before_sleep(if blocks { fd } else { -1 });
+        if sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0 {
+            before_sleep(None, || sys::poll_one(fd, libc::POLLIN, 0) != 0);
+        }
     }
     let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
     let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));
