@@ -14,6 +14,12 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 
 /// Entries for which no memory must be mapped: the most that [`limits::ON_STACK`] can be.
 const FEW: usize = 64;
+/// An entry for no descriptor.
+const NOBODY: pollfd = pollfd {
+    fd: -1,
+    events: 0,
+    revents: 0,
+};
 /// Nanoseconds of sleep at a time where the anchor can't be slept on.
 const STEP_NS: u64 = 1_000_000;
 
@@ -98,30 +104,41 @@ fn is_ours(fd: c_int) -> bool {
     }
 }
 
+fn for_input(fd: c_int) -> pollfd {
+    pollfd {
+        fd,
+        events: POLLIN,
+        revents: 0,
+    }
+}
+
+/// True when a sleep on the kernel's own fds is to end with the daemon's greeting, too.
+fn is_greeting_awaited() -> bool {
+    tenant::stay_attached();
+    tenant::greeting().is_some()
+}
+
 /// True when any of the fds is on rings, so that the kernel alone can't tell; or an epoll instance, to which a stream may come
-/// while the caller sleeps, for `limit` nanoseconds at most.
+/// while the caller sleeps; or while the daemon's greeting is awaited.
 ///
 /// # Safety
 /// `fds` points to `count` entries.
-pub unsafe fn concerns(fds: *const pollfd, count: nfds_t, limit: Option<u64>) -> bool {
-    let mut tracked = None;
+pub unsafe fn concerns(fds: *const pollfd, count: nfds_t) -> bool {
+    let mut is_tracked = false;
     for i in 0..count as usize {
         // SAFETY: the caller vouches for `count` entries.
         let fd = unsafe { (*fds.add(i)).fd };
         if matches!(conn::kind(fd), Kind::Conn(_) | Kind::Epoll(_)) {
-            if tracked.is_none() {
+            if !is_tracked {
                 tenant::look();
-                tracked = Some(fd);
+                is_tracked = true;
             }
             if is_ours(fd) || epoll::followed(fd).is_some() {
                 return true;
             }
         }
     }
-    if let Some(fd) = tracked {
-        tenant::before_sleep(limit, || sys::poll_one(fd, POLLIN, 0) != 0);
-    }
-    false
+    is_tracked && is_greeting_awaited()
 }
 
 /// Fills in the results of those on rings; how many entries have one, and whether there are others.
@@ -156,7 +173,7 @@ fn look(fds: &mut [pollfd], counted: bool) -> (usize, bool) {
 /// A call's memory.
 struct Work<'a> {
     fds: &'a mut [pollfd],
-    /// What the kernel is asked.
+    /// What the kernel is asked, and behind that what ends a sleep besides.
     copy: &'a mut [pollfd],
     /// What was counted in for each before sleep.
     entered: &'a mut [Entered],
@@ -197,13 +214,9 @@ pub unsafe fn ppoll(
         // SAFETY: arguments pass through.
         return unsafe { real::ppoll(fds, count as nfds_t, &now, mask) };
     }
-    let mut few = [pollfd {
-        fd: -1,
-        events: 0,
-        revents: 0,
-    }; FEW];
+    let mut few = [NOBODY; FEW + 1];
     let mut few_entered = [Entered::Nothing; FEW];
-    let size = count * std::mem::size_of::<pollfd>();
+    let size = (count + 1) * std::mem::size_of::<pollfd>();
     let all = size + count * std::mem::size_of::<Entered>();
     let mapped = if count > limits::ON_STACK.get() as usize {
         sys::map(-1, all)
@@ -214,8 +227,8 @@ pub unsafe fn ppoll(
         sys::set_errno(libc::ENOMEM);
         return -1;
     }
-    // SAFETY: the caller vouches for `fds`; the mapping has room for `count` entries of each kind,
-    // and zeroes are one of either.
+    // SAFETY: the caller vouches for `fds`; the mapping has room for `count` entries of each kind, and one more of the first.
+    // Zeroes are one of either.
     let (fds, copy, entered) = unsafe {
         let fds = std::slice::from_raw_parts_mut(fds, count);
         match mapped {
@@ -224,17 +237,20 @@ pub unsafe fn ppoll(
                 (0..count).for_each(|i| entered.add(i).write(Entered::Nothing));
                 (
                     fds,
-                    std::slice::from_raw_parts_mut(at.cast::<pollfd>(), count),
+                    std::slice::from_raw_parts_mut(at.cast::<pollfd>(), count + 1),
                     std::slice::from_raw_parts_mut(entered, count),
                 )
             }
             None => (
                 fds,
-                few.get_mut(..count).unwrap_or(&mut []),
+                few.get_mut(..count + 1).unwrap_or(&mut []),
                 few_entered.get_mut(..count).unwrap_or(&mut []),
             ),
         }
     };
+    if let Some(further) = copy.last_mut() {
+        *further = NOBODY;
+    }
     let mut work = Work {
         fds,
         copy,
@@ -387,7 +403,8 @@ impl Work<'_> {
             return None;
         };
         let mut result = None;
-        if in_steps {
+        let greeting = tenant::greeting();
+        if in_steps || greeting.is_some() {
             self.mask.hold();
         }
         let awake = look(self.fds, true).0 != 0;
@@ -405,6 +422,9 @@ impl Work<'_> {
                 .as_ref()
                 .map_or(std::ptr::null(), |left| left as *const timespec);
             let copy = &mut *self.copy;
+            if let Some(further) = copy.last_mut() {
+                *further = greeting.map_or(NOBODY, for_input);
+            }
             // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
             let got = unsafe {
                 real::ppoll(
@@ -414,6 +434,11 @@ impl Work<'_> {
                     self.mask.for_sleep(),
                 )
             };
+            if let Some(further) = copy.last_mut()
+                && std::mem::replace(further, NOBODY).revents != 0
+            {
+                tenant::take_greeting();
+            }
             result = (got < 0).then_some(got);
         }
         let error = sys::errno();
@@ -560,31 +585,26 @@ impl Sets {
         }
     }
 
-    /// As [`concerns`]. How long the caller sleeps is asked for where it counts.
-    pub fn concern(&self, limit: impl Fn() -> Option<u64>) -> bool {
-        let mut tracked = false;
-        (0..self.count).any(|fd| {
+    /// As [`concerns`].
+    pub fn concern(&self) -> bool {
+        let mut is_tracked = false;
+        let is_ours = (0..self.count).any(|fd| {
             (0..3).any(|which| self.has(which, fd))
                 && matches!(conn::kind(fd as c_int), Kind::Conn(_) | Kind::Epoll(_))
                 && {
-                    if !tracked {
+                    if !is_tracked {
                         tenant::look();
-                        let fd = fd as c_int;
-                        tenant::before_sleep(limit(), || sys::poll_one(fd, POLLIN, 0) != 0);
-                        tracked = true;
+                        is_tracked = true;
                     }
                     is_ours(fd as c_int) || epoll::followed(fd as c_int).is_some()
                 }
-        })
+        });
+        is_ours || is_tracked && is_greeting_awaited()
     }
 
     /// `pselect` when some fd is on rings: made of `ppoll`, as in the kernel.
     pub fn select(&self, ns: Option<u64>, mask: *const sigset_t) -> c_int {
-        let mut few = [pollfd {
-            fd: -1,
-            events: 0,
-            revents: 0,
-        }; FEW];
+        let mut few = [NOBODY; FEW];
         let wanted = (0..self.count)
             .filter(|fd| (0..3).any(|which| self.has(which, *fd)))
             .count();

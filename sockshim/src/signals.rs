@@ -168,13 +168,28 @@ impl Held {
         events: i16,
         ns: Option<u64>,
     ) -> Result<(Self, bool), Interrupted> {
+        self.wait_for_either(fd, events, -1, ns)
+    }
+
+    /// As [`wait`](Self::wait), which the input of `other` (or -1) ends, too.
+    pub fn wait_for_either(
+        self,
+        fd: c_int,
+        events: i16,
+        other: c_int,
+        ns: Option<u64>,
+    ) -> Result<(Self, bool), Interrupted> {
         let entry = |fd, events| libc::pollfd {
             fd,
             events,
             revents: 0,
         };
         let watch = self.place.map_or(-1, fd_in);
-        let mut fds = [entry(fd, events), entry(watch, libc::POLLIN)];
+        let mut fds = [
+            entry(fd, events),
+            entry(watch, libc::POLLIN),
+            entry(other, libc::POLLIN),
+        ];
         let is_blind = self.watched != 0 && watch < 0;
         // Without a descriptor, such a signal is found only at the end of a wait.
         let step = limits::STEP_MS.get() * 1_000_000;
@@ -189,8 +204,8 @@ impl Held {
         });
         let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         let asleep = self.asleep();
-        // SAFETY: two valid entries, a valid limit and mask.
-        let got = unsafe { real::ppoll(fds.as_mut_ptr(), 2, limit, &asleep) };
+        // SAFETY: three valid entries, a valid limit and mask.
+        let got = unsafe { real::ppoll(fds.as_mut_ptr(), 3, limit, &asleep) };
         if got < 0 && sys::errno() == libc::EINTR {
             drop(self);
             // A thread that is cancelled may have been told so by this signal.

@@ -87,6 +87,8 @@ macro_rules! table {
                     early fn pselect(count: c_int, read: *mut fd_set, write: *mut fd_set, except: *mut fd_set,
                         limit: *const timespec, mask: *const sigset_t) -> c_int
                         = calls::poll::pselect;
+                    early fn sigsuspend(mask: *const sigset_t) -> c_int = calls::poll::sigsuspend;
+                    early fn pause() -> c_int = calls::poll::pause;
                     alias fn __poll_chk(fds: *mut pollfd, count: nfds_t, ms: c_int, room: size_t) -> c_int
                         = calls::checked::__poll_chk;
                     alias fn __ppoll_chk(fds: *mut pollfd, count: nfds_t, limit: *const timespec, mask: *const sigset_t,

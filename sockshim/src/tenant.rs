@@ -21,7 +21,7 @@ mod routes;
 
 pub use announce::{after_call, announce_now};
 pub use ask::{end_of_wait, reach, who_is};
-pub use attach::{before_sleep, disable, ensure, is_known, start, stay_attached};
+pub use attach::{disable, ensure, greeting, is_known, start, stay_attached, take_greeting};
 pub use hidden::{close_hidden, hidden_copy, hide, move_hidden};
 pub use inherit::{
     after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,

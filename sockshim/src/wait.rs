@@ -429,6 +429,48 @@ pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) ->
     sleep.until(end, || end.ask_for_space(want::WAKE), is_ready, is_ready)
 }
 
+/// Before an `accept`, which sleeps in the kernel: as long as the daemon's greeting is awaited, sleeps until that or a connection has
+/// come. Where the call does not sleep for good, it is followed by others.
+pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
+    if tenant::greeting().is_none()
+        || sys::fcntl(listener, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0
+        || limit_of(listener, libc::SO_RCVTIMEO).is_some()
+    {
+        return Ok(());
+    }
+    let mut signals = signals::Held::hold(Ended::ByInterrupting);
+    while let Some(greeting) = tenant::greeting() {
+        (signals, _) = signals.wait_for_either(listener, libc::POLLIN, greeting, None)?;
+        if sys::poll_one(listener, libc::POLLIN, 0) != 0 {
+            break;
+        }
+        if sys::poll_one(greeting, libc::POLLIN, 0) != 0 {
+            tenant::take_greeting();
+        }
+    }
+    Ok(())
+}
+
+/// `sigsuspend` and `pause` as long as the daemon's greeting is awaited: it ends the sleep, and the wait goes on.
+pub fn for_signal(mask: *const libc::sigset_t) -> c_int {
+    let mut mask = signals::Mask::new(mask);
+    mask.hold();
+    loop {
+        let greeting = tenant::greeting();
+        let mut fds = [libc::pollfd {
+            fd: greeting.unwrap_or(-1),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        // SAFETY: a valid entry; the caller vouches for the mask.
+        let got = unsafe { real::ppoll(fds.as_mut_ptr(), 1, std::ptr::null(), mask.for_sleep()) };
+        if got < 0 {
+            return got;
+        }
+        tenant::take_greeting();
+    }
+}
+
 /// The kernel's own blocking receive, which takes nothing: it honours SO_RCVTIMEO, SA_RESTART and
 /// cancellation.
 fn peek(fd: c_int) -> isize {

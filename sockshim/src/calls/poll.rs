@@ -2,7 +2,7 @@
 //! [`crate::poll`].
 
 use crate::poll::{self, Sets, nanoseconds_of};
-use crate::{conn, real, sys};
+use crate::{conn, real, sys, tenant, wait};
 use libc::{c_int, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
 
 /// # Safety
@@ -13,7 +13,7 @@ pub unsafe fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_int {
     unsafe {
         if sys::is_bad_pointer(fds.cast())
             || count > conn::FDS as nfds_t
-            || !poll::concerns(fds, count, ns)
+            || !poll::concerns(fds, count)
         {
             return real::poll(fds, count, ms);
         }
@@ -35,7 +35,7 @@ pub unsafe fn ppoll(
             Ok(ns)
                 if !sys::is_bad_pointer(fds.cast())
                     && count <= conn::FDS as nfds_t
-                    && poll::concerns(fds, count, ns) =>
+                    && poll::concerns(fds, count) =>
             {
                 poll::ppoll(fds, count as usize, ns, mask)
             }
@@ -57,7 +57,7 @@ pub unsafe fn select(
         count: count.max(0) as usize,
         sets: [read, write, except],
     };
-    if !sets.concern(|| time_of(limit)) {
+    if !sets.concern() {
         // SAFETY: arguments pass through.
         return unsafe { real::select(count, read, write, except, limit) };
     }
@@ -69,7 +69,9 @@ pub unsafe fn select(
         sys::set_errno(libc::EINVAL);
         return -1;
     }
-    let ns = nanoseconds_in(limit);
+    let ns = (limit.tv_sec as u64)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(limit.tv_usec as u64 * 1000);
     let deadline = poll::Deadline::after(Some(ns));
     let result = sets.select(Some(ns), std::ptr::null());
     // Linux says how much time was left.
@@ -77,21 +79,6 @@ pub unsafe fn select(
     limit.tv_sec = (left / 1_000_000_000) as i64;
     limit.tv_usec = (left % 1_000_000_000 / 1000) as i64;
     result
-}
-
-fn nanoseconds_in(limit: &timeval) -> u64 {
-    (limit.tv_sec.max(0) as u64)
-        .saturating_mul(1_000_000_000)
-        .saturating_add(limit.tv_usec.max(0) as u64 * 1000)
-}
-
-/// The time limit of a `select`; none where it is nonsense, which the kernel refuses at once.
-fn time_of(limit: *const timeval) -> Option<u64> {
-    if sys::is_bad_pointer(limit.cast()) {
-        return (!limit.is_null()).then_some(0);
-    }
-    // SAFETY: null was ruled out, and the caller of `select` vouches for the rest.
-    unsafe { limit.as_ref() }.map(nanoseconds_in)
 }
 
 /// # Safety
@@ -111,8 +98,28 @@ pub unsafe fn pselect(
     // SAFETY: arguments pass through.
     unsafe {
         match nanoseconds_of(limit) {
-            Ok(ns) if sets.concern(|| ns) => sets.select(ns, mask),
+            Ok(ns) if sets.concern() => sets.select(ns, mask),
             _ => real::pselect(count, read, write, except, limit, mask),
         }
     }
+}
+
+/// # Safety
+/// As `sigsuspend(2)`.
+pub unsafe fn sigsuspend(mask: *const sigset_t) -> c_int {
+    if tenant::greeting().is_none() || sys::is_bad_pointer(mask.cast()) {
+        // SAFETY: arguments pass through.
+        return unsafe { real::sigsuspend(mask) };
+    }
+    wait::for_signal(mask)
+}
+
+/// # Safety
+/// As `pause(2)`.
+pub unsafe fn pause() -> c_int {
+    if tenant::greeting().is_none() {
+        // SAFETY: there is no argument.
+        return unsafe { real::pause() };
+    }
+    wait::for_signal(std::ptr::null())
 }

@@ -4,7 +4,7 @@
 use crate::address::family_of;
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, handing_over, process, real, sys, tenant};
+use crate::{demote, handing_over, process, real, sys, tenant, wait};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -136,6 +136,10 @@ unsafe fn accept_by(
 ) -> c_int {
     if let Some(held) = conn::of(listener) {
         tenant::listens(&held);
+        if wait::for_connection(listener).is_err() {
+            sys::set_errno(libc::EINTR);
+            return -1;
+        }
     }
     let may_be_far = tenant::may_lead_away();
     // Looked at where it may matter only: what is wrong with it is the kernel's to say.

@@ -50,14 +50,12 @@ fn wait_as_asked(
     mask: &mut Mask,
     kernel: impl Fn() -> c_int,
 ) -> c_int {
+    tenant::stay_attached();
     epoll.sleepers.fetch_add(1, SeqCst);
-    if epoll.streams.load(SeqCst) != 0 {
+    if epoll.streams.load(SeqCst) != 0 || tenant::greeting().is_some() {
         count_out(epoll);
         return wait(epoll, epfd, events, deadline, mask, false);
     }
-    tenant::before_sleep(deadline.left(), || {
-        sys::poll_one(epfd, libc::POLLIN, 0) != 0
-    });
     // A stream may come while this sleeps: then its sign is among the events.
     let got = kernel();
     count_out(epoll);
@@ -100,7 +98,7 @@ fn wait(
 ) -> c_int {
     loop {
         let mut found = gather(epoll, epfd, events);
-        if found == 0 && has_slept {
+        if found == 0 && (has_slept || tenant::greeting().is_some()) {
             mask.hold();
         }
         if found == 0 && !deadline.is_now() {
@@ -225,7 +223,10 @@ fn sleep_counted(
         }
     }
     tenant::count(Counter::Sleeps);
-    let got = kernel_wait(epfd, events, deadline, mask);
+    let got = match tenant::greeting() {
+        Some(greeting) => wait_also_for(greeting, epfd, events, deadline, mask),
+        None => kernel_wait(epfd, events, deadline, mask),
+    };
     if got < 0 {
         return Some(got);
     }
@@ -290,6 +291,34 @@ pub fn disarm(index: usize) {
     if let Some(epoll) = at(index) {
         count_out(epoll);
     }
+}
+
+/// The kernel's own wait, which the daemon's `greeting` ends, too.
+fn wait_also_for(
+    greeting: c_int,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    deadline: Deadline,
+    mask: &Mask,
+) -> c_int {
+    let left: Option<timespec> = deadline.left_timespec();
+    let limit = left
+        .as_ref()
+        .map_or(std::ptr::null(), |left| left as *const timespec);
+    let mut fds = [epfd, greeting].map(|fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    // SAFETY: two valid entries; the caller vouches for the mask.
+    let got = unsafe { real::ppoll(fds.as_mut_ptr(), 2, limit, mask.for_sleep()) };
+    if got < 0 {
+        return got;
+    }
+    if fds[1].revents != 0 {
+        tenant::take_greeting();
+    }
+    kernel_wait(epfd, events, Deadline::after(Some(0)), mask)
 }
 
 /// The kernel's own wait: a cancellation point, ended by signals as ever.

@@ -20,15 +20,8 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
 /// Milliseconds between two looks whether the daemon is still there,
 const LOOK_MS: u64 = 1000;
-/// microseconds while its greeting is awaited,
+/// and microseconds while its greeting is awaited.
 const GREETING_US: u64 = 20;
-/// and milliseconds that a program waits for that at most, before it sleeps for the first time. A machine that emulates another one
-/// needed more than 500.
-const PATIENCE_MS: u64 = 5000;
-/// The same where it goes on before long, and looks again.
-pub(super) const SHORT_PATIENCE_MS: u64 = 20;
-/// A call with less time than this, in nanoseconds, is followed by another one before long.
-const LONG_NS: u64 = 1_000_000_000;
 
 pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// A control connection of the process that forked this one: only good for ADOPT.
@@ -129,53 +122,27 @@ fn look_for_daemon(now: u64) {
     }
 }
 
-/// Before the program sleeps in the kernel, for `limit` nanoseconds at most (`None`: maybe for good), on what need not be a connection: a
-/// daemon that was told HELLO just now gets to know this program first. What the program waits for (`is_ready`) and signals come before that.
+/// The control connection, while a daemon's greeting is awaited there. Who sleeps on what need not be a connection sleeps on this, too: a
+/// program that sleeps can't answer, and the daemon is to know that it is there.
 #[inline]
-pub fn before_sleep(limit: Option<u64>, is_ready: impl Fn() -> bool) {
-    stay_attached();
-    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 {
-        let ms = match limit {
-            Some(ns) if ns < LONG_NS => SHORT_PATIENCE_MS.min(ns / 1_000_000),
-            Some(ns) => PATIENCE_MS.min(ns / 1_000_000),
-            None => PATIENCE_MS,
-        };
-        if ms != 0 && !get_known(ms, &is_ready) {
-            LATE.store(1, Relaxed);
-        }
+pub fn greeting() -> Option<c_int> {
+    if GREETING.load(Relaxed) == 0 || process::is_foreign() {
+        return None;
     }
+    let control = CONTROL.load(Relaxed);
+    (control >= 0).then_some(control)
 }
 
-/// Waits until the daemon knows this program, or something else is to be done. False when the time is up.
+/// Something has come while the greeting is awaited: reads it.
 #[cold]
-pub(super) fn get_known(ms: u64, is_ready: &dyn Fn() -> bool) -> bool {
-    if process::is_foreign() {
-        return true;
-    }
-    let end = clock::nanoseconds() + ms * 1_000_000;
-    // A handler that runs meanwhile may ask for the same.
-    let mask = sys::block_signals();
-    let mut is_late = false;
-    while !has_greeted() && !is_ready() && sys::pending_signals() & !mask == 0 {
-        is_late = clock::nanoseconds() >= end;
-        if is_late {
-            break;
+pub fn take_greeting() {
+    match Guard::take() {
+        Some(guard) => note_hang_up(&guard),
+        // This is a handler that has interrupted whoever reads: it does so afterwards.
+        None => {
+            sys::poll_one(-1, 0, 1);
         }
-        // Not for long: another thread may read the greeting between a look and this sleep.
-        sys::poll_one(CONTROL.load(Relaxed), libc::POLLIN, 1);
     }
-    sys::restore_signals(mask);
-    !is_late
-}
-
-/// Reads what has come. True when this process has mapped its memory, there is no daemon, or this is a handler that has interrupted
-/// whoever reads.
-fn has_greeted() -> bool {
-    let Some(guard) = Guard::take() else {
-        return true;
-    };
-    read_messages(&guard);
-    GREETING.load(Relaxed) == 0
 }
 
 /// Waits until this process has mapped the memory that a daemon sends which was told HELLO. False where that is late, or

@@ -1,13 +1,11 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{
-    CONTROL, EPOCH, GREETING, INHERITED, SHORT_PATIENCE_MS, await_greeting, ensure, get_known,
-};
+use super::attach::{CONTROL, EPOCH, GREETING, INHERITED, await_greeting, ensure};
 use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, BOARD_FD, MEMORY, record};
-use super::messages::{read_messages, send_with};
+use super::messages::{await_message, read_messages, send_with};
 use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
@@ -22,6 +20,8 @@ use std::sync::atomic::Ordering::*;
 
 /// Milliseconds that a program waits for the answer about an inherited connection.
 const LOOKUP_MS: u64 = 1000;
+/// Milliseconds that a forked child with streams waits, at most, for the daemon to know it.
+const KNOWN_MS: u64 = 20;
 
 /// Before fork: nothing of the tenant's may be half done. True when the lock was taken.
 pub fn before_fork() -> bool {
@@ -157,7 +157,8 @@ fn hold_inherited() {
     });
     // Who forked it may give them up next: the daemon is to know of this process by then.
     if GREETING.load(Relaxed) != 0 {
-        get_known(SHORT_PATIENCE_MS, &|| false);
+        let has_come = |_: &Guard| (GREETING.load(Relaxed) == 0).then_some(());
+        await_message(clock::nanoseconds() + KNOWN_MS * 1_000_000, has_come);
     }
 }
 

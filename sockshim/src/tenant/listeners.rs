@@ -1,9 +1,7 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{
-    CONTROL, EPOCH, GREETING, attach, before_sleep, is_as_attached, is_disabled, note_hang_up,
-};
+use super::attach::{CONTROL, EPOCH, attach, is_as_attached, is_disabled, note_hang_up};
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::pauses::RETRY_MS;
@@ -24,12 +22,6 @@ pub fn listens(held: &Use) {
     if conn.listens.load(Relaxed) == 0 {
         conn.epoch.store(0, Relaxed);
         conn.listens.store(1, Relaxed);
-    } else if GREETING.load(Relaxed) != 0 {
-        // It was told just now, and this is the call before it sleeps.
-        let fd = conn.fd.load(Relaxed);
-        if sys::fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0 {
-            before_sleep(None, || sys::poll_one(fd, libc::POLLIN, 0) != 0);
-        }
     }
     let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
     let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));

@@ -274,6 +274,122 @@ fn nothing_is_lost_while_memory_is_exchanged() {
     assert_eq!(shown(&program), sockets(&program));
 }
 
+/// Calls that sleep: the argument says which.
+const SLEEPER: &str = r#"
+import ctypes, os, select, signal, socket, sys
+how = sys.argv[1]
+signal.signal(signal.SIGUSR1, lambda *_: None)
+listener = socket.create_server(("127.0.0.1", 0))
+poll, epoll = select.poll(), select.epoll()
+poll.register(listener, select.POLLIN)
+epoll.register(listener, select.EPOLLIN)
+print("port", listener.getsockname()[1], flush=True)
+print("sleeps", flush=True)
+{
+    "accept": listener.accept,
+    "poll": poll.poll,
+    "select": lambda: select.select([listener], [], []),
+    "epoll": epoll.poll,
+    "pause": signal.pause,
+    "sigsuspend": lambda: ctypes.CDLL(None).sigsuspend(ctypes.create_string_buffer(128)),
+}[how]()
+print("woken", flush=True)
+"#;
+
+/// A server that sleeps already when the daemon's greeting comes answers it, in whichever call it sleeps, and sleeps on.
+#[test]
+fn a_late_greeting_reaches_a_program_that_sleeps() {
+    for how in ["accept", "poll", "select", "epoll", "pause", "sigsuspend"] {
+        let (counterfeit, folder) = (Counterfeit::new(), Folder::new());
+        let python = Program::new("/usr/bin/python3", folder.path());
+        let python = python.arg("-c").arg(SLEEPER).arg(how);
+        let mut program = python.preloaded(&counterfeit.path()).start();
+        let mut attachment = counterfeit.accept(LIMIT).expect("it attaches");
+        program.wait_for_output("sleeps", LIMIT);
+        wait_until_asleep(&program);
+        attachment.offer();
+        assert!(attachment.has_mapped(LIMIT), "{how}");
+        attachment.wait_for(request::LISTENS, LIMIT);
+        assert!(!program.output().contains("woken"), "{how}");
+
+        let output = program.output();
+        let port = output.split_whitespace().nth(1).unwrap_or_default();
+        let caller = match how {
+            "pause" | "sigsuspend" => {
+                program.signal(Signal::SIGUSR1);
+                None
+            }
+            _ => Some(TcpStream::connect(format!("127.0.0.1:{port}")).unwrap()),
+        };
+        program.wait_for_output("woken", LIMIT);
+        drop(caller);
+    }
+}
+
+/// Waits until a process sleeps in the kernel, as far as can be seen.
+fn wait_until_asleep(program: &Running) {
+    let end = Instant::now() + LIMIT;
+    let mut seen = 0;
+    while seen < 5 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", program.pid())).unwrap();
+        let state = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.split_whitespace().next());
+        seen = if state == Some("S") { seen + 1 } else { 0 };
+        assert!(Instant::now() < end, "{stat}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Calls as they are with a daemon that never greets.
+const UNGREETED: &str = r#"
+import select, signal, socket, sys, threading
+class Rang(Exception): pass
+def ring(*_): raise Rang
+signal.signal(signal.SIGALRM, ring)
+listener = socket.create_server(("127.0.0.1", 0))
+other = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+other.bind(("127.0.0.1", 0))
+poll, epoll, both = select.poll(), select.epoll(), select.poll()
+for waits in [poll, epoll, both]: waits.register(listener, select.POLLIN)
+both.register(other, select.POLLIN)
+def rings(call):
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try: call()
+    except Rang: return
+    sys.exit("no signal ends " + repr(call))
+listener.setblocking(False)
+try: sys.exit(listener.accept())
+except BlockingIOError: pass
+listener.setblocking(True)
+for ms in [0, 30]:
+    assert poll.poll(ms) == epoll.poll(ms / 1000) == [] and select.select([listener], [], [], ms / 1000)[0] == []
+for call in [listener.accept, poll.poll, epoll.poll, signal.pause, lambda: select.select([listener], [], [])]:
+    rings(call)
+other.sendto(b"x", other.getsockname())
+assert [fd for fd, _ in both.poll()] == [other.fileno()]
+assert select.select([listener, other], [], [])[0] == [other]
+for call in [poll.poll, epoll.poll, lambda: select.select([listener], [], []), listener.accept]:
+    late = threading.Timer(0.05, lambda: socket.create_connection(listener.getsockname()))
+    late.start()
+    call()
+    late.join()
+    if call != listener.accept: listener.accept()
+print("done", flush=True)
+"#;
+
+/// A daemon that says nothing holds nothing up: each call ends with its time, with a signal and with what it waits for.
+#[test]
+fn a_daemon_that_does_not_greet_holds_no_call_up() {
+    let (counterfeit, folder) = (Counterfeit::new(), Folder::new());
+    let python = Program::new("/usr/bin/python3", folder.path());
+    let python = python.arg("-c").arg(UNGREETED);
+    let mut program = python.preloaded(&counterfeit.path()).start();
+    let _silent = counterfeit.accept(LIMIT).expect("it attaches");
+    program.wait_for_output("done", LIMIT);
+}
+
 /// Memory that could shrink under the program is not mapped, and the program goes on.
 #[test]
 fn tenant_memory_that_could_shrink_is_not_taken() {
