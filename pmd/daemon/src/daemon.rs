@@ -228,7 +228,7 @@ impl Daemon {
     /// Looks that mostly take no time: those that are due now, first theirs who have used little of this thread. Their ends make others due, which have to wait until
     /// somebody else was served, and so do those for which a turn has no time. `None` when a look took so long that another thread has gone on.
     fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         for _ in 0..self.porters.quick() {
             if !portion.has_room() {
                 break;
@@ -256,9 +256,14 @@ impl Daemon {
         Some(self)
     }
 
+    /// What may be taken from one queue now.
+    fn portion(&self) -> Portion {
+        Portion::new(self.shares.users() > 1)
+    }
+
     /// What is due, the longest due first. What is left is due in the next turn, which does not wait.
     fn on_all_due(&mut self) {
-        let (now, mut portion) = (Instant::now(), Portion::new());
+        let (now, mut portion) = (Instant::now(), self.portion());
         while portion.has_room()
             && let Some(due) = self.agenda.next_due(now)
         {
@@ -276,7 +281,7 @@ impl Daemon {
 
     /// Whoever had work left from an earlier turn, first theirs who have used little of this thread.
     fn go_on_with_busy(&mut self) {
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         for _ in 0..self.busy.turns.len() {
             if !portion.has_room() {
                 return;
@@ -330,7 +335,7 @@ impl Daemon {
             }
         }
         of_users.sort_by_key(|(uid, ..)| self.shares.of(*uid));
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         for (uid, token, flags) in of_users {
             if !portion.has_room() {
                 break;
@@ -400,7 +405,7 @@ impl Daemon {
 
     /// Porters have found something.
     fn on_found(&mut self) {
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         while portion.has_room()
             && let Some(found) = self.porters.take()
         {
@@ -506,13 +511,19 @@ struct Portion {
 
 impl Portion {
     const MOST: usize = 64;
-    /// About as long as one thing takes. Who comes meanwhile waits for one of each queue, and is first then.
-    const TIME: Duration = Duration::from_micros(25);
+    const TIME: Duration = Duration::from_micros(200);
+    /// The same while others use this thread, too: about as long as one thing takes. Who comes meanwhile waits for one of each
+    /// queue, and is first then. It costs a turn for each thing.
+    const TIME_OF_MANY: Duration = Duration::from_micros(25);
 
-    fn new() -> Self {
+    fn new(of_many: bool) -> Self {
+        let time = match of_many {
+            true => Self::TIME_OF_MANY,
+            false => Self::TIME,
+        };
         Portion {
             left: Self::MOST,
-            end: Instant::now() + Self::TIME,
+            end: Instant::now() + time,
         }
     }
 
@@ -597,11 +608,11 @@ mod tests {
 
     #[test]
     fn a_portion_ends_by_number_or_by_time() {
-        let mut portion = Portion::new();
+        let mut portion = Portion::new(false);
         portion.end += Duration::from_secs(60);
         let taken = std::iter::from_fn(|| portion.has_room().then_some(()));
         assert_eq!(taken.count(), Portion::MOST);
-        let mut late = Portion::new();
+        let mut late = Portion::new(false);
         late.end = Instant::now();
         assert_eq!((late.has_room(), late.has_room()), (true, false));
     }

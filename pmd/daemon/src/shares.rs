@@ -42,6 +42,11 @@ impl Shares {
         *self.used.entry(uid).or_default() += time;
     }
 
+    /// How many users have used some of it lately.
+    pub fn users(&self) -> usize {
+        self.used.len()
+    }
+
     /// What a user has used lately.
     pub fn of(&self, uid: u32) -> Duration {
         self.used.get(&uid).copied().unwrap_or_default()
@@ -119,6 +124,7 @@ mod tests {
         shares.charge(8, Duration::from_micros(30), start);
         assert_eq!(shares.of(7), Duration::from_micros(400));
         assert_eq!(shares.of(9), Duration::ZERO);
+        assert_eq!(shares.users(), 2);
         shares.charge(9, Duration::from_micros(1), start + 2 * HALVED);
         assert_eq!(shares.of(7), Duration::from_micros(100));
         assert_eq!(shares.of(8), Duration::ZERO);

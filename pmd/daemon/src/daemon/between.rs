@@ -14,7 +14,7 @@ use rdsock_shm::control::{Between, Message, Reached, kind};
 use rdsock_shm::reason::Reason;
 use tracing::{debug, info, warn};
 
-use super::{Daemon, End, Portion};
+use super::{Daemon, End};
 use crate::accounts::{Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::book::{Announced, Conn, Role, Route, TenantId};
@@ -60,7 +60,7 @@ pub(super) enum CarryError {
 impl Daemon {
     /// The poll core has something to say. Whoever answers what it hears with the next question has to wait for others.
     pub(super) fn on_fabric(&mut self) {
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         while portion.has_room()
             && let Some(notice) = self.fabric.as_mut().and_then(|fabric| fabric.notice())
         {

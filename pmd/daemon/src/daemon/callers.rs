@@ -11,7 +11,7 @@ use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt};
 use rdsock_shm::control::{Message, Refused, kind, refusal};
 use tracing::debug;
 
-use super::{Daemon, Portion};
+use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{
@@ -161,7 +161,7 @@ impl Daemon {
         let now = Instant::now();
         let mut unheard = Vec::new();
         // Whoever is left is told of again.
-        let mut portion = Portion::new();
+        let mut portion = self.portion();
         while portion.has_room() && unheard.len() < UNHEARD {
             if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
                 self.let_callers_wait();
