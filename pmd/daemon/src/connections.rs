@@ -13,10 +13,15 @@ use crate::process::Peer;
 use crate::queries::Answering;
 use crate::rights::Passport;
 
-/// What a caller is that has said HELLO, and is no tenant yet.
+/// What who has connected is by now. Each follows on the one above it (`docs/shared-memory.md`, "To attach").
 #[derive(Debug)]
-pub enum Greeted {
-    /// Its memory is being made.
+pub enum Standing {
+    /// It has not said HELLO.
+    Caller {
+        /// It has asked a question, and was answered.
+        answered: bool,
+    },
+    /// It has said HELLO. Its memory is being made.
     Making,
     /// It was sent its memory, and has not said yet that it has mapped it.
     Sent(Box<Belongings>, Instant),
@@ -29,6 +34,10 @@ pub enum Greeted {
     },
     /// It may be a tenant, once its network namespace is open.
     Entering(Box<(Passport, Belongings)>),
+    /// It was found to have mapped its memory.
+    Tenant(Box<Tenant>),
+    /// What it had was taken from it: it gets that back in another standing before this thread does something else, or ends.
+    Deciding,
 }
 
 /// What a tenant is given.
@@ -66,20 +75,149 @@ pub struct Connection {
     pub adopted: bool,
     /// Whether it is read.
     pub inbox: Inbox,
-    /// It has asked a question, and was answered.
-    pub answered: bool,
     /// Its socket is watched.
     pub watched: bool,
     /// It is watched until it can be written.
     pub wants_write: bool,
     /// A [`Due::Send`](crate::agenda::Due::Send) is set.
     pub retries: bool,
-    /// It has said HELLO, and is no tenant yet.
-    pub greeted: Option<Greeted>,
-    /// Its tenant, once it was found to have mapped its memory.
-    pub tenant: Option<Tenant>,
     /// What it has on its user's account.
     pub charge: Charge,
+    standing: Standing,
+}
+
+impl Connection {
+    /// Of a caller, whose socket is watched.
+    pub fn new(channel: Channel, peer: Peer, adopted: bool, charge: Charge) -> Self {
+        Connection {
+            channel,
+            peer: Arc::new(peer),
+            adopted,
+            inbox: Inbox::Open,
+            watched: true,
+            wants_write: false,
+            retries: false,
+            charge,
+            standing: Standing::Caller { answered: false },
+        }
+    }
+
+    /// What it is by now.
+    pub fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// Its tenant, if it is one.
+    pub fn tenant(&self) -> Option<&Tenant> {
+        match &self.standing {
+            Standing::Tenant(tenant) => Some(tenant),
+            _ => None,
+        }
+    }
+
+    /// As [`tenant`](Self::tenant).
+    pub fn tenant_mut(&mut self) -> Option<&mut Tenant> {
+        match &mut self.standing {
+            Standing::Tenant(tenant) => Some(tenant),
+            _ => None,
+        }
+    }
+
+    /// Has it said HELLO, and is no tenant yet?
+    pub fn is_on_its_way(&self) -> bool {
+        !matches!(self.standing, Standing::Caller { .. } | Standing::Tenant(_))
+    }
+
+    /// A question of a caller was answered.
+    pub fn note_answered(&mut self) {
+        if let Standing::Caller { answered } = &mut self.standing {
+            *answered = true;
+        }
+    }
+
+    /// A caller has said HELLO: its memory is being made.
+    pub fn begin_making(&mut self) {
+        self.follow(Standing::Making, |before| {
+            matches!(before, Standing::Caller { .. })
+        });
+    }
+
+    /// It is sent its memory.
+    pub fn begin_sending(&mut self, belongings: Belongings, now: Instant) {
+        let sent = Standing::Sent(Box::new(belongings), now);
+        self.follow(sent, |before| matches!(before, Standing::Making));
+    }
+
+    /// It says that it has mapped its memory: it is looked at, with that. `None` where it was sent none, or has said so before.
+    pub fn begin_looking(&mut self) -> Option<TenantMap> {
+        match std::mem::replace(&mut self.standing, Standing::Deciding) {
+            Standing::Sent(belongings, _) => {
+                let Belongings {
+                    map,
+                    bells,
+                    may_be_rung,
+                } = *belongings;
+                self.standing = Standing::LookedAt { bells, may_be_rung };
+                Some(map)
+            }
+            other => {
+                self.standing = other;
+                None
+            }
+        }
+    }
+
+    /// It was looked at, with this memory: what it has until something is decided. The memory where nobody waits for that.
+    pub fn end_looking(&mut self, map: TenantMap) -> Result<Belongings, TenantMap> {
+        match std::mem::replace(&mut self.standing, Standing::Deciding) {
+            Standing::LookedAt { bells, may_be_rung } => Ok(Belongings {
+                map,
+                bells,
+                may_be_rung,
+            }),
+            other => {
+                self.standing = other;
+                Err(map)
+            }
+        }
+    }
+
+    /// It waits for its network namespace.
+    pub fn begin_entering(&mut self, passport: Passport, belongings: Belongings) {
+        let entering = Standing::Entering(Box::new((passport, belongings)));
+        self.follow(entering, |before| matches!(before, Standing::Deciding));
+    }
+
+    /// Its network namespace is open: what it has until something is decided. `None` where it does not wait for that.
+    pub fn end_entering(&mut self) -> Option<(Passport, Belongings)> {
+        match std::mem::replace(&mut self.standing, Standing::Deciding) {
+            Standing::Entering(entering) => Some(*entering),
+            other => {
+                self.standing = other;
+                None
+            }
+        }
+    }
+
+    /// It is a tenant.
+    fn begin_tenancy(&mut self, tenant: Tenant) {
+        let tenant = Standing::Tenant(Box::new(tenant));
+        self.follow(tenant, |before| matches!(before, Standing::Deciding));
+    }
+
+    /// It ends: what it was.
+    pub fn end(&mut self) -> Standing {
+        std::mem::replace(&mut self.standing, Standing::Deciding)
+    }
+
+    fn follow(&mut self, next: Standing, may_follow: impl Fn(&Standing) -> bool) {
+        debug_assert!(
+            may_follow(&self.standing),
+            "{next:?} follows on {:?}",
+            self.standing
+        );
+        self.standing = next;
+    }
 }
 
 /// An attached process.
@@ -170,8 +308,9 @@ impl Connections {
     /// It has mapped its memory.
     pub fn attach(&mut self, id: TenantId, tenant: Tenant) {
         if let Some(connection) = self.open.get_mut(&id)
-            && connection.tenant.replace(tenant).is_none()
+            && connection.tenant().is_none()
         {
+            connection.begin_tenancy(tenant);
             self.tenants.insert(connection.peer.pid, id);
         }
     }
@@ -179,7 +318,7 @@ impl Connections {
     /// It is over.
     pub fn remove(&mut self, id: u64) -> Option<Connection> {
         let connection = self.open.remove(&id)?;
-        if connection.tenant.is_some() {
+        if connection.tenant().is_some() {
             self.tenants.remove(connection.peer.pid, id);
         }
         Some(connection)
@@ -197,19 +336,19 @@ impl Connections {
 
     /// The tenant of one of them.
     pub fn tenant(&self, id: TenantId) -> Option<&Tenant> {
-        self.open.get(&id)?.tenant.as_ref()
+        self.open.get(&id)?.tenant()
     }
 
     /// The tenant of one of them.
     pub fn tenant_mut(&mut self, id: TenantId) -> Option<&mut Tenant> {
-        self.open.get_mut(&id)?.tenant.as_mut()
+        self.open.get_mut(&id)?.tenant_mut()
     }
 
     /// Those that have a tenant.
     pub fn attached(&self) -> impl Iterator<Item = (TenantId, &Connection, &Tenant)> {
         let attached = |(id, connection): (&TenantId, _)| {
             let connection: &Connection = connection;
-            Some((*id, connection, connection.tenant.as_ref()?))
+            Some((*id, connection, connection.tenant()?))
         };
         self.open.iter().filter_map(attached)
     }
@@ -233,6 +372,72 @@ impl Connections {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Bells;
+    use crate::porters::{Owner, Porters};
+    use crate::starter::Starter;
+
+    /// Of this process, and what a tenant is given.
+    fn caller() -> (Connection, Belongings) {
+        use crate::accounts::{Accounts, Limits, Thing};
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let most = [u64::MAX; Thing::ALL.len()];
+        let mut accounts = Accounts::new(Limits {
+            user: most,
+            all: most,
+            shared: [false; Thing::ALL.len()],
+        });
+        let mut pay = || accounts.charge(0, &[]).unwrap();
+        let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let (own, _) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
+        let peer = Peer::of(&own).unwrap();
+        let porters = Porters::new(Starter::new().unwrap()).unwrap();
+        let owner = Owner {
+            uid: 0,
+            connection: 1,
+        };
+        let channel = Channel::new(porters.foreign(owner, own), pay());
+        let belongings = Belongings {
+            map: TenantMap::make(pay()).unwrap(),
+            bells: Arc::new(Paid::new(Bells::make().unwrap().board, Arc::new(pay()))),
+            may_be_rung: true,
+        };
+        (Connection::new(channel, peer, false, pay()), belongings)
+    }
+
+    #[test]
+    fn a_caller_becomes_a_tenant_step_by_step() {
+        let (mut caller, belongings) = caller();
+        // Nothing comes before its turn, and what comes too early changes nothing.
+        assert!(caller.begin_looking().is_none() && caller.end_entering().is_none());
+        assert!(!caller.is_on_its_way());
+        caller.begin_making();
+        assert!(caller.is_on_its_way() && caller.begin_looking().is_none());
+        caller.begin_sending(belongings, Instant::now());
+        assert!(caller.tenant().is_none() && caller.end_entering().is_none());
+        let map = caller.begin_looking().expect("it was sent its memory");
+        assert!(caller.begin_looking().is_none(), "it says so once");
+        let belongings = caller.end_looking(map).expect("it is looked at");
+        assert!(matches!(caller.standing(), Standing::Deciding));
+        let passport = Passport::new(caller.peer.clone(), belongings.map.file(), 0);
+        // It has not mapped that memory.
+        assert!(passport.is_err());
+        let belongings = caller.end_looking(belongings.map);
+        assert!(belongings.is_err(), "nobody waits for that");
+        assert!(matches!(caller.end(), Standing::Deciding));
+    }
+
+    #[test]
+    fn a_question_is_one_of_a_caller() {
+        let (mut caller, _) = caller();
+        caller.note_answered();
+        assert!(matches!(
+            caller.standing(),
+            Standing::Caller { answered: true }
+        ));
+        caller.begin_making();
+        caller.note_answered();
+        assert!(matches!(caller.standing(), Standing::Making));
+    }
 
     #[test]
     fn the_tenants_of_a_process_are_found_by_it() {

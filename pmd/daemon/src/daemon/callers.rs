@@ -17,7 +17,7 @@ use crate::agenda::{Due, Token};
 use crate::channel::{
     Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, receive, sender, unpack,
 };
-use crate::connections::{Connection, Greeted, Inbox};
+use crate::connections::{Connection, Inbox, Standing};
 use crate::found::Found;
 use crate::porters::Owner;
 use crate::process::Peer;
@@ -111,39 +111,24 @@ impl Daemon {
         if connection.is_some_and(|connection| connection.channel.has_message()) {
             self.receive(id)?;
         }
-        match self.connections.get(id) {
+        let Some(connection) = self.connections.get(id) else {
+            return Ok(());
+        };
+        let is_read = matches!(connection.inbox, Inbox::Open);
+        match connection.standing() {
+            Standing::Tenant(_) => Ok(()),
             // It does not use what it was sent. Should it be a program that sleeps, it calls again.
-            Some(Connection {
-                greeted: Some(Greeted::Sent(_, since)),
-                inbox: Inbox::Open,
-                ..
-            }) if since.elapsed() >= HANDSHAKE => Err(End::HungUp),
-            Some(Connection {
-                greeted: Some(_), ..
-            }) => {
-                self.agenda.after(HANDSHAKE, Due::Handshake(id));
-                Ok(())
-            }
-            Some(Connection {
-                tenant: None,
-                inbox: Inbox::Open,
-                answered: true,
-                ..
-            }) => Err(End::HungUp),
-            Some(Connection {
-                tenant: None,
-                inbox: Inbox::Open,
-                ..
-            }) => Err(End::Refused {
+            Standing::Sent(_, since) if is_read && since.elapsed() >= HANDSHAKE => Err(End::HungUp),
+            Standing::Caller { answered: true } if is_read => Err(End::HungUp),
+            Standing::Caller { answered: false } if is_read => Err(End::Refused {
                 code: refusal::MALFORMED,
                 expected: kind::HELLO.into(),
                 cause: "it did not say who it is",
             }),
-            Some(Connection { tenant: None, .. }) => {
+            _ => {
                 self.agenda.after(HANDSHAKE, Due::Handshake(id));
                 Ok(())
             }
-            _ => Ok(()),
         }
     }
 
@@ -277,19 +262,9 @@ impl Daemon {
             uid,
             connection: self.connections.next_id(),
         });
-        let id = self.connections.insert(Connection {
-            channel: Channel::new(socket, unread),
-            peer: Arc::new(peer),
-            adopted,
-            inbox: Inbox::Open,
-            answered: false,
-            watched: true,
-            wants_write: false,
-            retries: false,
-            greeted: None,
-            tenant: None,
-            charge: of_caller,
-        });
+        let channel = Channel::new(socket, unread);
+        let connection = Connection::new(channel, peer, adopted, of_caller);
+        let id = self.connections.insert(connection);
         debug!(id, uid, pid, "connected");
         self.agenda.after(HANDSHAKE, Due::Handshake(id));
         self.serve(id, |daemon| daemon.register(id));
@@ -340,7 +315,7 @@ impl Daemon {
             }
             Inbox::Unpacked | Inbox::Answering(_) => return Ok(()),
         }
-        if let Some(tenant) = &mut connection.tenant
+        if let Some(tenant) = connection.tenant_mut()
             && tenant.looks >= LOOKS
         {
             // It is read again when some of these are done.
@@ -421,10 +396,7 @@ impl Daemon {
     /// The flags that a connection is watched for.
     fn flags(connection: &Connection) -> EpollFlags {
         let mut flags = EpollFlags::empty();
-        let held_up = connection
-            .tenant
-            .as_ref()
-            .is_some_and(|tenant| tenant.unread);
+        let held_up = connection.tenant().is_some_and(|tenant| tenant.unread);
         let read = matches!(connection.inbox, Inbox::Open | Inbox::Receiving) && !held_up;
         flags.set(EpollFlags::EPOLLIN, read);
         flags.set(EpollFlags::EPOLLOUT, connection.wants_write);
@@ -528,7 +500,7 @@ impl Daemon {
             return Ok(());
         };
         // Not before: a tenant that saw the count and found nothing yet would not look again.
-        if let Some(tenant) = &connection.tenant {
+        if let Some(tenant) = connection.tenant() {
             for _ in 0..sent.count {
                 tenant.map.count_message();
             }
@@ -580,22 +552,33 @@ impl Daemon {
             End::Failed(error) => self.journal.fault("control connection", uid, error),
             End::HungUp | End::Exited => {}
         }
-        let Some(connection) = self.connections.remove(id) else {
+        let Some(mut connection) = self.connections.remove(id) else {
             return;
         };
         self.last_use = Instant::now();
-        if connection.tenant.is_none() && !connection.answered {
-            self.in_vain.note(uid, self.last_use);
-        }
         self.agenda.unwatch(borrowed(connection.channel.socket()));
         let owner = connection.channel.socket().owner();
+        let standing = connection.end();
         connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
-        self.forget_greeted(owner, connection.greeted);
         let mut streams = Vec::new();
-        if let Some(tenant) = connection.tenant {
-            streams = self.tenant_gone(id, tenant, alive);
-            debug!(id, uid, pid, alive, "detached");
+        if !matches!(
+            standing,
+            Standing::Tenant(_) | Standing::Caller { answered: true }
+        ) {
+            self.in_vain.note(uid, self.last_use);
+        }
+        match standing {
+            Standing::Tenant(tenant) => {
+                streams = self.tenant_gone(id, *tenant, alive);
+                debug!(id, uid, pid, alive, "detached");
+            }
+            Standing::Sent(belongings, _) => self.unmap(owner, belongings.map),
+            Standing::Entering(entering) => self.unmap(owner, entering.1.map),
+            Standing::Caller { .. }
+            | Standing::Making
+            | Standing::LookedAt { .. }
+            | Standing::Deciding => {}
         }
         let peer = connection.peer;
         if alive && (!streams.is_empty() || self.waits_for(pid)) {

@@ -16,7 +16,7 @@ use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
 use crate::channel::Outgoing;
-use crate::connections::{Belongings, Connection, Greeted, Inbox, Tenant};
+use crate::connections::{Belongings, Connection, Inbox, Standing, Tenant};
 use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
@@ -69,7 +69,7 @@ impl Daemon {
         // Bells that nobody pays for any more may be kept by streams: they have an account of their own.
         connection.charge.more(Thing::Tenants, 1)?;
         connection.charge.less(Thing::Callers, 1);
-        connection.greeted = Some(Greeted::Making);
+        connection.begin_making();
         let owner = connection.channel.socket().owner();
         self.porters.give(owner, move || {
             let make = || {
@@ -87,20 +87,21 @@ impl Daemon {
     /// A caller's memory is made. It is sent it, with the networks of other nodes written there: nobody else has it yet.
     pub(super) fn on_made(&mut self, owner: Owner, made: io::Result<(TenantMap, Bells)>) {
         let id = owner.connection;
-        let connection = self.connections.get_mut(id);
-        let greeted = connection.and_then(|connection| connection.greeted.take());
-        match (greeted, made) {
-            (Some(Greeted::Making), Ok((map, bells))) => {
+        let connection = self.connections.get(id);
+        let standing = connection.map(Connection::standing);
+        let is_awaited = matches!(standing, Some(Standing::Making));
+        match made {
+            Ok((map, bells)) if is_awaited => {
                 self.serve(id, |daemon| daemon.greet(owner, map, bells));
             }
-            (Some(Greeted::Making), Err(error)) => self.serve(id, |daemon| {
+            Err(error) if is_awaited => self.serve(id, |daemon| {
                 debug!(id, "memory for a tenant: {error}");
                 daemon.journal.counters.bad_memory += 1;
                 Err(NO_MEMORY)
             }),
             // Whoever it was for has gone.
-            (_, Ok((map, _))) => self.unmap(owner, map),
-            (_, Err(_)) => {}
+            Ok((map, _)) => self.unmap(owner, map),
+            Err(_) => {}
         }
     }
 
@@ -123,7 +124,7 @@ impl Daemon {
         };
         self.tell_routes(&belongings.map);
         if let Some(connection) = self.connections.get_mut(id) {
-            connection.greeted = Some(Greeted::Sent(Box::new(belongings), Instant::now()));
+            connection.begin_sending(belongings, Instant::now());
         }
         let answer = self.config.fabric.as_ref().map(|f| f.connect_timeout);
         let welcome = Welcome {
@@ -142,20 +143,9 @@ impl Daemon {
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
         };
-        let Some(Greeted::Sent(belongings, _)) = connection
-            .greeted
-            .take_if(|greeted| matches!(greeted, Greeted::Sent(..)))
-        else {
-            return Err(malformed(
-                "it says that it has mapped memory which it was not sent",
-            ));
-        };
-        let Belongings {
-            map,
-            bells,
-            may_be_rung,
-        } = *belongings;
-        connection.greeted = Some(Greeted::LookedAt { bells, may_be_rung });
+        let map = connection.begin_looking().ok_or(malformed(
+            "it says that it has mapped memory which it was not sent",
+        ))?;
         connection.inbox = Inbox::Receiving;
         let peer = connection.peer.clone();
         let owner = connection.channel.socket().owner();
@@ -180,16 +170,14 @@ impl Daemon {
         (map, kept): (TenantMap, io::Result<()>),
     ) {
         let id = owner.connection;
-        let connection = self.connections.get_mut(id);
-        let greeted = connection.and_then(|connection| connection.greeted.take());
-        let Some(Greeted::LookedAt { bells, may_be_rung }) = greeted else {
-            // It has gone.
-            return self.unmap(owner, map);
+        let belongings = match self.connections.get_mut(id) {
+            Some(connection) => connection.end_looking(map),
+            None => Err(map),
         };
-        let belongings = Belongings {
-            map,
-            bells,
-            may_be_rung,
+        let belongings = match belongings {
+            Ok(belongings) => belongings,
+            // It has gone.
+            Err(map) => return self.unmap(owner, map),
         };
         self.serve(id, |daemon| {
             daemon.read_again(id)?;
@@ -225,8 +213,7 @@ impl Daemon {
         if !is_new {
             return self.become_tenant(owner, passport, belongings);
         }
-        let entering = Greeted::Entering(Box::new((passport, belongings)));
-        connection.greeted = Some(entering);
+        connection.begin_entering(passport, belongings);
         connection.inbox = Inbox::Receiving;
         self.have_namespace_opened(owner, pid, None);
         Ok(())
@@ -260,9 +247,8 @@ impl Daemon {
         if let Some((conn, held)) = held {
             self.on_followed(conn, held);
         } else if let Some(connection) = self.connections.get_mut(id)
-            && let Some(Greeted::Entering(entering)) = connection.greeted.take()
+            && let Some((passport, belongings)) = connection.end_entering()
         {
-            let (passport, belongings) = *entering;
             self.serve(id, |daemon| {
                 daemon.read_again(id)?;
                 daemon.become_tenant(owner, passport, belongings)
@@ -328,17 +314,8 @@ impl Daemon {
         self.drain(id)
     }
 
-    /// A connection ends: what was made for it is given back.
-    pub(super) fn forget_greeted(&self, owner: Owner, greeted: Option<Greeted>) {
-        match greeted {
-            Some(Greeted::Sent(belongings, _)) => self.unmap(owner, belongings.map),
-            Some(Greeted::Entering(entering)) => self.unmap(owner, entering.1.map),
-            Some(Greeted::Making | Greeted::LookedAt { .. }) | None => {}
-        }
-    }
-
     /// Has a tenant's memory unmapped, which may have to wait for all who map it.
-    fn unmap(&self, owner: Owner, map: TenantMap) {
+    pub(super) fn unmap(&self, owner: Owner, map: TenantMap) {
         self.porters.give(owner, move || {
             drop(map);
             None

@@ -131,7 +131,7 @@ impl Daemon {
             asker.inbox = Inbox::Answering(answering);
             return self.flush(id);
         }
-        asker.answered = true;
+        asker.note_answered();
         drop(answering);
         self.rewatch(id)?;
         self.flush(id)?;
@@ -217,7 +217,7 @@ impl Daemon {
     fn seen(&self, answering: &Answering, id: TenantId) -> Option<(&Connection, &Tenant)> {
         let connection = self.connections.get(id)?;
         let seen = sees(answering.uid, answering.query.pid, connection);
-        Some((connection, connection.tenant.as_ref().filter(|_| seen)?))
+        Some((connection, connection.tenant().filter(|_| seen)?))
     }
 
     /// The next part of the answer to WHY.

@@ -101,8 +101,8 @@ impl Daemon {
         let Some(connection) = self.connections.get(id) else {
             return Ok(());
         };
-        let attached = connection.tenant.is_some();
-        let greeted = connection.greeted.is_some();
+        let attached = connection.tenant().is_some();
+        let greeted = connection.is_on_its_way();
         // A forked child may ask for a connection of its own.
         let own = Rights::may_speak(&connection.peer, sender);
         if !own && kind != kind::ADOPT {
@@ -273,8 +273,9 @@ impl Daemon {
 
     fn next_request(&mut self, id: TenantId) -> Option<Request> {
         let connection = self.connections.get_mut(id)?;
-        let tenant = connection.tenant.as_mut()?;
-        if connection.channel.queued() >= UNREAD || tenant.looks >= LOOKS {
+        let is_full = connection.channel.queued() >= UNREAD;
+        let tenant = connection.tenant_mut()?;
+        if is_full || tenant.looks >= LOOKS {
             tenant.throttled = true;
             return None;
         }
@@ -342,13 +343,11 @@ impl Daemon {
             tenant.unread = false;
             self.serve(id, |daemon| daemon.rewatch(id));
         }
-        if let Some(Connection {
-            channel,
-            tenant: Some(tenant),
-            ..
-        }) = self.connections.get_mut(id)
+        let connection = self.connections.get_mut(id);
+        let has_room = |connection: &&mut Connection| connection.channel.queued() < UNREAD / 2;
+        if let Some(connection) = connection.filter(has_room)
+            && let Some(tenant) = connection.tenant_mut()
             && tenant.throttled
-            && channel.queued() < UNREAD / 2
             && tenant.looks < LOOKS
         {
             tenant.throttled = false;
