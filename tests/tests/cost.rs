@@ -8,9 +8,9 @@ use std::time::Duration;
 use rdsock_tests::{Daemon, Folder, Program};
 
 /// Instructions of a `send` of 64 bytes and the `recv` of them, in a program of one thread.
-const MOST: u64 = 1190;
+const MOST: u64 = 1130;
 /// The same with a `recv` that has room for more.
-const MOST_SHORT: u64 = 1210;
+const MOST_SHORT: u64 = 1170;
 
 const LIMIT: Duration = Duration::from_secs(120);
 

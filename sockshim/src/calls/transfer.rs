@@ -38,67 +38,91 @@ pub(super) fn transfer(
         if let Some(stream) = held.conn.stream() {
             return match on_stream(&held, stream) {
                 Outcome::Done(result) => sys::to_c(result),
-                Outcome::Kernel(counted) => {
-                    if let Moves::In { waits } = moves
-                        && stream.has_rest()
-                        && let Err(error) = rest::for_bytes(&stream.at(&held, fd), &held, waits)
-                    {
-                        return sys::to_c(error);
-                    }
-                    let result = in_kernel();
-                    if result < 0 && moves == Moves::Out && sys::errno() == libc::ECONNRESET {
-                        // It is told once, whatever marks say of it.
-                        stream.at(&held, fd).take_send_error();
-                    }
-                    if counted.is_some() {
-                        let error = sys::errno();
-                        if result < 0 && error == libc::EAGAIN {
-                            held.conn.note_refused();
-                        }
-                        drop(counted);
-                        io::after_kernel_send(&held, stream, fd);
-                        sys::set_errno(error);
-                    }
-                    result
-                }
+                Outcome::Kernel(counted) => on_anchor(&held, stream, fd, moves, counted, in_kernel),
             };
         }
-        let mut signals = None;
-        if moves == (Moves::In { waits: true }) && held.conn.offered.load(Relaxed) != 0 {
-            signals = match give_way_to_offer(&held, fd) {
-                Ok(signals) => signals,
-                Err(Interrupted) => return sys::to_c(-(libc::EINTR as isize)),
-            };
-        }
-        if moves != Moves::Out {
-            tenant::stay_attached();
-        }
-        let counted = InKernel::enter(match moves {
-            Moves::In { .. } => &held.conn.in_rx,
-            Moves::Out => &held.conn.in_tx,
-        });
-        match held.conn.phase.load(SeqCst) {
-            phase::INSTALLING => {
-                drop(counted);
-                sys::sched_yield();
-            }
-            phase::MAPPED => {}
-            _ => {
-                if let Some(signals) = signals
-                    && wait_in_kernel(signals, fd) == Err(Interrupted)
-                {
-                    drop(counted);
-                    return sys::to_c(-(libc::EINTR as isize));
-                }
-                let result = in_kernel();
-                drop(counted);
-                let error = sys::errno();
-                tenant::after_call(held.index, held.conn, fd, result);
-                sys::set_errno(error);
-                return result;
-            }
+        if let Some(result) = without_stream(&held, fd, moves, in_kernel) {
+            return result;
         }
     }
+}
+
+/// A call that a stream hands back, `counted` in there: made on the anchor.
+#[inline(never)]
+fn on_anchor(
+    held: &Use,
+    stream: &Stream,
+    fd: c_int,
+    moves: Moves,
+    counted: Option<InKernel<'_>>,
+    in_kernel: &dyn Fn() -> isize,
+) -> isize {
+    if let Moves::In { waits } = moves
+        && stream.has_rest()
+        && let Err(error) = rest::for_bytes(&stream.at(held, fd), held, waits)
+    {
+        return sys::to_c(error);
+    }
+    let result = in_kernel();
+    if result < 0 && moves == Moves::Out && sys::errno() == libc::ECONNRESET {
+        // It is told once, whatever marks say of it.
+        stream.at(held, fd).take_send_error();
+    }
+    if counted.is_some() {
+        let error = sys::errno();
+        if result < 0 && error == libc::EAGAIN {
+            held.conn.note_refused();
+        }
+        drop(counted);
+        io::after_kernel_send(held, stream, fd);
+        sys::set_errno(error);
+    }
+    result
+}
+
+/// A call on a connection that has no stream, counted in. `None` where one has come: to be tried again.
+#[inline(never)]
+fn without_stream(
+    held: &Use,
+    fd: c_int,
+    moves: Moves,
+    in_kernel: &dyn Fn() -> isize,
+) -> Option<isize> {
+    let mut signals = None;
+    if moves == (Moves::In { waits: true }) && held.conn.offered.load(Relaxed) != 0 {
+        signals = match give_way_to_offer(held, fd) {
+            Ok(signals) => signals,
+            Err(Interrupted) => return Some(sys::to_c(-(libc::EINTR as isize))),
+        };
+    }
+    if moves != Moves::Out {
+        tenant::stay_attached();
+    }
+    let counted = InKernel::enter(match moves {
+        Moves::In { .. } => &held.conn.in_rx,
+        Moves::Out => &held.conn.in_tx,
+    });
+    match held.conn.phase.load(SeqCst) {
+        phase::INSTALLING => {
+            drop(counted);
+            sys::sched_yield();
+            return None;
+        }
+        phase::MAPPED => return None,
+        _ => {}
+    }
+    if let Some(signals) = signals
+        && wait_in_kernel(signals, fd) == Err(Interrupted)
+    {
+        drop(counted);
+        return Some(sys::to_c(-(libc::EINTR as isize)));
+    }
+    let result = in_kernel();
+    drop(counted);
+    let error = sys::errno();
+    tenant::after_call(held.index, held.conn, fd, result);
+    sys::set_errno(error);
+    Some(result)
 }
 
 /// Looks for bytes while not counted in, for a while: an offer is followed when nobody is inside the kernel, and

@@ -1,4 +1,5 @@
-//! Receiving: off the anchor up to the switch, off the ring, and off the anchor again behind it.
+//! Receiving: off the anchor up to the switch, off the ring, and off the anchor again behind it. What is not the way off the ring
+//! stands in functions of its own (`inline(never)`): its room on the stack, up to some pages, would be every receive's.
 
 use super::state::{Then, then};
 use super::{Ahead, Anchor, Buffers, End, Got, MOST, Process, Receiving, Take};
@@ -254,6 +255,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     }
 
     /// Copies what the ring has, and what stands behind its end on the anchor.
+    #[inline(never)]
     fn peek_ring(
         &self,
         available: crate::ring::Available,
@@ -295,6 +297,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     }
 
     /// The ring is empty: has the direction ended?
+    #[inline(never)]
     fn take_end(&self) -> Took {
         let end = self.end;
         // The anchor's end comes after the marks, so it is looked at first.
@@ -377,6 +380,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     }
 
     /// Receives on the anchor what was sent there before the other end switched.
+    #[inline(never)]
     fn take_switching(&self, to: &Buffers, how: How, done: &mut usize) -> Took {
         let (end, rx) = (self.end, self.end.rx());
         let producer = &end.incoming().producer;
@@ -517,6 +521,8 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     }
 
     /// The ring was read to its end, and what stands behind it on the anchor belongs to the same call.
+    #[cold]
+    #[inline(never)]
     fn take_rest(&self, to: &Buffers, how: How, done: &mut usize) -> Received {
         // A look has seen what is there, and a receive ends before urgent data.
         // An error stays for the next call.
