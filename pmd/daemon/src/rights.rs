@@ -358,6 +358,12 @@ impl Rights {
         uid == owner
     }
 
+    /// May a user's program have what was promised to a program of `promised`: an anchor, or a call to a port that several
+    /// sockets share? The kernel lets sockets of one user alone share one.
+    pub fn may_have_promised(uid: u32, promised: u32) -> bool {
+        uid == promised
+    }
+
     /// May a user be told of another one's programs and streams?
     pub fn may_see(asker: u32, other: u32) -> bool {
         Self::sees_all(asker) || asker == other
@@ -505,6 +511,12 @@ mod tests {
         let (one, other) = (own.wrapping_add(1000), own.wrapping_add(1001));
         assert!(Rights::may_see(one, one) && !Rights::may_see(one, other));
         assert!(!Rights::may_see(one, 0) && !Rights::sees_all(one));
+    }
+
+    #[test]
+    fn what_was_promised_is_for_the_same_user_alone() {
+        assert!(Rights::may_have_promised(7, 7));
+        assert!(!Rights::may_have_promised(7, 8) && !Rights::may_have_promised(0, 7));
     }
 
     #[test]

@@ -601,11 +601,9 @@ impl Daemon {
             // The kernel has made the daemon's connection to the program, since the program has accepted it.
             self.on_call(ticket);
         }
-        let promised = match self.anchor_of(ticket) {
-            Some(Anchor::Promised { uid, .. }) => Some(uid),
-            _ => None,
-        };
-        if promised == Some(passport.peer.uid) {
+        if let Some(Anchor::Promised { uid, .. }) = self.anchor_of(ticket)
+            && Rights::may_have_promised(passport.peer.uid, uid)
+        {
             self.attach_anchor(ticket, held);
         }
         if held.shared {

@@ -299,9 +299,9 @@ impl Daemon {
         // From port 0, which no connection has: for its own port the connection itself is found.
         let nowhere = SocketAddr::new(call.local.ip(), 0);
         match self.would_get(call.destination, nowhere) {
-            // Of several sockets that share the port, another one may get the next connection; the kernel lets sockets of
-            // one user alone share it.
-            Some(now) if now.listener == call.listener || now.uid == call.uid => Ok(()),
+            Some(now) if now.listener == call.listener => Ok(()),
+            // Of several sockets that share the port, another one may get the next connection.
+            Some(now) if Rights::may_have_promised(now.uid, call.uid) => Ok(()),
             _ => Err(Errno::ECONNREFUSED),
         }
     }
