@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use rdsock_shm::reason::Reason;
 
@@ -72,6 +73,8 @@ pub struct Announced {
     pub cookie: u64,
     /// Inode of the socket.
     pub inode: u64,
+    /// When its process was last seen to run the program that attached.
+    pub seen: Instant,
     /// Where it leads.
     pub route: Route,
     /// Which end it is.
@@ -199,18 +202,33 @@ impl<M> Book<M> {
             }
             self.remove_waiting(&announced.route);
         }
-        let reversed = announced.route.reversed();
-        if self
-            .waiting
-            .get(&reversed)
-            .is_some_and(|other| other.cookie != announced.cookie)
-            && let Some(other) = self.remove_waiting(&reversed)
+        if self.opposite(&announced).is_some()
+            && let Some(other) = self.remove_waiting(&announced.route.reversed())
         {
             return Announcement::Matches(other);
         }
         self.waiting.insert(announced.route, announced);
         self.sit(conn, Seat::Waiting(announced.route));
         Announcement::Waits
+    }
+
+    /// The announcement that waits for this one.
+    pub fn opposite(&self, announced: &Announced) -> Option<Announced> {
+        let other = self.waiting.get(&announced.route.reversed()).copied();
+        other.filter(|other| other.cookie != announced.cookie)
+    }
+
+    /// The process of an announcement that waits was seen again to run its program.
+    pub fn note_seen(&mut self, conn: Conn, now: Instant) {
+        if let Some((generation, Seat::Waiting(route))) = self
+            .seats
+            .get(&conn.tenant)
+            .and_then(|seats| seats.get(&conn.number))
+            && *generation == conn.generation
+            && let Some(waiting) = self.waiting.get_mut(route)
+        {
+            waiting.seen = now;
+        }
     }
 
     fn sit(&mut self, conn: Conn, seat: Seat) {

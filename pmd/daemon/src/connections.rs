@@ -233,8 +233,6 @@ pub struct Tenant {
     pub passport: Arc<Passport>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.
     pub netns: Option<u64>,
-    /// What it is called.
-    pub program: String,
     /// Looks of porters at its sockets that are under way.
     pub looks: usize,
     /// Some of these have to end, or some messages have to be read, before more of its requests are taken.

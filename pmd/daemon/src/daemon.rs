@@ -436,7 +436,11 @@ impl Daemon {
                 connection,
                 received,
             } => self.on_unpacked(connection, received),
-            Found::Made { owner, made } => self.on_made(owner, made),
+            Found::Made {
+                owner,
+                program,
+                made,
+            } => self.on_made(owner, &program, made),
             Found::Attached {
                 owner,
                 passport,
@@ -455,6 +459,11 @@ impl Daemon {
                 called,
             } => self.on_called(ticket, socket, called),
             Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
+            Found::Program {
+                conn,
+                whose,
+                unchanged,
+            } => self.on_program(conn, whose, unchanged),
             Found::Socket {
                 tenant,
                 errand,

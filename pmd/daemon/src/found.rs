@@ -10,6 +10,7 @@ use crate::channel::{Foreign, Receive, Sent};
 use crate::memory::{Bells, TenantMap};
 use crate::namespaces::Opened;
 use crate::porters::Owner;
+use crate::process::Program;
 use crate::queries::Fetched;
 use crate::rights::{Changed, Held, NotHeld, Passport};
 
@@ -34,6 +35,8 @@ pub enum Found {
     Made {
         /// Which connection, and whose.
         owner: Owner,
+        /// What it runs.
+        program: Program,
         /// Its memory and its bells, or why there is none.
         made: io::Result<(TenantMap, Bells)>,
     },
@@ -76,6 +79,15 @@ pub enum Found {
         /// Whose.
         tenant: TenantId,
         /// Is it who it was when it attached?
+        unchanged: Result<(), Changed>,
+    },
+    /// A look at the process of one end of a connection, before both ends are given their stream.
+    Program {
+        /// The end that was announced last.
+        conn: Conn,
+        /// The end whose process was looked at: that one, or the one that has waited for it.
+        whose: Conn,
+        /// Does it run the program that it ran?
         unchanged: Result<(), Changed>,
     },
     /// A look at a socket that a tenant says it holds.

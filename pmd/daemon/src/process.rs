@@ -1,10 +1,9 @@
 //! What the kernel says of processes: who they are, whether they live, which socket they hold.
 //!
-//! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. (Reading the
-//! link to an executable makes a path and gives a reference back. Were that the last one, the kernel closed the file, and a FUSE file
-//! system with a write-back cache could be waited for: `docs/threat-model.md` says what that takes.) All
+//! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. All
 //! else may wait for the process (one in the middle of `exec` holds a lock that `pidfd_getfd` wants) or do its work
-//! (the last to look at a process that ends takes its memory apart), and is asked by a porter.
+//! (the last to look at a process that ends takes its memory apart; the last to read the link to an executable closes that, which
+//! waits for a file system in user space), and is asked in a look.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -38,23 +37,30 @@ pub struct Peer {
     folder: Option<OwnedFd>,
 }
 
-/// Who a process is, as far as can be seen quickly. What gives a process more than it had (a set-id program, file
-/// capabilities, another program) shows in one of these.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Glance {
+/// Whose a process is, as far as can be seen quickly. What gives a process more than it had (a set-id program, file
+/// capabilities) shows in one of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
     /// Owner and group of its files in `/proc`: its effective user and group while it is dumpable, else root. The kernel
     /// takes "dumpable" from a process that gains ids or capabilities by `exec`, or asks for that.
     pub owner: (u32, u32),
-    /// Path of its executable, with " (deleted)" behind one that is no more.
-    pub executable: OsString,
     /// Inode of its user namespace.
     pub user_namespace: u64,
+}
+
+/// Who a process is, at a glance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Glance {
+    /// Whose it is.
+    pub standing: Standing,
+    /// Path of its executable, with " (deleted)" behind one that is no more.
+    pub executable: OsString,
 }
 
 /// Who a process is, in full.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// What can be seen quickly.
+    /// What can be seen at a glance.
     pub glance: Glance,
     /// Real, effective, saved and file system user.
     pub users: [u32; 4],
@@ -137,13 +143,20 @@ impl Peer {
         String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
-    /// Who it is now. Quick.
-    pub fn glance(&self) -> io::Result<Glance> {
+    /// Whose it is now. Quick.
+    pub fn standing(&self) -> io::Result<Standing> {
         let folder = self.folder()?;
-        Ok(Glance {
+        Ok(Standing {
             owner: owner(folder)?,
-            executable: readlinkat(folder, "exe")?,
             user_namespace: user_namespace(folder)?,
+        })
+    }
+
+    /// Who it is now. May wait.
+    pub fn glance(&self) -> io::Result<Glance> {
+        Ok(Glance {
+            standing: self.standing()?,
+            executable: readlinkat(self.folder()?, "exe")?,
         })
     }
 
@@ -166,11 +179,9 @@ impl Peer {
         else {
             return self.identity();
         };
-        let folder = self.folder()?;
         let glance = Glance {
-            owner: owner(folder)?,
+            standing: self.standing()?,
             executable: before.glance.executable.clone(),
-            user_namespace: user_namespace(folder)?,
         };
         Ok(Identity {
             glance,
@@ -248,7 +259,7 @@ impl Peer {
         parse_socket(link.to_str()?)
     }
 
-    /// What it is called. Quick.
+    /// What it is called. May wait.
     pub fn program(&self) -> Program {
         Program::of(self.pid)
     }

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getsockname};
@@ -31,6 +32,8 @@ use crate::search::{OtherHolder, Searches};
 pub struct Passport {
     /// The process.
     pub peer: Arc<Peer>,
+    /// What it is called.
+    pub program: Program,
     /// `None` where the daemon may not look.
     seen: Option<Seen>,
 }
@@ -93,7 +96,12 @@ impl Passport {
                 return Err(Changed::Rights);
             }
         }
-        Ok(Passport { peer, seen })
+        let program = peer.program();
+        Ok(Passport {
+            peer,
+            program,
+            seen,
+        })
     }
 
     /// Is the process who it was, in all that can be seen? May wait.
@@ -112,12 +120,23 @@ impl Passport {
         self.is_alive()
     }
 
-    /// Is the process who it was, in all that can be seen without waiting?
-    pub fn check_quickly(&self) -> Result<(), Changed> {
+    /// Does the process run the program that it ran, with the same rights as far as a glance shows? May wait.
+    pub fn check_program(&self) -> Result<(), Changed> {
         let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
         let now = self.peer.glance();
         let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
         same_glance(&seen.identity.glance, &now)?;
+        self.is_alive()
+    }
+
+    /// Is the process whose it was? Quick.
+    pub fn check_quickly(&self) -> Result<(), Changed> {
+        let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
+        let now = self.peer.standing();
+        let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
+        if seen.identity.glance.standing != now {
+            return Err(Changed::Rights);
+        }
         self.is_alive()
     }
 
@@ -164,7 +183,7 @@ fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
     if path(before) != path(now) {
         return Err(Changed::Program);
     }
-    if (before.owner, before.user_namespace) != (now.owner, now.user_namespace) {
+    if before.standing != now.standing {
         return Err(Changed::Rights);
     }
     Ok(())
@@ -407,6 +426,7 @@ impl Rights {
             uid: passport.peer.uid,
             cookie: claim.cookie,
             inode: held.inode,
+            seen: Instant::now(),
             route: Route {
                 netns,
                 local: claim.local,
@@ -417,7 +437,8 @@ impl Rights {
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the
-    /// same one by its cookie, somebody has it, and the process is who it was, with something open as that descriptor.
+    /// same one by its cookie, somebody has it, and the process is whose it was, with something open as that descriptor. That
+    /// it runs the same program was seen lately ([`Announced::seen`]).
     /// (Who has handed the socket on and closed it has had it all the same, and could have kept it.)
     pub fn still_holds(&self, announced: &Announced, passport: &Passport) -> Result<bool, Changed> {
         passport.check_quickly()?;
@@ -494,13 +515,16 @@ impl From<Reason> for Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::Standing;
     use std::ffi::OsString;
 
     fn glance(executable: &str, owner: (u32, u32), user_namespace: u64) -> Glance {
         Glance {
-            owner,
+            standing: Standing {
+                owner,
+                user_namespace,
+            },
             executable: OsString::from(executable),
-            user_namespace,
         }
     }
 

@@ -20,6 +20,7 @@ fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
         uid: tenant as u32,
         cookie: 100 + tenant,
         inode: 200 + tenant,
+        seen: Instant::now(),
         route: Route {
             netns: 1,
             local: local.parse().unwrap(),

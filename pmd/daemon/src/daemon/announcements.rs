@@ -1,6 +1,7 @@
 //! From announcements to pairs. A porter looks whether the tenant holds the socket; then the other end is looked for.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use rdsock_shm::control::{Lookup, Message, NotFound, Request, kind};
 use rdsock_shm::reason::Reason;
@@ -15,11 +16,16 @@ use crate::porters::Owner;
 use crate::process::netns_inode;
 use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
 
+/// Who waits for looks at others for longer is looked at once more.
+const SEEN_LATELY: Duration = Duration::from_millis(50);
+
 /// What a connection record is looked at for.
 #[derive(Debug)]
 enum Wanted {
     /// It was announced, maybe with the ticket of a stream to another node.
     Match { claim: Box<Claim>, ticket: u64 },
+    /// Its other end waits for it, since this moment, and one of the two processes is looked at once more.
+    Pair(Box<Announced>, Instant),
     /// Its process asks whether it is a stream that it has inherited.
     Lookup,
     /// Its process says that it has inherited this end.
@@ -57,6 +63,17 @@ impl Announcements {
             self.looked_at.remove(&conn.tenant);
         }
         Some(wanted?.1)
+    }
+
+    /// The pair that this use of the record is of, if it is still wanted.
+    fn take_pair(&mut self, conn: Conn) -> Option<(Announced, Instant)> {
+        match self.take(conn)? {
+            Wanted::Pair(announced, since) => Some((*announced, since)),
+            other => {
+                self.expect(conn, other);
+                None
+            }
+        }
     }
 
     /// The record is given up, unless it is used for something later than that by now.
@@ -234,6 +251,11 @@ impl Daemon {
                 };
                 self.not_verified(conn, reason)
             }
+            // Of an earlier look.
+            (Some(pair @ Wanted::Pair(..)), _) => {
+                self.announcements.expect(conn, pair);
+                Ok(())
+            }
             (Some(Wanted::Lookup), held) => self.inherit_looked_up(conn, held.ok()),
             (Some(Wanted::Hold { stream, end }), held) => {
                 if !held.is_ok_and(|held| self.inherit(conn, held, stream, end)) {
@@ -292,7 +314,7 @@ impl Daemon {
             return self.turn_down(conn, Reason::Shared);
         }
         self.announcements.fresh.push(conn);
-        self.find_other_end(announced)
+        self.find_other_end(announced, announced.seen)
     }
 
     fn reason_of(&mut self, refused: Refused, uid: u32) -> Reason {
@@ -357,9 +379,94 @@ impl Daemon {
         });
     }
 
-    fn find_other_end(&mut self, announced: Announced) -> Result<(), End> {
+    /// Has the process of one of two ends looked at that find each other: it may run another program by now.
+    /// False where its tenant has gone.
+    fn have_program_looked_at(
+        &mut self,
+        announced: Announced,
+        since: Instant,
+        whose: Conn,
+    ) -> bool {
+        let conn = announced.conn;
+        let Some(tenant) = self.connections.tenant_mut(whose.tenant) else {
+            return false;
+        };
+        // On the account of that end: the other one has no say in how long it takes.
+        tenant.looks += 1;
+        let passport = tenant.passport.clone();
+        let owner = Owner {
+            uid: passport.peer.uid,
+            connection: whose.tenant,
+        };
+        let pair = Wanted::Pair(Box::new(announced), since);
+        self.announcements.expect(conn, pair);
+        self.porters.give_quick(owner, move || {
+            Some(Found::Program {
+                conn,
+                whose,
+                unchanged: passport.check_program(),
+            })
+        });
+        true
+    }
+
+    /// The process of one of two ends was looked at that find each other.
+    pub(super) fn on_program(&mut self, conn: Conn, whose: Conn, unchanged: Result<(), Changed>) {
+        let now = Instant::now();
+        if let Some(tenant) = self.connections.tenant_mut(whose.tenant) {
+            tenant.looks = tenant.looks.saturating_sub(1);
+        }
+        let pair = self.announcements.take_pair(conn);
+        self.serve(whose.tenant, |daemon| {
+            match unchanged {
+                Ok(()) => daemon.streams.note_seen(whose, now),
+                Err(Changed::Hidden) => {
+                    daemon.give_up(whose);
+                    daemon.not_verified(whose, Reason::Unverified)?;
+                }
+                Err(changed) => {
+                    daemon.journal.counters.changed += 1;
+                    return Err(changed.into());
+                }
+            }
+            daemon.unthrottle(whose.tenant);
+            Ok(())
+        });
+        let Some((mut announced, since)) = pair else {
+            return;
+        };
+        if conn == whose {
+            announced.seen = now;
+        }
+        if conn != whose || unchanged.is_ok() {
+            self.serve(conn.tenant, |daemon| {
+                daemon.find_other_end(announced, since)
+            });
+        }
+    }
+
+    /// Of the two ends of a connection, the one whose process has to be looked at before they are given their stream: the
+    /// one that has waited, where it was last seen before the other one was found to hold its socket (`since`); and who
+    /// was seen long ago.
+    fn to_be_seen(&self, announced: &Announced, since: Instant) -> Option<Conn> {
+        let other = self.streams.opposite(announced)?;
+        let is_old = |end: &Announced| end.seen.elapsed() > SEEN_LATELY;
+        let is_fresh = self.announcements.fresh.contains(&other.conn);
+        if !is_fresh && (other.seen < since || is_old(&other)) {
+            return Some(other.conn);
+        }
+        is_old(announced).then_some(announced.conn)
+    }
+
+    /// `since`: when this end was found to hold its socket.
+    fn find_other_end(&mut self, announced: Announced, since: Instant) -> Result<(), End> {
         let conn = announced.conn;
         loop {
+            if let Some(whose) = self.to_be_seen(&announced, since)
+                && self.have_program_looked_at(announced, since, whose)
+            {
+                return Ok(());
+            }
             let other = match self.streams.announce(announced) {
                 Announcement::Waits => return Ok(()),
                 Announcement::Refused(reason) => return self.turn_down(conn, reason),

@@ -660,6 +660,7 @@ impl Daemon {
             uid: announced.uid,
             cookie,
             inode,
+            seen: announced.seen,
             route: Route {
                 netns,
                 local: peer,

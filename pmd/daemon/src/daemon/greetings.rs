@@ -21,7 +21,7 @@ use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
 use crate::porters::Owner;
-use crate::process::netns_inode;
+use crate::process::{Program, netns_inode};
 use crate::rights::{Changed, Held, Passport, Rights};
 
 /// Descriptors of a tenant besides those of its connection: its memory, and the pipe that keeps its pages where they are.
@@ -30,11 +30,10 @@ const TENANT_DESCRIPTORS: u64 = 2;
 const BELLS_DESCRIPTORS: u64 = 1;
 
 impl Daemon {
-    /// May this caller attach, as what it runs now?
-    fn may_attach(&self, connection: &Connection) -> Result<String, End> {
-        let program = connection.peer.program();
-        match Rights::may_attach(&self.config.policy, connection.peer.uid, &program) {
-            true => Ok(program.name),
+    /// May a user's program attach?
+    fn may_attach(&self, uid: u32, program: &Program) -> Result<(), End> {
+        match Rights::may_attach(&self.config.policy, uid, program) {
+            true => Ok(()),
             false => Err(End::Refused {
                 code: refusal::POLICY,
                 expected: 0,
@@ -54,7 +53,6 @@ impl Daemon {
             return Ok(());
         };
         let (pid, uid) = (connection.peer.pid, connection.peer.uid);
-        self.may_attach(connection)?;
         let bells = sizes_of(&hello).and_then(|()| bells.transpose());
         let bells = bells.map_err(|error| {
             self.journal.counters.bad_memory += 1;
@@ -71,13 +69,16 @@ impl Daemon {
         connection.charge.less(Thing::Callers, 1);
         connection.begin_making();
         let owner = connection.channel.socket().owner();
+        let peer = connection.peer.clone();
         self.porters.give(owner, move || {
+            let program = peer.program();
             let make = || {
                 let bells = bells.map_or_else(Bells::make, Ok)?;
                 Ok((TenantMap::make(of_memory)?, bells))
             };
             Some(Found::Made {
                 owner,
+                program,
                 made: make(),
             })
         });
@@ -85,14 +86,26 @@ impl Daemon {
     }
 
     /// A caller's memory is made. It is sent it, with the networks of other nodes written there: nobody else has it yet.
-    pub(super) fn on_made(&mut self, owner: Owner, made: io::Result<(TenantMap, Bells)>) {
+    pub(super) fn on_made(
+        &mut self,
+        owner: Owner,
+        program: &Program,
+        made: io::Result<(TenantMap, Bells)>,
+    ) {
         let id = owner.connection;
         let connection = self.connections.get(id);
         let standing = connection.map(Connection::standing);
         let is_awaited = matches!(standing, Some(Standing::Making));
         match made {
             Ok((map, bells)) if is_awaited => {
-                self.serve(id, |daemon| daemon.greet(owner, map, bells));
+                self.serve(id, |daemon| {
+                    let allowed = daemon.may_attach(owner.uid, program);
+                    if allowed.is_err() {
+                        daemon.unmap(owner, map);
+                        return allowed;
+                    }
+                    daemon.greet(owner, map, bells)
+                });
             }
             Err(error) if is_awaited => self.serve(id, |daemon| {
                 debug!(id, "memory for a tenant: {error}");
@@ -273,30 +286,32 @@ impl Daemon {
             may_be_rung,
         } = belongings;
         let id = owner.connection;
+        let (pid, uid) = (passport.peer.pid, passport.peer.uid);
         // It may run another program than when it said HELLO.
         let allowed = match self.connections.get(id) {
-            Some(connection) => self.may_attach(connection),
+            Some(_) => self.may_attach(uid, &passport.program),
             // It has gone.
             None => Err(End::HungUp),
         };
-        let program = match allowed {
-            Ok(program) => program,
-            Err(end) => {
-                self.unmap(owner, map);
-                return Err(end);
-            }
-        };
-        let (pid, uid) = (passport.peer.pid, passport.peer.uid);
+        if allowed.is_err() {
+            self.unmap(owner, map);
+            return allowed;
+        }
         self.detach_earlier_programs(id, pid);
         let netns = self.enter_netns(id);
-        debug!(tenant = id, pid, uid, program, "attached");
+        debug!(
+            tenant = id,
+            pid,
+            uid,
+            program = passport.program.name,
+            "attached"
+        );
         let tenant = Tenant {
             map,
             bells,
             may_be_rung,
             passport: Arc::new(passport),
             netns,
-            program,
             looks: 0,
             throttled: false,
             unread: false,

@@ -242,7 +242,7 @@ impl Daemon {
                 text.push('{');
                 member(text, "pid", &connection.peer.pid);
                 member(text, "uid", &connection.peer.uid);
-                member(text, "program", &tenant.program);
+                member(text, "program", &tenant.passport.program.name);
                 answering.open(text, "connections");
                 answering.part = Part::Connections(id, 0);
             }
@@ -451,7 +451,7 @@ fn tenant_answer(id: TenantId, connection: &Connection, tenant: &Tenant) -> Valu
         "tenant": id,
         "pid": connection.peer.pid,
         "uid": connection.peer.uid,
-        "program": tenant.program,
+        "program": tenant.passport.program.name,
         "promoted": counter(Counter::Promoted),
         "demoted": counter(Counter::Demoted),
         "reset": counter(Counter::Reset),
