@@ -8,6 +8,7 @@
 //! users leave a sixteenth to a fourth one. (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
 //! packet switches", 1998, with factor 1.)
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -232,12 +233,16 @@ impl Charge {
     }
 }
 
+/// What is held for as long as a descriptor.
+pub type Beside = Arc<dyn Any + Send + Sync>;
+
 /// A descriptor, and what it costs: whoever has it last, a message that nobody reads say, keeps both.
 #[derive(Debug)]
 pub struct Paid {
     file: OwnedFd,
-    // Goes behind the descriptor.
+    // These go behind the descriptor.
     _charge: Option<Arc<Charge>>,
+    _beside: Option<Beside>,
 }
 
 impl Paid {
@@ -246,6 +251,15 @@ impl Paid {
         Paid {
             file,
             _charge: Some(charge),
+            _beside: None,
+        }
+    }
+
+    /// The same, and something that has to be there for as long, paid for elsewhere.
+    pub fn with(file: OwnedFd, charge: Arc<Charge>, beside: Beside) -> Self {
+        Paid {
+            _beside: Some(beside),
+            ..Paid::new(file, charge)
         }
     }
 
@@ -254,6 +268,7 @@ impl Paid {
         Paid {
             file,
             _charge: None,
+            _beside: None,
         }
     }
 }

@@ -6,6 +6,7 @@ mod tenant;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -329,6 +330,47 @@ scene!(nobody_makes_holes_where_a_poll_core_looks, |_| {
         assert_eq!((removed, Errno::last()), (-1, Errno::EPERM));
     }
 });
+
+// A poll core waits, too, while the pages of a stream, or of the bells that it rings, are collapsed into a huge one.
+scene!(nobody_collapses_what_a_poll_core_touches, |_| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let reached = client.reach(&bound, server.address());
+    let _anchor = client.go(bound, &reached).unwrap();
+    let (promote, fds) = client.tenant.promote();
+    assert_eq!((promote.node, fds.len()), (2, 2));
+    // The end page is the program's own: no poll core touches it.
+    let end = collapse(&fds[1]);
+    if end.is_err() {
+        let why = format!("no memory is collapsed here: {end:?}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED, NOTHING WAS CHECKED: {why}");
+        return;
+    }
+    assert_eq!(collapse(&fds[0]), Err(Errno::EAGAIN), "a stream");
+});
+
+/// Collapses the first two megabytes of a file. What was just written may not be on the kernel's lists yet.
+fn collapse(file: &impl AsRawFd) -> nix::Result<()> {
+    const HUGE: usize = 2 << 20;
+    const MADV_COLLAPSE: i32 = 25;
+    let room = memmap2::MmapOptions::new()
+        .len(2 * HUGE)
+        .map_anon()
+        .unwrap();
+    let place = (room.as_ptr() as usize).next_multiple_of(HUGE) as *mut libc::c_void;
+    let (protect, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
+    // SAFETY: within room of this function's own, that nobody refers to; nothing in it is touched.
+    let collapse = || unsafe {
+        let mapped = libc::mmap(place, HUGE, protect, flags, file.as_raw_fd(), 0);
+        assert_eq!(mapped, place);
+        Errno::result(libc::madvise(place, HUGE, MADV_COLLAPSE)).map(drop)
+    };
+    let mut tries = (0..100).map(|_| collapse());
+    let over = tries.find(|result| *result != Err(Errno::EAGAIN));
+    over.unwrap_or(Err(Errno::EAGAIN))
+}
 
 scene!(only_who_has_a_connection_is_told_whose_it_is, |test| {
     let nodes = Nodes::start(["", ""]);

@@ -6,6 +6,7 @@
 //! Behind the two rings lies the *staging* area: what a program has sent on its anchor is put there
 //! for the engine to read, since the ring is the program's own from the moment it switches.
 
+use crate::desk::Paid;
 use memmap2::{MmapOptions, MmapRaw};
 use rdsock_shm::bell::Place as BellPlace;
 use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, Direction, Producer, StreamHeader};
@@ -199,16 +200,18 @@ impl StreamMemory {
 #[derive(Debug)]
 pub struct Board {
     map: MmapRaw,
+    // Goes behind the mapping.
+    _paid: Paid,
 }
 
 impl Board {
     /// Maps a board that was found to be one (a memfd of its size, sealed against shrinking), in which nobody makes holes: a
-    /// poll core that touched one would wait.
-    pub fn new(file: &impl AsFd) -> io::Result<Self> {
+    /// poll core that touched one would wait. What is paid for it, and keeps it as it is, is held for as long.
+    pub fn new(file: &impl AsFd, paid: Paid) -> io::Result<Self> {
         let map = MmapOptions::new()
             .len(size_of::<BellBoard>())
             .map_raw(file.as_fd().as_raw_fd())?;
-        Ok(Board { map })
+        Ok(Board { map, _paid: paid })
     }
 
     /// Sets a bit; true when a thread sleeps on that bell and wants a wake byte.

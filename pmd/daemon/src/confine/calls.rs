@@ -83,9 +83,9 @@ const FREE: &[c_long] = &[
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_memfd_create,
-    // A page of a tenant's memory is put into a pipe, so that the kernel leaves it where it is.
+    // A page of memory that others map is put into a pipe, so that the kernel leaves it where it is.
     libc::SYS_pipe2,
-    libc::SYS_vmsplice,
+    libc::SYS_splice,
     libc::SYS_mbind,
     libc::SYS_set_mempolicy,
     libc::SYS_get_mempolicy,

@@ -22,7 +22,7 @@ use crate::channel::sender;
 use crate::config::Config;
 use crate::fabric::{Anchor, Arrival, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
-use crate::memory::{TenantMap, make_stream_with};
+use crate::memory::{TenantMap, make_stream_with, pipes_for};
 use crate::porters::Owner;
 use crate::rights::{Held, NotHeld, Passport, Rights, socket_address};
 use crate::streams::{Elsewhere, Memory};
@@ -38,7 +38,8 @@ const ANCHORS: usize = 2 * 129;
 const STRANGERS: u32 = u32::MAX - 1;
 /// With so many batches of them that are to be closed, others wait, too.
 const STRAYS: usize = 64;
-/// Descriptors of a stream to another node: its memory, and that once more for models that are linked, an end page, and its anchor.
+/// Descriptors of a stream to another node: its memory, and that once more for models that are linked, an end page, and its anchor;
+/// beside those that keep its pages.
 const STREAM_DESCRIPTORS: u64 = 4;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
@@ -221,7 +222,7 @@ impl Daemon {
             (Thing::Streams, 1),
             (Thing::Carried, 1),
             (Thing::Bytes, bytes),
-            (Thing::Descriptors, STREAM_DESCRIPTORS),
+            (Thing::Descriptors, STREAM_DESCRIPTORS + pipes_for(bytes)),
         ];
         let charge = self.accounts.charge(uid, &wanted);
         let connect = self.accounts.charge(uid, &[(Thing::Connects, 1)]);
@@ -244,9 +245,10 @@ impl Daemon {
             Opening::Connect => 0,
             Opening::Accept(_) => 1,
         };
-        let fds = make_stream_with(ticket, ring_size, bytes, end)?;
+        let paid = charge.clone();
+        let (fds, kept) = make_stream_with(ticket, ring_size, bytes, end, paid)?;
         let made = fabric
-            .stream(ticket, node, opening, berth, &fds, charge.clone())
+            .stream(ticket, node, opening, berth, &fds, kept)
             .map_err(|error| {
                 let error = io::Error::other(error);
                 let what = "the device can't be given a stream's memory, so it stays on the kernel";
@@ -622,7 +624,10 @@ impl Daemon {
         let tenant = self.connections.tenant(announced.conn.tenant);
         let tenant = tenant.ok_or(Reason::Unverified)?;
         // Without them it gets a wake byte each time.
-        let own_board = tenant.may_be_rung.then(|| Board::new(&tenant.bells));
+        let own_board = tenant.may_be_rung.then(|| {
+            let bells = &tenant.bells;
+            Board::new(bells, Box::new(bells.clone()))
+        });
         let own_board = own_board.transpose().map_err(|_| Reason::NoMemory)?;
         let fabric = self.fabric.as_mut().ok_or(Reason::NoDevice)?;
         let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;

@@ -24,8 +24,10 @@ use crate::porters::Owner;
 use crate::process::{Program, netns_inode};
 use crate::rights::{Changed, Held, Passport, Rights};
 
-/// Descriptors of a tenant besides those of its connection: its memory, and the pipe that keeps its pages where they are.
-const TENANT_DESCRIPTORS: u64 = 2;
+/// Descriptors of a tenant's memory,
+const MEMORY_DESCRIPTORS: u64 = 1;
+/// and of that which keeps its pages and those of its bells where they are.
+const KEPT_DESCRIPTORS: u64 = 1;
 /// Its bells, which its streams keep when it has gone.
 const BELLS_DESCRIPTORS: u64 = 1;
 
@@ -59,8 +61,8 @@ impl Daemon {
             debug!(pid, uid, "bell board of a tenant: {error}");
             bad_board(error)
         })?;
-        let of_memory = [(Thing::Descriptors, TENANT_DESCRIPTORS)];
-        let of_memory = self.accounts.charge(uid, &of_memory)?;
+        let mut charge = |amount| self.accounts.charge(uid, &[(Thing::Descriptors, amount)]);
+        let (of_memory, of_pages) = (charge(MEMORY_DESCRIPTORS)?, charge(KEPT_DESCRIPTORS)?);
         let Some(connection) = self.connections.get_mut(id) else {
             return Ok(());
         };
@@ -74,7 +76,8 @@ impl Daemon {
             let program = peer.program();
             let make = || {
                 let bells = bells.map_or_else(Bells::make, Ok)?;
-                Ok((TenantMap::make(of_memory)?, bells))
+                let map = TenantMap::make(&bells, of_memory, of_pages)?;
+                Ok((map, bells))
             };
             Some(Found::Made {
                 owner,
@@ -128,7 +131,8 @@ impl Daemon {
                 return Err(over.into());
             }
         };
-        let board = Arc::new(Paid::new(bells.board, of_bells));
+        let kept = map.kept().clone();
+        let board = Arc::new(Paid::with(bells.board, of_bells, kept));
         let file = map.file().clone();
         let belongings = Belongings {
             map,

@@ -16,7 +16,7 @@ use crate::agenda::{Agenda, Token};
 use crate::book::{Conn, Route, TenantId};
 use crate::channel::Foreign;
 use crate::confine::Confinement;
-use crate::memory::{StreamFds, can_be_whole};
+use crate::memory::{Kept, StreamFds, can_be_whole};
 use crate::porters::Owner;
 use crate::rights::Held;
 use rdsock_node::mail::Waker;
@@ -418,8 +418,8 @@ impl Control {
         self.poller.berth(node, opening, uid, pay)
     }
 
-    /// Gives a stream's memory to the data path, which pays for the stream as long as it has something of it. `None` when
-    /// there are too many streams.
+    /// Gives a stream's memory to the data path, which keeps its pages, and pays for the stream, as long as it has something of it.
+    /// `None` when there are too many streams.
     pub fn stream(
         &mut self,
         ticket: u64,
@@ -427,9 +427,9 @@ impl Control {
         opening: Opening,
         berth: Berth,
         fds: &StreamFds,
-        charge: Arc<Charge>,
+        kept: Kept,
     ) -> Result<Option<Arc<NodeStream>>, BusError> {
-        let paid = Box::new(charge);
+        let paid = Box::new(kept);
         self.poller
             .stream(ticket, node, opening, berth, &fds.stream, paid)
     }

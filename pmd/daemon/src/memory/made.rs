@@ -9,9 +9,7 @@
 //! - Who has a page mapped that nobody else has can have it *paged out* (`MADV_PAGEOUT`, also where nothing comes of it). The kernel
 //!   leaves what the caller may not open to write, and pages that a second process has mapped. So what is touched later is
 //!   touched at once.
-//! - Who has a file mapped can have its pages *collapsed* into a huge one (`MADV_COLLAPSE`), and they are locked while
-//!   all mappings of theirs are taken away. The kernel leaves that, at once, where a page is in use by somebody it does not know. So
-//!   one of each two megabytes is: it lies in a pipe that nobody reads.
+//! - Who has a file mapped can have its pages *collapsed* into a huge one. So the daemon holds some (`kept.rs`).
 //!
 //! All of this is done before anybody else has the memory, so making it waits for nobody. Whoever unmaps it may wait for those
 //! who map it at that time: a porter.
@@ -19,16 +17,15 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::unistd::pipe2;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use rdsock_shm::sync::{AtomicU32, Ordering};
 
-use super::HUGE_PAGE;
+use super::kept::Kept;
 use super::stream::memfd;
 use super::whole::make_whole;
 use crate::accounts::{Charge, Paid};
@@ -42,20 +39,30 @@ pub(super) struct Made {
     file: Arc<Paid>,
     /// Nobody makes holes in it.
     whole: bool,
-    /// Keeps its pages from being collapsed.
-    _used: OwnedFd,
+    /// Of its pages, and of the file beside it.
+    kept: Arc<Kept>,
+}
+
+/// What is paid for such memory.
+pub(super) struct Charges {
+    /// For its descriptor.
+    pub memory: Charge,
+    /// For that which keeps its pages.
+    pub pages: Charge,
 }
 
 impl Made {
-    /// Makes memory of `len` bytes that begins with these. No other part of it than `parts` is touched later.
+    /// Makes memory of `len` bytes that begins with these. No other part of it than `parts` is touched later. Pages of `beside` are
+    /// kept with its own.
     pub(super) fn new(
         name: &std::ffi::CStr,
         start: &[u8],
         len: usize,
         parts: &[Range<usize>],
-        charge: Charge,
+        beside: Option<BorrowedFd<'_>>,
+        charges: Charges,
     ) -> io::Result<Self> {
-        Self::with(name, start, len, parts, charge, make_whole)
+        Self::with(name, start, len, parts, beside, charges, make_whole)
     }
 
     fn with(
@@ -63,7 +70,8 @@ impl Made {
         start: &[u8],
         len: usize,
         parts: &[Range<usize>],
-        charge: Charge,
+        beside: Option<BorrowedFd<'_>>,
+        charges: Charges,
         make_whole: fn(&File) -> bool,
     ) -> io::Result<Self> {
         use std::os::unix::fs::FileExt;
@@ -78,10 +86,12 @@ impl Made {
         for part in parts {
             touch(&map, part);
         }
+        let files: Vec<_> = std::iter::once(file.as_fd()).chain(beside).collect();
+        let kept = Kept::pages_of(&files, Arc::new(charges.pages))?;
         Ok(Made {
-            _used: use_pages(&map)?,
+            kept: Arc::new(kept),
             map,
-            file: Arc::new(Paid::new(file.into(), Arc::new(charge))),
+            file: Arc::new(Paid::new(file.into(), Arc::new(charges.memory))),
             whole,
         })
     }
@@ -104,6 +114,11 @@ impl Made {
         self.map.as_ptr()
     }
 
+    /// What keeps its pages, and those of the file beside it.
+    pub(super) fn kept(&self) -> &Arc<Kept> {
+        &self.kept
+    }
+
     /// The file.
     pub(super) fn file(&self) -> &Arc<Paid> {
         &self.file
@@ -121,34 +136,18 @@ fn touch(map: &MmapRaw, part: &Range<usize>) {
     }
 }
 
-/// A pipe that holds a page of each part of a mapping that could become a huge page.
-fn use_pages(map: &MmapRaw) -> io::Result<OwnedFd> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    for at in (0..map.len()).step_by(HUGE_PAGE as usize) {
-        let byte = libc::iovec {
-            // SAFETY: within the mapping.
-            iov_base: unsafe { map.as_mut_ptr().add(at) }.cast(),
-            iov_len: 1,
-        };
-        // SAFETY: the byte is in the mapping; the pipe refers to its page, and nothing ever reads it.
-        let used = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const byte, 1, 0) };
-        if used != 1 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(read)
-}
-
 #[cfg(test)]
 // One part of a memory is a list of one range.
 #[allow(clippy::single_range_in_vec_init)]
 mod tests {
+    use super::super::kept::collapse::are_not_collapsed;
+    use super::super::stream::HUGE_PAGE;
     use super::super::whole::can_be_whole;
     use super::*;
     use crate::accounts::{Accounts, Limits, Thing};
     use nix::fcntl::{FallocateFlags, fallocate};
     use std::io::Write;
-    use std::os::fd::AsFd;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
     const LEN: usize = 8192;
@@ -170,7 +169,11 @@ mod tests {
         } else {
             |_: &File| false
         };
-        Made::with(c"test", b"start", len, parts, charge(), whole).unwrap()
+        let charges = Charges {
+            memory: charge(),
+            pages: charge(),
+        };
+        Made::with(c"test", b"start", len, parts, None, charges, whole).unwrap()
     }
 
     fn punch(file: &impl AsFd) -> nix::Result<()> {
@@ -229,42 +232,14 @@ mod tests {
         assert!(made.keep_whole().is_err());
     }
 
-    /// As far as the system collapses memory at all.
     #[test]
     fn its_pages_are_not_collapsed() {
-        const HUGE: usize = HUGE_PAGE as usize;
-        const MADV_COLLAPSE: i32 = 25;
-        let collapse = |file: &File| {
-            let room = MmapOptions::new().len(2 * HUGE).map_anon().unwrap();
-            let at = (room.as_ptr() as usize).next_multiple_of(HUGE) as *mut libc::c_void;
-            let (protect, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
-            // SAFETY: within room of this function's own, that nobody refers to.
-            unsafe {
-                assert_eq!(
-                    libc::mmap(at, HUGE, protect, flags, file.as_raw_fd(), 0),
-                    at
-                );
-                match libc::madvise(at, HUGE, MADV_COLLAPSE) {
-                    0 => Ok(()),
-                    _ => Err(Errno::last()),
-                }
-            }
-        };
-        // What was just written may not be on the kernel's lists yet.
-        let (mut tries, free) = (0, memfd(c"test", HUGE as u64).unwrap());
-        free.write_all_at(&[1; HUGE], 0).unwrap();
-        while collapse(&free) == Err(Errno::EAGAIN) && tries < 100 {
-            tries += 1;
-        }
-        if let Err(error) = collapse(&free) {
-            return skipped(&format!("no memory is collapsed here: {error}"));
-        }
-        let made = made(HUGE, &[], true);
+        let len = HUGE_PAGE as usize + LEN;
+        let made = made(len, &[], true);
         let file = File::from(made.file().as_fd().try_clone_to_owned().unwrap());
-        file.write_all_at(&[1; HUGE], 0).unwrap();
-        for _ in 0..100 {
-            assert_eq!(collapse(&file), Err(Errno::EAGAIN));
-        }
+        // However many of them there are.
+        file.write_all_at(&vec![1; len], 0).unwrap();
+        are_not_collapsed(&file);
     }
 
     /// The kernel leaves a page that somebody else has mapped.

@@ -3,11 +3,13 @@
 //! The only module of the daemon that maps memory, and nothing but what the daemon has made itself. Whatever a tenant can write
 //! is reached through atomics, or read through the file, never through plain references.
 
+mod kept;
 mod made;
 mod stream;
 mod tenant;
 mod whole;
 
+pub use kept::{Kept, pipes_for};
 pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, make_stream_with, rounded,
 };

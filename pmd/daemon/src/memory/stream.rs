@@ -5,6 +5,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use memmap2::MmapOptions;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -14,8 +15,10 @@ use rdsock_shm::layout::{
     STREAM_MAGIC, StreamHeader, VERSION, stream_bytes,
 };
 
+use super::kept::Kept;
 use super::whole::make_whole;
 use super::{identity, u32_at, u64_at};
+use crate::accounts::Charge;
 
 /// Bytes of a huge page.
 pub const HUGE_PAGE: u64 = 2 << 20;
@@ -67,23 +70,32 @@ pub fn make_stream(stream_id: u64, ring_size: u64, try_huge: bool) -> io::Result
 }
 
 /// Makes the memory of a stream to another node, of `bytes` bytes and ordinary pages: the device maps it in
-/// whole, so it is small. A program of this node holds the end `end`, 0 or 1.
+/// whole, so it is small. A program of this node holds the end `end`, 0 or 1. Its pages are kept for as long as a poll core touches
+/// them, and so is what is paid for all of that.
 pub fn make_stream_with(
     stream_id: u64,
     ring_size: u64,
     bytes: u64,
     end: usize,
-) -> io::Result<StreamFds> {
+    charge: Arc<Charge>,
+) -> io::Result<(StreamFds, Kept)> {
     let mut ends = [None, None];
     if let Some(place) = ends.get_mut(end) {
         *place = Some(make_end(stream_id, end as u32)?.into());
     }
-    Ok(StreamFds {
-        stream: of_pages(stream_id, ring_size, bytes)?.into(),
+    let (stream, is_whole) = of_pages(stream_id, ring_size, bytes)?;
+    let kept = match is_whole {
+        true => Kept::pages_of(&[stream.as_fd()], charge)?,
+        // Who can make holes in it has no need to collapse it.
+        false => Kept::nothing(charge),
+    };
+    let fds = StreamFds {
+        stream: stream.into(),
         ends,
         huge: false,
         bytes,
-    })
+    };
+    Ok((fds, kept))
 }
 
 /// Makes a bell board.
@@ -102,14 +114,15 @@ pub fn rounded(ring_size: u64, page: u64) -> u64 {
 
 fn ordinary(stream_id: u64, ring_size: u64) -> io::Result<(File, bool, u64)> {
     let bytes = rounded(ring_size, PAGE);
-    Ok((of_pages(stream_id, ring_size, bytes)?, false, bytes))
+    Ok((of_pages(stream_id, ring_size, bytes)?.0, false, bytes))
 }
 
-fn of_pages(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<File> {
+/// And whether nobody makes holes in it.
+fn of_pages(stream_id: u64, ring_size: u64, bytes: u64) -> io::Result<(File, bool)> {
     let file = memfd(c"rdsock-stream", bytes)?;
     file.write_all_at(&header_bytes(stream_id, ring_size), 0)?;
-    seal(&file)?;
-    Ok(file)
+    let is_whole = seal(&file)?;
+    Ok((file, is_whole))
 }
 
 fn make_huge(stream_id: u64, ring_size: u64) -> io::Result<(File, u64)> {
@@ -138,12 +151,11 @@ fn memfd_with(name: &std::ffi::CStr, flags: MFdFlags, bytes: u64) -> io::Result<
     Ok(file)
 }
 
-/// It keeps its size, and has no holes made in it where that can be had.
-fn seal(file: &File) -> io::Result<()> {
+/// It keeps its size, and has no holes made in it where that can be had: then true.
+fn seal(file: &File) -> io::Result<bool> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
-    make_whole(file);
-    Ok(())
+    Ok(make_whole(file))
 }
 
 fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {

@@ -18,7 +18,8 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Taker;
 use rdsock_shm::sync::{Ordering, fence};
 
-use super::made::Made;
+use super::kept::Kept;
+use super::made::{Charges, Made};
 use super::stream::make_board;
 use super::whole::{can_be_whole, is_whole};
 use super::{identity, u32_at, u64_at};
@@ -128,12 +129,15 @@ pub struct TenantMap {
 }
 
 impl TenantMap {
-    /// Makes it. Waits for nobody who is a tenant, but for all who change the daemon's own mappings: for a porter.
-    pub fn make(charge: Charge) -> io::Result<Self> {
+    /// Makes it, and keeps the pages of the bells, too, where these may be rung by a poll core and have no holes. Waits for all who change the
+    /// daemon's own mappings, and for whoever has a page of the bells: for a porter. Each charge is for a descriptor.
+    pub fn make(bells: &Bells, memory: Charge, pages: Charge) -> io::Result<Self> {
         const SIZE: usize = size_of::<TenantMemory>();
         let start = identity(TENANT_MAGIC, SIZE);
+        let board = is_whole(&bells.board).then(|| bells.board.as_fd());
+        let charges = Charges { memory, pages };
         Ok(TenantMap {
-            map: Made::new(c"rdsock-tenant", &start, SIZE, &TOUCHED, charge)?,
+            map: Made::new(c"rdsock-tenant", &start, SIZE, &TOUCHED, board, charges)?,
             taker: Taker::new(),
         })
     }
@@ -142,6 +146,11 @@ impl TenantMap {
     /// would have to wait.
     pub fn keep_whole(&self) -> io::Result<()> {
         self.map.keep_whole()
+    }
+
+    /// What keeps its pages and those of its bells.
+    pub fn kept(&self) -> &Arc<Kept> {
+        self.map.kept()
     }
 
     /// The memory's file.
@@ -322,8 +331,9 @@ mod tests {
             all: most,
             shared: [false; Thing::ALL.len()],
         };
-        let charge = Accounts::new(limits).charge(0, &[]).unwrap();
-        let map = TenantMap::make(charge).unwrap();
+        let mut accounts = Accounts::new(limits);
+        let mut charge = || accounts.charge(0, &[]).unwrap();
+        let map = TenantMap::make(&Bells::make().unwrap(), charge(), charge()).unwrap();
         let file = File::from(map.file().as_fd().try_clone_to_owned().unwrap());
         let record = |number: u64, fd: i32, generation: u32| {
             let at = offset_of!(TenantMemory, conns) as u64 + 32 * number;
