@@ -98,14 +98,14 @@ pub fn ensure() {
 }
 
 /// Looks, at most once a second, whether the daemon is still there, and attaches to the next one if it
-/// is not, so that it knows this program again and what it listens on. The shim has no thread: called
+/// is not, so that it knows this program again and what it listens on. Sooner where others crowded its socket. The shim has no thread: called
 /// where the program makes a system call that is rare or may sleep, never where bytes move over rings.
 #[inline]
 pub fn stay_attached() {
     let now = clock::ticks();
     let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
     let pause = match GREETING.load(Relaxed) {
-        0 => LOOK_MS * 1000,
+        0 => ATTEMPTS.crowded().unwrap_or(LOOK_MS) * 1000,
         _ => GREETING_US,
     };
     if since >= clock::ticks_of(pause) && !MEMORY.load(Relaxed).is_null() && !stays_unknown() {
@@ -256,7 +256,12 @@ pub(super) fn attach(guard: &Guard) {
     if memory().is_none() || !may_write() {
         return;
     }
-    let Some(fd) = adopted().or_else(connected) else {
+    let found = match adopted() {
+        Some(fd) => Ok(fd),
+        None => connected(),
+    };
+    ATTEMPTS.end(found.is_err_and(|error| error == libc::EAGAIN));
+    let Ok(fd) = found else {
         return;
     };
     let fd = hide(fd);
@@ -315,7 +320,8 @@ fn adopted() -> Option<c_int> {
     Some(ours)
 }
 
-fn connected() -> Option<c_int> {
+/// A connection to the daemon's socket, or an error: EAGAIN where as many as may wait there do so already.
+fn connected() -> Result<c_int, c_int> {
     // SAFETY: written by the constructor only.
     let configured = unsafe { &*PATH.0.get() };
     let fd = sys::socket(
@@ -324,7 +330,7 @@ fn connected() -> Option<c_int> {
         0,
     ) as c_int;
     if fd < 0 {
-        return None;
+        return Err(-fd);
     }
     let mut address = libc::sockaddr_un {
         sun_family: libc::AF_UNIX as u16,
@@ -335,18 +341,18 @@ fn connected() -> Option<c_int> {
         for (to, from) in address.sun_path.iter_mut().zip(path) {
             *to = *from as libc::c_char;
         }
-        sys::connect_unix(fd, &address, size_of::<libc::sockaddr_un>()) == 0
+        sys::connect_unix(fd, &address, size_of::<libc::sockaddr_un>())
     };
     let reached = if configured[0] != 0 {
         reach(configured)
     } else {
         reach(b"/run/rdsock/rdsockd.sock\0")
     };
-    if !reached {
+    if reached < 0 {
         sys::close(fd);
-        return None;
+        return Err(-reached as c_int);
     }
-    Some(fd)
+    Ok(fd)
 }
 
 /// The daemon is gone: what was announced is announced anew once there is another.

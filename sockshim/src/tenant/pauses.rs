@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Milliseconds between two attempts to reach a daemon.
 pub const RETRY_MS: u64 = 500;
+/// Milliseconds until the next attempt where too many others called just then: the least. Each time twice as long, up to [`RETRY_MS`].
+const CROWDED_MS: u64 = 1;
 /// Milliseconds for which a daemon is left alone that is at a limit, or found this process not to be who it was: the
 /// least and the most.
 const REFUSED_MS: [u64; 2] = [1000, 64_000];
@@ -20,6 +22,8 @@ pub struct Attempts {
     at: AtomicU64,
     /// Milliseconds from then on in which no daemon is asked again.
     pause_ms: AtomicU64,
+    /// The same where the last one found the daemon's socket crowded; else 0.
+    crowded_ms: AtomicU64,
 }
 
 impl Attempts {
@@ -28,13 +32,18 @@ impl Attempts {
         Attempts {
             at: AtomicU64::new(0),
             pause_ms: AtomicU64::new(RETRY_MS),
+            crowded_ms: AtomicU64::new(0),
         }
     }
 
     /// True when it is time for one.
     pub fn are_due(&self, now: u64) -> bool {
         let at = self.at.load(Relaxed);
-        at == 0 || now.wrapping_sub(at) >= self.pause_ms.load(Relaxed) * MILLISECOND
+        let pause = match self.crowded() {
+            Some(pause) => pause,
+            None => self.pause_ms.load(Relaxed),
+        };
+        at == 0 || now.wrapping_sub(at) >= pause * MILLISECOND
     }
 
     /// One is made.
@@ -42,9 +51,27 @@ impl Attempts {
         self.at.store(now, Relaxed);
     }
 
+    /// Its end: the daemon's socket was crowded, or not.
+    pub fn end(&self, crowded: bool) {
+        let next = match self.crowded_ms.load(Relaxed) {
+            _ if !crowded => 0,
+            0 => CROWDED_MS,
+            before => (before * 2).min(RETRY_MS),
+        };
+        self.crowded_ms.store(next, Relaxed);
+    }
+
+    /// Where the last one found the daemon's socket crowded: milliseconds until the next one.
+    #[inline]
+    pub fn crowded(&self) -> Option<u64> {
+        let pause = self.crowded_ms.load(Relaxed);
+        (pause != 0).then_some(pause)
+    }
+
     /// The next one need not wait.
     pub fn forget(&self) {
         self.at.store(0, Relaxed);
+        self.crowded_ms.store(0, Relaxed);
     }
 
     /// The daemon has no place for this process now.
@@ -117,6 +144,49 @@ mod tests {
         assert!(attempts.are_due(now + 500 * MILLISECOND));
         attempts.forget();
         assert!(attempts.are_due(now));
+    }
+
+    #[test]
+    fn a_crowded_daemon_is_tried_again_soon_and_ever_more_seldom() {
+        let attempts = Attempts::new();
+        let mut now = 100 * SECOND;
+        for pause in [1, 2, 4, 8, 16, 32, 64, 128, 256, 500, 500, 500] {
+            attempts.begin(now);
+            attempts.end(true);
+            assert_eq!(attempts.crowded(), Some(pause));
+            assert!(!attempts.are_due(now + pause * MILLISECOND - 1), "{pause}");
+            now += pause * MILLISECOND;
+            assert!(attempts.are_due(now), "{pause}");
+        }
+        // It was reached, or is not there: as ever.
+        attempts.begin(now);
+        attempts.end(false);
+        assert_eq!(attempts.crowded(), None);
+        assert!(!attempts.are_due(now + 499 * MILLISECOND));
+        // The next crowd begins anew.
+        attempts.begin(now);
+        attempts.end(true);
+        assert!(attempts.are_due(now + MILLISECOND));
+        attempts.forget();
+        assert_eq!(attempts.crowded(), None);
+    }
+
+    /// A crowd does not make a daemon that refuses be asked more often than it was before.
+    #[test]
+    fn a_crowd_in_between_does_not_shorten_the_time_for_which_a_daemon_that_refuses_is_left_alone()
+    {
+        let attempts = Attempts::new();
+        let now = 100 * SECOND;
+        attempts.refused(now);
+        attempts.refused(now);
+        assert!(!attempts.are_due(now + 2 * SECOND - 1));
+        attempts.begin(now + 2 * SECOND);
+        attempts.end(true);
+        attempts.begin(now + 2 * SECOND + MILLISECOND);
+        attempts.end(false);
+        attempts.refused(now + 3 * SECOND);
+        assert!(!attempts.are_due(now + 7 * SECOND - 1));
+        assert!(attempts.are_due(now + 7 * SECOND));
     }
 
     #[test]

@@ -10,14 +10,15 @@ use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    UnixAddr, UnixCredentials, accept4, bind, listen, recvmsg, sendmsg, setsockopt, socket,
-    sockopt,
+    UnixAddr, UnixCredentials, accept4, bind, connect, listen, recvmsg, sendmsg, setsockopt,
+    socket, sockopt,
 };
 use rdsock_shm::control::{
     Message, Pod, Promote, Request, Welcome, from_bytes, kind, parse, request,
@@ -38,17 +39,37 @@ pub struct Counterfeit {
 
 impl Counterfeit {
     pub fn new() -> Self {
+        Self::with_room_for(64)
+    }
+
+    /// One more caller than these may wait.
+    pub fn with_room_for(callers: i32) -> Self {
         let folder = Folder::new();
         let flags = SockFlag::SOCK_CLOEXEC;
         let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
         let address = UnixAddr::new(&folder.at("rdsockd.sock")).unwrap();
         bind(listener.as_raw_fd(), &address).unwrap();
-        listen(&listener, Backlog::new(64).unwrap()).unwrap();
+        listen(&listener, Backlog::new(callers).unwrap()).unwrap();
         Counterfeit { folder, listener }
     }
 
     pub fn path(&self) -> PathBuf {
         self.folder.at("rdsockd.sock")
+    }
+
+    /// Has so many callers wait that there is no room for more. They say nothing, and hang up when dropped.
+    pub fn crowd(&self) -> Vec<OwnedFd> {
+        let address = UnixAddr::new(&self.path()).unwrap();
+        let mut crowd = Vec::new();
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+            match connect(caller.as_raw_fd(), &address) {
+                Ok(()) => crowd.push(caller),
+                Err(Errno::EAGAIN) => return crowd,
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     /// The next caller that says HELLO. Who says nothing, as `rdsock run` does when it looks for a daemon,

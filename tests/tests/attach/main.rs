@@ -141,6 +141,41 @@ fn a_daemon_at_its_limit_is_asked_again_later_and_told_of_once() {
     assert!(program.ended().is_none());
 }
 
+/// Makes a few calls when it is told to by a file.
+const PATIENT: &str = r#"
+import os, select, socket, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+poll = select.poll()
+poll.register(listener, select.POLLIN)
+print("begun", flush=True)
+while not os.path.exists(sys.argv[1]): time.sleep(0.01)
+for _ in range(3):
+    time.sleep(0.05)
+    poll.poll(1)
+print("done", flush=True)
+while True: time.sleep(60)
+"#;
+
+/// A program that finds the daemon's socket crowded is attached with its next calls, once there is room: it makes these sooner
+/// than a daemon is looked for that is not there.
+#[test]
+fn a_daemon_whose_socket_was_crowded_is_reached_with_the_next_calls() {
+    let (counterfeit, folder) = (Counterfeit::with_room_for(2), Folder::new());
+    let crowd = counterfeit.crowd();
+    let go = folder.at("go");
+    let python = Program::new("/usr/bin/python3", folder.path());
+    let python = python.arg("-c").arg(PATIENT).arg(go.to_str().unwrap());
+    let mut program = python.preloaded(&counterfeit.path()).start();
+    program.wait_for_output("begun", LIMIT);
+    // They are gone, and the daemon finds that out.
+    drop(crowd);
+    assert!(counterfeit.accept(Duration::ZERO).is_none(), "it was there");
+    std::fs::write(&go, "").unwrap();
+    program.wait_for_output("done", LIMIT);
+    let attachment = counterfeit.accept(Duration::ZERO);
+    assert!(attachment.is_some(), "it does not come when there is room");
+}
+
 #[test]
 fn a_daemon_that_hangs_up_with_a_refusal_is_understood() {
     let counterfeit = Counterfeit::new();
