@@ -394,9 +394,10 @@ mod tests {
             connection: 1,
         };
         let channel = Channel::new(porters.foreign(owner, own), pay());
+        let bells = Bells::make().unwrap();
         let belongings = Belongings {
-            map: TenantMap::make(pay()).unwrap(),
-            bells: Arc::new(Paid::new(Bells::make().unwrap().board, Arc::new(pay()))),
+            map: TenantMap::make(&bells, pay(), pay()).unwrap(),
+            bells: Arc::new(Paid::new(bells.board, Arc::new(pay()))),
             may_be_rung: true,
         };
         (Connection::new(channel, peer, false, pay()), belongings)

@@ -21,7 +21,7 @@ use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::Bystander;
 use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
 use tenant::victim::{Program, Rights};
-use tenant::{Answer, Tenant, request};
+use tenant::{Answer, Tenant, hello_message, request};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -335,10 +335,16 @@ scene!(nobody_makes_holes_where_a_poll_core_looks, |_| {
 scene!(nobody_collapses_what_a_poll_core_touches, |_| {
     let nodes = Nodes::start(["", ""]);
     let server = Server::start(nodes.server());
-    let mut client = Client::at(&nodes.client().socket());
-    let bound = Bound::new(0).unwrap();
-    let reached = client.reach(&bound, server.address());
-    let _anchor = client.go(bound, &reached).unwrap();
+    // Its bells are the daemon's: poll cores ring them.
+    let mut tenant = Tenant::stranger(nodes.client()).unwrap();
+    tenant.send(hello_message().as_bytes(), &[]);
+    let bells = match tenant.receive() {
+        Answer::Message(kind::WELCOME, _, mut fds) => fds.remove(0),
+        other => panic!("not welcome: {other:?}"),
+    };
+    let mut client = Client::over(tenant);
+    let (bound, reached) = client.reach_at_last(server.address());
+    let anchor = client.go(bound, &reached).unwrap();
     let (promote, fds) = client.tenant.promote();
     assert_eq!((promote.node, fds.len()), (2, 2));
     // The end page is the program's own: no poll core touches it.
@@ -349,6 +355,12 @@ scene!(nobody_collapses_what_a_poll_core_touches, |_| {
         return;
     }
     assert_eq!(collapse(&fds[0]), Err(Errno::EAGAIN), "a stream");
+    // Its process has the socket, so the stream goes on, and its bells are rung.
+    drop(client);
+    let has_gone = |stat: &serde_json::Value| stat["tenants"].as_array().unwrap().is_empty();
+    nodes.client().wait_until("it has gone", has_gone);
+    assert_eq!(collapse(&bells), Err(Errno::EAGAIN), "bells");
+    drop(anchor);
 });
 
 /// Collapses the first two megabytes of a file. What was just written may not be on the kernel's lists yet.

@@ -203,8 +203,13 @@ pub struct Client {
 
 impl Client {
     pub fn at(socket: &Path) -> Self {
+        Self::over(Tenant::attach_at(socket))
+    }
+
+    /// As this tenant.
+    pub fn over(tenant: Tenant) -> Self {
         Client {
-            tenant: Tenant::attach_at(socket),
+            tenant,
             netns: netns_of(&TcpListener::bind("127.0.0.1:0").unwrap()),
             questions: 0,
         }
