@@ -25,8 +25,13 @@ use crate::wake;
 impl<'a, S: Anchor + Process> End<'a, S> {
     /// ECONNRESET of a reset stream is reported by a send if no call has reported it yet: true then.
     pub fn take_send_error(&self) -> bool {
-        let before = self.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel);
-        before & (anchor::SEND_ERROR | anchor::ERROR) == 0
+        // Before that, as long as bytes stand in front of the break, ERROR says that it waits to be told.
+        let told = if self.shared.is_reset() {
+            anchor::SEND_ERROR | anchor::ERROR
+        } else {
+            anchor::SEND_ERROR
+        };
+        self.rx().anchor.fetch_or(anchor::SEND_ERROR, AcqRel) & told == 0
     }
 
     /// ECONNRESET of a reset stream is reported by a receive if no call has reported it yet: true then.

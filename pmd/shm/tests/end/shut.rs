@@ -105,6 +105,20 @@ fn the_first_send_after_a_reset_is_told() {
     });
 }
 
+/// A question about readiness may have found the break on the anchor before.
+#[test]
+fn the_first_send_after_a_reset_is_told_of_it_with_bytes_unread_and_the_anchor_seen() {
+    stream(true, |a, b| {
+        a.send(b"still to be read");
+        b.send(b"unread");
+        a.end().close(false);
+        b.end().note_end(true);
+        assert_ne!(b.shared.rx().anchor.load(Relaxed) & anchor::ERROR, 0);
+        assert!(matches!(b.go_on(b"late", 0), Sent::Broken));
+        assert!(matches!(b.go_on(b"late", 0), Sent::Pipe));
+    });
+}
+
 /// As of TCP, whatever lies on the anchor; and a token that tells of the break is no byte.
 #[test]
 fn what_came_before_a_break_is_received_before_the_switch_as_well() {
