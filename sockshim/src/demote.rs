@@ -119,8 +119,10 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     // Linux wakes whoever waits for the connection, also where the call changes nothing: an edge each time.
     held.conn.shuts.fetch_add(1, SeqCst);
     epoll::changed(held.conn);
+    // Once the program wants nothing more, the anchor's end may be its own, and the kernel says how both directions stand.
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
-        || stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
+        || stream.rx().shut.load(Acquire) == 0
+            && stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
     // What the kernel says of a direction that it has, or has again, holds for the connection.
     let goes_on = stream.marks() & mark::END != 0;
     let is_closed = (stream.tx().phase.load(Acquire) != phase::RING || goes_on)
