@@ -77,7 +77,8 @@ impl Shared {
 
     /// What the other end has marked. A break counts unless
     /// - both directions had ended before: TCP has no connection then that could be reset, and nobody is told;
-    /// - the other end has closed, and the rest comes on the anchor: then the kernel tells of it, behind that.
+    /// - the other end has closed, and the rest comes on the anchor: then the kernel tells of it, behind that;
+    /// - this end has shut both directions, also on the anchor: then the kernel tells of it, once.
     pub fn marks(&self) -> u32 {
         let marks = self.incoming().producer.mark.load(Acquire);
         if marks & mark::RESET == 0 {
@@ -86,7 +87,9 @@ impl Shared {
         let is_over = marks & mark::FIN != 0 && self.tx().shut.load(Relaxed) != 0;
         let has_closed = self.out().bytes.want.load(Relaxed) & want::CLOSED != 0;
         let is_kernels = marks & mark::END != 0 && has_closed;
-        if is_over || is_kernels {
+        let has_shut = self.incoming().bytes.want.load(Relaxed) & want::SHUT != 0
+            && self.tx().phase.load(Relaxed) == phase::DEMOTED;
+        if is_over || is_kernels || has_shut {
             marks & !mark::RESET
         } else {
             marks

@@ -1,7 +1,7 @@
 //! Ends of directions, and what is sent to who takes nothing more.
 
 use crate::pair::{Gave, Program, RING, Wire, stream};
-use libc::{POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
+use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
 use rdsock_shm::end::{How, Kernel, Sent, State};
 use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::Reason;
@@ -79,6 +79,23 @@ fn an_end_that_has_shut_both_ways_is_alive() {
         b.end().look();
         assert_eq!(b.shared.rx().anchor.load(Relaxed), anchor::EOF);
         assert_eq!(b.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+    });
+}
+
+/// The kernel has told of it: what the ring says of a break would be a second error.
+#[test]
+fn an_end_that_has_shut_both_ways_hears_of_a_break_from_the_kernel() {
+    stream(true, |a, b| {
+        shut_both(a);
+        b.end().close(true);
+        assert_ne!(
+            a.shared.incoming().producer.mark.load(Relaxed) & mark::RESET,
+            0
+        );
+        let state = State::of(&a.shared);
+        let ready = state.readiness(&NOTHING, RING as u64, POLLIN);
+        assert_eq!(ready & POLLERR, 0);
+        assert_eq!(a.end().take_error(0), 0);
     });
 }
 
