@@ -272,7 +272,10 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         let ended = self.end.incoming().producer.mark.load(Acquire) & mark::END != 0;
         if ended && *done != to.total && !shared.has_bytes_after(available.at + available.len) {
             self.drain();
-            if self.outstanding() == 0 && !self.end.socket.is_at_mark() {
+            let socket = &self.end.socket;
+            // An error, which a look would take, stays for the next call.
+            let is_there = socket.unread() != Some(0) && !socket.is_at_mark();
+            if self.outstanding() == 0 && is_there {
                 self.take_anchor(to, *done, to.total - *done, how, done);
             }
         }
