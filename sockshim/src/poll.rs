@@ -296,9 +296,14 @@ impl Work<'_> {
 
     /// What the rings have, and now and then what the kernel has.
     fn look(&mut self) -> usize {
-        let (mut rings, others) = look(self.fds, false);
+        let (mut rings, mut others) = look(self.fds, false);
         if rings != 0 && self.ask_anchors() {
-            rings = look(self.fds, false).0;
+            let before = others;
+            (rings, others) = look(self.fds, false);
+            if others && !before {
+                // The first look has brought one back to the kernel, which was not asked for it yet.
+                self.asked_at = 0;
+            }
         }
         let now = clock::ticks();
         if others && now.wrapping_sub(self.asked_at) > clock::ticks_of(limits::ASK_KERNEL_US.get())
