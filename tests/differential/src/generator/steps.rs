@@ -75,7 +75,8 @@ impl Writer<'_> {
         let conn = &mut self.conns[conn];
         if other_closed {
             conn.is_odd = true;
-        } else if !conn.sides[side].has_shut && !conn.is_odd {
+        } else if !conn.sides[side].has_shut {
+            // Also where the other side has shut: how much fits is not Linux's to say.
             conn.sides[side].unread += size;
             conn.sides[side].pieces += 1;
         }
