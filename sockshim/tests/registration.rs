@@ -17,11 +17,11 @@ fn asked(events: i32) -> Registration {
     Registration::new(events as u32, DATA)
 }
 
-/// In the inner instance, armed, and with its first news told (there was none).
+/// In the inner instance, armed, and with its first news told (all was there).
 fn settled(events: i32) -> Registration {
     let mut registration = asked(events);
     assert!(registration.enter(false));
-    registration.report(0, Snapshot::default());
+    registration.report((EPOLLIN | EPOLLOUT) as u32, Snapshot::default());
     registration
 }
 
@@ -167,6 +167,29 @@ fn an_edge_of_bytes_leaves_the_one_of_room() {
     assert_eq!(edge.event(OUT, &now), EPOLLOUT as u32);
     edge.report(EPOLLOUT as u32, now);
     assert_eq!(edge.event(OUT, &now), 0);
+}
+
+/// A stream comes, and its registration moves: what the program was told before is no edge again.
+#[test]
+fn what_was_told_before_the_stream_came_is_no_edge() {
+    let mut edge = asked(EPOLLIN | EPOLLOUT | EPOLLET);
+    assert!(edge.enter(false));
+    assert_ne!(edge.event(IN, &Snapshot::default()), 0);
+    edge.was_told(Snapshot::default());
+    assert_eq!(edge.event(IN | OUT, &Snapshot::default()), 0);
+    assert_ne!(edge.event(IN, &changed(1, 0, 0)), 0);
+    edge.was_told(Snapshot::default().with_room(false));
+    assert_eq!(edge.event(IN, &Snapshot::default()), 0);
+    assert_eq!(edge.event(OUT, &Snapshot::default()), EPOLLOUT as u32);
+}
+
+/// Nobody was refused any, but the anchor had none when it was reported.
+#[test]
+fn room_that_was_not_there_is_an_edge() {
+    let mut edge = settled(EPOLLIN | EPOLLOUT | EPOLLET);
+    let now = changed(1, 0, 0);
+    edge.report(edge.event(IN, &now), now);
+    assert_eq!(edge.event(OUT, &now), EPOLLOUT as u32);
 }
 
 /// Two instances have the same descriptor.

@@ -2,11 +2,13 @@
 
 use super::fdinfo::has_fired;
 use super::news::hand_on;
-use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner};
+use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner, watch};
+use super::registration::Snapshot;
+use super::report::{harvest_held, snapshot};
 use super::*;
 use crate::conn::{Conn, Use};
 use crate::demote;
-use libc::{EPOLLONESHOT, EPOLLOUT};
+use libc::{EPOLLET, EPOLLONESHOT, EPOLLOUT};
 use rdsock_shm::reason::Reason;
 
 /// True when a connection is on rings, or may yet go there.
@@ -58,16 +60,18 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
         return Ok(());
     };
     let epfd = epoll.fd.load(Relaxed);
-    let mut fired = false;
+    let (mut fired, mut told) = (false, None);
     match slot.place() {
         Place::Kernel => {
             if slot.begin_to_move() {
                 // Said first: it may fire until it is deleted.
                 epoll.moved.fetch_add(1, SeqCst);
             }
-            fired = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, slot.number);
-            sys::epoll_ctl(epfd, EPOLL_CTL_DEL, slot.number, None);
-            if fired {
+            let number = slot.number;
+            fired = slot.events & EPOLLONESHOT as u32 != 0 && has_fired(epfd, number);
+            told = told_by_kernel(epoll, state, bit, held);
+            sys::epoll_ctl(epfd, EPOLL_CTL_DEL, number, None);
+            if fired && let Some(slot) = state.slot(bit) {
                 epoll.arrived(slot);
             }
         }
@@ -75,6 +79,11 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
         _ => return Ok(()),
     }
     if to_inner(epoll, state, bit, held, fired) {
+        if let Some(all) = told
+            && let Some(slot) = state.slot(bit)
+        {
+            slot.was_told(all);
+        }
         return Ok(());
     }
     state.slot(bit).ok_or(-1)?.enter(fired);
@@ -82,6 +91,36 @@ fn move_in(epoll: &Epoll, state: &mut State, bit: usize, held: Option<&Use>) -> 
     epoll.streams.fetch_add(1, Relaxed);
     let number = move_out(epoll, state, bit);
     Err(number)
+}
+
+/// What the program has been told of a connection with EPOLLET that is about to move, where the kernel has told all. `None`: it
+/// may have something yet, and the connection is news.
+///
+/// The anchor is watched by the inner instance first, whose first edge is no news: what comes later is seen here or there.
+fn told_by_kernel(
+    epoll: &Epoll,
+    state: &mut State,
+    bit: usize,
+    held: Option<&Use>,
+) -> Option<Snapshot> {
+    let slot = *state.slot(bit)?;
+    let stream = held?.conn.stream()?;
+    if slot.events & (EPOLLET | EPOLLONESHOT) as u32 != EPOLLET as u32 || !watch(epoll, state, bit)
+    {
+        return None;
+    }
+    harvest_held(epoll, state);
+    let has_edge = sys::poll_one(epoll.fd.load(Relaxed), libc::POLLIN, 0) != 0;
+    let has_room = sys::poll_one(slot.number, libc::POLLOUT, 0) > 0;
+    // Of the ring it has told nothing; own ends are in the upper half.
+    let state = snapshot(held?, stream).state & !u64::from(u32::MAX);
+    let refused = held?.conn.refused.load(SeqCst);
+    let all = Snapshot {
+        head: 0,
+        state,
+        refused,
+    };
+    (!has_edge).then(|| all.with_room(has_room))
 }
 
 /// Moves a registration back to the program's instance; the number of its fd.
@@ -92,6 +131,7 @@ fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
         return -1;
     };
     sys::epoll_ctl(epoll.inner.load(Relaxed), EPOLL_CTL_DEL, slot.number, None);
+    slot.watches_space = false;
     if slot.leave() {
         let event = epoll_event {
             events: slot.events,

@@ -342,6 +342,15 @@ pub(super) fn to_inner(
     held: Option<&Use>,
     fired: bool,
 ) -> bool {
+    let is_watched = watch(epoll, state, bit);
+    if is_watched {
+        enter_inner(epoll, state, bit, held, fired);
+    }
+    is_watched
+}
+
+/// Has what is registered watched by the inner instance, where it is not watched yet. False when it can't be.
+pub(super) fn watch(epoll: &Epoll, state: &mut State, bit: usize) -> bool {
     if !make_inner(epoll, state) {
         return false;
     }
@@ -350,12 +359,11 @@ pub(super) fn to_inner(
     };
     let inner = epoll.inner.load(Relaxed);
     let event = inner_event(slot.events, bit);
-    let got = sys::epoll_ctl(inner, EPOLL_CTL_ADD, slot.number, Some(&event));
-    if got != 0 && got != -(libc::EEXIST as isize) {
-        return false;
+    match sys::epoll_ctl(inner, EPOLL_CTL_ADD, slot.number, Some(&event)) {
+        0 => slot.watches_space = slot.events & EPOLLOUT as u32 != 0,
+        error if error == -(libc::EEXIST as isize) => {}
+        _ => return false,
     }
-    slot.watches_space = got == 0 && slot.events & EPOLLOUT as u32 != 0;
-    enter_inner(epoll, state, bit, held, fired);
     true
 }
 

@@ -5,7 +5,7 @@
 //! | state | where it is | add again | modify | delete | stream comes | stream goes | is reported |
 //! | --- | --- | --- | --- | --- | --- | --- | --- |
 //! | `Free` | nowhere | – | – | – | – | – | – |
-//! | `Kernel` | the program's instance | EEXIST | `Kernel` | `Free` | `Armed`, or `Fired` if it has | – | by the kernel |
+//! | `Kernel` | the program's instance | EEXIST | `Kernel` | `Free` | `Armed` (news, unless an edge was told), or `Fired` if it has | – | by the kernel |
 //! | `Parked` | in neither: it has fired | EEXIST | `Kernel` | `Free` | `Fired` | – | never |
 //! | `Armed` | the inner one | EEXIST | `Armed`, news | `Resting` or `Free` | – | `Kernel` | `Fired` with EPOLLONESHOT, else `Armed` |
 //! | `Fired` | the inner one | EEXIST | `Armed`, news | `Resting` or `Free` | – | `Parked` | never |
@@ -33,6 +33,14 @@ pub struct Snapshot {
     pub state: u64,
     /// Sends that found no room: room is news for each of them.
     pub refused: u32,
+}
+
+impl Snapshot {
+    /// The same, as it was reported. Where there was no room (as `has_room` says) room is news, whoever has been refused any.
+    pub fn with_room(self, has_room: bool) -> Self {
+        let refused = self.refused.wrapping_sub(u32::from(!has_room));
+        Snapshot { refused, ..self }
+    }
 }
 
 /// Where a registration is.
@@ -181,6 +189,13 @@ impl Registration {
         true
     }
 
+    /// It has just come from the program's instance, which has reported all that it has seen: only what differs from this is news.
+    pub fn was_told(&mut self, all: Snapshot) {
+        if let State::Armed { news, reported } = &mut self.state {
+            (*news, *reported) = (false, all);
+        }
+    }
+
     /// Its stream has gone, and it leaves the inner instance: for the program's one (true), or for none, since it has fired.
     pub fn leave(&mut self) -> bool {
         self.state = match self.state {
@@ -252,13 +267,7 @@ impl Registration {
             return;
         };
         *news = false;
-        // Room that was not there is news still.
-        let refused = if seen & OUT != 0 {
-            now.refused
-        } else {
-            reported.refused
-        };
-        *reported = Snapshot { refused, ..now };
+        *reported = now.with_room(seen & OUT != 0);
         if self.has(EPOLLONESHOT) {
             self.state = State::Fired;
             if self.underway == Underway::Silent {

@@ -8,15 +8,21 @@ use super::*;
 use crate::conn::Use;
 use crate::stream::Stream;
 use crate::{demote, ready};
-use libc::EPOLLONESHOT;
+use libc::{EPOLLERR, EPOLLONESHOT};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
-/// What EPOLLET compares, now.
+/// What EPOLLET compares, now: what wakes a program on Linux. Where bytes go, and what the anchor says of an end that the ring or
+/// the program itself has told of, does not.
 pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
     let refused = held.conn.refused.load(SeqCst);
     let shuts = u64::from(held.conn.shuts.load(SeqCst)) << 48;
-    let head = stream.incoming().producer.head.load(Acquire);
-    if stream.is_reset() || stream.marks() & mark::RESET != 0 {
+    let producer = &stream.incoming().producer;
+    let head = match producer.switch_at.load(Acquire) {
+        NOT_SWITCHED => 0,
+        at => producer.head.load(Acquire).wrapping_sub(at),
+    };
+    let marks = stream.marks();
+    if stream.is_reset() || marks & mark::RESET != 0 {
         // Whatever a call has found out since: it has been told.
         let state = u64::from(mark::RESET) | shuts;
         return Snapshot {
@@ -25,12 +31,15 @@ pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
             refused,
         };
     }
-    let state = u64::from(stream.marks())
-        | u64::from(stream.rx().anchor.load(Acquire) & (anchor::EOF | anchor::BROKEN)) << 8
-        | u64::from(stream.rx().phase.load(Acquire)) << 16
-        | u64::from(stream.tx().phase.load(Acquire)) << 24
+    let shut = stream.rx().shut.load(Acquire);
+    let is_told = marks & mark::FIN != 0 || shut != 0;
+    let end = if is_told { 0 } else { anchor::EOF } | anchor::BROKEN;
+    let is_kernels = stream.rx().phase.load(Acquire) == phase::DEMOTED;
+    let state = u64::from(marks & mark::FIN)
+        | u64::from(stream.rx().anchor.load(Acquire) & end) << 8
+        | u64::from(is_kernels) << 16
         | u64::from(stream.tx().shut.load(Acquire)) << 32
-        | u64::from(stream.rx().shut.load(Acquire)) << 40
+        | u64::from(shut) << 40
         | shuts;
     Snapshot {
         head,
@@ -145,58 +154,95 @@ fn was_reported(epoll: &Epoll, data: u64) -> bool {
 
 /// Takes what the inner instance has: those streams' anchors have something to say.
 pub(super) fn harvest(epoll: &Epoll) {
-    let inner = epoll.inner.load(Acquire);
-    if inner < 0 {
-        return;
-    }
     let mut events = [epoll_event { events: 0, u64: 0 }; 64];
     loop {
-        let got = sys::epoll_now(inner, &mut events);
-        if got <= 0 {
-            return;
-        }
-        let Some(guard) = take(epoll) else { return };
-        epoll.news.fetch_add(1, Relaxed);
-        let state = guard.state();
-        for event in events.iter().take(got as usize) {
-            let bit = event.u64 as usize;
-            let Some(slot) = state.slot(bit) else {
-                continue;
-            };
-            match (slot.place(), slot.target) {
-                (Place::Inner, _) => {}
-                (Place::Resting, Kind::Conn(index)) => {
-                    if let Some(held) = conn::by_index(index) {
-                        held.conn.look.store(1, Relaxed);
-                    }
-                    register::drop_resting(epoll, state, bit);
-                    continue;
-                }
-                _ => continue,
-            }
-            match slot.target {
-                Kind::Conn(index) => {
-                    let Some(held) = conn::by_index(index) else {
-                        continue;
-                    };
-                    held.conn.look.store(1, Relaxed);
-                    // An edge of the anchor is the program's while a direction is on it.
-                    if held
-                        .conn
-                        .stream()
-                        .is_some_and(|stream| !stream.is_all_on_rings())
-                    {
-                        slot.note_news();
-                    }
-                }
-                _ => slot.note_news(),
-            }
-            state.mark(bit);
+        let got = take_edges(epoll, &mut events);
+        let taken = events.get(..got).unwrap_or(&[]);
+        if !taken.is_empty() {
+            let Some(guard) = take(epoll) else { return };
+            mark_edges(epoll, guard.state(), taken);
         }
         if got < 64 {
             return;
         }
     }
+}
+
+/// As [`harvest`], for a thread that has locked the instance.
+pub(super) fn harvest_held(epoll: &Epoll, state: &mut State) {
+    let mut events = [epoll_event { events: 0, u64: 0 }; 64];
+    loop {
+        let got = take_edges(epoll, &mut events);
+        mark_edges(epoll, state, events.get(..got).unwrap_or(&[]));
+        if got < 64 {
+            return;
+        }
+    }
+}
+
+/// Edges that the inner instance has; how many.
+fn take_edges(epoll: &Epoll, events: &mut [epoll_event; 64]) -> usize {
+    let inner = epoll.inner.load(Acquire);
+    if inner < 0 {
+        return 0;
+    }
+    sys::epoll_now(inner, events).max(0) as usize
+}
+
+/// Marks the registrations that edges of the inner instance name.
+fn mark_edges(epoll: &Epoll, state: &mut State, events: &[epoll_event]) {
+    if events.is_empty() {
+        return;
+    }
+    epoll.news.fetch_add(1, Relaxed);
+    for event in events {
+        let bit = event.u64 as usize;
+        let Some(slot) = state.slot(bit) else {
+            continue;
+        };
+        match (slot.place(), slot.target) {
+            (Place::Inner, _) => {}
+            (Place::Resting, Kind::Conn(index)) => {
+                if let Some(held) = conn::by_index(index) {
+                    held.conn.look.store(1, Relaxed);
+                }
+                register::drop_resting(epoll, state, bit);
+                continue;
+            }
+            _ => continue,
+        }
+        match slot.target {
+            Kind::Conn(index) => {
+                let Some(held) = conn::by_index(index) else {
+                    continue;
+                };
+                held.conn.look.store(1, Relaxed);
+                if let Some(stream) = held.conn.stream()
+                    && is_edge(stream, event.events)
+                {
+                    slot.note_news();
+                }
+            }
+            _ => slot.note_news(),
+        }
+        state.mark(bit);
+    }
+}
+
+/// True for a stream that is on its way to the rings or back. One whose program only receives is not: it may stay so.
+fn is_between(stream: &Stream) -> bool {
+    let receives = stream.rx().phase.load(Relaxed);
+    let sends = stream.tx().phase.load(Relaxed);
+    receives != phase::RING || !matches!(sends, phase::RING | phase::ANCHOR)
+}
+
+/// An edge of the anchor is the program's while a direction is on it; but where both have ended or are broken, and the ring tells of it,
+/// only an error.
+fn is_edge(stream: &Stream, events: u32) -> bool {
+    let is_broken = stream.is_reset() || stream.marks() & mark::RESET != 0;
+    let has_ended =
+        stream.rx().phase.load(Acquire) == phase::RING && stream.tx().shut.load(Acquire) != 0;
+    !stream.is_all_on_rings() && !is_broken && (!has_ended || events & EPOLLERR as u32 != 0)
 }
 
 /// Collects what is ready into `events`, behind the first `kept` of them, which the kernel gave; how
@@ -357,6 +403,12 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         state.mark(bit);
         return None;
     }
+    register::watch_space(epoll, state, bit, stream);
+    if !look.peek && slot.events & EPOLLET as u32 != 0 && is_between(stream) {
+        // What the anchor has told is a part of what is reported now, and no edge of its own later.
+        harvest_held(epoll, state);
+    }
+    let slot = *state.slot(bit)?;
     let interest =
         (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
     // First what is due is done, which marks it. What that finds out is a part of the snapshot, and no edge of its own.
@@ -367,7 +419,6 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         ready::settle(&end, held, false);
     }
     take_mark(epoll, bit);
-    register::watch_space(epoll, state, bit, stream);
     // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
     let alone = stream.page().holders.load(Relaxed) <= 1;
     let question = || {
