@@ -33,7 +33,9 @@ pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
     }
     let shut = stream.rx().shut.load(Acquire);
     let is_told = marks & mark::FIN != 0 || shut != 0;
-    let end = if is_told { 0 } else { anchor::EOF } | anchor::BROKEN;
+    // Where the kernel sends, it tells of an error itself.
+    let is_judged = stream.tx().phase.load(Acquire) == phase::RING;
+    let end = if is_told { 0 } else { anchor::EOF } | if is_judged { anchor::BROKEN } else { 0 };
     let is_kernels = stream.rx().phase.load(Acquire) == phase::DEMOTED;
     let state = u64::from(marks & mark::FIN)
         | u64::from(stream.rx().anchor.load(Acquire) & end) << 8
@@ -236,12 +238,14 @@ fn is_between(stream: &Stream) -> bool {
     receives != phase::RING || !matches!(sends, phase::RING | phase::ANCHOR)
 }
 
-/// An edge of the anchor is the program's while a direction is on it; but where both have ended or are broken, and the ring tells of it,
-/// only an error.
+/// An edge of the anchor is the program's while a direction is on it; but where both have ended or are broken, and the ring has told
+/// of it, only an error.
 fn is_edge(stream: &Stream, events: u32) -> bool {
-    let is_broken = stream.is_reset() || stream.marks() & mark::RESET != 0;
-    let has_ended =
-        stream.rx().phase.load(Acquire) == phase::RING && stream.tx().shut.load(Acquire) != 0;
+    let marks = stream.marks();
+    let is_broken = stream.is_reset() || marks & mark::RESET != 0;
+    let has_ended = stream.rx().phase.load(Acquire) == phase::RING
+        && stream.tx().shut.load(Acquire) != 0
+        && marks & mark::FIN != 0;
     !stream.is_all_on_rings() && !is_broken && (!has_ended || events & EPOLLERR as u32 != 0)
 }
 
