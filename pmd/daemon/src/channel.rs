@@ -270,6 +270,19 @@ pub fn receive(socket: &Foreign) -> io::Result<Receive> {
     }
 }
 
+/// Nothing comes in any more, and what has come is thrown away. False where descriptors lie there: who closes the socket closes them,
+/// and waits for as long as who has sent them likes. May be much work, as to receive is; for a socket that nobody else has.
+pub fn empty(socket: &Foreign) -> bool {
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+    loop {
+        match receive(socket) {
+            Ok(Receive::Message(_)) => {}
+            Ok(Receive::Nothing | Receive::Closed) => return true,
+            Ok(Receive::Descriptors) | Err(_) => return false,
+        }
+    }
+}
+
 /// On whose behalf is sent: what is received and looked at for the same connection need not be waited for.
 pub fn sender(owner: Owner) -> Owner {
     const SENDS: u64 = 1 << 63;
@@ -358,15 +371,18 @@ fn take(socket: &Foreign, flags: MsgFlags, fds: usize) -> io::Result<Taken> {
         return Ok(Taken::CutOff);
     }
     Ok(match (len, sender) {
-        (0, 0) => Taken::Closed,
-        _ => Taken::Whole(bytes.get(..len).unwrap_or(&[]).to_vec(), sender, fds),
+        (0, None) => Taken::Closed,
+        _ => {
+            let bytes = bytes.get(..len).unwrap_or(&[]).to_vec();
+            Taken::Whole(bytes, sender.unwrap_or(0), fds)
+        }
     })
 }
 
-/// The sender (0 where the kernel does not say) and the descriptors of a message that was received, also of one whose
-/// control messages were cut off.
-fn unpack_control(message: &libc::msghdr) -> (i32, Vec<OwnedFd>) {
-    let (mut sender, mut fds) = (0, Vec::new());
+/// The sender (`None` where the kernel says nothing, 0 where that one can't be seen from here) and the descriptors of a message
+/// that was received, also of one whose control messages were cut off. A message without bytes has a sender, and the end of all has none.
+fn unpack_control(message: &libc::msghdr) -> (Option<i32>, Vec<OwnedFd>) {
+    let (mut sender, mut fds) = (None, Vec::new());
     // SAFETY: the kernel has filled the control messages up to `msg_controllen`, and the macros keep within that. It has
     // just made the fds, and nothing else owns them.
     unsafe {
@@ -382,7 +398,7 @@ fn unpack_control(message: &libc::msghdr) -> (i32, Vec<OwnedFd>) {
                     }
                 }
                 (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if bytes >= size_of::<libc::ucred>() => {
-                    sender = data.cast::<libc::ucred>().read_unaligned().pid;
+                    sender = Some(data.cast::<libc::ucred>().read_unaligned().pid);
                 }
                 _ => {}
             }

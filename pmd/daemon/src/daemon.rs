@@ -112,6 +112,8 @@ impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
     pub fn new(args: Args, config: Config) -> Result<Self, DaemonError> {
         let descriptors = process::raise_limits();
+        // While there is one thread.
+        process::make_room(descriptors);
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             mask.add(signal);

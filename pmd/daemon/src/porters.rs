@@ -41,6 +41,15 @@ const NAME: &str = "porter";
 pub const MOST: usize = 256;
 /// Threads of one user at most.
 pub const SHARE: usize = 8;
+/// In place of users: on whose behalf the daemon has something done that is nobody's in particular. Each has porters of its own, so
+/// that who holds up one kind of work holds up no other.
+///
+/// Callers who are turned away. Of their sockets, only those are closed in which nothing can have to be waited for.
+pub const NOBODY: u32 = u32::MAX;
+/// Those who come to the anchors' port without a promise.
+pub const STRANGERS: u32 = NOBODY - 1;
+/// Answers that read what others write. Who makes that wait makes other answers wait.
+pub const READERS: u32 = NOBODY - 2;
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
 /// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:

@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
@@ -551,6 +551,22 @@ pub fn raise_limits() -> u64 {
     raise(Resource::RLIMIT_NOFILE)
 }
 
+/// Has the kernel make room for so many descriptors. It makes more room when there is none left, and who opens something then waits
+/// until each core has been through the scheduler, which takes as long as others keep the cores busy; but not while this process
+/// has one thread.
+pub fn make_room(descriptors: u64) {
+    // Some megabytes of the kernel's memory, of which a process may have very many descriptors.
+    const MOST: u64 = 1 << 20;
+    let last = descriptors.min(MOST).saturating_sub(1) as RawFd;
+    // Where there is no memory for that now, there may be later.
+    if let Ok(file) = File::open("/dev/null") {
+        // SAFETY: takes integers, returns a new fd or -1.
+        drop(owned(
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, last) }.into(),
+        ));
+    }
+}
+
 fn raise(resource: Resource) -> u64 {
     let Ok((soft, hard)) = getrlimit(resource) else {
         return 1024;
@@ -709,6 +725,20 @@ mod tests {
             listener.local_addr().unwrap()
         );
         assert!(own.duplicate(0x7fff_0000).is_err());
+    }
+
+    /// The kernel says for how many descriptors there is room.
+    #[test]
+    fn there_is_room_for_descriptors_before_they_are_needed() {
+        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        make_room(soft);
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let room = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+        let room: u64 = room.unwrap().trim().parse().unwrap();
+        assert!(room >= soft.min(1 << 20), "{room} of {soft}");
+        // It is nobody's limit.
+        make_room(0);
+        make_room(u64::MAX);
     }
 
     #[test]

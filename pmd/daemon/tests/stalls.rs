@@ -6,9 +6,10 @@ mod tenant;
 
 use std::fs::File;
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use rdsock_shm::control::{Message, kind, question, request};
 use rdsock_shm::layout::{ConnRecord, TenantMemory};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
-use tenant::silent::{SilentFile, be_file_system};
+use tenant::silent::{SilentFile, UnwrittenFile, be_file_system, with_file};
 use tenant::{Answer, Daemon, Tenant, tcp_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
@@ -44,6 +45,7 @@ fn play(part: &Part) {
         "many tenants" => be_many_tenants(part),
         "many streams" => be_many_streams(part),
         "silent" => be_silent(part),
+        "leaving files" => be_leaving_files(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
         "many groups" => be_in_many_groups(part),
@@ -260,6 +262,99 @@ fn one_user_whose_files_do_not_answer_keeps_no_caller_out() {
     actors[0].say("4400");
     actors[0].hear("done");
     bystander.goes_on(&daemon, "one user's closes that wait", WATCH);
+}
+
+/// Files that callers leave in sockets which nobody reads, and the first of their descriptors.
+const LEFT: i32 = 100;
+const FIRST: i32 = 600;
+
+/// Calls in vain, so often that its callers are turned away, and has some of them leave a file.
+fn be_leaving_files(part: &Part) {
+    let address = UnixAddr::new(&part.socket).unwrap();
+    let call = || {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        if connect(caller.as_raw_fd(), &address).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    for fd in 0..LEFT {
+        if fd % 10 == 0 {
+            (0..1500).for_each(|_| call());
+        }
+        // Who is turned away before that has it still, and calls again.
+        let leave = || {
+            Tenant::at(&part.socket)
+                .unwrap()
+                .try_send(b"rubbish", &[FIRST + fd])
+        };
+        while leave().is_err() {}
+        // Where the daemon was quicker, it is this one that waits.
+        std::thread::spawn(move || nix::unistd::close(FIRST + fd));
+        // Not all of them in one turn of the daemon.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    (0..1500).for_each(|_| call());
+    say("done");
+    listen();
+}
+
+#[test]
+fn files_in_sockets_that_nobody_reads_keep_no_caller_out() {
+    let test = "files_in_sockets_that_nobody_reads_keep_no_caller_out";
+    if let Some(part) = Part::of_this() {
+        return play(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let leave = |path: &Path| {
+        let sockets: Vec<OwnedFd> = (0..LEFT).map(|_| with_file(path)).collect();
+        Actor::start_with(test, "leaving files", &daemon.socket(), |command| {
+            command.uid(ATTACKER).gid(ATTACKER);
+            let inherited = move || {
+                for (number, socket) in (FIRST..).zip(&sockets) {
+                    // SAFETY: one system call between fork and exec.
+                    if unsafe { libc::dup2(socket.as_raw_fd(), number) } != number {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            };
+            // SAFETY: as above.
+            unsafe { command.pre_exec(inherited) };
+        })
+    };
+    // The file is dropped first: who holds one does not end before.
+    let Some((actor, _file)) =
+        UnwrittenFile::open_for(test, leave).map(|(file, actor)| (actor, file))
+    else {
+        return;
+    };
+    let left = actor.next_line(Duration::from_secs(60));
+    assert_eq!(left.as_deref(), Some("done"));
+    for _ in 0..5 {
+        drop(Tenant::attach(&daemon));
+    }
+    honest.promotion();
+    assert!(daemon.counter("turned_away") > 100);
+}
+
+/// Who opens something waits for all cores where there is no room for it among the descriptors.
+#[test]
+fn there_is_room_for_all_descriptors_from_the_start() {
+    let daemon = Daemon::start(SMALL);
+    let number = |file: &str, name: &str| -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/{file}", daemon.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let word = line.unwrap().split_whitespace().next();
+        word.unwrap().parse().unwrap()
+    };
+    let most = number("limits", "Max open files");
+    let room = number("status", "FDSize:");
+    assert!(room >= most.min(1 << 20), "room for {room} of {most}");
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::fabric::{Anchor, Arrival, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
 use crate::memory::{TenantMap, make_stream_with, pipes_for};
-use crate::porters::Owner;
+use crate::porters::{Owner, STRANGERS};
 use crate::rights::{Held, NotHeld, Passport, Rights, socket_address};
 use crate::streams::{Elsewhere, Memory};
 use serde_json::{Value, json};
@@ -34,8 +34,6 @@ const ANCHOR: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Anchors that are taken in a turn: all that can wait at both listeners.
 const ANCHORS: usize = 2 * 129;
-/// In place of the user of those who come without a promise.
-const STRANGERS: u32 = u32::MAX - 1;
 /// With so many batches of them that are to be closed, others wait, too.
 const STRAYS: usize = 64;
 /// Descriptors of a stream to another node: its memory, and that once more for models that are linked, an end page, and its anchor;

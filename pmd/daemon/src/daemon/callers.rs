@@ -15,11 +15,11 @@ use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{
-    Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, receive, sender, unpack,
+    Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, empty, receive, sender, unpack,
 };
 use crate::connections::{Connection, Inbox, Standing};
 use crate::found::Found;
-use crate::porters::Owner;
+use crate::porters::{NOBODY, Owner};
 use crate::process::Peer;
 
 /// Time for a new connection to say who it is.
@@ -40,11 +40,10 @@ const TURNED_AWAY: usize = 64;
 /// Callers of a turn that are turned away unheard, and closed at once.
 const UNHEARD: usize = 16;
 /// With so many loads waiting, a user whose limits are reached is not told so: the porters that it has do not come to
-/// that, and who is turned away counts on nobody's account.
+/// that.
 const LOADS: usize = 64;
-/// In place of the user of those who are turned away. Their sockets are closed without being read: so no file that they
-/// have brought can make a porter wait for long.
-const NOBODY: u32 = u32::MAX;
+/// In place of a connection: all that a user's callers have left in sockets that are turned away is closed by one porter at a time.
+const LEFT_THERE: u64 = 1 << 61;
 /// With so many looks at a tenant's sockets under way, its further messages wait.
 const LOOKS: usize = 64;
 
@@ -160,9 +159,9 @@ impl Daemon {
                     match getsockopt(&socket, sockopt::PeerCredentials) {
                         Ok(peer) if self.in_vain.are_too_many(peer.uid(), now) => {
                             self.refuse_unheard(peer.uid(), peer.pid());
-                            unheard.push(socket);
+                            unheard.push(self.left_to(peer.uid(), socket));
                         }
-                        _ => self.hear(socket),
+                        peer => self.hear(peer.map_or(NOBODY, |peer| peer.uid()), socket),
                     }
                 }
                 Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
@@ -178,17 +177,32 @@ impl Daemon {
     }
 
     /// Somebody calls.
-    fn hear(&mut self, socket: OwnedFd) {
-        let peer = Peer::of(&socket);
-        let owner = Owner {
-            uid: peer.as_ref().map_or(NOBODY, |peer| peer.uid),
-            connection: self.connections.next_id(),
-        };
-        let socket = self.porters.foreign(owner, socket);
-        match peer {
-            Ok(peer) => self.welcome(socket, peer, false),
-            Err(error) => debug!("a caller is gone already: {error}"),
+    fn hear(&mut self, uid: u32, socket: OwnedFd) {
+        match Peer::of(&socket) {
+            Ok(peer) => {
+                let connection = self.connections.next_id();
+                let socket = self.porters.foreign(Owner { uid, connection }, socket);
+                self.welcome(socket, peer, false);
+            }
+            Err(error) => {
+                debug!("a caller is gone already: {error}");
+                drop(self.left_to(uid, socket));
+            }
         }
+    }
+
+    /// The socket of a caller who is turned away, or gone. Who has left descriptors there decides how long it takes to close them:
+    /// that user's porters do, and it is on that user's account as far as there is room.
+    fn left_to(&mut self, uid: u32, socket: OwnedFd) -> Foreign {
+        let owner = Owner {
+            uid,
+            connection: LEFT_THERE,
+        };
+        let mut socket = self.porters.foreign(owner, socket);
+        if let Ok(charge) = self.accounts.charge(uid, &[(Thing::Descriptors, 1)]) {
+            socket.charge_to(charge);
+        }
+        socket
     }
 
     fn refuse_unheard(&mut self, uid: u32, pid: i32) {
@@ -198,15 +212,32 @@ impl Daemon {
         self.journal.refusal(cause, uid, pid);
     }
 
-    /// A porter closes who was not heard, all of a turn at once.
-    fn close_unheard(&self, sockets: Vec<OwnedFd>) {
+    /// Closes the socket of a caller whose user has its share, and does not say so. What was handed over may be somebody else's as well,
+    /// and is not looked into.
+    fn leave(&mut self, uid: u32, socket: Foreign, adopted: bool) {
+        if let Some(socket) = socket.hand_over() {
+            let socket = self.left_to(uid, socket);
+            match adopted {
+                true => drop(socket),
+                false => self.close_unheard(vec![socket]),
+            }
+        }
+    }
+
+    /// A porter closes who was not heard, all of a turn at once, but for those with something in them that may have to be waited
+    /// for.
+    fn close_unheard(&self, sockets: Vec<Foreign>) {
         if !sockets.is_empty() {
             let owner = Owner {
                 uid: NOBODY,
                 connection: self.connections.next_id(),
             };
             self.porters.give(owner, move || {
-                drop(sockets);
+                for socket in sockets {
+                    if empty(&socket) {
+                        drop(socket.hand_over());
+                    }
+                }
                 None
             });
         }
@@ -247,12 +278,7 @@ impl Daemon {
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
                 if self.porters.waiting_of(uid) > LOADS {
-                    let connection = socket.owner().connection;
-                    socket.give_to(Owner {
-                        uid: NOBODY,
-                        connection,
-                    });
-                    return;
+                    return self.leave(uid, socket, adopted);
                 }
                 return dismiss(&self.porters, Arc::new(socket), refused(over));
             }

@@ -16,12 +16,10 @@ use crate::book::{Conn, Route, TenantId};
 use crate::connections::{Connection, Inbox, Tenant};
 use crate::found::Found;
 use crate::memory::{ConnView, DirectionView};
-use crate::porters::Owner;
+use crate::porters::{Owner, READERS};
 use crate::queries::{Answering, Fetched, Part, Wanted, datagrams, member};
 use crate::rights::Rights;
 
-/// In place of a user: on whose behalf answers read what others write. Who makes that wait makes other answers wait.
-const READERS: u32 = u32::MAX - 1;
 /// Elements of a list in one piece.
 const ELEMENTS: usize = 64;
 /// Holders of one end that are looked at and named, the oldest ones. A server may have forked very often.

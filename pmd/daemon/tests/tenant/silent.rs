@@ -6,14 +6,16 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use super::Tenant;
 use super::actor::{Actor, Part, listen, say, skipped};
 
 /// What FUSE calls its requests, of those that are answered.
@@ -37,6 +39,11 @@ pub struct FileSystem {
 impl FileSystem {
     /// Its file is a copy of this one, or empty. `None` where there is no FUSE, having said so.
     pub fn start(test: &str, content: Option<&Path>) -> Option<Self> {
+        Self::start_with(test, content, false)
+    }
+
+    /// The same, and the kernel may keep what is written for a while.
+    fn start_with(test: &str, content: Option<&Path>, caches: bool) -> Option<Self> {
         if !Path::new("/dev/fuse").exists() {
             skipped("there is no /dev/fuse here");
             return None;
@@ -44,6 +51,9 @@ impl FileSystem {
         let folder = tempfile::tempdir().unwrap();
         let server = Actor::start_with(test, "file system", folder.path(), |command| {
             command.env("TENANT_CONTENT", content.unwrap_or(Path::new("/dev/null")));
+            if caches {
+                command.env(CACHES, "yes");
+            }
             // SAFETY: one system call between fork and exec.
             unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?)) };
         });
@@ -110,6 +120,44 @@ impl Drop for SilentFile {
     }
 }
 
+/// A file of which the kernel has something that its file system never takes: whoever closes one that was opened before waits, though
+/// nothing is asked of the file by that.
+pub struct UnwrittenFile {
+    // Goes first: to close a file of it would wait.
+    _system: FileSystem,
+    _writer: File,
+}
+
+impl UnwrittenFile {
+    /// With something done before that, with the path where root finds the file. `None` where there is no FUSE, having said so.
+    pub fn open_for<T>(test: &str, before: impl FnOnce(&Path) -> T) -> Option<(Self, T)> {
+        let mut system = FileSystem::start_with(test, None, true)?;
+        let path = system.path();
+        let result = before(&path);
+        let mut writer = File::options().read(true).write(true).open(path).unwrap();
+        writer.write_all(&[7; 4096]).unwrap();
+        system.silence();
+        let file = UnwrittenFile {
+            _system: system,
+            _writer: writer,
+        };
+        Some((file, result))
+    }
+}
+
+/// A socket with a file in it that was just opened: who closes the socket last closes the file.
+pub fn with_file(path: &Path) -> OwnedFd {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let kind = SockType::Stream;
+    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+    let (ours, theirs) = pair.unwrap();
+    Tenant::over(ours).send(b"file", &[file.as_raw_fd()]);
+    theirs
+}
+
+/// Set where the kernel may keep what is written.
+const CACHES: &str = "TENANT_CACHES";
+
 /// The part of the file system: mounts itself, and serves until it is told to be silent.
 pub fn be_file_system(part: &Part) {
     let none: Option<&str> = None;
@@ -174,10 +222,14 @@ fn serve(mut device: File, content: &[u8]) {
     }
 }
 
-/// `fuse_init_out` of version 7.31, without any feature.
+/// `fuse_init_out` of version 7.31, with a write-back cache at most.
 fn init() -> Vec<u8> {
+    const WRITE_BACK: u32 = 1 << 16;
     let mut words = [0_u32; 16];
     (words[0], words[1]) = (7, 31);
+    if std::env::var_os(CACHES).is_some() {
+        words[3] = WRITE_BACK;
+    }
     (words[5], words[6]) = (65_536, 1);
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
