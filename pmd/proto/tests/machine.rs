@@ -3,7 +3,9 @@
 mod pair;
 
 use pair::{A, ADDRESSES, B, Wires, place};
-use rdsock_proto::{Config, Count, EndReason, Event, LocalError, Node, Refusal, Status};
+use rdsock_proto::{
+    Config, Count, EndReason, Event, LocalError, Node, NodeId, Refusal, Status, StreamId,
+};
 
 const MS: u64 = 1_000_000;
 
@@ -406,6 +408,66 @@ fn nobody_is_greeted_before_all_posts_of_the_lost_session_are_back() {
         .handle_completion(B, late[0].seq, Status::Success, now);
     wires.poll(A);
     assert_eq!(wires.posted.len(), 1, "now the HELLO");
+}
+
+/// What a node posts succeeds, and does not arrive, until it has lost its session with the other one.
+fn lose(wires: &mut Wires, id: NodeId, other: NodeId) {
+    let lost = |wires: &mut Wires| {
+        let counters = wires.node(id).counters(other);
+        counters.unwrap().get(Count::SessionLost)
+    };
+    let before = lost(wires);
+    while lost(wires) == before {
+        wires.now += 50 * MS;
+        wires.poll(id);
+        let now = wires.now;
+        for post in std::mem::take(&mut wires.posted) {
+            wires
+                .node(post.from)
+                .handle_completion(post.to, post.seq, Status::Success, now);
+        }
+    }
+}
+
+/// Answers the questions of a node where its streams stand, the last first.
+fn resume(wires: &mut Wires, id: NodeId) -> usize {
+    let events = wires.events();
+    let asked = events.iter().filter_map(|(at, event)| match event {
+        Event::Resume { stream } if *at == id => Some(*stream),
+        _ => None,
+    });
+    let asked: Vec<StreamId> = asked.collect();
+    wires.events = events.into_iter().filter(|(at, _)| *at != id).collect();
+    for stream in asked.iter().rev() {
+        // It may have lost the session meanwhile.
+        let _ = wires.node(id).resume(*stream, 0);
+    }
+    asked.len()
+}
+
+/// More streams than are looked at in one step. The session is lost again when the node has just learnt where they stand.
+#[test]
+fn streams_are_named_once_in_each_session() {
+    const STREAMS: usize = 40;
+    let mut wires = Wires::new(2, |_| {});
+    (0..STREAMS).for_each(|_| {
+        wires.connect(A, B, 12);
+    });
+    wires.events();
+    lose(&mut wires, A, B);
+    wires.settle();
+    assert_eq!(resume(&mut wires, A), STREAMS);
+    // It is lost again before A has posted anything.
+    lose(&mut wires, B, A);
+    wires.settle();
+    for _ in 0..10 {
+        for id in [A, B] {
+            resume(&mut wires, id);
+        }
+        wires.pass(10 * MS);
+    }
+    assert!(wires.node(A).is_up(B), "the session does not begin");
+    assert!(wires.node(B).is_up(A), "the session does not begin");
 }
 
 #[test]

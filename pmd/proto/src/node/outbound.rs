@@ -166,6 +166,10 @@ impl Node {
 
     /// One stream's turn: its messages and a quantum of its bytes. True when more remains.
     fn turn(&mut self, s: usize, at: usize, now: u64, actions: &mut Actions) -> bool {
+        let session = &self.sessions[s];
+        if session.sweep == Some(Sweep::Name) && self.table[at].swept != session.sweep_number {
+            return false; // What it has to say is of a lost session: `name` looks at it first.
+        }
         match self.table[at].phase {
             Phase::Connecting => {
                 self.ask(s, at, now, actions);
