@@ -418,6 +418,35 @@ scene!(a_full_backlog_does_not_keep_the_other_node, |test| {
     honest(test, &nodes);
 });
 
+// They are on the account of who listens, and take long, since its backlog is full.
+scene!(
+    connects_from_another_node_leave_the_user_half_of_its_own,
+    |test| {
+        let nodes = Nodes::start(["", "max_connects_per_user = 4\n"]);
+        let server = Server::deaf(nodes.server(), 0);
+        let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
+        attacker.hear("ready");
+        attacker.say(&format!("rush 20000 {} 5", server.address().port()));
+        nodes.server().wait_until("they come", |stat| {
+            stat["counters"]["incoming"].as_u64() > Some(20)
+        });
+        // To a port of node 1 where nobody listens.
+        let own = Ipv4Addr::new(127, 0, 0, 2);
+        let mut client = Client::at(&nodes.server().socket());
+        for round in 0..50 {
+            let from = Bound::at(own, 0).unwrap();
+            client.ask_as(
+                &from,
+                (own, from.port),
+                SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9),
+            );
+            let reason = Reason::from_code(client.answer().reason);
+            assert_ne!(reason, Some(Reason::Limit), "round {round}");
+        }
+        attacker.hear("rushed");
+    }
+);
+
 // Who is refused asks again at once, and each time very many have to be looked at who do not listen any more.
 scene!(very_many_who_listened_keep_nobody, |test| {
     let nodes = Nodes::start(["", ""]);

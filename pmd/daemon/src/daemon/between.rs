@@ -277,8 +277,12 @@ impl Daemon {
     /// Another node asks for something on the account of a user who has no say in that: half of what the user may have
     /// is left for the user itself.
     fn leave_room(&mut self, uid: u32) -> Result<(), Over> {
-        let as_much = self.accounts.of(uid, Thing::Descriptors);
-        let room = [(Thing::Descriptors, as_much)];
+        let (descriptors, connects) = (Thing::Descriptors, Thing::Connects);
+        // Of one connect alone there is no half.
+        let room = [
+            (descriptors, self.accounts.of(uid, descriptors)),
+            (connects, self.accounts.of(uid, connects).saturating_sub(1)),
+        ];
         self.accounts.charge(uid, &room).map(drop)
     }
 

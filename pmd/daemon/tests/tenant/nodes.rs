@@ -178,9 +178,15 @@ pub struct Bound {
 impl Bound {
     /// To a port, or any with 0.
     pub fn new(port: u16) -> nix::Result<Self> {
+        Self::at(Ipv4Addr::LOCALHOST, port)
+    }
+
+    /// The same at one of this host's addresses.
+    pub fn at(ip: Ipv4Addr, port: u16) -> nix::Result<Self> {
         let (family, kind) = (AddressFamily::Inet, SockType::Stream);
         let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
-        bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, port))?;
+        let name = SockaddrIn::from(SocketAddrV4::new(ip, port));
+        bind(socket.as_raw_fd(), &name)?;
         let port = getsockname::<SockaddrIn>(socket.as_raw_fd())?.port();
         Ok(Bound { socket, port })
     }
