@@ -115,13 +115,17 @@ impl Thread {
             }
             match process::duplicate(&self.pidfd, fd) {
                 Ok(lock) if !is_socket => unlock(&lock)?,
-                Ok(socket) if is_daemons(&socket) => end(&socket),
-                Ok(socket) => strangers.push(socket),
+                Ok(socket) => {
+                    if is_daemons(&socket) {
+                        strangers.extend(end(&socket));
+                    }
+                    strangers.push(socket);
+                }
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
                 Err(error) => return Err(error),
             }
         }
-        // Who closes a stranger's socket last may have to wait.
+        // Who closes a stranger's socket last may have to wait, and so may who closes one in which a stranger has left something.
         std::thread::spawn(move || drop(strangers));
         Ok(())
     }
@@ -133,17 +137,21 @@ fn is_daemons(socket: &OwnedFd) -> bool {
     control || getsockopt(socket, sockopt::AcceptConn) == Ok(true)
 }
 
-/// Whoever is at the other end is told as if the process had ended. Waits for nobody.
-fn end(socket: &OwnedFd) {
+/// Whoever is at the other end is told as if the process had ended. Waits for nobody. Returns the sockets of callers that nobody has
+/// heard yet, who have been told, too.
+fn end(socket: &OwnedFd) -> Vec<OwnedFd> {
     // It may have been shut down before.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-    // Callers that nobody has heard yet. There are none where it does not listen; nobody else comes.
+    let mut callers = Vec::new();
+    // There are none where it does not listen; nobody else comes.
     if getsockopt(socket, sockopt::AcceptConn) == Ok(true) {
         while let Ok(caller) = accept4(socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            let _ = shutdown(caller, Shutdown::Both);
             // SAFETY: it was made by the call above, and nothing else owns it.
-            drop(unsafe { OwnedFd::from_raw_fd(caller) });
+            callers.push(unsafe { OwnedFd::from_raw_fd(caller) });
         }
     }
+    callers
 }
 
 fn unlock(lock: &OwnedFd) -> io::Result<()> {
