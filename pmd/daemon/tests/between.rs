@@ -420,7 +420,7 @@ scene!(a_full_backlog_does_not_keep_the_other_node, |test| {
 
 // They are on the account of who listens, and take long, since its backlog is full.
 scene!(
-    connects_from_another_node_leave_the_user_half_of_its_own,
+    connects_from_another_node_leave_the_user_some_of_its_own,
     |test| {
         let nodes = Nodes::start(["", "max_connects_per_user = 4\n"]);
         let server = Server::deaf(nodes.server(), 0);

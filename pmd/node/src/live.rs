@@ -280,7 +280,13 @@ impl Live {
         }
         if is_over {
             self.gone = true;
-            node.close(self.id)?;
+            // Of what has come while it was watched, nobody else knows.
+            self.look_at_head()?;
+            if self.stream.arrived.load(Ordering::Relaxed) > self.consumed {
+                node.abort(self.id)?;
+            } else {
+                node.close(self.id)?;
+            }
             worked = true;
         }
         Ok(worked)

@@ -4,8 +4,10 @@ mod site;
 
 use rdsock_model::Fault;
 use rdsock_node::{Command, Notice};
+use rdsock_shm::layout::mark;
 use site::program::Program;
 use site::*;
+use std::sync::atomic::Ordering::Acquire;
 use std::time::Duration;
 
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
@@ -126,6 +128,38 @@ fn a_killed_program_leaves_its_last_bytes() {
     drop((a, gone));
     assert_eq!(b.receive_exactly(40_000), pattern(40_000, 4));
     assert_eq!(b.receive(1), b"");
+}
+
+/// Also where the poll core looks into the ring itself, and nobody tells the protocol of what has come.
+#[test]
+fn a_program_that_goes_with_bytes_unread_breaks_its_stream() {
+    for rounds in [0, 200] {
+        let mut sites = pair();
+        let ([mut a, mut b], mut connection) = programs(&mut sites);
+        a.switch();
+        b.switch();
+        for _ in 0..rounds {
+            b.send(b"question");
+            assert_eq!(a.receive_awake(8), b"question");
+            a.send(b"answer");
+            assert_eq!(b.receive_awake(6), b"answer");
+        }
+        b.send(b"never read");
+        let read = a.incoming().consumer.tail.load(Acquire);
+        while a.incoming().producer.head.load(Acquire) == read {
+            std::thread::yield_now();
+        }
+        a.send(b"last words");
+        let Connection { programs, .. } = &mut connection;
+        let gone = std::mem::replace(&mut programs[0], sockets().0);
+        drop((a, gone));
+        assert_eq!(b.receive_awake(10), b"last words");
+        let marks = || b.incoming().producer.mark.load(Acquire);
+        while marks() == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(marks(), mark::RESET, "after {rounds} rounds");
+    }
 }
 
 #[test]

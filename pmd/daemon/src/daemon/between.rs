@@ -274,15 +274,15 @@ impl Daemon {
         Ok(ticket)
     }
 
-    /// Another node asks for something on the account of a user who has no say in that: half of what the user may have
+    /// Another node asks for something on the account of a user who has no say in that: a quarter of what the user may have
     /// is left for the user itself.
     fn leave_room(&mut self, uid: u32) -> Result<(), Over> {
-        let (descriptors, connects) = (Thing::Descriptors, Thing::Connects);
-        // Of one connect alone there is no half.
-        let room = [
-            (descriptors, self.accounts.of(uid, descriptors)),
-            (connects, self.accounts.of(uid, connects).saturating_sub(1)),
-        ];
+        let room =
+            [Thing::Descriptors, Thing::Connects].map(|thing| match self.accounts.of(uid, thing) {
+                // Who may have one only gets it.
+                0 | 1 => (thing, 0),
+                taken => (thing, taken.div_ceil(3)),
+            });
         self.accounts.charge(uid, &room).map(drop)
     }
 
