@@ -422,7 +422,7 @@ scene!(a_full_backlog_does_not_keep_the_other_node, |test| {
 scene!(
     connects_from_another_node_leave_the_user_some_of_its_own,
     |test| {
-        let nodes = Nodes::start(["", "max_connects_per_user = 4\n"]);
+        let nodes = Nodes::start(["", "max_connects_per_user = 8\n"]);
         let server = Server::deaf(nodes.server(), 0);
         let mut attacker = Actor::start(test, "client", &nodes.client().socket(), ATTACKER);
         attacker.hear("ready");
