@@ -227,17 +227,13 @@ impl Daemon {
         }
     }
 
-    /// Looks that mostly take no time: those that are due now, first theirs who have used little of this thread. Their ends make others due, which have to wait until
-    /// somebody else was served, and so do those for which a turn has no time. `None` when a look took so long that another thread has gone on.
+    /// Looks that mostly take no time: those that are due now, also by the ends of these, first theirs who have used little of this thread. Those for which a
+    /// turn has no time have to wait until somebody else was served. `None` when a look took so long that another thread has gone on.
     fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
         let mut portion = self.portion();
-        for _ in 0..self.porters.quick() {
-            if !portion.has_room() {
-                break;
-            }
-            let Some((owner, look)) = self.porters.next_quick(|uid| self.shares.of(uid)) else {
-                break;
-            };
+        while portion.has_room()
+            && let Some((owner, look)) = self.porters.next_quick(|uid| self.shares.of(uid))
+        {
             let yard = self.porters.clone();
             match relay.risk(self, || porters::carry(look)) {
                 Back::Held(daemon, (found, pace)) => {
