@@ -441,11 +441,12 @@ pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
     let mut signals = signals::Held::hold(Ended::ByInterrupting);
     while let Some(greeting) = tenant::greeting() {
         (signals, _) = signals.wait_for_either(listener, libc::POLLIN, greeting, None)?;
-        if sys::poll_one(listener, libc::POLLIN, 0) != 0 {
-            break;
-        }
+        // First: connections may come without end.
         if sys::poll_one(greeting, libc::POLLIN, 0) != 0 {
             tenant::take_greeting();
+        }
+        if sys::poll_one(listener, libc::POLLIN, 0) != 0 {
+            break;
         }
     }
     Ok(())
