@@ -430,7 +430,7 @@ pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) ->
 }
 
 /// Before an `accept`, which sleeps in the kernel: as long as the daemon's greeting is awaited, sleeps until that or a connection has
-/// come. Where the call does not sleep for good, it is followed by others.
+/// come. Where the call does not sleep for good, it is followed by others, which look for it.
 pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
     if tenant::greeting().is_none()
         || sys::fcntl(listener, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize != 0
@@ -441,12 +441,11 @@ pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
     let mut signals = signals::Held::hold(Ended::ByInterrupting);
     while let Some(greeting) = tenant::greeting() {
         (signals, _) = signals.wait_for_either(listener, libc::POLLIN, greeting, None)?;
-        // First: connections may come without end.
-        if sys::poll_one(greeting, libc::POLLIN, 0) != 0 {
-            tenant::take_greeting();
-        }
         if sys::poll_one(listener, libc::POLLIN, 0) != 0 {
             break;
+        }
+        if sys::poll_one(greeting, libc::POLLIN, 0) != 0 {
+            tenant::take_greeting();
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_LISTEN,
+    AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_LISTEN, TCP_TIME_WAIT,
 };
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
@@ -99,6 +99,11 @@ impl Diag {
             return Ok(None);
         };
         let found = self.ask(&question)?;
+        let is_over = |found: &InetResponse| found.header.state == TCP_TIME_WAIT;
+        if source.port() != 0 && found.as_ref().is_some_and(is_over) {
+            // What is left of an earlier connection between them, which keeps no new one away. No connection has port 0.
+            return self.listener(destination, SocketAddr::new(source.ip(), 0));
+        }
         Ok(found
             .filter(|found| found.header.state == TCP_LISTEN)
             .map(|found| Listener {
@@ -250,6 +255,11 @@ mod tests {
         assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
         // The connection itself is no listener.
         assert_eq!(diag.listener(destination, here).unwrap(), None);
+        // What is left of it hides none: the end that closes first keeps its addresses for a minute.
+        drop(accepted);
+        drop(stream);
+        let would_get = diag.listener(destination, here).unwrap().unwrap();
+        assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
     }
 
     #[test]

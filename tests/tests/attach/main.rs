@@ -311,7 +311,7 @@ fn nothing_is_lost_while_memory_is_exchanged() {
 
 /// Calls that sleep: the argument says which.
 const SLEEPER: &str = r#"
-import ctypes, os, select, signal, socket, sys
+import ctypes, select, signal, socket, struct, sys
 how = sys.argv[1]
 signal.signal(signal.SIGUSR1, lambda *_: None)
 listener = socket.create_server(("127.0.0.1", 0))
@@ -320,8 +320,14 @@ poll.register(listener, select.POLLIN)
 epoll.register(listener, select.EPOLLIN)
 print("port", listener.getsockname()[1], flush=True)
 print("sleeps", flush=True)
+def by_turns():
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 10_000))
+    while True:
+        try: return listener.accept()
+        except BlockingIOError: pass
 {
     "accept": listener.accept,
+    "accept with a time limit": by_turns,
     "poll": poll.poll,
     "select": lambda: select.select([listener], [], []),
     "epoll": epoll.poll,
@@ -334,7 +340,15 @@ print("woken", flush=True)
 /// A server that sleeps already when the daemon's greeting comes answers it, in whichever call it sleeps, and sleeps on.
 #[test]
 fn a_late_greeting_reaches_a_program_that_sleeps() {
-    for how in ["accept", "poll", "select", "epoll", "pause", "sigsuspend"] {
+    for how in [
+        "accept",
+        "accept with a time limit",
+        "poll",
+        "select",
+        "epoll",
+        "pause",
+        "sigsuspend",
+    ] {
         let (counterfeit, folder) = (Counterfeit::new(), Folder::new());
         let python = Program::new("/usr/bin/python3", folder.path());
         let python = python.arg("-c").arg(SLEEPER).arg(how);
@@ -347,18 +361,48 @@ fn a_late_greeting_reaches_a_program_that_sleeps() {
         attachment.wait_for(request::LISTENS, LIMIT);
         assert!(!program.output().contains("woken"), "{how}");
 
-        let output = program.output();
-        let port = output.split_whitespace().nth(1).unwrap_or_default();
-        let caller = match how {
-            "pause" | "sigsuspend" => {
-                program.signal(Signal::SIGUSR1);
-                None
-            }
-            _ => Some(TcpStream::connect(format!("127.0.0.1:{port}")).unwrap()),
-        };
+        let caller = wake(&program, how);
         program.wait_for_output("woken", LIMIT);
         drop(caller);
     }
+}
+
+/// A daemon dies before it has greeted: who sleeps sleeps on, costs nothing, and is woken by what it waits for.
+#[test]
+fn a_daemon_that_dies_before_it_greets_wakes_nobody() {
+    for how in ["accept", "poll", "select", "epoll", "pause", "sigsuspend"] {
+        let (counterfeit, folder) = (Counterfeit::new(), Folder::new());
+        let python = Program::new("/usr/bin/python3", folder.path());
+        let python = python.arg("-c").arg(SLEEPER).arg(how);
+        let mut program = python.preloaded(&counterfeit.path()).start();
+        let attachment = counterfeit.accept(LIMIT).expect("it attaches");
+        program.wait_for_output("sleeps", LIMIT);
+        wait_until_asleep(&program);
+        drop((attachment, counterfeit));
+        wait_until_asleep(&program);
+        let (before, start) = (program.cpu_seconds(), Instant::now());
+        std::thread::sleep(Duration::from_millis(200));
+        let used = program.cpu_seconds() - before;
+        assert!(
+            used < 0.5 * start.elapsed().as_secs_f64(),
+            "{how}: {used} s"
+        );
+        assert!(!program.output().contains("woken"), "{how}");
+        let caller = wake(&program, how);
+        program.wait_for_output("woken", LIMIT);
+        drop(caller);
+    }
+}
+
+/// Brings what such a program waits for: a signal, or a connection, which stays open.
+fn wake(program: &Running, how: &str) -> Option<TcpStream> {
+    if matches!(how, "pause" | "sigsuspend") {
+        program.signal(Signal::SIGUSR1);
+        return None;
+    }
+    let output = program.output();
+    let port = output.split_whitespace().nth(1).unwrap_or_default();
+    Some(TcpStream::connect(format!("127.0.0.1:{port}")).unwrap())
 }
 
 /// Waits until a process sleeps in the kernel, as far as can be seen.
