@@ -386,6 +386,21 @@ impl Accounts {
     }
 }
 
+/// What tests pay with.
+#[cfg(test)]
+impl Charge {
+    /// Nothing, on an account without limits.
+    pub(crate) fn of_nothing() -> Self {
+        let most = [u64::MAX; Thing::ALL.len()];
+        let limits = Limits {
+            user: most,
+            all: most,
+            shared: [false; Thing::ALL.len()],
+        };
+        Accounts::new(limits).charge(0, &[]).unwrap()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -376,15 +376,8 @@ mod tests {
 
     /// Of this process, and what a tenant is given.
     fn caller() -> (Connection, Belongings) {
-        use crate::accounts::{Accounts, Limits, Thing};
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-        let most = [u64::MAX; Thing::ALL.len()];
-        let mut accounts = Accounts::new(Limits {
-            user: most,
-            all: most,
-            shared: [false; Thing::ALL.len()],
-        });
-        let mut pay = || accounts.charge(0, &[]).unwrap();
+        let pay = Charge::of_nothing;
         let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
         let (own, _) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
         let peer = Peer::of(&own).unwrap();

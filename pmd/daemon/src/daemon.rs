@@ -6,6 +6,7 @@
 //! do what may have to be waited for. The files of this folder say what an event means for them, each for one kind of
 //! event.
 
+mod anchors;
 mod announcements;
 mod between;
 mod callers;
@@ -39,8 +40,8 @@ use crate::found::Found;
 use crate::journal::Journal;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
+use crate::own;
 use crate::porters::{self, Porters};
-use crate::process;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
 use crate::shares::{Shares, Turns};
@@ -111,9 +112,9 @@ type Baton = Relay<Daemon, Result<(), DaemonError>>;
 impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
     pub fn new(args: Args, config: Config) -> Result<Self, DaemonError> {
-        let descriptors = process::raise_limits();
+        let descriptors = own::raise_limits();
         // While there is one thread.
-        process::make_room(descriptors);
+        own::make_room(descriptors);
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             mask.add(signal);
@@ -198,7 +199,7 @@ impl Daemon {
 
     /// Serves until the end, or until another thread goes on.
     fn leg(mut daemon: Box<Self>, relay: &Baton) -> Option<Result<(), DaemonError>> {
-        daemon.journal.other_thread(process::processor_time());
+        daemon.journal.other_thread(own::processor_time());
         if daemon.porters.take_over() {
             daemon.journal.counters.held_up += 1;
         }
@@ -601,11 +602,7 @@ impl Turn {
     }
 
     fn end(&self, journal: &mut Journal) {
-        journal.turn(
-            self.start.elapsed(),
-            process::processor_time(),
-            &self.longest.1,
-        );
+        journal.turn(self.start.elapsed(), own::processor_time(), &self.longest.1);
     }
 }
 

@@ -29,6 +29,7 @@ pub mod log;
 pub mod memory;
 pub mod namespaces;
 pub mod notify;
+pub mod own;
 pub mod policy;
 pub mod porters;
 pub mod process;

@@ -31,7 +31,7 @@ use nix::unistd::gettid;
 use tracing::debug;
 
 use crate::accounts::Charge;
-use crate::process::processor_time;
+use crate::own::processor_time;
 use crate::shares::Turns;
 use crate::starter::Starter;
 

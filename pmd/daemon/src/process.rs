@@ -8,18 +8,14 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::stat::{Mode, fstatat};
-use nix::time::{ClockId, clock_gettime};
 
 /// A process on the other side of a control connection, as the kernel names it. Stays with this very process: when it
 /// has ended, nothing here names another one that got its id.
@@ -535,51 +531,10 @@ impl Program {
     }
 }
 
-/// What this thread has used of its processor. Unlike the time that passes, it does not grow while
-/// busy programs have the processors.
-pub fn processor_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-/// Raises the limits that the daemon may have inherited from whoever started it to what they may
-/// be; returns the number of descriptors.
-pub fn raise_limits() -> u64 {
-    raise(Resource::RLIMIT_FSIZE);
-    // SAFETY: a signal is ignored; no handler is installed. A file (a stream's memory is one) that
-    // may not grow is then an error, not the end of the daemon.
-    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
-    raise(Resource::RLIMIT_NOFILE)
-}
-
-/// Has the kernel make room for so many descriptors. It makes more room when there is none left, and who opens something then waits
-/// until each core has been through the scheduler, which takes as long as others keep the cores busy; but not while this process
-/// has one thread.
-pub fn make_room(descriptors: u64) {
-    // Some megabytes of the kernel's memory, of which a process may have very many descriptors.
-    const MOST: u64 = 1 << 20;
-    let last = descriptors.min(MOST).saturating_sub(1) as RawFd;
-    // Where there is no memory for that now, there may be later.
-    if let Ok(file) = File::open("/dev/null") {
-        // SAFETY: takes integers, returns a new fd or -1.
-        drop(owned(
-            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, last) }.into(),
-        ));
-    }
-}
-
-fn raise(resource: Resource) -> u64 {
-    let Ok((soft, hard)) = getrlimit(resource) else {
-        return 1024;
-    };
-    match setrlimit(resource, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{SigHandler, Signal};
     use std::net::TcpListener;
     use std::os::fd::AsRawFd;
 
@@ -725,20 +680,6 @@ mod tests {
             listener.local_addr().unwrap()
         );
         assert!(own.duplicate(0x7fff_0000).is_err());
-    }
-
-    /// The kernel says for how many descriptors there is room.
-    #[test]
-    fn there_is_room_for_descriptors_before_they_are_needed() {
-        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        make_room(soft);
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let room = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
-        let room: u64 = room.unwrap().trim().parse().unwrap();
-        assert!(room >= soft.min(1 << 20), "{room} of {soft}");
-        // It is nobody's limit.
-        make_room(0);
-        make_room(u64::MAX);
     }
 
     #[test]

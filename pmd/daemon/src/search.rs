@@ -19,7 +19,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, readlinkat};
 use nix::sys::stat::Mode;
 
-use crate::process::{parse_socket, processor_time};
+use crate::own::processor_time;
+use crate::process::parse_socket;
 
 /// Longest that one question has the search go on, in processor time.
 const STEP: Duration = Duration::from_millis(20);
@@ -539,7 +540,7 @@ mod tests {
     fn very_many_descriptors_make_it_longer_and_no_more() {
         let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
         let many = limit.unwrap().1.min(20_000) as i32 - 200;
-        crate::process::raise_limits();
+        crate::own::raise_limits();
         let full: Vec<Child> = (0..4).map(|_| sleeper(None, many)).collect();
         let (listener, inode) = listener();
         let searches = Searches::default();

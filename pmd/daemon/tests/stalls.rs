@@ -232,14 +232,7 @@ fn be_silent(part: &Part) {
     }
     say("ready");
     let Some(times) = listen() else { return };
-    let address = UnixAddr::new(&part.socket).unwrap();
-    for _ in 0..times.parse().unwrap() {
-        let flags = SockFlag::SOCK_NONBLOCK;
-        let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-        if connect(caller.as_raw_fd(), &address).is_err() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
+    call_in_vain(part, times.parse().unwrap());
     say("done");
     listen();
 }
@@ -264,23 +257,27 @@ fn one_user_whose_files_do_not_answer_keeps_no_caller_out() {
     bystander.goes_on(&daemon, "one user's closes that wait", WATCH);
 }
 
+/// Connects to the daemon so often, and hangs up.
+fn call_in_vain(part: &Part, times: u32) {
+    let address = UnixAddr::new(&part.socket).unwrap();
+    for _ in 0..times {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        if connect(caller.as_raw_fd(), &address).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 /// Files that callers leave in sockets which nobody reads, and the first of their descriptors.
 const LEFT: i32 = 100;
 const FIRST: i32 = 600;
 
 /// Calls in vain, so often that its callers are turned away, and has some of them leave a file.
 fn be_leaving_files(part: &Part) {
-    let address = UnixAddr::new(&part.socket).unwrap();
-    let call = || {
-        let flags = SockFlag::SOCK_NONBLOCK;
-        let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-        if connect(caller.as_raw_fd(), &address).is_err() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    };
     for fd in 0..LEFT {
         if fd % 10 == 0 {
-            (0..1500).for_each(|_| call());
+            call_in_vain(part, 1500);
         }
         // Who is turned away before that has it still, and calls again.
         let leave = || {
@@ -294,7 +291,7 @@ fn be_leaving_files(part: &Part) {
         // Not all of them in one turn of the daemon.
         std::thread::sleep(Duration::from_millis(2));
     }
-    (0..1500).for_each(|_| call());
+    call_in_vain(part, 1500);
     say("done");
     listen();
 }

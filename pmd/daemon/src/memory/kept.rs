@@ -152,20 +152,9 @@ mod tests {
     use super::super::whole::can_be_whole;
     use super::collapse::are_not_collapsed;
     use super::*;
-    use crate::accounts::{Accounts, Limits, Thing};
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::AsFd;
-
-    fn charge() -> Charge {
-        let most = [u64::MAX; Thing::ALL.len()];
-        let limits = Limits {
-            user: most,
-            all: most,
-            shared: [false; Thing::ALL.len()],
-        };
-        Accounts::new(limits).charge(0, &[]).unwrap()
-    }
 
     fn is_skipped() -> bool {
         let skipped = !can_be_whole();
@@ -181,7 +170,7 @@ mod tests {
         for len in [PAGE, 10 * PAGE, HUGE_PAGE, 2 * HUGE_PAGE + PAGE] {
             let file = memfd(c"test", len).unwrap();
             nix::sys::uio::pwrite(&file, &[1], 0).unwrap();
-            let _kept = Kept::pages_of(&[file.as_fd()], Arc::new(charge())).unwrap();
+            let _kept = Kept::pages_of(&[file.as_fd()], Arc::new(Charge::of_nothing())).unwrap();
             are_not_collapsed(&file);
         }
     }
@@ -192,7 +181,7 @@ mod tests {
             let len = parts * HUGE_PAGE;
             let file = memfd(c"test", len).unwrap();
             nix::sys::uio::pwrite(&file, &[1], 0).unwrap();
-            let kept = Kept::pages_of(&[file.as_fd()], Arc::new(charge())).unwrap();
+            let kept = Kept::pages_of(&[file.as_fd()], Arc::new(Charge::of_nothing())).unwrap();
             assert_eq!(kept._pipes.len(), pipes);
             assert_eq!(pipes_for(len), pipes as u64);
         }
@@ -206,7 +195,7 @@ mod tests {
         }
         for ring_size in [64 << 10, 2 << 20] {
             let bytes = rdsock_node::memory::stream_bytes(ring_size);
-            let paid = Arc::new(charge());
+            let paid = Arc::new(Charge::of_nothing());
             let (fds, _kept) = make_stream_with(7, ring_size, bytes, 0, paid).unwrap();
             are_not_collapsed(&File::from(fds.stream));
         }
@@ -222,7 +211,7 @@ mod tests {
         let brought = Bells::check(earlier.board.try_clone().unwrap()).unwrap();
         for bells in [Bells::make().unwrap(), brought] {
             assert!(bells.may_be_rung);
-            let map = TenantMap::make(&bells, charge(), charge()).unwrap();
+            let map = TenantMap::make(&bells, Charge::of_nothing(), Charge::of_nothing()).unwrap();
             let kept = map.kept().clone();
             // Streams ring them when the tenant has gone, too.
             drop(map);

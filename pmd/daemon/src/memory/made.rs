@@ -144,23 +144,12 @@ mod tests {
     use super::super::stream::HUGE_PAGE;
     use super::super::whole::can_be_whole;
     use super::*;
-    use crate::accounts::{Accounts, Limits, Thing};
     use nix::fcntl::{FallocateFlags, fallocate};
     use std::io::Write;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
     const LEN: usize = 8192;
-
-    fn charge() -> Charge {
-        let most = [u64::MAX; Thing::ALL.len()];
-        let limits = Limits {
-            user: most,
-            all: most,
-            shared: [false; Thing::ALL.len()],
-        };
-        Accounts::new(limits).charge(0, &[]).unwrap()
-    }
 
     /// As a daemon makes it that may make files immutable, or not.
     fn made(len: usize, parts: &[Range<usize>], privileged: bool) -> Made {
@@ -170,8 +159,8 @@ mod tests {
             |_: &File| false
         };
         let charges = Charges {
-            memory: charge(),
-            pages: charge(),
+            memory: Charge::of_nothing(),
+            pages: Charge::of_nothing(),
         };
         Made::with(c"test", b"start", len, parts, None, charges, whole).unwrap()
     }

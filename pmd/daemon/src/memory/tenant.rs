@@ -321,19 +321,15 @@ impl ConnView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::accounts::{Accounts, Limits, Thing};
 
     #[test]
     fn only_records_in_use_are_found() {
-        let most = [u64::MAX; Thing::ALL.len()];
-        let limits = Limits {
-            user: most,
-            all: most,
-            shared: [false; Thing::ALL.len()],
-        };
-        let mut accounts = Accounts::new(limits);
-        let mut charge = || accounts.charge(0, &[]).unwrap();
-        let map = TenantMap::make(&Bells::make().unwrap(), charge(), charge()).unwrap();
+        let map = TenantMap::make(
+            &Bells::make().unwrap(),
+            Charge::of_nothing(),
+            Charge::of_nothing(),
+        )
+        .unwrap();
         let file = File::from(map.file().as_fd().try_clone_to_owned().unwrap());
         let record = |number: u64, fd: i32, generation: u32| {
             let at = offset_of!(TenantMemory, conns) as u64 + 32 * number;
