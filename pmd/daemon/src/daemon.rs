@@ -41,7 +41,7 @@ use crate::journal::Journal;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::own;
-use crate::porters::{self, Porters};
+use crate::porters::{self, Here, NOBODY, Porters};
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
 use crate::shares::{Shares, Turns};
@@ -212,14 +212,16 @@ impl Daemon {
             };
             daemon.turn = Turn::start();
             daemon.announcements.forget_what_is_fresh();
-            daemon.go_on_with_rest();
-            if daemon.on_events(events) {
+            if daemon.has_notices() {
+                daemon.on_fabric();
+                daemon.turn.did(|| "what poll cores say".to_owned());
+            }
+            let Some(of_users) = daemon.on_events(events) else {
                 daemon.stop("signal");
                 return Some(Ok(()));
-            }
+            };
             daemon.on_all_due();
-            daemon.go_on_with_busy();
-            daemon = daemon.look(relay)?;
+            daemon = daemon.serve_users(of_users, relay)?;
             daemon.turn.end(&mut daemon.journal);
             if daemon.idle_end().is_some_and(|end| end <= Instant::now()) {
                 daemon.stop("idle");
@@ -228,34 +230,67 @@ impl Daemon {
         }
     }
 
-    /// Looks that mostly take no time: those that are due now, also by the ends of these, first theirs who have used little of this thread. Those for which a
-    /// turn has no time have to wait until somebody else was served. `None` when a look took so long that another thread has gone on.
-    fn look(mut self: Box<Self>, relay: &Baton) -> Option<Box<Self>> {
+    /// Serves users, each time the one who has used the least of this thread lately, until the turn is over. Events for which it
+    /// has no time are told of again; all else waits for the next turn. `None` when a look took so long that another thread has
+    /// gone on.
+    fn serve_users(
+        mut self: Box<Self>,
+        mut events: Turns<(Token, EpollFlags)>,
+        relay: &Baton,
+    ) -> Option<Box<Self>> {
         let mut portion = self.portion();
         while portion.has_room()
-            && let Some((owner, look)) = self.porters.next_quick(|uid| self.shares.of(uid))
+            && let Some((uid, work)) = self.next_work(&mut events)
         {
-            let yard = self.porters.clone();
-            match relay.risk(self, || porters::carry(look)) {
-                Back::Held(daemon, (found, pace)) => {
-                    self = daemon;
-                    yard.carried(pace);
-                    if let Some(found) = found {
-                        self.on_find(found);
+            let what = work.what();
+            match work {
+                Work::Event(token, flags) => self.on_event(token, flags),
+                Work::Requests(id) => self.serve(id, |daemon| daemon.go_on(id)),
+                Work::Here(Here::Found(found)) => self.on_find(found),
+                Work::Here(Here::Look(owner, look)) => {
+                    let yard = self.porters.clone();
+                    match relay.risk(self, || porters::carry(look)) {
+                        Back::Held(daemon, (found, pace)) => {
+                            self = daemon;
+                            yard.carried(pace);
+                            if let Some(found) = found {
+                                self.on_find(found);
+                            }
+                        }
+                        Back::Lost((found, _)) => {
+                            yard.come_back(owner, found);
+                            return None;
+                        }
                     }
-                    let took = self.turn.did(|| format!("a look for {owner:?}"));
-                    self.shares.charge(owner.uid, took, self.turn.last);
-                }
-                Back::Lost((found, _)) => {
-                    yard.come_back(owner, found);
-                    return None;
                 }
             }
+            let took = self.turn.did(|| format!("{what} of user {uid}"));
+            self.shares.charge(uid, took, self.turn.last);
         }
         Some(self)
     }
 
-    /// What may be taken from one queue now.
+    /// What is done next, for the user who has used the least: looks and finds before what is left of earlier turns, and that
+    /// before what is new.
+    fn next_work(&mut self, events: &mut Turns<(Token, EpollFlags)>) -> Option<(u32, Work)> {
+        let order = |uid| self.shares.of(uid);
+        let here = self.porters.first(order);
+        let busy = self.busy.turns.first(order);
+        let told = events.first(order);
+        let least = [here, busy, told].into_iter().flatten().min()?;
+        if here == Some(least) {
+            let (uid, here) = self.porters.next(order)?;
+            Some((uid, Work::Here(here)))
+        } else if busy == Some(least) {
+            let (uid, id) = self.busy.next(order)?;
+            Some((uid, Work::Requests(id)))
+        } else {
+            let (uid, (token, flags)) = events.next(order)?;
+            Some((uid, Work::Event(token, flags)))
+        }
+    }
+
+    /// What may be done now.
     fn portion(&self) -> Portion {
         Portion::new(self.shares.users() > 1)
     }
@@ -278,22 +313,6 @@ impl Daemon {
         }
     }
 
-    /// Whoever had work left from an earlier turn, first theirs who have used little of this thread.
-    fn go_on_with_busy(&mut self) {
-        let mut portion = self.portion();
-        for _ in 0..self.busy.turns.len() {
-            if !portion.has_room() {
-                return;
-            }
-            let Some((uid, id)) = self.busy.next(|uid| self.shares.of(uid)) else {
-                return;
-            };
-            self.serve(id, |daemon| daemon.go_on(id));
-            let took = self.turn.did(|| format!("requests of connection {id}"));
-            self.shares.charge(uid, took, self.turn.last);
-        }
-    }
-
     fn stop(&self, why: &str) {
         let _ = notify("STOPPING=1");
         info!(
@@ -305,7 +324,7 @@ impl Daemon {
 
     /// `None` when nothing but an event ends the wait.
     fn wait_until(&self) -> Option<Instant> {
-        let rest = self.porters.quick() != 0 || self.porters.has_found() || self.has_notices();
+        let rest = self.porters.here() != 0 || self.has_notices();
         if self.busy.turns.is_empty() && !rest {
             self.idle_end()
         } else {
@@ -320,46 +339,39 @@ impl Daemon {
         (allowed != 0 && unused).then(|| self.last_use + Duration::from_secs(allowed))
     }
 
-    /// What has happened: to the daemon itself, then to connections, first theirs who have used little of this thread. What
-    /// there is no room for is told of again. True when the daemon is to end.
-    fn on_events(&mut self, events: Vec<(Token, EpollFlags)>) -> bool {
-        let mut of_users = Vec::new();
+    /// What has happened to the daemon itself. What has happened to users is returned, by user. `None` when the daemon is to
+    /// end.
+    fn on_events(
+        &mut self,
+        events: Vec<(Token, EpollFlags)>,
+    ) -> Option<Turns<(Token, EpollFlags)>> {
+        let mut of_users = Turns::default();
         for (token, flags) in events {
             if let Some(uid) = self.user_of(token) {
-                of_users.push((uid, token, flags));
-            } else if self.on_event(token, flags) {
-                return true;
-            } else {
-                self.turn.did(|| format!("{token:?}"));
+                of_users.push(uid, (token, flags));
+                continue;
             }
-        }
-        of_users.sort_by_key(|(uid, ..)| self.shares.of(*uid));
-        let mut portion = self.portion();
-        for (uid, token, flags) in of_users {
-            if !portion.has_room() {
-                break;
+            if token == Token::Signals && self.on_signal() {
+                return None;
             }
             self.on_event(token, flags);
-            let took = self.turn.did(|| format!("{token:?}"));
-            self.shares.charge(uid, took, self.turn.last);
+            self.turn.did(|| format!("{token:?}"));
         }
-        false
+        Some(of_users)
     }
 
     /// On whose behalf an event is handled that is told of again if it is not.
     fn user_of(&self, token: Token) -> Option<u32> {
         match token {
+            Token::Listener => Some(NOBODY),
             Token::Connection(id) => Some(self.connections.get(id)?.peer.uid),
             _ => None,
         }
     }
 
-    /// True when the daemon is to end.
-    fn on_event(&mut self, token: Token, flags: EpollFlags) -> bool {
+    fn on_event(&mut self, token: Token, flags: EpollFlags) {
         match token {
             Token::Listener => self.accept(),
-            Token::Signals => return self.on_signal(),
-            Token::Found => self.on_found(),
             Token::Connection(id) => {
                 if flags.contains(EpollFlags::EPOLLOUT) {
                     self.serve(id, |daemon| daemon.flush(id));
@@ -377,8 +389,9 @@ impl Daemon {
                 }
                 self.serve(id, |_| Err(End::Exited));
             }
+            // Read already; and what porters have found waits with them.
+            Token::Signals | Token::Found => {}
         }
-        false
     }
 
     fn on_due(&mut self, due: Due) {
@@ -399,28 +412,6 @@ impl Daemon {
                     self.agenda.after(Duration::ZERO, Due::Stock);
                 }
             }
-        }
-    }
-
-    /// Porters have found something.
-    fn on_found(&mut self) {
-        let mut portion = self.portion();
-        while portion.has_room()
-            && let Some(found) = self.porters.take()
-        {
-            self.on_find(found);
-        }
-    }
-
-    /// What is left of the last turn, and nobody tells of.
-    fn go_on_with_rest(&mut self) {
-        if self.porters.has_found() {
-            self.on_found();
-            self.turn.did(|| "what porters have found".to_owned());
-        }
-        if self.has_notices() {
-            self.on_fabric();
-            self.turn.did(|| "what poll cores say".to_owned());
         }
     }
 
@@ -509,8 +500,31 @@ impl Daemon {
     }
 }
 
-/// What is taken from one queue in a turn: so many things, and no further one when these have taken long. Whoever fills the
-/// queue, and however fast, others are served in the next turn.
+/// What is done for a user.
+enum Work {
+    /// An event of its connections.
+    Event(Token, EpollFlags),
+    /// What a connection has left from an earlier turn.
+    Requests(u64),
+    /// A look, or what porters have found.
+    Here(Here<Found>),
+}
+
+impl Work {
+    /// What it is called in the log.
+    fn what(&self) -> &'static str {
+        match self {
+            Work::Event(Token::Listener, _) => "calls",
+            Work::Event(..) => "an event",
+            Work::Requests(_) => "requests",
+            Work::Here(Here::Look(..)) => "a look",
+            Work::Here(Here::Found(_)) => "what a porter has found",
+        }
+    }
+}
+
+/// What is done in a turn: so many things, and no further one when these have taken long. Whoever has how much to do, there is a
+/// look at what is new then.
 #[derive(Debug)]
 struct Portion {
     left: usize,
@@ -520,8 +534,8 @@ struct Portion {
 impl Portion {
     const MOST: usize = 64;
     const TIME: Duration = Duration::from_micros(200);
-    /// The same while others use this thread, too: about as long as one thing takes. Who comes meanwhile waits for one of each
-    /// queue, and is first then. It costs a turn for each thing.
+    /// The same while several users use this thread: about as long as one thing takes. Who comes meanwhile waits for that, and
+    /// is first then. It costs a turn for each thing.
     const TIME_OF_MANY: Duration = Duration::from_micros(25);
 
     fn new(of_many: bool) -> Self {
@@ -547,14 +561,14 @@ impl Portion {
 /// Connections with work left from an earlier turn, each in it once, however often it asks.
 #[derive(Debug, Default)]
 struct Busy {
-    turns: Turns<(u32, u64)>,
+    turns: Turns<u64>,
     queued: HashSet<u64>,
 }
 
 impl Busy {
     fn push(&mut self, uid: u32, id: u64) {
         if self.queued.insert(id) {
-            self.turns.push(uid, (uid, id));
+            self.turns.push(uid, id);
         }
     }
 

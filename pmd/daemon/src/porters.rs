@@ -3,11 +3,11 @@
 //! Much that looks harmless can be held up by whoever owns the other side: closing a socket that lingers, closing a file
 //! of a file system in user space, looking into a process that is in the middle of `exec`, a socket whose lock its owner
 //! holds. Such work is a *load*. Loads of one [`Owner`], a connection, are carried one after the other, those of
-//! different ones side by side: who makes a porter wait, waits alone. What a load found is fetched with
-//! [`Porters::take`]; an eventfd tells that there is something.
+//! different ones side by side: who makes a porter wait, waits alone. What a load found is for the control thread
+//! ([`Porters::next`]); an eventfd tells that there is something.
 //!
 //! A load may be *quick*, a look that mostly takes some microseconds: less than to hand it over. The control thread carries
-//! it itself ([`Porters::next_quick`]), where another one takes over if it has to wait after all, or works for long ([the relay](crate::relay)).
+//! it itself ([`Here::Look`]), where another one takes over if it has to wait after all, or works for long ([the relay](crate::relay)).
 //! Who has made it wait or work is not trusted again for a minute: a porter carries his loads.
 //!
 //! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
@@ -64,6 +64,14 @@ pub const SIGNAL: Signal = Signal::SIGURG;
 /// Something to do that may have to wait, and what it finds.
 pub type Load<D> = Box<dyn FnOnce() -> Option<D> + Send>;
 
+/// What the caller has to do itself.
+pub enum Here<D> {
+    /// To carry a quick load, and to tell [`Porters::carried`] then.
+    Look(Owner, Load<D>),
+    /// To take what a porter has found.
+    Found(D),
+}
+
 /// See the module's text. `D` is what loads find.
 #[derive(Debug)]
 pub struct Porters<D> {
@@ -105,14 +113,13 @@ pub struct Owner {
 struct Yard<D> {
     /// What each user has that has any.
     users: HashMap<u32, Corner<D>>,
-    /// Loads that the caller carries itself, by user.
-    quick: Turns<(Owner, Load<D>)>,
-    /// The one of them that is being carried.
+    /// What the caller does itself, by user.
+    here: Turns<Here<D>>,
+    /// The load of these that is being carried.
     under_way: Option<Owner>,
     trust: Trust,
     /// Users of whom a load may be taken up, in turn.
     turn: VecDeque<u32>,
-    found: VecDeque<D>,
     waiting: usize,
     threads: usize,
     /// Those of them that were ordered, and are not there yet.
@@ -226,7 +233,7 @@ impl<D> Yard<D> {
             return self.give(owner, load);
         }
         corner.carried.insert(owner.connection);
-        self.quick.push(owner.uid, (owner, load));
+        self.here.push(owner.uid, Here::Look(owner, load));
     }
 
     /// A user gets its turn, if it wants one.
@@ -254,6 +261,12 @@ impl<D> Yard<D> {
         self.waiting -= 1;
         self.queue(uid);
         Some((Owner { uid, connection }, load))
+    }
+
+    fn found(&mut self, owner: Owner, found: Option<D>) {
+        if let Some(found) = found {
+            self.here.push(owner.uid, Here::Found(found));
+        }
     }
 
     fn carried(&mut self, owner: Owner) {
@@ -284,11 +297,10 @@ impl<D: Send + 'static> Porters<D> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
             users: HashMap::new(),
-            quick: Turns::default(),
+            here: Turns::default(),
             under_way: None,
             trust: Trust::default(),
             turn: VecDeque::new(),
-            found: VecDeque::new(),
             waiting: 0,
             threads: KEPT,
             coming: KEPT,
@@ -318,25 +330,31 @@ impl<D: Send + 'static> Porters<D> {
         self.shared.find_porter(yard);
     }
 
-    /// The same for a load that mostly takes some microseconds: the caller may have to carry it itself ([`Porters::next_quick`]).
+    /// The same for a load that mostly takes some microseconds: the caller may have to carry it itself ([`Here::Look`]).
     pub fn give_quick(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give_quick(owner, Box::new(load));
         self.shared.find_porter(yard);
     }
 
-    /// How many loads the caller is to carry itself.
-    pub fn quick(&self) -> usize {
-        self.shared.lock().quick.len()
+    /// How much the caller has to do itself.
+    pub fn here(&self) -> usize {
+        self.shared.lock().here.len()
     }
 
-    /// The next load that the caller is to carry itself, of the user of whom `order` is the least. The caller tells
-    /// [`Porters::carried`] when it has.
-    pub fn next_quick<O: Ord>(&self, order: impl Fn(u32) -> O) -> Option<(Owner, Load<D>)> {
+    /// The least `order` of the users for whom the caller has something to do.
+    pub fn first<O: Ord>(&self, order: impl Fn(u32) -> O) -> Option<O> {
+        self.shared.lock().here.first(order)
+    }
+
+    /// What the caller has to do next: something for the user of whom `order` is the least.
+    pub fn next<O: Ord>(&self, order: impl Fn(u32) -> O) -> Option<(u32, Here<D>)> {
         let mut yard = self.shared.lock();
-        let (owner, load) = yard.quick.next(order)?;
-        yard.under_way = Some(owner);
-        Some((owner, load))
+        let (uid, here) = yard.here.next(order)?;
+        if let Here::Look(owner, _) = &here {
+            yard.under_way = Some(*owner);
+        }
+        Some((uid, here))
     }
 
     /// The load that was last asked for was carried, in time or late.
@@ -372,19 +390,9 @@ impl<D: Send + 'static> Porters<D> {
         let mut yard = self.shared.lock();
         yard.trust.away = yard.trust.away.saturating_sub(1);
         yard.carried(owner);
-        yard.found.extend(found);
+        yard.found(owner, found);
         self.shared.find_porter(yard);
         let _ = self.shared.found.write(1);
-    }
-
-    /// The next thing that was found.
-    pub fn take(&self) -> Option<D> {
-        self.shared.lock().found.pop_front()
-    }
-
-    /// Is there something that was found, and not taken?
-    pub fn has_found(&self) -> bool {
-        !self.shared.lock().found.is_empty()
     }
 
     /// Becomes readable again whenever something was found: to be watched for edges.
@@ -478,8 +486,8 @@ impl<D: Send + 'static> Shared<D> {
             let found = load();
             yard = self.lock();
             yard.carried(owner);
-            if let Some(found) = found {
-                yard.found.push_back(found);
+            if found.is_some() {
+                yard.found(owner, found);
                 drop(yard);
                 let _ = self.found.write(1);
                 yard = self.lock();

@@ -76,8 +76,13 @@ impl<T> Turns<T> {
         self.len += 1;
     }
 
-    /// The first one of the user of whom `order` is the least.
-    pub fn next<O: Ord>(&mut self, order: impl Fn(u32) -> O) -> Option<T> {
+    /// The least `order` of the users of whom something waits.
+    pub fn first<O: Ord>(&self, order: impl Fn(u32) -> O) -> Option<O> {
+        self.waiting.keys().map(|uid| order(*uid)).min()
+    }
+
+    /// The first one of the user of whom `order` is the least, and that user.
+    pub fn next<O: Ord>(&mut self, order: impl Fn(u32) -> O) -> Option<(u32, T)> {
         let uid = *self.waiting.keys().min_by_key(|uid| order(**uid))?;
         let things = self.waiting.get_mut(&uid)?;
         let thing = things.pop_front()?;
@@ -85,7 +90,7 @@ impl<T> Turns<T> {
             self.waiting.remove(&uid);
         }
         self.len -= 1;
-        Some(thing)
+        Some((uid, thing))
     }
 
     /// How many wait.
@@ -111,8 +116,9 @@ mod tests {
         }
         assert_eq!(turns.len(), 4);
         let order = |uid| [9, 7, 8].iter().position(|of| *of == uid);
-        let all: Vec<i32> = std::iter::from_fn(|| turns.next(order)).collect();
-        assert_eq!(all, [4, 1, 3, 2]);
+        assert_eq!(turns.first(order), Some(Some(0)));
+        let all: Vec<_> = std::iter::from_fn(|| turns.next(order)).collect();
+        assert_eq!(all, [(9, 4), (7, 1), (7, 3), (8, 2)]);
         assert!(turns.is_empty());
     }
 

@@ -6,12 +6,19 @@ use std::sync::mpsc::channel;
 fn fetch<D: Send + 'static>(porters: &Porters<D>) -> D {
     let end = Instant::now() + Duration::from_secs(20);
     while Instant::now() < end {
-        if let Some(found) = porters.take() {
+        if let Some((_, Here::Found(found))) = porters.next(|uid| uid) {
             return found;
         }
         thread::sleep(Duration::from_millis(1));
     }
     panic!("no load was carried");
+}
+
+fn look<D: Send + 'static>(porters: &Porters<D>) -> (Owner, Load<D>) {
+    match porters.next(|uid| uid) {
+        Some((_, Here::Look(owner, load))) => (owner, load),
+        _ => panic!("no look is due"),
+    }
 }
 
 fn owner(uid: u32, connection: u64) -> Owner {
@@ -23,32 +30,32 @@ fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
     let porters = Porters::new(Starter::new().unwrap()).unwrap();
     let quick = |uid, connection| {
         porters.give_quick(owner(uid, connection), move || Some(connection));
-        porters.quick()
+        porters.here()
     };
     assert_eq!(quick(7, 1), 1);
     // Behind the one before, of the same connection, and carried by a porter when that was carried.
     assert_eq!(quick(7, 1), 1);
     assert_eq!(porters.load(), (1, 1));
-    let (who, load) = porters.next_quick(|uid| uid).unwrap();
+    let (who, load) = look(&porters);
     assert_eq!(who.connection, 1);
     assert_eq!(carry(load), (Some(1), Pace::InTime));
     porters.carried(Pace::InTime);
     assert_eq!(fetch(&porters), 1);
     // This one has to wait: another thread goes on, and trusts its user no more, but others.
     assert_eq!(quick(7, 2), 1);
-    let (who, load) = porters.next_quick(|uid| uid).unwrap();
+    let (who, load) = look(&porters);
     assert!(porters.take_over() && !porters.take_over());
     assert_eq!((quick(7, 3), fetch(&porters)), (0, 3));
     assert_eq!(quick(8, 4), 1);
     porters.come_back(who, load());
     assert_eq!(fetch(&porters), 2);
-    assert!(porters.next_quick(|uid| uid).is_some());
+    look(&porters);
     porters.carried(Pace::InTime);
     assert_eq!(porters.load(), (0, 0));
     // Who is late again and again is not trusted either.
     for connection in 5..8 {
         assert_eq!(quick(9, connection), 1);
-        assert!(porters.next_quick(|uid| uid).is_some());
+        look(&porters);
         porters.carried(Pace::Late);
     }
     assert_eq!((quick(9, 8), fetch(&porters)), (0, 8));
@@ -104,7 +111,7 @@ fn who_makes_a_porter_wait_waits_alone() {
     let mut found = [fetch(&porters), fetch(&porters), fetch(&porters)];
     found.sort_unstable();
     assert_eq!(found, [20, 20, 30]);
-    assert!(porters.take().is_none());
+    assert_eq!(porters.here(), 0);
     assert_eq!(porters.load(), (1, 1));
     assert_eq!((porters.waiting_of(7), porters.waiting_of(8)), (1, 0));
     end.send(()).unwrap();
@@ -194,6 +201,7 @@ fn a_starter_that_is_held_up_holds_up_nobody_who_gives_loads() {
     for uid in 10..15 {
         porters.give(owner(uid, 1), move || Some(uid));
     }
+    porters.carried(Pace::InTime);
     // One for each load that nobody can carry, and not one for each look at them.
     assert!(porters.next_quick(|uid| uid).is_none());
     porters.carried(Pace::InTime);
