@@ -9,10 +9,10 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 /// What an epoll event is about; in the event's 64 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Token {
-    /// The control socket: somebody calls.
-    Listener,
+    /// A control socket: somebody calls.
+    Listener(u64),
     /// A signal.
     Signals,
     /// A porter has found something.
@@ -36,7 +36,7 @@ impl Token {
 
     fn to_word(self) -> u64 {
         let (kind, number) = match self {
-            Token::Listener => (0, 0),
+            Token::Listener(listener) => (0, listener),
             Token::Signals => (1, 0),
             Token::Found => (2, 0),
             Token::Fabric => (3, 0),
@@ -52,7 +52,7 @@ impl Token {
     fn from_word(word: u64) -> Option<Self> {
         let number = word >> Self::BITS;
         Some(match word & ((1 << Self::BITS) - 1) {
-            0 => Token::Listener,
+            0 => Token::Listener(number),
             1 => Token::Signals,
             2 => Token::Found,
             3 => Token::Fabric,
@@ -83,8 +83,8 @@ pub enum Due {
     Call(u64),
     /// Memory for the next streams is to be made.
     Stock,
-    /// Callers are let in again.
-    Callers,
+    /// Callers are let in again at this listener.
+    Callers(usize),
     /// Anchors are taken again at this listener.
     Anchors(usize),
     /// Are tenants still who they were?
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn tokens_survive_their_words() {
         let tokens = [
-            Token::Listener,
+            Token::Listener(17),
             Token::Signals,
             Token::Found,
             Token::Fabric,
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn what_is_due_comes_in_order_of_time() {
         let mut agenda = Agenda::new().unwrap();
-        agenda.after(Duration::from_secs(60), Due::Callers);
+        agenda.after(Duration::from_secs(60), Due::Callers(0));
         agenda.after(Duration::from_millis(2), Due::Send(2));
         agenda.after(Duration::from_millis(1), Due::Send(1));
         assert_eq!(
@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(agenda.next_due(later), Some(Due::Send(2)));
         assert_eq!(agenda.next_due(later), None);
         // The wait ends when the next one is due, not when it was told to end.
-        agenda.after(Duration::ZERO, Due::Callers);
+        agenda.after(Duration::ZERO, Due::Callers(0));
         assert!(
             agenda
                 .wait(Some(later + Duration::from_secs(600)))

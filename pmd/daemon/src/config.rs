@@ -10,7 +10,7 @@ use crate::accounts::{Limits, Thing};
 use crate::confine::Confine;
 use crate::fabric::FabricConfig;
 use crate::memory::HugePages;
-use crate::policy::Policy;
+use crate::policy::{Policy, User};
 
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -40,6 +40,8 @@ pub enum LogFormat {
 pub struct Config {
     /// Where the control socket is made.
     pub socket: Option<PathBuf>,
+    /// Users who have a control socket of their own, beside those that the daemon finds itself.
+    pub sockets_for_users: Vec<User>,
     /// Bytes of each ring.
     pub ring_size: u64,
     /// When streams are made of huge pages.
@@ -78,6 +80,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             socket: None,
+            sockets_for_users: Vec::new(),
             ring_size: 4 << 20,
             huge_pages: HugePages::Auto,
             max_streams_per_user: 16_384,

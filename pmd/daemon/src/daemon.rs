@@ -19,7 +19,6 @@ mod vain;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -47,6 +46,7 @@ use crate::rights::Rights;
 use crate::shares::{Shares, Turns};
 use crate::starter::Starter;
 use crate::streams::Streams;
+use crate::users;
 
 use announcements::Announcements;
 use callers::{End, Watched};
@@ -97,6 +97,9 @@ pub struct Daemon {
     swept: Option<VecDeque<u64>>,
     /// Tenants with requests left in their queues, and connections with an answer to go on with.
     busy: Busy,
+    /// What was last done for a user, and of which event.
+    done_last: Kind,
+    served_last: Token,
     shares: Shares,
     streams: Streams,
     /// The path to other nodes, where one is configured.
@@ -126,18 +129,19 @@ impl Daemon {
             .socket
             .clone()
             .unwrap_or_else(crate::endpoint::default_socket);
-        let endpoint = Endpoint::new(&socket)?;
+        let endpoint = Endpoint::new(&socket, &users::known(&config, descriptors))?;
+        let descriptors = descriptors.saturating_sub(endpoint.listeners().len() as u64);
         let agenda = Agenda::new().map_err(system("epoll"))?;
         // Before there is another thread.
         let device = config.fabric.as_ref().map(|fabric| &fabric.device);
         let mut confinement = Confinement::begin(config.confine, device.into());
         let starter = Starter::new().map_err(system("starter"))?;
         let porters = Porters::new(starter.clone()).map_err(system("porters"))?;
-        for (fd, token) in [
-            (endpoint.socket().as_fd(), Token::Listener),
-            (signals.as_fd(), Token::Signals),
-        ] {
-            agenda.watch(fd, token).map_err(system("epoll"))?;
+        let watched = agenda.watch(&signals, Token::Signals);
+        watched.map_err(system("epoll"))?;
+        for (number, listener) in (0..).zip(endpoint.listeners()) {
+            let watched = agenda.watch(&listener.socket, Token::Listener(number));
+            watched.map_err(system("epoll"))?;
         }
         let edge = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         let found = agenda.watch_for(porters.found(), edge, Token::Found);
@@ -167,6 +171,8 @@ impl Daemon {
             watched: HashMap::new(),
             swept: None,
             busy: Busy::default(),
+            done_last: Kind::Event,
+            served_last: Token::Signals,
             shares: Shares::new(now),
             streams: Streams::default(),
             fabric,
@@ -244,7 +250,10 @@ impl Daemon {
         {
             let what = work.what();
             match work {
-                Work::Event(token, flags) => self.on_event(token, flags),
+                Work::Event(token, flags) => {
+                    self.served_last = token;
+                    self.on_event(token, flags);
+                }
                 Work::Requests(id) => self.serve(id, |daemon| daemon.go_on(id)),
                 Work::Here(Here::Found(found)) => self.on_find(found),
                 Work::Here(Here::Look(owner, look)) => {
@@ -270,23 +279,32 @@ impl Daemon {
         Some(self)
     }
 
-    /// What is done next, for the user who has used the least: looks and finds before what is left of earlier turns, and that
-    /// before what is new.
+    /// What is done next, for the user who has used the least. Where that one has things of several kinds there, these take turns.
     fn next_work(&mut self, events: &mut Turns<(Token, EpollFlags)>) -> Option<(u32, Work)> {
         let order = |uid| self.shares.of(uid);
-        let here = self.porters.first(order);
-        let busy = self.busy.turns.first(order);
-        let told = events.first(order);
-        let least = [here, busy, told].into_iter().flatten().min()?;
-        if here == Some(least) {
-            let (uid, here) = self.porters.next(order)?;
-            Some((uid, Work::Here(here)))
-        } else if busy == Some(least) {
-            let (uid, id) = self.busy.next(order)?;
-            Some((uid, Work::Requests(id)))
-        } else {
-            let (uid, (token, flags)) = events.next(order)?;
-            Some((uid, Work::Event(token, flags)))
+        let firsts = [
+            (Kind::Here, self.porters.first(order)),
+            (Kind::Requests, self.busy.turns.first(order)),
+            (Kind::Event, events.first(order)),
+        ];
+        let there = firsts
+            .into_iter()
+            .filter_map(|(kind, first)| Some((first?, kind)));
+        let (_, kind) = there.min_by_key(|(first, kind)| (*first, self.done_last.behind(*kind)))?;
+        self.done_last = kind;
+        match kind {
+            Kind::Here => {
+                let (uid, here) = self.porters.next(order)?;
+                Some((uid, Work::Here(here)))
+            }
+            Kind::Requests => {
+                let (uid, id) = self.busy.next(order)?;
+                Some((uid, Work::Requests(id)))
+            }
+            Kind::Event => {
+                let (uid, (token, flags)) = events.next(order)?;
+                Some((uid, Work::Event(token, flags)))
+            }
         }
     }
 
@@ -343,9 +361,11 @@ impl Daemon {
     /// end.
     fn on_events(
         &mut self,
-        events: Vec<(Token, EpollFlags)>,
+        mut events: Vec<(Token, EpollFlags)>,
     ) -> Option<Turns<(Token, EpollFlags)>> {
         let mut of_users = Turns::default();
+        // Those for which there was no time are told of in the same order again: they come before one that was served.
+        events.sort_by_key(|(token, _)| (*token <= self.served_last, *token));
         for (token, flags) in events {
             if let Some(uid) = self.user_of(token) {
                 of_users.push(uid, (token, flags));
@@ -363,7 +383,10 @@ impl Daemon {
     /// On whose behalf an event is handled that is told of again if it is not.
     fn user_of(&self, token: Token) -> Option<u32> {
         match token {
-            Token::Listener => Some(NOBODY),
+            Token::Listener(number) => {
+                let listener = self.endpoint.listeners().get(number as usize)?;
+                Some(listener.user.unwrap_or(NOBODY))
+            }
             Token::Connection(id) => Some(self.connections.get(id)?.peer.uid),
             _ => None,
         }
@@ -371,7 +394,7 @@ impl Daemon {
 
     fn on_event(&mut self, token: Token, flags: EpollFlags) {
         match token {
-            Token::Listener => self.accept(),
+            Token::Listener(number) => self.accept(number as usize),
             Token::Connection(id) => {
                 if flags.contains(EpollFlags::EPOLLOUT) {
                     self.serve(id, |daemon| daemon.flush(id));
@@ -402,7 +425,7 @@ impl Daemon {
             Due::Stream(id, times) => self.look_again(id, times),
             Due::Anchor(ticket) => self.on_anchor_due(ticket),
             Due::Call(ticket) => self.on_call_due(ticket),
-            Due::Callers => self.let_callers_in(),
+            Due::Callers(listener) => self.let_callers_in(listener),
             Due::Anchors(listener) => self.on_anchors_due(listener),
             Due::Sweep => self.sweep(),
             Due::Stock => {
@@ -483,6 +506,9 @@ impl Daemon {
                 if config.confine != self.config.confine {
                     warn!("confine changes with a restart only");
                 }
+                if config.sockets_for_users != self.config.sockets_for_users {
+                    warn!("sockets_for_users changes with a restart only");
+                }
                 config.socket = socket;
                 self.reload_fabric(&mut config);
                 self.accounts.set_limits(config.limits(self.descriptors));
@@ -500,7 +526,26 @@ impl Daemon {
     }
 }
 
+/// A kind of [`Work`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Here,
+    Requests,
+    Event,
+}
+
+impl Kind {
+    /// How many kinds come before another one when this one was last.
+    fn behind(self, other: Self) -> u8 {
+        (other as u8 + 2 - self as u8) % 3
+    }
+}
+
 /// What is done for a user.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is done at once, and never stored"
+)]
 enum Work {
     /// An event of its connections.
     Event(Token, EpollFlags),
@@ -514,7 +559,7 @@ impl Work {
     /// What it is called in the log.
     fn what(&self) -> &'static str {
         match self {
-            Work::Event(Token::Listener, _) => "calls",
+            Work::Event(Token::Listener(_), _) => "calls",
             Work::Event(..) => "an event",
             Work::Requests(_) => "requests",
             Work::Here(Here::Look(..)) => "a look",
@@ -633,6 +678,21 @@ mod tests {
         let mut late = Portion::new(false);
         late.end = Instant::now();
         assert_eq!((late.has_room(), late.has_room()), (true, false));
+    }
+
+    #[test]
+    fn kinds_of_work_take_turns() {
+        let kinds = [Kind::Here, Kind::Requests, Kind::Event];
+        let mut last = Kind::Event;
+        let mut next = || {
+            last = kinds
+                .into_iter()
+                .min_by_key(|kind| last.behind(*kind))
+                .unwrap();
+            last
+        };
+        assert_eq!([next(), next(), next()], kinds);
+        assert_eq!(next(), Kind::Here);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Where the control socket lies, and who may make it.
+//! Where the control sockets lie, and who may make them: one for everybody, and beside it one for each user that is known when
+//! the daemon starts. What comes to a user's own socket is that user's doing: nobody else fills its backlog.
 
 use std::fs::File;
 use std::io;
@@ -12,8 +13,9 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, listen, setsockopt, socket, sockopt,
 };
 use nix::unistd::geteuid;
-use rdsock_files::{Obstacle, SocketFile};
-use tracing::warn;
+use rdsock_files::{Obstacle, SocketFile, UserSockets};
+use rdsock_shm::control::OF_USERS;
+use tracing::{debug, warn};
 
 use crate::remains::Holder;
 
@@ -83,19 +85,29 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Endpoint
     move |source| EndpointError::Io { what, path, source }
 }
 
-/// A listening control socket. Removed from the file system when dropped.
+/// A control socket that listens.
+#[derive(Debug)]
+pub struct Listener {
+    /// Who may come; `None` for everybody.
+    pub user: Option<u32>,
+    /// The socket.
+    pub socket: OwnedFd,
+}
+
+/// The control sockets. Removed from the file system when dropped.
 #[derive(Debug)]
 pub struct Endpoint {
-    socket: OwnedFd,
-    // Goes before the lock. The lock file stays: removing it would let two daemons lock two files of one name.
+    listeners: Vec<Listener>,
+    // These go before the lock. The lock file stays: removing it would let two daemons lock two files of one name.
+    _of_users: Option<UserSockets>,
     file: SocketFile,
     _lock: Flock<File>,
 }
 
 impl Endpoint {
-    /// Makes the socket. One of ours that was left behind by a daemon that died is replaced; whatever else is there
-    /// stays, and is an error that names it.
-    pub fn new(path: &Path) -> Result<Self, EndpointError> {
+    /// Makes the socket for everybody, and one for each of these users. One of ours that was left behind by a daemon that died is
+    /// replaced; whatever else is there stays, and is an error that names it.
+    pub fn new(path: &Path, users: &[u32]) -> Result<Self, EndpointError> {
         let root = geteuid().is_root();
         if let Some(dir) = path.parent() {
             rdsock_files::make_directory(dir, if root { 0o755 } else { 0o700 })?;
@@ -106,30 +118,60 @@ impl Endpoint {
             // Before a lock file is made beside what may be anything.
             looked => looked.map(|()| lock(path))??,
         };
+        let (mut listeners, of_users) = listen_for(path, users)?;
         let socket = new_socket().map_err(failed("can't make a socket for", path))?;
         // Anybody on the machine may attach to a daemon of root's; each is then subject to policy.
         let mode = if root { 0o666 } else { 0o600 };
         let file = SocketFile::bind(&socket, path, Some(mode))?;
-        // A socket inherits this: each message then carries its sender's process.
-        setsockopt(&socket, sockopt::PassCred, &true)
-            .and_then(|()| listen(&socket, Backlog::MAXALLOWABLE))
-            .map_err(|error| failed("can't listen on", path)(error.into()))?;
+        start_listening(&socket).map_err(failed("can't listen on", path))?;
+        listeners.push(Listener { user: None, socket });
         Ok(Endpoint {
-            socket,
+            listeners,
+            _of_users: of_users,
             file,
             _lock: lock,
         })
     }
 
-    /// The listening socket.
-    pub fn socket(&self) -> &OwnedFd {
-        &self.socket
+    /// The sockets that listen.
+    pub fn listeners(&self) -> &[Listener] {
+        &self.listeners
     }
 
-    /// Where it lies.
+    /// Where the socket for everybody lies.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
+}
+
+/// A socket for each user. Who can't be given one calls where everybody does.
+fn listen_for(
+    path: &Path,
+    users: &[u32],
+) -> Result<(Vec<Listener>, Option<UserSockets>), EndpointError> {
+    if users.is_empty() {
+        return Ok((Vec::new(), None));
+    }
+    let sockets = UserSockets::make(&beside(path, OF_USERS))?;
+    let make = |user| -> io::Result<Listener> {
+        let socket = new_socket()?;
+        sockets.bind(&socket, user)?;
+        start_listening(&socket)?;
+        let user = Some(user);
+        Ok(Listener { user, socket })
+    };
+    let made = users.iter().map(|user| (user, make(*user)));
+    let listeners = made.filter_map(|(user, made)| {
+        made.inspect_err(|error| debug!(user, "no control socket of its own: {error}"))
+            .ok()
+    });
+    Ok((listeners.collect(), Some(sockets)))
+}
+
+fn start_listening(socket: &OwnedFd) -> io::Result<()> {
+    // What is accepted inherits this: each message then carries its sender's process.
+    setsockopt(socket, sockopt::PassCred, &true)?;
+    Ok(listen(socket, Backlog::MAXALLOWABLE)?)
 }
 
 fn new_socket() -> io::Result<OwnedFd> {
@@ -143,8 +185,12 @@ fn new_socket() -> io::Result<OwnedFd> {
 }
 
 fn lock_path(socket: &Path) -> PathBuf {
+    beside(socket, ".lock")
+}
+
+fn beside(socket: &Path, name: &str) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
-    path.push(".lock");
+    path.push(name);
     path.into()
 }
 
@@ -206,14 +252,20 @@ mod tests {
         let path = dir.path().join("run/s.sock");
         fs::create_dir(dir.path().join("run")).unwrap();
         drop(bound(&path));
-        let endpoint = Endpoint::new(&path).unwrap();
-        assert!(matches!(Endpoint::new(&path), Err(EndpointError::Taken(_))));
+        let endpoint = Endpoint::new(&path, &[]).unwrap();
+        assert!(matches!(
+            Endpoint::new(&path, &[]),
+            Err(EndpointError::Taken(_))
+        ));
         drop(endpoint);
         assert!(!path.exists());
         // One that serves without our lock file is left alone, too.
         let foreign = bound(&path);
         listen(&foreign, Backlog::new(1).unwrap()).unwrap();
-        assert!(matches!(Endpoint::new(&path), Err(EndpointError::Taken(_))));
+        assert!(matches!(
+            Endpoint::new(&path, &[]),
+            Err(EndpointError::Taken(_))
+        ));
         assert!(path.exists());
     }
 
@@ -227,7 +279,7 @@ mod tests {
     fn refused(path: &Path, words: &str) {
         let names = || fs::read_dir(path.parent().unwrap()).unwrap().count();
         let before = (look(path), names());
-        let error = Endpoint::new(path).unwrap_err().to_string();
+        let error = Endpoint::new(path, &[]).unwrap_err().to_string();
         assert!(error.contains(words), "{words}: {error}");
         assert!(error.contains(path.to_str().unwrap()), "{error}");
         assert_eq!((look(path), names()), before, "{words}");
@@ -260,8 +312,8 @@ mod tests {
         }
         assert_eq!(fs::read(at("file")).unwrap(), b"precious");
         assert!(!at("nowhere").exists());
-        assert!(Endpoint::new(Path::new("/")).is_err());
-        assert!(Endpoint::new(&at("folder/..")).is_err());
+        assert!(Endpoint::new(Path::new("/"), &[]).is_err());
+        assert!(Endpoint::new(&at("folder/.."), &[]).is_err());
     }
 
     #[test]
@@ -282,7 +334,7 @@ mod tests {
         let lock = dir.path().join("s.sock.lock");
         fs::write(&lock, "theirs").unwrap();
         std::os::unix::fs::chown(&lock, Some(64001), None).unwrap();
-        let error = Endpoint::new(&path).unwrap_err().to_string();
+        let error = Endpoint::new(&path, &[]).unwrap_err().to_string();
         assert!(
             error.contains("s.sock.lock belongs to user 64001"),
             "{error}"
@@ -297,7 +349,7 @@ mod tests {
         let precious = dir.path().join("precious");
         fs::write(&precious, "precious").unwrap();
         let refused = |words: &str| {
-            let error = Endpoint::new(&path).unwrap_err().to_string();
+            let error = Endpoint::new(&path, &[]).unwrap_err().to_string();
             assert!(error.contains("s.sock.lock is a"), "{error}");
             assert!(error.contains(words), "{words}: {error}");
             assert!(!path.exists());
@@ -320,7 +372,7 @@ mod tests {
         fs::write(&lock, "kept").unwrap();
         fs::set_permissions(&lock, fs::Permissions::from_mode(0o640)).unwrap();
         let before = look(&lock);
-        drop(Endpoint::new(&path).unwrap());
+        drop(Endpoint::new(&path, &[]).unwrap());
         assert_eq!(look(&lock), before);
         assert_eq!(fs::read(&lock).unwrap(), b"kept");
         assert_eq!(fs::read(&precious).unwrap(), b"precious");
@@ -330,7 +382,7 @@ mod tests {
     fn only_the_socket_that_was_bound_is_removed_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.sock");
-        let endpoint = Endpoint::new(&path).unwrap();
+        let endpoint = Endpoint::new(&path, &[]).unwrap();
         assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
         // Kept, so that the file below gets another number.
         fs::rename(&path, dir.path().join("moved")).unwrap();
@@ -343,14 +395,14 @@ mod tests {
     fn a_directory_that_others_can_write_to_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Endpoint::new(&dir.path().join("s.sock")).unwrap_err();
+        let error = Endpoint::new(&dir.path().join("s.sock"), &[]).unwrap_err();
         let obstacle = |error| matches!(error, EndpointError::Obstacle(Obstacle::Directory(_)));
         assert!(obstacle(error));
         // A link to a good one is another name than was given.
         fs::create_dir_all(dir.path().join("a/good")).unwrap();
         symlink(dir.path().join("a/good"), dir.path().join("a/link")).unwrap();
         assert!(obstacle(
-            Endpoint::new(&dir.path().join("a/link/s.sock")).unwrap_err()
+            Endpoint::new(&dir.path().join("a/link/s.sock"), &[]).unwrap_err()
         ));
     }
 
@@ -365,10 +417,10 @@ mod tests {
         let (target, link) = (dir.path().join("target"), dir.path().join("link"));
         fs::create_dir(&target).unwrap();
         symlink(&target, &link).unwrap();
-        drop(Endpoint::new(&link.join("own/run/s.sock")).unwrap());
+        drop(Endpoint::new(&link.join("own/run/s.sock"), &[]).unwrap());
         assert!(target.join("own/run").is_dir());
         std::os::unix::fs::lchown(&link, Some(64001), None).unwrap();
-        let error = Endpoint::new(&link.join("new/run/s.sock")).unwrap_err();
+        let error = Endpoint::new(&link.join("new/run/s.sock"), &[]).unwrap_err();
         assert!(
             error.to_string().contains("belongs to user 64001"),
             "{error}"

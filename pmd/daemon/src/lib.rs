@@ -41,3 +41,4 @@ pub mod search;
 pub mod shares;
 pub mod starter;
 pub mod streams;
+mod users;

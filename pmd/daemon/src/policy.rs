@@ -43,7 +43,7 @@ fn allowed<T>(allow: &[T], deny: &[T], is: impl Fn(&T) -> bool) -> bool {
 
 /// A user, given by number or name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct User(u32);
+pub struct User(pub u32);
 
 impl<'de> Deserialize<'de> for User {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -12,18 +12,21 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, shutdown, socket,
+};
 use rdsock_shm::control::{Between, Message, Query, Request, kind, question, request as what};
 use serde_json::Value;
-use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
+use tenant::actor::{ATTACKER, Actor, OTHER, Part, VICTIM, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
 use tenant::silent::{SilentFile, be_file_system};
-use tenant::{Answer, Daemon, Tenant, announcement, tcp_pair};
+use tenant::{Answer, Daemon, Tenant, announcement, own_socket, tcp_pair};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
@@ -47,6 +50,7 @@ fn play(part: &Part) {
         "watched listener" => be_watched_listener(part),
         "listeners" => be_listeners(part),
         "many records" => be_many_records(part),
+        "knocking" => be_knocking(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -192,12 +196,52 @@ scene!(connects_without_end_to_who_listens, |test| {
     flood(test, &nodes, server.address().port(), 100);
 });
 
+/// Calls as fast as the system lets it, without waiting.
+fn be_knocking(part: &Part) {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let knock = || {
+        let caller = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        let address = UnixAddr::new(&part.socket).unwrap();
+        connect(caller.as_raw_fd(), &address).map(|()| caller)
+    };
+    raise_descriptors();
+    let mut callers = Vec::new();
+    let end = loop {
+        match knock() {
+            Ok(caller) => callers.push(caller),
+            Err(error) => break error,
+        }
+    };
+    say(&format!("end {end}"));
+    while listen().is_some() {}
+}
+
+// A daemon that takes no callers for a while, with the backlog of the socket for everybody full: who has a socket of its own is not
+// turned away there, and nobody else gets in.
+scene!(a_socket_of_ones_own_is_crowded_by_nobody_else, |test| {
+    let daemon = Daemon::start(&format!("{SMALL}sockets_for_users = [{VICTIM}]\n"));
+    let own = own_socket(&daemon.socket(), VICTIM);
+    daemon.signal(Signal::SIGSTOP);
+    let crowd = Actor::start(test, "knocking", &daemon.socket(), ATTACKER);
+    assert_eq!(crowd.hear("end"), Errno::EAGAIN.to_string());
+    let other = Actor::start(test, "knocking", &own, ATTACKER);
+    assert_eq!(other.hear("end"), Errno::EACCES.to_string());
+    let mut tenant = Tenant::at_this(&own).unwrap();
+    daemon.signal(Signal::SIGCONT);
+    tenant.hello();
+    let answer = tenant.receive();
+    assert!(
+        matches!(answer, Answer::Message(kind::WELCOME, ..)),
+        "{answer:?}"
+    );
+});
+
 /// Calls as fast as it can, and says nothing.
 fn be_caller_in_vain(part: &Part) {
     say("ready");
     let calls = || {
         loop {
-            drop(Tenant::at(&part.socket));
+            drop(Tenant::at_this(&part.socket));
         }
     };
     std::thread::scope(|scope| {

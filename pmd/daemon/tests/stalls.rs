@@ -46,6 +46,7 @@ fn play(part: &Part) {
         "many streams" => be_many_streams(part),
         "silent" => be_silent(part),
         "leaving files" => be_leaving_files(part),
+        "leaving files beyond the share" => be_leaving_files_beyond_the_share(part),
         "file system" => be_file_system(part),
         "puncher" => be_puncher(part),
         "many groups" => be_in_many_groups(part),
@@ -271,6 +272,9 @@ fn call_in_vain(part: &Part, times: u32) {
 
 /// Files that callers leave in sockets which nobody reads, and the first of their descriptors.
 const LEFT: i32 = 100;
+/// The share of a user, and files that one leaves who has it.
+const SHARE: usize = 40;
+const BEYOND: i32 = 300;
 const FIRST: i32 = 600;
 
 /// Calls in vain, so often that its callers are turned away, and has some of them leave a file.
@@ -296,20 +300,12 @@ fn be_leaving_files(part: &Part) {
     listen();
 }
 
-#[test]
-fn files_in_sockets_that_nobody_reads_keep_no_caller_out() {
-    let test = "files_in_sockets_that_nobody_reads_keep_no_caller_out";
-    if let Some(part) = Part::of_this() {
-        return play(&part);
-    }
-    if !is_root() {
-        return;
-    }
-    let daemon = Daemon::start(SMALL);
-    let mut honest = Honest::new(&daemon);
-    let leave = |path: &Path| {
-        let sockets: Vec<OwnedFd> = (0..LEFT).map(|_| with_file(path)).collect();
-        Actor::start_with(test, "leaving files", &daemon.socket(), |command| {
+/// An attacker who plays this part with so many sockets, in each of which such a file is in flight, and is done. The file is dropped
+/// first: who holds one does not end before.
+fn leave(test: &str, part: &str, daemon: &Daemon, count: i32) -> Option<(UnwrittenFile, Actor)> {
+    let start = |path: &Path| {
+        let sockets: Vec<OwnedFd> = (0..count).map(|_| with_file(path)).collect();
+        Actor::start_with(test, part, &daemon.socket(), |command| {
             command.uid(ATTACKER).gid(ATTACKER);
             let inherited = move || {
                 for (number, socket) in (FIRST..).zip(&sockets) {
@@ -324,14 +320,69 @@ fn files_in_sockets_that_nobody_reads_keep_no_caller_out() {
             unsafe { command.pre_exec(inherited) };
         })
     };
-    // The file is dropped first: who holds one does not end before.
-    let Some((actor, _file)) =
-        UnwrittenFile::open_for(test, leave).map(|(file, actor)| (actor, file))
-    else {
+    let (file, actor) = UnwrittenFile::open_for(test, start)?;
+    let done = actor.next_line(Duration::from_secs(60));
+    assert_eq!(done.as_deref(), Some("done"));
+    Some((file, actor))
+}
+
+/// The same by one whose user has its share of descriptors, and is turned away for that.
+fn be_leaving_files_beyond_the_share(part: &Part) {
+    let callers: Vec<_> = (0..SHARE).map(|_| Tenant::at(&part.socket)).collect();
+    for fd in FIRST..FIRST + BEYOND {
+        let caller = Tenant::at(&part.socket).unwrap();
+        caller.send(b"rubbish", &[fd]);
+        std::thread::spawn(move || nix::unistd::close(fd));
+    }
+    say("done");
+    listen();
+    drop(callers);
+}
+
+/// What a user who has its share leaves behind is on an account as well.
+#[test]
+fn files_of_a_user_who_has_its_share_do_not_take_all_descriptors() {
+    let test = "files_of_a_user_who_has_its_share_do_not_take_all_descriptors";
+    if let Some(part) = Part::of_this() {
+        return play(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(&format!("{SMALL}max_descriptors_per_user = {SHARE}\n"));
+    let descriptors = || {
+        let all = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+        all.count()
+    };
+    drop(Tenant::attach(&daemon));
+    let before = descriptors();
+    let Some(_leaving) = leave(test, "leaving files beyond the share", &daemon, BEYOND) else {
         return;
     };
-    let left = actor.next_line(Duration::from_secs(60));
-    assert_eq!(left.as_deref(), Some("done"));
+    for _ in 0..5 {
+        drop(Tenant::attach(&daemon));
+    }
+    // Its own, of all who have no room, and of those who are told so.
+    let most = before + 2 * SHARE + 80;
+    let now = descriptors();
+    assert!(now > before + SHARE, "{before}, then {now}");
+    assert!(now < most, "{before}, then {now}");
+}
+
+#[test]
+fn files_in_sockets_that_nobody_reads_keep_no_caller_out() {
+    let test = "files_in_sockets_that_nobody_reads_keep_no_caller_out";
+    if let Some(part) = Part::of_this() {
+        return play(&part);
+    }
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let Some(_leaving) = leave(test, "leaving files", &daemon, LEFT) else {
+        return;
+    };
     for _ in 0..5 {
         drop(Tenant::attach(&daemon));
     }

@@ -82,7 +82,7 @@ fn a_killed_daemon_that_can_not_end_is_succeeded() {
 fn one_that_lives_is_not_succeeded() {
     let daemon = Daemon::start("");
     daemon.signal(Signal::SIGSTOP);
-    let error = rdsockd::endpoint::Endpoint::new(&daemon.socket()).unwrap_err();
+    let error = rdsockd::endpoint::Endpoint::new(&daemon.socket(), &[]).unwrap_err();
     assert!(
         error.to_string().contains("another rdsockd serves"),
         "{error}"

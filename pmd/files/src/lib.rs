@@ -12,7 +12,10 @@
 
 #![forbid(unsafe_code)]
 
+mod users;
 mod way;
+
+pub use users::UserSockets;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};

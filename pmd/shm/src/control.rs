@@ -10,6 +10,10 @@ use crate::layout::VERSION;
 /// First word of each message.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"rdsk");
 
+/// Behind the path of the socket for everybody, this names a directory of sockets, each called by the number of the one user who
+/// may connect to it. A caller tries its own one first: nobody else crowds that.
+pub const OF_USERS: &str = ".users";
+
 /// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf
 /// of a program on another node: by it a tenant knows of which accepted connections to ask (WHOIS).
 /// Of IPv6 there is one loopback address only, so it asks of each connection from that.

@@ -11,7 +11,7 @@ use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::{clock, process, sys};
 use libc::c_int;
-use rdsock_shm::control::{Attached, Hello, Message, kind};
+use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
@@ -44,7 +44,11 @@ static LATE: AtomicU32 = AtomicU32::new(0);
 static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
 /// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
 static DISABLED: AtomicU32 = AtomicU32::new(0);
-static PATH: Shared<[u8; 108]> = Shared(UnsafeCell::new([0; 108]));
+static PATH: Shared<[u8; PATH_ROOM]> = Shared(UnsafeCell::new([0; PATH_ROOM]));
+/// Bytes of a path in a socket's address, with the one that ends it.
+const PATH_ROOM: usize = 108;
+/// Where the machine's daemon is.
+const MACHINE_SOCKET: &[u8] = b"/run/rdsock/rdsockd.sock";
 
 /// Notes the daemon's address, from the environment.
 pub fn start(path: Option<&std::ffi::CStr>, disabled: bool) {
@@ -52,7 +56,7 @@ pub fn start(path: Option<&std::ffi::CStr>, disabled: bool) {
         disable(Reason::Disabled);
     }
     if let Some(path) = path
-        && path.to_bytes().len() < 108
+        && path.to_bytes().len() < PATH_ROOM
     {
         // SAFETY: the constructor runs before anybody reads it.
         let place = unsafe { &mut *PATH.0.get() };
@@ -324,6 +328,10 @@ fn adopted() -> Option<c_int> {
 fn connected() -> Result<c_int, c_int> {
     // SAFETY: written by the constructor only.
     let configured = unsafe { &*PATH.0.get() };
+    let path = match configured.iter().position(|byte| *byte == 0) {
+        Some(len @ 1..) => configured.get(..len).unwrap_or_default(),
+        _ => MACHINE_SOCKET,
+    };
     let fd = sys::socket(
         libc::AF_UNIX,
         libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
@@ -332,27 +340,60 @@ fn connected() -> Result<c_int, c_int> {
     if fd < 0 {
         return Err(-fd);
     }
-    let mut address = libc::sockaddr_un {
-        sun_family: libc::AF_UNIX as u16,
-        sun_path: [0; 108],
+    let [user, _] = sys::effective_ids();
+    let mut reached = match address_of_user(path, user) {
+        Some(own) => connect(fd, &own),
+        None => -libc::ENOENT as isize,
     };
-    let mut reach = |path: &[u8]| {
-        address.sun_path = [0; 108];
-        for (to, from) in address.sun_path.iter_mut().zip(path) {
-            *to = *from as libc::c_char;
-        }
-        sys::connect_unix(fd, &address, size_of::<libc::sockaddr_un>())
-    };
-    let reached = if configured[0] != 0 {
-        reach(configured)
-    } else {
-        reach(b"/run/rdsock/rdsockd.sock\0")
-    };
+    // There is none, or it was another daemon's.
+    if reached < 0 && reached != -libc::EAGAIN as isize {
+        reached = connect(fd, &address_of([path]));
+    }
     if reached < 0 {
         sys::close(fd);
         return Err(-reached as c_int);
     }
     Ok(fd)
+}
+
+fn connect(fd: c_int, address: &libc::sockaddr_un) -> isize {
+    sys::connect_unix(fd, address, size_of::<libc::sockaddr_un>())
+}
+
+/// The address of the socket that is this user's alone. `None` where its path is too long for one.
+fn address_of_user(path: &[u8], user: u32) -> Option<libc::sockaddr_un> {
+    let mut digits = [0; 10];
+    let digits = decimal(user, &mut digits);
+    let len = path.len() + OF_USERS.len() + 1 + digits.len();
+    (len < PATH_ROOM).then(|| address_of([path, OF_USERS.as_bytes(), b"/", digits]))
+}
+
+/// The address whose path these parts make. What does not fit is cut off.
+fn address_of<const PARTS: usize>(parts: [&[u8]; PARTS]) -> libc::sockaddr_un {
+    let mut sun_path = [0; PATH_ROOM];
+    let bytes = parts.iter().flat_map(|part| part.iter());
+    // Its last byte ends the path.
+    for (to, from) in sun_path.iter_mut().take(PATH_ROOM - 1).zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    libc::sockaddr_un {
+        sun_family: libc::AF_UNIX as u16,
+        sun_path,
+    }
+}
+
+/// A number in decimal digits.
+fn decimal(mut number: u32, room: &mut [u8; 10]) -> &[u8] {
+    let mut start = room.len();
+    for digit in room.iter_mut().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+        start -= 1;
+        if number == 0 {
+            break;
+        }
+    }
+    room.get(start..).unwrap_or_default()
 }
 
 /// The daemon is gone: what was announced is announced anew once there is another.
@@ -385,4 +426,29 @@ pub(super) fn has_hung_up(control: c_int) -> bool {
 pub fn is_known(conn: &Conn) -> bool {
     let control = CONTROL.load(Relaxed);
     conn.epoch.load(Relaxed) == EPOCH.load(Relaxed) && control >= 0 && !has_hung_up(control)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path_of(address: &libc::sockaddr_un) -> String {
+        let bytes = address.sun_path.iter().take_while(|byte| **byte != 0);
+        bytes.map(|byte| *byte as u8 as char).collect()
+    }
+
+    #[test]
+    fn a_user_has_an_address_beside_everybodys() {
+        let of = |user| path_of(&address_of_user(b"/run/s", user).unwrap());
+        assert_eq!(of(0), "/run/s.users/0");
+        assert_eq!(of(1000), "/run/s.users/1000");
+        assert_eq!(of(u32::MAX), "/run/s.users/4294967295");
+        assert_eq!(path_of(&address_of([b"/run/s"])), "/run/s");
+        // One more would not be ended any more.
+        let longest = vec![b'a'; PATH_ROOM - 1 - ".users/7".len()];
+        assert!(address_of_user(&longest, 7).is_some());
+        assert!(address_of_user(&longest, 77).is_none());
+        let too_long = [b'a'; 2 * PATH_ROOM];
+        assert_eq!(path_of(&address_of([&too_long])).len(), PATH_ROOM - 1);
+    }
 }

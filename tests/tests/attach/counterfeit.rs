@@ -44,10 +44,21 @@ impl Counterfeit {
 
     /// One more caller than these may wait.
     pub fn with_room_for(callers: i32) -> Self {
+        Self::at("rdsockd.sock", callers)
+    }
+
+    /// Only at the socket of this user, and nowhere else.
+    pub fn for_user(user: u32) -> Self {
+        Self::at(&format!("rdsockd.sock.users/{user}"), 64)
+    }
+
+    fn at(name: &str, callers: i32) -> Self {
         let folder = Folder::new();
+        let path = folder.at(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let flags = SockFlag::SOCK_CLOEXEC;
         let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-        let address = UnixAddr::new(&folder.at("rdsockd.sock")).unwrap();
+        let address = UnixAddr::new(&path).unwrap();
         bind(listener.as_raw_fd(), &address).unwrap();
         listen(&listener, Backlog::new(callers).unwrap()).unwrap();
         Counterfeit { folder, listener }

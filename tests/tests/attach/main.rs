@@ -176,6 +176,18 @@ fn a_daemon_whose_socket_was_crowded_is_reached_with_the_next_calls() {
     assert!(attachment.is_some(), "it does not come when there is room");
 }
 
+/// Nobody else crowds a user's own socket. Who finds no such one calls where everybody does: all other tests here do.
+#[test]
+fn a_program_calls_at_the_socket_of_its_user_first() {
+    let counterfeit = Counterfeit::for_user(nix::unistd::geteuid().as_raw());
+    let folder = Folder::new();
+    let server = format!("serve {}", place::free_port());
+    let server = pump(&folder, &counterfeit.path(), &server).start();
+    let attachment = counterfeit.accept(LIMIT);
+    assert!(attachment.is_some(), "it does not come");
+    server.signal(Signal::SIGTERM);
+}
+
 #[test]
 fn a_daemon_that_hangs_up_with_a_refusal_is_understood() {
     let counterfeit = Counterfeit::new();

@@ -97,6 +97,14 @@ pub(super) struct Watched {
     pub streams: Vec<u64>,
 }
 
+/// Whoever closes what a user's callers have left.
+fn left_by(uid: u32) -> Owner {
+    Owner {
+        uid,
+        connection: LEFT_THERE,
+    }
+}
+
 /// To watch a socket of a stranger's.
 pub(super) fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
     // SAFETY: the descriptor stays open while `socket` lives, which the borrow does not outlive.
@@ -141,33 +149,49 @@ impl Daemon {
         }
     }
 
-    pub(super) fn accept(&mut self) {
+    pub(super) fn accept(&mut self, number: usize) {
+        let Some(listener) = self.endpoint.listeners().get(number) else {
+            return;
+        };
+        let (user, door) = (listener.user, listener.socket.as_raw_fd());
         let now = Instant::now();
         let mut unheard = Vec::new();
         // Whoever is left is told of again.
         let mut portion = self.portion();
         while portion.has_room() && unheard.len() < UNHEARD {
-            if self.porters.waiting_of(NOBODY) > TURNED_AWAY {
-                self.let_callers_wait();
+            let has_too_much = match user {
+                // Its own callers wait, and nobody else's.
+                Some(uid) => self.in_vain.are_too_many(uid, now),
+                None => self.porters.waiting_of(NOBODY) > TURNED_AWAY,
+            };
+            // Somebody has to close it, who is told that there is no room for it.
+            let mut charge = |uid| self.accounts.charge(uid, &[(Thing::Descriptors, 1)]);
+            let advance = charge(user.unwrap_or(NOBODY)).or_else(|_| charge(NOBODY));
+            let Some(advance) = advance.ok().filter(|_| !has_too_much) else {
+                self.let_callers_wait(number);
                 break;
-            }
+            };
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            match accept4(self.endpoint.socket().as_raw_fd(), flags) {
+            match accept4(door, flags) {
                 Ok(fd) => {
                     // SAFETY: accept4 has just made this fd, and nothing else owns it.
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-                    match getsockopt(&socket, sockopt::PeerCredentials) {
-                        Ok(peer) if self.in_vain.are_too_many(peer.uid(), now) => {
-                            self.refuse_unheard(peer.uid(), peer.pid());
-                            unheard.push(self.left_to(peer.uid(), socket));
+                    let peer = getsockopt(&socket, sockopt::PeerCredentials).ok();
+                    let uid = peer.map_or(NOBODY, |peer| peer.uid());
+                    let mut socket = self.porters.foreign(left_by(uid), socket);
+                    socket.charge_to(advance);
+                    match peer {
+                        Some(peer) if self.in_vain.are_too_many(uid, now) => {
+                            self.refuse_unheard(uid, peer.pid());
+                            unheard.push(self.left(uid, socket));
                         }
-                        peer => self.hear(peer.map_or(NOBODY, |peer| peer.uid()), socket),
+                        _ => self.hear(uid, socket),
                     }
                 }
                 Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
                     let what = "callers have to wait: more descriptors are needed (LimitNOFILE=)";
                     self.journal.fault(what, 0, &error.into());
-                    self.let_callers_wait();
+                    self.let_callers_wait(number);
                     break;
                 }
                 Err(_) => break,
@@ -177,29 +201,22 @@ impl Daemon {
     }
 
     /// Somebody calls.
-    fn hear(&mut self, uid: u32, socket: OwnedFd) {
-        match Peer::of(&socket) {
-            Ok(peer) => {
-                let connection = self.connections.next_id();
-                let socket = self.porters.foreign(Owner { uid, connection }, socket);
-                self.welcome(socket, peer, false);
-            }
+    fn hear(&mut self, uid: u32, socket: Foreign) {
+        match Peer::of(&borrowed(&socket)) {
+            Ok(peer) => self.welcome(socket, peer, false),
             Err(error) => {
                 debug!("a caller is gone already: {error}");
-                drop(self.left_to(uid, socket));
+                drop(self.left(uid, socket));
             }
         }
     }
 
     /// The socket of a caller who is turned away, or gone. Who has left descriptors there decides how long it takes to close them:
-    /// that user's porters do, and it is on that user's account as far as there is room.
-    fn left_to(&mut self, uid: u32, socket: OwnedFd) -> Foreign {
-        let owner = Owner {
-            uid,
-            connection: LEFT_THERE,
-        };
-        let mut socket = self.porters.foreign(owner, socket);
-        if let Ok(charge) = self.accounts.charge(uid, &[(Thing::Descriptors, 1)]) {
+    /// that user's porters do. It is on that user's account, or where that has no room, on the one of all who have none.
+    fn left(&mut self, uid: u32, mut socket: Foreign) -> Foreign {
+        socket.give_to(left_by(uid));
+        let of_one = [(Thing::Descriptors, 1)];
+        if let Ok(charge) = self.accounts.charge(uid, &of_one) {
             socket.charge_to(charge);
         }
         socket
@@ -215,12 +232,10 @@ impl Daemon {
     /// Closes the socket of a caller whose user has its share, and does not say so. What was handed over may be somebody else's as well,
     /// and is not looked into.
     fn leave(&mut self, uid: u32, socket: Foreign, adopted: bool) {
-        if let Some(socket) = socket.hand_over() {
-            let socket = self.left_to(uid, socket);
-            match adopted {
-                true => drop(socket),
-                false => self.close_unheard(vec![socket]),
-            }
+        let socket = self.left(uid, socket);
+        match adopted {
+            true => drop(socket),
+            false => self.close_unheard(vec![socket]),
         }
     }
 
@@ -244,16 +259,22 @@ impl Daemon {
     }
 
     /// Those that call now wait in the backlog of the socket.
-    fn let_callers_wait(&mut self) {
-        self.agenda.unwatch(self.endpoint.socket());
-        self.agenda.after(PAUSE, Due::Callers);
+    fn let_callers_wait(&mut self, number: usize) {
+        if let Some(listener) = self.endpoint.listeners().get(number) {
+            self.agenda.unwatch(&listener.socket);
+            self.agenda.after(PAUSE, Due::Callers(number));
+        }
     }
 
-    pub(super) fn let_callers_in(&mut self) {
-        if let Err(error) = self.agenda.watch(self.endpoint.socket(), Token::Listener) {
+    pub(super) fn let_callers_in(&mut self, number: usize) {
+        let Some(listener) = self.endpoint.listeners().get(number) else {
+            return;
+        };
+        let token = Token::Listener(number as u64);
+        if let Err(error) = self.agenda.watch(&listener.socket, token) {
             self.journal
-                .fault("can't watch the control socket", 0, &error.into());
-            self.agenda.after(PAUSE, Due::Callers);
+                .fault("can't watch a control socket", 0, &error.into());
+            self.agenda.after(PAUSE, Due::Callers(number));
         }
     }
 

@@ -46,9 +46,10 @@ use nix::sys::socket::{
     connect, getsockopt, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::geteuid;
 use rdsock_shm::control::{
-    Attached, Hello, Message, Pod, Promote, Query, Refused, Request, Verdict, from_bytes, kind,
-    parse, question, request,
+    Attached, Hello, Message, OF_USERS, Pod, Promote, Query, Refused, Request, Verdict, from_bytes,
+    kind, parse, question, request,
 };
 use rdsock_shm::layout::{
     BELL_MAGIC, BellBoard, CONN_RECORDS, QUEUE_SLOTS, TenantHeader, TenantMemory, VERSION,
@@ -56,6 +57,11 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Putter;
 use rdsock_shm::sync::{AtomicU32, AtomicU64, Ordering};
 use serde_json::Value;
+
+/// The socket of a user, beside the one for everybody.
+pub fn own_socket(path: &std::path::Path, user: u32) -> PathBuf {
+    PathBuf::from(format!("{}{OF_USERS}/{user}", path.display()))
+}
 
 /// A running daemon. Killed when dropped.
 pub struct Daemon {
@@ -335,8 +341,14 @@ impl Tenant {
         Self::at(&daemon.socket())
     }
 
-    /// Connects to a socket, and says nothing.
+    /// Connects to the socket of this user as shims do, or to the one for everybody, and says nothing.
     pub fn at(path: &std::path::Path) -> Option<Self> {
+        let own = own_socket(path, geteuid().as_raw());
+        Self::at_this(&own).or_else(|| Self::at_this(path))
+    }
+
+    /// Connects to this very socket, and says nothing.
+    pub fn at_this(path: &std::path::Path) -> Option<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
         connect(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).ok()?;

@@ -11,6 +11,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
+use rdsock_shm::control::OF_USERS;
 
 /// The socket of a daemon that serves the whole machine.
 pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
@@ -63,8 +64,18 @@ pub fn listener_of(socket: &OwnedFd) -> Option<i32> {
     (credentials.pid() > 0).then_some(credentials.pid())
 }
 
-/// Connects to a daemon's socket, in bounded time. One that can't take a caller now is `WouldBlock`.
+/// Connects to a daemon's socket, in bounded time, first to the one that is this user's alone. One that can't take a caller now is
+/// `WouldBlock`.
 pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let mut own = path.as_os_str().to_owned();
+    own.push(format!("{OF_USERS}/{}", geteuid()));
+    match connect_at(Path::new(&own)) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path),
+        reached => reached,
+    }
+}
+
+fn connect_at(path: &Path) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);

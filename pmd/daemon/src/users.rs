@@ -1,0 +1,79 @@
+//! The users that are known when the daemon starts: each gets a control socket of its own.
+//!
+//! Later the daemon has not the privilege any more to give a socket to a user. Who is not known calls at the socket for everybody.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use nix::unistd::geteuid;
+
+use crate::config::Config;
+
+/// Sockets at most,
+const MOST: usize = 256;
+/// and of the daemon's descriptors this part.
+const PART: u64 = 16;
+
+/// Users who may attach, first those that the configuration names, then the owners of running processes, then those of
+/// `/etc/passwd`. None where the daemon serves its own user alone.
+pub fn known(config: &Config, descriptors: u64) -> Vec<u32> {
+    if !geteuid().is_root() {
+        return Vec::new();
+    }
+    let named = config.sockets_for_users.iter().map(|user| user.0);
+    let all = named.chain(running()).chain(registered());
+    let allowed = all.filter(|user| config.policy.allows_user(*user));
+    let most = MOST.min((descriptors / PART) as usize);
+    let mut seen = HashSet::new();
+    allowed
+        .filter(|user| seen.insert(*user))
+        .take(most)
+        .collect()
+}
+
+fn running() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = entries.filter(|entry| {
+        let name = entry.file_name();
+        name.to_str()
+            .is_some_and(|name| name.parse::<u32>().is_ok())
+    });
+    processes.filter_map(|process| Some(process.metadata().ok()?.uid()))
+}
+
+fn registered() -> Vec<u32> {
+    let text = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    parse(&text)
+}
+
+/// The users of a text as `passwd(5)` describes it.
+fn parse(text: &str) -> Vec<u32> {
+    let number = |line: &str| line.split(':').nth(2)?.parse().ok();
+    text.lines().filter_map(number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_named_once_and_the_named_ones_first() {
+        let text =
+            "root:x:0:0:root:/root:/bin/bash\n# none\n\nwww:x:33:33::/:/bin/false\nbad:x:-1\n";
+        assert_eq!(parse(text), [0, 33]);
+        if !geteuid().is_root() {
+            return eprintln!(
+                "SKIPPED, NOTHING WAS CHECKED: only root's daemon serves other users"
+            );
+        }
+        let text = "sockets_for_users = [64001, 64002]\n[policy]\ndeny_users = [64002]";
+        let config = Config::parse(text).unwrap();
+        let all = known(&config, 1 << 20);
+        assert_eq!(all[0], 64001);
+        assert!(all.contains(&0) && !all.contains(&64002), "{all:?}");
+        let once: HashSet<_> = all.iter().collect();
+        assert_eq!(once.len(), all.len());
+        assert_eq!(known(&config, PART), [64001]);
+    }
+}
