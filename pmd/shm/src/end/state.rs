@@ -237,12 +237,22 @@ impl State {
         if !sends_on_ring {
             ask |= events & OUT;
         }
-        // What goes by itself: errors of a direction that the kernel has again.
+        // What goes by itself: errors of a direction that the kernel has again, or has still where nothing more comes in: while
+        // something may come, whoever waits for that looks (a program that only receives stays so, and pays for no question).
+        let nothing_comes = self.anchor != Told::Nothing
+            || !matches!(
+                self.incoming,
+                Incoming::Ring {
+                    then: Then::More,
+                    ..
+                }
+            );
         let left = self.incoming == Incoming::Kernel
             || matches!(
                 self.outgoing,
                 Outgoing::Leaving | Outgoing::Kernel | Outgoing::Ended { on_anchor: true }
-            );
+            )
+            || self.outgoing == Outgoing::Anchor && nothing_comes;
         let end = look && !(on_ring && sends_on_ring) || events & (IN | OUT | POLLRDHUP) == 0;
         (ask != 0 || left || end).then_some(ask)
     }

@@ -90,6 +90,27 @@ fn the_kernel_is_asked_for_what_it_has_and_for_no_more() {
     assert_eq!(state.asks_kernel(ALL, false), Some(POLLIN | POLLRDHUP));
 }
 
+/// The other end has closed, and the program's own bytes still go to the kernel, which alone knows of the reset that they bring.
+#[test]
+fn the_kernel_is_asked_for_errors_of_what_it_sends_behind_the_end() {
+    let sends_to_kernel = |program: &Program<'_>| {
+        program.shared.tx().phase.store(phase::ANCHOR, Relaxed);
+    };
+    let (state, _) = of(sends_to_kernel);
+    assert_eq!(state.asks_kernel(POLLRDHUP, false), None);
+    let (state, _) = of(|program| {
+        sends_to_kernel(program);
+        let marks = &program.shared.incoming().producer.mark;
+        marks.store(mark::FIN, Relaxed);
+    });
+    assert_eq!(state.asks_kernel(POLLRDHUP, false), Some(0));
+    let (state, _) = of(|program| {
+        sends_to_kernel(program);
+        program.shared.rx().anchor.store(anchor::EOF, Relaxed);
+    });
+    assert_eq!(state.asks_kernel(POLLRDHUP, false), Some(0));
+}
+
 /// A token on the anchor, behind the last byte before the switch, is nothing to read.
 #[test]
 fn a_token_before_the_ring_is_not_readable() {
@@ -152,7 +173,8 @@ proptest! {
         }
         if let Outgoing::Ring { .. } = state.outgoing {
             let writable = shared.is_sendable(RING as u64 / 3);
-            let broken = ready & POLLHUP != 0;
+            // A hang-up of the kernel's says nothing of the ring.
+            let broken = state.readiness(&NOTHING, RING as u64, ALL) & POLLHUP != 0;
             prop_assert_eq!(ready & POLLOUT != 0, writable || broken);
         }
     }
