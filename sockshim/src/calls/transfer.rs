@@ -64,7 +64,7 @@ fn on_anchor(
         return sys::to_c(error);
     }
     let result = in_kernel();
-    if result < 0 && moves == Moves::Out && sys::errno() == libc::ECONNRESET {
+    if result < 0 && moves == Moves::Out && tells_break(stream, sys::errno()) {
         // It is told once, whatever marks say of it.
         stream.at(held, fd).take_send_error();
     }
@@ -78,6 +78,12 @@ fn on_anchor(
         sys::set_errno(error);
     }
     result
+}
+
+/// True for an error of the kernel's that tells of a break. Behind the other end's FIN that is EPIPE, which says nothing where the
+/// program has ended its direction itself.
+fn tells_break(stream: &Stream, error: c_int) -> bool {
+    error == libc::ECONNRESET || error == libc::EPIPE && stream.tx().shut.load(Acquire) == 0
 }
 
 /// A call on a connection that has no stream, counted in. `None` where one has come: to be tried again.
