@@ -160,23 +160,16 @@ impl<S: Anchor + Process> End<'_, S> {
             phase::RING => {
                 let available = half.receiver.available_now().ok()?;
                 let in_ring = available.map_or(0, |available| available.len);
-                if self.incoming().producer.mark.load(Acquire) & mark::END == 0 {
-                    return Some(in_ring);
-                }
-                // The rest lies behind the tokens.
-                let on_anchor = self.socket.unread()?;
-                Some(in_ring + on_anchor.saturating_sub(u64::from(half.outstanding())))
+                Some(in_ring + half.unread_behind(0)?)
             }
             phase::SWITCHING => {
-                let on_anchor = self.socket.unread()?;
-                Some(match Receiver::switch_at(self.incoming()) {
-                    None => on_anchor,
-                    Some(at) => {
-                        let head = self.incoming().producer.head.load(Acquire);
-                        on_anchor.min(at.saturating_sub(position))
-                            + head.saturating_sub(at).min(self.shared.ring_size())
-                    }
-                })
+                let Some(at) = Receiver::switch_at(self.incoming()) else {
+                    return self.socket.unread();
+                };
+                let head = self.incoming().producer.head.load(Acquire);
+                let in_ring = head.saturating_sub(at).min(self.shared.ring_size());
+                let before = self.socket.unread()?.min(at.saturating_sub(position));
+                Some(before + in_ring + half.unread_behind(before)?)
             }
             // What the anchor may have are tokens.
             phase::RESET => Some(0),
@@ -186,6 +179,15 @@ impl<S: Anchor + Process> End<'_, S> {
 }
 
 impl<S: Anchor + Process> Receiving<'_, '_, S> {
+    /// Bytes of the program on the anchor behind the ring's end: they lie behind the tokens, and so many `before` the ring.
+    fn unread_behind(&self, before: u64) -> Option<u64> {
+        if self.end.incoming().producer.mark.load(Acquire) & mark::END == 0 {
+            return Some(0);
+        }
+        let not_behind = before + u64::from(self.outstanding());
+        Some(self.end.socket.unread()?.saturating_sub(not_behind))
+    }
+
     #[inline]
     fn take(&self, to: &Buffers, how: How, done: &mut usize, answer: &mut bool) -> Took {
         let (end, receiver) = (self.end, &self.receiver);

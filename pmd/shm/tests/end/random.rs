@@ -104,16 +104,12 @@ impl Model {
         if !peek {
             there.drain(..got.len());
         }
-        // What was in a ring that its reader has abandoned comes with the sender's next call.
-        let peer = &ends[1 - number];
-        let waits_for_peer =
-            peer.side.is_mapped() && (peer.shared.peer_has_left() || peer.shared.has_rest());
         let left = if peek {
             there.len() - got.len()
         } else {
             there.len()
         };
-        if got.len() < len && !waits_for_peer {
+        if got.len() < len && !waits_for_peer(ends, number) {
             prop_assert_eq!(
                 left,
                 0,
@@ -124,6 +120,12 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// True while what was in a ring that this end has abandoned comes with the sender's next call.
+fn waits_for_peer(ends: &[Program<'_>; 2], number: usize) -> bool {
+    let peer = &ends[1 - number];
+    peer.side.is_mapped() && (peer.shared.peer_has_left() || peer.shared.has_rest())
 }
 
 fn step(
@@ -175,6 +177,12 @@ proptest! {
             for end in &ends {
                 prop_assert_eq!(end.side.broken(), None, "after {:?}", what);
                 prop_assert!(end.has_said_changes(), "{:?} says nothing of what it changes", what);
+            }
+            for number in [0, 1].into_iter().filter(|number| ends[*number].side.is_mapped()) {
+                // FIONREAD, where the kernel does not know.
+                let unread = ends[number].end().unread().filter(|_| !waits_for_peer(&ends, number));
+                let there = model.bytes[1 - number].len() as u64;
+                prop_assert_eq!(unread.unwrap_or(there), there, "can be received after {:?}", what);
             }
         }
         // Everything arrives in the end, and nothing but that.
