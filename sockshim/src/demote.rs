@@ -110,15 +110,15 @@ pub fn before_close(held: &Use, fd: c_int) {
 pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     let stream = held.conn.stream()?;
     stream.at(held, fd).settle_reset();
-    if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how)
-        || !stream.is_on_rings()
-        || stream.is_reset()
-    {
+    if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how) || !stream.is_on_rings() {
         return None;
     }
-    // Linux wakes whoever waits for the connection, also where the call changes nothing: an edge each time.
+    // Linux wakes whoever waits for the connection, also where the call changes nothing or fails: an edge each time.
     held.conn.shuts.fetch_add(1, SeqCst);
     epoll::changed(held.conn);
+    if stream.is_reset() {
+        return None;
+    }
     // Once the program wants nothing more, the anchor's end may be its own, and the kernel says how both directions stand.
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || stream.rx().shut.load(Acquire) == 0
