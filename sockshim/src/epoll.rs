@@ -25,7 +25,7 @@ mod slots;
 pub use moves::{close_copies, declines, demoted, forget, mapped, renumber};
 pub use news::changed;
 pub use register::ctl;
-pub use report::{has_event, has_left};
+pub use report::{has_event_after_leavers, has_left};
 pub use sleep::{arm, disarm, wait_on};
 
 use crate::conn::{self, Kind, Pieces};

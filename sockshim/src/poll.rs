@@ -159,9 +159,15 @@ fn look(fds: &mut [pollfd], counted: bool) -> (usize, bool) {
             let changes = epoll::has_left(stream) || !stream.is_on_rings();
             found += usize::from(ready != 0 || counted && changes);
         } else if let Some(epoll) = epoll::with_streams(entry.fd) {
-            if entry.events & ready::IN != 0 && epoll::has_event(epoll, entry.fd) {
-                entry.revents = entry.events & ready::IN;
-                found += 1;
+            if entry.events & ready::IN != 0 {
+                match epoll::has_event_after_leavers(epoll, entry.fd, !counted) {
+                    Some(false) => {}
+                    Some(true) => {
+                        entry.revents = entry.events & ready::IN;
+                        found += 1;
+                    }
+                    None => found += 1,
+                }
             }
         } else {
             others = true;

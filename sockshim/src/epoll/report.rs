@@ -307,11 +307,22 @@ fn may_have_moved(epoll: &Epoll) -> bool {
     MAPPING.load(SeqCst) != 0 || MAPPED.load(SeqCst) != epoll.mapped.load(Relaxed)
 }
 
-/// True when some registration that is marked has an event now, which is not taken. Those that have none are asked for a sign.
+/// True when there is something for somebody to do: a registration that is marked has an event now, which is not taken, or must
+/// move. Those that have none are asked for a sign.
 pub(super) fn has_some(epoll: &Epoll, state: &mut State) -> bool {
     state.any(false, |state, bit| {
-        report(epoll, state, bit, Look::FOR_OTHERS).is_some() || must_move(state, bit)
+        let before = std::mem::take(&mut state.has_leaver);
+        let found = has_report(epoll, state, bit) || state.has_leaver;
+        state.has_leaver |= before;
+        found
     })
+}
+
+/// True when this registration has an event now. That it must move, or one of the instance behind it, is noted, and is none.
+fn has_report(epoll: &Epoll, state: &mut State, bit: usize) -> bool {
+    let found = report(epoll, state, bit, Look::FOR_OTHERS).is_some();
+    state.has_leaver |= !found && must_move(state, bit);
+    found
 }
 
 /// True when the stream behind a registration is one whose other end has left.
@@ -324,8 +335,26 @@ pub(super) fn must_move(state: &mut State, bit: usize) -> bool {
     }
 }
 
+/// As [`has_event`], for a caller that has locked nothing: what has left, of which the instance can't tell, moves first. `None`
+/// where that may not be done now (`may_follow`).
+pub fn has_event_after_leavers(epoll: &Epoll, fd: c_int, may_follow: bool) -> Option<bool> {
+    let found = has_event(epoll, fd);
+    if found || !take_leaver(epoll) {
+        return Some(found);
+    }
+    may_follow.then(|| {
+        follow_leavers(epoll);
+        has_event(epoll, fd)
+    })
+}
+
+/// True when a look has come to one that must move, since this was last asked.
+fn take_leaver(epoll: &Epoll) -> bool {
+    take(epoll).is_some_and(|guard| std::mem::take(&mut guard.state().has_leaver))
+}
+
 /// True when the instance (under `fd`) would report something, its kernel's fds included.
-pub fn has_event(epoll: &Epoll, fd: c_int) -> bool {
+fn has_event(epoll: &Epoll, fd: c_int) -> bool {
     harvest(epoll);
     let found = has_marked(epoll)
         || sys::poll_one(fd, libc::POLLIN, 0) > 0 && {
@@ -343,7 +372,8 @@ pub fn has_event(epoll: &Epoll, fd: c_int) -> bool {
 fn has_marked(epoll: &Epoll) -> bool {
     take(epoll).is_some_and(|guard| {
         take_marks(epoll, guard.state());
-        has_some(epoll, guard.state())
+        let state = guard.state();
+        state.any(false, |state, bit| has_report(epoll, state, bit))
     })
 }
 
@@ -384,6 +414,11 @@ fn of_instance(state: &mut State, bit: usize, inner: &Epoll, look: Look) -> Opti
         sleep::ask_all(inner);
     }
     if seen == 0 || !has_event(inner, number) {
+        if take_leaver(inner) {
+            // Done without the lock, as for a stream of this instance.
+            state.has_leaver = true;
+            state.mark(bit);
+        }
         return None;
     }
     if !look.peek {

@@ -216,7 +216,8 @@ fn sleep_counted(
             return Some(found as c_int);
         }
         let state = guard.state();
-        if is_marked(epoll, bell) || state.any(epoll.is_few(), must_move) {
+        let has_leaver = std::mem::take(&mut state.has_leaver);
+        if has_leaver || is_marked(epoll, bell) || state.any(epoll.is_few(), must_move) {
             drop(guard);
             follow_leavers(epoll);
             return None;
