@@ -16,7 +16,7 @@
 
 use super::patience::Waiting;
 use super::token::send_token;
-use super::{Anchor, Drained, End, Got, Process, Receiving, Sending, Shut, Until};
+use super::{Anchor, Drained, End, Got, Process, Receiving, Sending, Shut, Take, Until};
 use crate::layout::{Counter, NOT_SWITCHED, anchor, mark, phase, want};
 use crate::reason::Reason;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
@@ -245,7 +245,9 @@ impl<'a, S: Anchor + Process> End<'a, S> {
             || self.lock_tx().push_rest(&mut waiting)
             || self.shared.is_reset();
         let producer = &self.out().producer;
-        let breaks = breaks || self.shared.has_unread_ring();
+        // Where both directions have ended, TCP has no connection any more that a close could break.
+        let is_over = self.tx().shut.load(Relaxed) != 0 && self.shared.marks() & mark::FIN != 0;
+        let breaks = !is_over && (breaks || self.shared.has_unread_ring());
         if breaks {
             // TCP answers a close with unread bytes with a reset.
             self.socket.break_at_close();
@@ -268,6 +270,23 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         if !(is_out && keeps_all) {
             self.reset(Reason::Late);
             self.socket.break_at_close();
+        } else if is_over {
+            self.discard_anchor();
+        }
+    }
+
+    /// Takes off the anchor what nobody will read, so that the kernel does not answer a close with a reset. Nothing more comes.
+    #[cold]
+    #[inline(never)]
+    fn discard_anchor(&self) {
+        let mut bytes = [0_u8; 4096];
+        let (start, most) = (bytes.as_mut_ptr(), bytes.len());
+        for _ in 0..self.socket.unread().unwrap_or(0).div_ceil(most as u64) {
+            // SAFETY: the buffer has so many bytes.
+            let got = unsafe { self.socket.take(start, most, Take::Discard) };
+            if !matches!(got, Got::Bytes(_)) {
+                return;
+            }
         }
     }
 

@@ -40,6 +40,28 @@ fn what_is_sent_to_an_end_that_has_shut_both_ways_is_the_kernels() {
     });
 }
 
+/// Both directions have ended before: TCP has no connection that a close with unread bytes could break, so neither the ring nor
+/// the kernel does.
+#[test]
+fn a_close_behind_both_ends_breaks_nothing() {
+    let wire = Wire::new();
+    let [one, other] = wire.sides();
+    let (a, b) = (Program::new(&one), Program::new(&other));
+    a.send(b"before the ring");
+    a.map();
+    b.map();
+    a.send(b"in the ring");
+    b.send(b"x");
+    assert!(b.end().shut_sending());
+    shut_both(&a);
+    assert_eq!(b.receives_by(), phase::SWITCHING);
+    assert_ne!(b.side.on_anchor(), 0);
+    b.end().close(true);
+    assert!(!b.side.is_cut());
+    assert_eq!(b.side.on_anchor(), 0, "the kernel would send a reset");
+    assert_eq!(a.shared.marks() & mark::RESET, 0);
+}
+
 #[test]
 fn one_that_waits_for_room_hears_that_nobody_takes_anything() {
     stream(true, |a, b| {
