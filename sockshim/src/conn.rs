@@ -605,13 +605,14 @@ fn free(index: usize, conn: &Conn) {
     conn.state.store(State::Kernel as u32, Relaxed);
     conn.show(index);
     match phase {
-        phase::ANNOUNCED => crate::tenant::withdraw(index, conn),
         phase::MAPPED => {
             // SAFETY: it was MAPPED, no fd leads here and no call uses it: nobody else reads it.
             let stream = unsafe { (*conn.stream.get()).assume_init_read() };
             crate::tenant::stream_closed(index, conn, &stream);
             stream.unmap();
         }
+        // Whatever it is here: who kept it on the kernel may have been a `vfork` child, which tells the daemon nothing.
+        _ if conn.cookie.load(Relaxed) != 0 => crate::tenant::withdraw(index, conn),
         _ => {}
     }
     conn.occupied.store(0, Release);

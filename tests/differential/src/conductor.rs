@@ -667,12 +667,12 @@ impl Conductor<'_> {
                 self.log.lines.push(format!("{name} LEFT BEHIND {now}"));
             }
         }
-        let streams = self.stage.streams();
-        if streams != 0 {
+        let [streams, waiting] = self.stage.left_in_daemon();
+        if streams + waiting != 0 {
             self.log.is_broken = true;
-            self.log
-                .lines
-                .push(format!("LEFT BEHIND {streams} streams in the daemon"));
+            self.log.lines.push(format!(
+                "LEFT BEHIND {streams} streams in the daemon, and {waiting} connections that wait for their other end"
+            ));
         }
     }
 }

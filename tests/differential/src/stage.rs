@@ -163,16 +163,20 @@ impl Stage {
         true
     }
 
-    /// Waits until the daemon has no stream any more, for two seconds; how many it has.
-    pub fn streams(&self) -> u64 {
-        let Some(daemon) = &self.daemon else { return 0 };
+    /// Waits until the daemon has no stream any more, and no connection that waits for its other end, for two seconds; how many
+    /// of each it has.
+    pub fn left_in_daemon(&self) -> [u64; 2] {
+        let Some(daemon) = &self.daemon else {
+            return [0; 2];
+        };
+        let now = || ["streams_now", "waiting_now"].map(|what| daemon.number(what));
         for _ in 0..100 {
-            if daemon.number("streams_now") == 0 {
-                return 0;
+            if now() == [0; 2] {
+                break;
             }
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
-        daemon.number("streams_now")
+        now()
     }
 
     /// What the processes have printed, for one that died.
