@@ -4,7 +4,7 @@ use super::fdinfo::has_fired;
 use super::news::hand_on;
 use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner, watch};
 use super::registration::Snapshot;
-use super::report::{harvest_held, snapshot};
+use super::report::{harvest_held, told_of_anchor};
 use super::*;
 use crate::conn::{Conn, Use};
 use crate::demote;
@@ -104,7 +104,9 @@ fn told_by_kernel(
     held: Option<&Use>,
 ) -> Option<Snapshot> {
     let slot = *state.slot(bit)?;
-    let stream = held?.conn.stream()?;
+    let held = held?;
+    let stream = held.conn.stream()?;
+    let all = told_of_anchor(held, stream);
     if slot.events & (EPOLLET | EPOLLONESHOT) as u32 != EPOLLET as u32 || !watch(epoll, state, bit)
     {
         return None;
@@ -112,14 +114,6 @@ fn told_by_kernel(
     harvest_held(epoll, state);
     let has_edge = sys::poll_one(epoll.fd.load(Relaxed), libc::POLLIN, 0) != 0;
     let has_room = sys::poll_one(slot.number, libc::POLLOUT, 0) > 0;
-    // Of the ring it has told nothing; own ends are in the upper half.
-    let state = snapshot(held?, stream).state & !u64::from(u32::MAX);
-    let refused = held?.conn.refused.load(SeqCst);
-    let all = Snapshot {
-        head: 0,
-        state,
-        refused,
-    };
     (!has_edge).then(|| all.with_room(has_room))
 }
 

@@ -205,5 +205,5 @@ fn is_deaf(state: &mut State, bit: usize) -> bool {
         let state = end::State::of(stream);
         state.readiness(&kernel, stream.ring_size(), slot.events as i16)
     });
-    seen.is_some_and(|seen| slot.event(seen, &snapshot(&held, stream)) != 0)
+    seen.is_some_and(|seen| slot.event(seen, &snapshot(&held, stream, true)) != 0)
 }

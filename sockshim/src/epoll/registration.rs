@@ -27,9 +27,9 @@ const OUT: u32 = EPOLLOUT as u32 | libc::EPOLLWRNORM as u32;
 /// What EPOLLET compares: when any of it changes there is an edge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The incoming position: bytes are news until they were reported.
+    /// The position of the last byte that has come in: bytes are news until they were reported.
     pub head: u64,
-    /// The marks, the anchor's end and the phases.
+    /// The marks, and the anchor's end.
     pub state: u64,
     /// Sends that found no room: room is news for each of them.
     pub refused: u32,

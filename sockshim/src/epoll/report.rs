@@ -6,40 +6,35 @@ use super::register;
 use super::registration::{Brought, Snapshot};
 use super::*;
 use crate::conn::Use;
+use crate::io::TcpInfo;
 use crate::stream::Stream;
 use crate::{demote, ready};
-use libc::{EPOLLERR, EPOLLONESHOT};
+use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
 /// What EPOLLET compares, now: what wakes a program on Linux. Where bytes go, and what the anchor says of an end that the ring or
-/// the program itself has told of, does not.
-pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
+/// the program itself has told of, does not. Without `edges` nobody compares, and the kernel is asked nothing.
+pub(super) fn snapshot(held: &Use, stream: &Stream, edges: bool) -> Snapshot {
     let refused = held.conn.refused.load(SeqCst);
     let shuts = u64::from(held.conn.shuts.load(SeqCst)) << 48;
-    let producer = &stream.incoming().producer;
-    let head = match producer.switch_at.load(Acquire) {
-        NOT_SWITCHED => 0,
-        at => producer.head.load(Acquire).wrapping_sub(at),
-    };
     let marks = stream.marks();
     if stream.is_reset() || marks & mark::RESET != 0 {
         // Whatever a call has found out since: it has been told.
         let state = u64::from(mark::RESET) | shuts;
         return Snapshot {
-            head,
+            head: 0,
             state,
             refused,
         };
     }
+    let head = if edges { arrived(held, stream) } else { 0 };
     let shut = stream.rx().shut.load(Acquire);
     let is_told = marks & mark::FIN != 0 || shut != 0;
     // Where the kernel sends, it tells of an error itself.
     let is_judged = stream.tx().phase.load(Acquire) == phase::RING;
     let end = if is_told { 0 } else { anchor::EOF } | if is_judged { anchor::BROKEN } else { 0 };
-    let is_kernels = stream.rx().phase.load(Acquire) == phase::DEMOTED;
     let state = u64::from(marks & mark::FIN)
         | u64::from(stream.rx().anchor.load(Acquire) & end) << 8
-        | u64::from(is_kernels) << 16
         | u64::from(stream.tx().shut.load(Acquire)) << 32
         | u64::from(shut) << 40
         | shuts;
@@ -47,6 +42,47 @@ pub(super) fn snapshot(held: &Use, stream: &Stream) -> Snapshot {
         head,
         state,
         refused,
+    }
+}
+
+/// The position behind the last byte of the program's that has come in, whichever way: no token counts, and none that only goes
+/// from the anchor to the ring.
+fn arrived(held: &Use, stream: &Stream) -> u64 {
+    let producer = &stream.incoming().producer;
+    let goes_on = producer.mark.load(Acquire) & mark::END != 0;
+    let at = producer.switch_at.load(Acquire);
+    let head = producer.head.load(Acquire);
+    let receives = stream.rx().phase.load(Acquire);
+    if receives == phase::RING && !goes_on {
+        return head;
+    }
+    let on_anchor = received_on_anchor(held);
+    if at == NOT_SWITCHED || on_anchor < at {
+        on_anchor
+    } else if receives == phase::SWITCHING && !goes_on {
+        head
+    } else {
+        // Behind the ring's end, and among them the tokens.
+        let tokens = u64::from(producer.wakes.load(Acquire));
+        head + (on_anchor - at).saturating_sub(tokens)
+    }
+}
+
+/// Bytes that ever came in on the anchor.
+fn received_on_anchor(held: &Use) -> u64 {
+    TcpInfo::of(held.conn.fd.load(Relaxed)).map_or(0, |info| info.received)
+}
+
+/// What an instance that was the kernel's has told of a connection, where it has told all that was on the anchor; of the ring it
+/// has told nothing. Whether it has is asked behind this, so that what comes meanwhile is news.
+pub(super) fn told_of_anchor(held: &Use, stream: &Stream) -> Snapshot {
+    let at = stream.incoming().producer.switch_at.load(Acquire);
+    let all = snapshot(held, stream, false);
+    Snapshot {
+        head: received_on_anchor(held).min(at),
+        // Own ends are in the upper half.
+        state: all.state & !u64::from(u32::MAX),
+        ..all
     }
 }
 
@@ -239,14 +275,20 @@ fn is_between(stream: &Stream) -> bool {
 }
 
 /// An edge of the anchor is the program's while a direction is on it; but where both have ended or are broken, and the ring has told
-/// of it, only an error.
+/// of it, only an error. That bytes have come in is seen by their number ([`arrived`]): a token makes the same edge.
 fn is_edge(stream: &Stream, events: u32) -> bool {
     let marks = stream.marks();
     let is_broken = stream.is_reset() || marks & mark::RESET != 0;
     let has_ended = stream.rx().phase.load(Acquire) == phase::RING
         && stream.tx().shut.load(Acquire) != 0
         && marks & mark::FIN != 0;
-    !stream.is_all_on_rings() && !is_broken && (!has_ended || events & EPOLLERR as u32 != 0)
+    let is_on_rings = stream.is_all_on_rings() && marks & mark::END == 0;
+    let counts = EPOLLERR | EPOLLHUP | EPOLLRDHUP | EPOLLPRI;
+    let is_room = events & EPOLLOUT as u32 != 0 && stream.tx().phase.load(Acquire) != phase::RING;
+    !is_on_rings
+        && !is_broken
+        && (!has_ended || events & EPOLLERR as u32 != 0)
+        && (is_room || events & counts as u32 != 0)
 }
 
 /// Collects what is ready into `events`, behind the first `kept` of them, which the kernel gave; how
@@ -461,7 +503,7 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
     // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
     let alone = stream.page().holders.load(Relaxed) <= 1;
     let question = || {
-        let now = snapshot(held, stream);
+        let now = snapshot(held, stream, slot.events & EPOLLET as u32 != 0);
         let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
         (slot.event(seen, &now), seen, now)
     };
