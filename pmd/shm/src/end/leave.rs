@@ -271,6 +271,8 @@ impl<'a, S: Anchor + Process> End<'a, S> {
             self.reset(Reason::Late);
             self.socket.break_at_close();
         } else if is_over {
+            // Also where the program has asked for a break.
+            self.socket.set_linger(0);
             self.discard_anchor();
         }
     }

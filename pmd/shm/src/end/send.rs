@@ -2,7 +2,7 @@
 
 use super::shut::DEAF;
 use super::{Anchor, Buffers, End, Process, Sending};
-use crate::layout::{mark, phase, want};
+use crate::layout::{anchor, mark, phase, want};
 use crate::reason::Reason;
 use crate::ring::Violation;
 use crate::sync::{AtomicU32, Ordering::*, model_fence};
@@ -169,10 +169,19 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
             self.give_up_ring();
         }
         match end.tx().phase.load(Acquire) {
+            phase::DEMOTED if self.takes_noted_error() => Way::Broken,
             phase::DEMOTED => Way::Kernel(None),
             phase::RESET => Way::Broken,
             _ => Way::Pipe,
         }
+    }
+
+    /// An error that a look has taken from the kernel waits for any call. True, once, where the kernel has the direction, and would
+    /// have told this one of it.
+    fn takes_noted_error(&self) -> bool {
+        let noted = &self.end.rx().anchor;
+        noted.load(Acquire) & anchor::ERROR != 0
+            && noted.fetch_and(!anchor::ERROR, AcqRel) & anchor::ERROR != 0
     }
 
     #[cold]
@@ -190,6 +199,7 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         self.send_rest();
         match tx.phase.load(Acquire) {
             phase::RING => Way::Ring,
+            phase::ANCHOR | phase::DEMOTED if self.takes_noted_error() => Way::Broken,
             phase::ANCHOR => Way::Kernel(Some(Counted::enter(&tx.in_kernel))),
             phase::LEAVING => Way::Behind,
             phase::RESET => Way::Broken,

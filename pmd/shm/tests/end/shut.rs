@@ -2,7 +2,7 @@
 
 use crate::pair::{Gave, Program, RING, Wire, stream};
 use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
-use rdsock_shm::end::{How, Kernel, Sent, State};
+use rdsock_shm::end::{Anchor, How, Kernel, Sent, State};
 use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::Relaxed;
@@ -56,10 +56,31 @@ fn a_close_behind_both_ends_breaks_nothing() {
     shut_both(&a);
     assert_eq!(b.receives_by(), phase::SWITCHING);
     assert_ne!(b.side.on_anchor(), 0);
+    (&b.side).set_linger(1 << 32);
     b.end().close(true);
     assert!(!b.side.is_cut());
+    assert_eq!((&b.side).linger(), 0, "as the program has asked");
     assert_eq!(b.side.on_anchor(), 0, "the kernel would send a reset");
     assert_eq!(a.shared.marks() & mark::RESET, 0);
+}
+
+/// An error of the kernel's is told by the next call of any kind, also where a look has taken it.
+#[test]
+fn an_error_that_a_look_has_taken_is_told_by_a_send() {
+    for has_shut in [false, true] {
+        stream(true, |a, _| {
+            if has_shut {
+                shut_both(a);
+            } else {
+                a.end().leave();
+            }
+            assert_eq!(a.sends_by(), phase::DEMOTED);
+            a.end().note_end(true);
+            assert!(matches!(a.go_on(b"more", 0), Sent::Broken));
+            assert!(matches!(a.go_on(b"more", 0), Sent::Kernel(None)));
+            assert_eq!(a.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+        });
+    }
 }
 
 #[test]
