@@ -176,10 +176,9 @@ impl Display for Account<'_> {
     fn fmt(&self, out: &mut Formatter) -> Formatted {
         let Account(program, difference) = self;
         let text = program.to_string();
-        // Two lines of surroundings stand in front of the steps.
         for (number, line) in text.lines().enumerate() {
             writeln!(out, "{line}")?;
-            if number == difference.at + 2 {
+            if number == difference.at + program.lines_before() {
                 writeln!(
                     out,
                     "# plain Linux: {}\n# under the shim: {}",

@@ -98,12 +98,24 @@ pub struct Program {
     pub surroundings: Surroundings,
     /// The steps, one after the other.
     pub steps: Vec<Step>,
+    /// No edge may be told again, for a case about that.
+    pub is_exact: bool,
+}
+
+impl Program {
+    /// Lines of its text before the steps.
+    pub fn lines_before(&self) -> usize {
+        2 + usize::from(self.is_exact)
+    }
 }
 
 impl Display for Program {
     fn fmt(&self, out: &mut Formatter) -> Formatted {
         let Surroundings { ring, spin } = self.surroundings;
         writeln!(out, "ring {ring}\nspin {spin}")?;
+        if self.is_exact {
+            writeln!(out, "exact")?;
+        }
         self.steps
             .iter()
             .try_for_each(|step| writeln!(out, "{step}"))
@@ -120,6 +132,7 @@ impl FromStr for Program {
                 spin: 50,
             },
             steps: Vec::new(),
+            is_exact: false,
         };
         for line in text.lines().map(str::trim) {
             let number = |text: &str| {
@@ -129,6 +142,8 @@ impl FromStr for Program {
             };
             if line.is_empty() || line.starts_with('#') {
                 continue;
+            } else if line == "exact" {
+                program.is_exact = true;
             } else if let Some(ring) = line.strip_prefix("ring ") {
                 program.surroundings.ring = number(ring)?;
             } else if let Some(spin) = line.strip_prefix("spin ") {
@@ -147,7 +162,8 @@ mod tests {
 
     #[test]
     fn text_comes_back() {
-        let text = "ring 4096\nspin 0\nA conn c0 B\nB/1 start recv c0b 10 waitall\nB/1 join\n";
+        let text =
+            "ring 4096\nspin 0\nexact\nA conn c0 B\nB/1 start recv c0b 10 waitall\nB/1 join\n";
         let program: Program = text.parse().unwrap();
         assert_eq!(program.to_string(), text);
         assert_eq!(program.steps[1].thread, 1);

@@ -59,6 +59,7 @@ impl Shrinking<'_> {
         let surroundings = self.program.surroundings;
         let candidate = Program {
             surroundings,
+            is_exact: self.program.is_exact,
             steps,
         };
         if candidate == self.program || Instant::now() > self.end {
