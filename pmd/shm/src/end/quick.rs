@@ -25,7 +25,9 @@ impl Shared {
 
     /// True while the other end has not taken everything off the outgoing ring.
     pub fn has_unread(&self) -> bool {
-        self.out().consumer.tail.load(Acquire) != self.tx().head.load(Relaxed)
+        let seen = self.tx().seen_tail.load(Relaxed);
+        let tail = self.out().consumer.tail.load(Acquire).max(seen);
+        tail < crate::ring::position(self.tx().head.load(Relaxed))
     }
 
     /// True when either direction is, or may yet go, on a ring.

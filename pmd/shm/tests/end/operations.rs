@@ -349,3 +349,23 @@ fn unread_and_unsent_bytes_are_counted() {
         assert_eq!(b.end().unread(), Some(0));
     });
 }
+
+/// Where the other end has made no call since this one moved to the ring, its word says nothing of what it has read on the anchor.
+#[test]
+fn an_end_that_has_read_all_on_the_anchor_leaves_nothing_unread() {
+    let wire = Wire::new();
+    let [one, other] = wire.sides();
+    let (a, b) = (Program::new(&one), Program::new(&other));
+    assert_eq!(a.send(&bytes(0..10)), Some(10));
+    assert_eq!(b.receive(100, PLAIN), gave(0..10));
+    a.map();
+    b.map();
+    assert_eq!(b.send(&bytes(0..20)), Some(20));
+    assert_eq!(a.receive(100, PLAIN), gave(0..20));
+    a.end().answer_space();
+    assert_eq!(a.sends_by(), phase::RING);
+    // Its process ends.
+    (&b.side).shut(Shut::Sending);
+    a.end().look();
+    assert_eq!(a.shared.rx().anchor.load(Relaxed), anchor::EOF);
+}
