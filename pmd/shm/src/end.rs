@@ -1,7 +1,7 @@
 //! One end of a stream: all that it does with shared memory and with its anchor, written once.
 //!
-//! The shim drives it with raw system calls, the loom tests with a queue of bytes, the unit tests with
-//! both ends in one thread. It never waits for the other end: where a caller has to sleep, a step says
+//! The shim drives it with raw system calls, the daemon with its sockets for streams to other nodes (see
+//! `in_place.rs`), the loom tests with a queue of bytes, the unit tests with both ends in one thread. It never waits for the other end: where a caller has to sleep, a step says
 //! so, and the caller sleeps and comes back. (What can't be done later, at a close or where the kernel must have the connection at
 //! once, waits a little: see [`Patience`].)
 //!
@@ -9,8 +9,6 @@
 //! - [`Anchor`] is the kernel's connection under it, [`Process`] the process that it lives in. Waking
 //!   (`signal`, `drain`, `wait_fd`) stands apart from bytes (`send`, `peek`, `take`), so that something
 //!   else may carry tokens later.
-//! - [`Tokens`] and [`send_token`] are the counting of tokens alone, for the daemon's end of a stream to another node, whose bytes
-//!   go another way.
 //! - [`State`] is what the words say, read once and checked: one value for each direction. Questions
 //!   (readiness, what comes next) are functions of it and change nothing.
 //! - Acting is a step of its own, in the order of a stream's life: [`End::promote`]; `try_switch` and
@@ -30,6 +28,7 @@ mod buffers;
 mod change;
 mod half;
 mod holders;
+mod in_place;
 mod leave;
 mod patience;
 mod quick;

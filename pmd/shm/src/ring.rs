@@ -232,6 +232,14 @@ impl<'a> Sender<'a> {
         self.wire.producer.switch_at.store(at, Ordering::Release);
     }
 
+    /// Moves this direction to a ring that something else fills, which keeps each position at its number modulo the size, and
+    /// stores the head word itself: see [`crate::end::Process::IN_PLACE`].
+    pub fn switch_in_place(&self, at: u64) {
+        self.own.seen_tail.store(at, Ordering::Relaxed);
+        self.wire.producer.origin.store(0, Ordering::Relaxed);
+        self.wire.producer.switch_at.store(at, Ordering::Release);
+    }
+
     /// After the lock was taken from a dead process: forgets what that had not published. Its
     /// last step may have been to note a publication that it did not make any more.
     pub fn recover(&self) {
@@ -393,20 +401,50 @@ impl<'a> Sender<'a> {
         send: impl FnOnce(*const u8, usize) -> T,
     ) -> Result<Option<T>, Violation> {
         let (offset, len) = self.published_at(from)?;
+        Ok(self.with_piece(offset, len, send))
+    }
+
+    /// As [`Self::with_published`], of a ring that something else fills: what it has told of, up to [`Self::head`]. It may
+    /// have filled more.
+    pub fn with_filled<T>(
+        &self,
+        from: u64,
+        send: impl FnOnce(*const u8, usize) -> T,
+    ) -> Result<Option<T>, Violation> {
+        let len = self.head().saturating_sub(from);
+        if !self.is_filled(from) || len > self.ring.size() {
+            return Err(Violation);
+        }
+        Ok(self.with_piece(from, len, send))
+    }
+
+    /// True when a consumer can have come to this position of a ring that something else fills.
+    pub fn is_filled(&self, at: u64) -> bool {
+        let head = self.wire.producer.head.load(Ordering::Acquire);
+        at >= self.own.seen_tail.load(Ordering::Relaxed) && at <= head.max(self.head())
+    }
+
+    /// Gives `send` a contiguous piece of these bytes, if there are any.
+    fn with_piece<T>(
+        &self,
+        offset: u64,
+        len: u64,
+        send: impl FnOnce(*const u8, usize) -> T,
+    ) -> Option<T> {
         if len == 0 {
-            return Ok(None);
+            return None;
         }
         #[cfg(not(loom))]
         {
             let (start, len) = self.ring.piece(offset, len);
-            Ok(Some(send(start, len)))
+            Some(send(start, len))
         }
         #[cfg(loom)]
         {
             let mut bytes = vec![0; len as usize];
             // SAFETY: the buffer has `len` bytes.
             unsafe { self.ring.read(offset, bytes.as_mut_ptr(), bytes.len()) };
-            Ok(Some(send(bytes.as_ptr(), bytes.len())))
+            Some(send(bytes.as_ptr(), bytes.len()))
         }
     }
 

@@ -1,6 +1,6 @@
 //! What an end needs from outside of shared memory: its anchor, and the process that it lives in.
 //!
-//! The shim answers with raw system calls, loom and the unit tests with queues of bytes.
+//! The shim answers with raw system calls, the daemon with the sockets of its streams to other nodes, loom and the unit tests with queues of bytes.
 
 use super::Patience;
 use crate::layout::Counter;
@@ -195,6 +195,10 @@ impl Limits {
 
 /// The process that an end lives in.
 pub trait Process {
+    /// The rings are written and read in place by something else, an engine, which stores the head word of what it writes:
+    /// the daemon's end of a stream to another node. See `in_place.rs`.
+    const IN_PLACE: bool = false;
+
     /// Who locks: this thread.
     fn me(&self) -> Owner;
 

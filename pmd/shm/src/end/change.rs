@@ -4,7 +4,7 @@
 //! anchor that was noted, and of tokens that were taken off it, nobody tells: whoever waits for the connection elsewhere
 //! in this process must look, and that is said by [`Process::changed`], behind each of them.
 
-use super::{Anchor, End, Process};
+use super::{Anchor, End, Process, Shared};
 use crate::sync::Ordering::*;
 
 impl<S: Anchor + Process> End<'_, S> {
@@ -37,5 +37,18 @@ impl<S: Anchor + Process> End<'_, S> {
         if self.rx().anchor.fetch_or(bits, AcqRel) & bits != bits {
             self.socket.changed();
         }
+    }
+}
+
+/// By the thread that watches the rings of an end whose bytes go in place, where nobody waits elsewhere in the process.
+impl Shared {
+    /// The receiving half goes on to another phase.
+    pub(super) fn set_receiving_in_place(&self, phase: u32) {
+        self.rx().phase.store(phase, Release);
+    }
+
+    /// What is sent has ended.
+    pub(super) fn set_sending_shut_in_place(&self) {
+        self.tx().shut.store(1, Release);
     }
 }

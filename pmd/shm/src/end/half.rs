@@ -119,7 +119,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
     /// What a nested sender left behind since the last publication.
     #[inline]
     fn left_behind(&self) -> bool {
-        self.sender.is_behind() && self.end.tx().phase.load(Relaxed) == phase::RING
+        !S::IN_PLACE && self.sender.is_behind() && self.end.tx().phase.load(Relaxed) == phase::RING
     }
 }
 
@@ -171,7 +171,9 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     /// What a nested receiver left behind since the last publication.
     #[inline]
     fn left_behind(&self) -> bool {
-        self.receiver.is_behind() && self.end.rx().phase.load(Relaxed) == phase::RING
+        !S::IN_PLACE
+            && self.receiver.is_behind()
+            && self.end.rx().phase.load(Relaxed) == phase::RING
     }
 }
 

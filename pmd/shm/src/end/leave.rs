@@ -81,7 +81,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         let ended = self.incoming().producer.mark.load(Acquire) & mark::END != 0;
         let unswitched = self.incoming().producer.switch_at.load(Acquire) == NOT_SWITCHED;
         let is_there = match self.rx().phase.load(Acquire) {
-            phase::RING => !self.shared.has_bytes(),
+            phase::RING => matches!(half.receiver.available_now(), Ok(None)),
             phase::SWITCHING => unswitched,
             _ => false,
         };

@@ -38,7 +38,7 @@ pub enum Received {
 }
 
 /// What one attempt to receive gave.
-enum Took {
+pub(super) enum Took {
     /// Bytes were added.
     Some,
     /// Nothing is there, and more may come.
@@ -386,7 +386,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
 
     /// Receives on the anchor what was sent there before the other end switched.
     #[inline(never)]
-    fn take_switching(&self, to: &Buffers, how: How, done: &mut usize) -> Took {
+    pub(super) fn take_switching(&self, to: &Buffers, how: How, done: &mut usize) -> Took {
         let (end, rx) = (self.end, self.end.rx());
         let producer = &end.incoming().producer;
         let position = rx.tail.load(Relaxed);
@@ -493,7 +493,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     }
 
     /// Takes up to `limit` bytes off the anchor, to the place behind `from` bytes. What stopped it.
-    fn take_anchor(
+    pub(super) fn take_anchor(
         &self,
         to: &Buffers,
         from: usize,

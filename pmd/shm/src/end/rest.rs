@@ -73,7 +73,12 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         let end = self.end;
         let stop = end.out().consumer.stop.load(Acquire);
         let from = stop.max(end.out().producer.switch_at.load(Relaxed));
-        if self.sender.with_published(from, |_, _| ()).is_err() {
+        let is_there = if S::IN_PLACE {
+            self.sender.is_filled(from)
+        } else {
+            self.sender.with_published(from, |_, _| ()).is_ok()
+        };
+        if !is_there {
             return end.reset(Reason::Violation);
         }
         // The phase says that the position counts: who dies before it has sent nothing.
@@ -82,7 +87,9 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         // Who ends now would leave the other one with a part of the bytes, and an end that looks like one.
         end.socket.set_linger(BREAKS);
         end.set_sending(phase::LEAVING);
-        self.send_rest();
+        if !S::IN_PLACE {
+            self.send_rest();
+        }
     }
 
     /// Sends as much of the rest as the anchor takes now. The direction is the anchor's once all of it is out.
@@ -94,7 +101,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
     }
 
     /// Sends one piece of the rest. False when the anchor takes no more now.
-    fn send_piece(&self) -> bool {
+    pub(super) fn send_piece(&self) -> bool {
         let (end, tx) = (self.end, self.end.tx());
         let from = tx.again.load(Acquire);
         if from & AGAIN != 0 {
@@ -106,13 +113,24 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             // SAFETY: the ring's memory is mapped as long as the stream.
             (unsafe { end.socket.send(at, len) }, len)
         };
-        match self.sender.with_published(from, send) {
+        let sent = if S::IN_PLACE {
+            self.sender.with_filled(from, send)
+        } else {
+            self.sender.with_published(from, send)
+        };
+        match sent {
             Err(_) => end.reset(Reason::Violation),
             Ok(Some((Got::Bytes(sent), len))) => {
                 tx.again.store(from + sent.min(len) as u64, SeqCst);
                 return true;
             }
             Ok(Some((Got::Nothing, _))) => tx.again.store(from, SeqCst),
+            // More may come, until the direction has ended. An error is judged as one that a look finds.
+            Ok(None) if S::IN_PLACE && tx.shut.load(Relaxed) == 0 => {}
+            Ok(Some((Got::End | Got::Error(_), _))) if S::IN_PLACE => {
+                tx.again.store(from, SeqCst);
+                end.note_end(true);
+            }
             // All is out, or it has nowhere to go, which the next call on the anchor reports.
             Ok(None | Some((Got::End | Got::Error(_), _))) => {
                 end.socket.set_linger(tx.linger.load(Relaxed));

@@ -71,7 +71,11 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         let Some(at) = end.socket.sent() else {
             return false;
         };
-        self.sender.switch(at);
+        if S::IN_PLACE {
+            self.sender.switch_in_place(at);
+        } else {
+            self.sender.switch(at);
+        }
         end.set_sending(phase::RING);
         true
     }

@@ -1,6 +1,6 @@
 //! Tokens on the anchor: sending one to a sleeper, taking them off, and what else a look there finds.
 
-use super::{Anchor, Drained, End, Got, Process, Receiving};
+use super::{Anchor, Drained, End, Got, Process, Receiving, Shared};
 use crate::bell::{self, Place};
 use crate::layout::{Ask, Counter, Producer, anchor, mark, phase, want};
 use crate::reason::Reason;
@@ -83,6 +83,19 @@ pub fn send_token(producer: &Producer, anchor: &impl Anchor, between: impl FnOnc
     }
 }
 
+impl Shared {
+    /// True when an end of the anchor, with an error or without, breaks the connection: see [`End::note_end`].
+    pub fn breaks_by_end(&self, error: bool) -> bool {
+        let on_ring = self.tx().phase.load(Acquire) == phase::RING;
+        // What a socket has not read when it is shut is no reason for a reset; what is sent to it later is, and the kernel's.
+        let is_shut = self.out().bytes.want.load(Relaxed) & want::SHUT != 0;
+        let is_own = (self.rx().shut.load(Acquire) != 0 || is_shut) && !error
+            // Both directions have ended: nobody is told of a reset.
+            || self.tx().shut.load(Relaxed) != 0 && self.marks() & mark::FIN != 0;
+        on_ring && self.has_unread() && !is_own || error && !on_ring
+    }
+}
+
 impl<S: Anchor + Process> End<'_, S> {
     /// Answers what the other end asked, after a publication: rings its bell, sends its token. The bits that the other
     /// end had set. Called with the sending half held, once that is on the ring.
@@ -146,7 +159,7 @@ impl<S: Anchor + Process> End<'_, S> {
     }
 
     /// Sends one token, counted before it goes.
-    fn send_token(&self) {
+    pub(super) fn send_token(&self) {
         self.socket.count(Counter::Wakes);
         send_token(&self.out().producer, &self.socket, || {});
     }
@@ -164,7 +177,8 @@ impl<S: Anchor + Process> End<'_, S> {
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         self.socket.count(Counter::Reset);
         self.socket.broken(reason);
-        if self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+        // A program that has not mapped the stream would read a token as data, and nobody else has this end's anchor.
+        if S::IN_PLACE || self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
             // It sees no mark, and would read a token as data.
             return self.socket.break_now();
         }
@@ -196,13 +210,7 @@ impl<S: Anchor + Process> End<'_, S> {
             // There the bits say what was told.
             return;
         }
-        let on_ring = self.tx().phase.load(Acquire) == phase::RING;
-        // What a socket has not read when it is shut is no reason for a reset; what is sent to it later is, and the kernel's.
-        let is_shut = self.out().bytes.want.load(Relaxed) & want::SHUT != 0;
-        let is_own = (self.rx().shut.load(Acquire) != 0 || is_shut) && !error
-            // Both directions have ended: nobody is told of a reset.
-            || self.tx().shut.load(Relaxed) != 0 && self.shared.marks() & mark::FIN != 0;
-        let bits = if on_ring && self.shared.has_unread() && !is_own || error && !on_ring {
+        let bits = if self.shared.breaks_by_end(error) {
             anchor::EOF | anchor::ERROR | anchor::BROKEN
         } else {
             anchor::EOF
@@ -215,7 +223,7 @@ impl<S: Anchor + Process> End<'_, S> {
         Tokens::new(&self.incoming().producer, &self.rx().drained)
     }
 
-    /// See [`Tokens::outstanding`].
+    /// Tokens that the other end has sent (or is sending) and that are still on the anchor.
     pub fn outstanding(&self) -> u32 {
         self.tokens().outstanding()
     }
@@ -275,7 +283,8 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
         if self.outstanding() != 0 || end.rx().anchor.load(Relaxed) != 0 {
             return;
         }
-        if end.tx().phase.load(Acquire) != phase::RING && end.socket.hears_end() {
+        let is_kernels = !S::IN_PLACE && end.tx().phase.load(Acquire) != phase::RING;
+        if is_kernels && end.socket.hears_end() {
             // An error is the program's, from the kernel: a look must not take it.
             return end.note_end(false);
         }

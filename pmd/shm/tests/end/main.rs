@@ -4,6 +4,7 @@
 
 mod holders;
 mod hostile;
+mod in_place;
 mod leaving;
 mod operations;
 mod pair;

@@ -163,6 +163,11 @@ impl Wire {
         })
     }
 
+    /// The bytes of a ring.
+    pub fn ring(&self, number: usize) -> &[Cell<u8>] {
+        &self.memory[number]
+    }
+
     /// What one end has mapped.
     pub fn shared(&self, side: &Side<'_>) -> Shared {
         // SAFETY: the wire outlives the ends; the rings are touched by their halves only.
@@ -365,7 +370,7 @@ impl Process for &Side<'_> {
 }
 
 /// Calls `with` with the buffers that are one slice.
-fn with_buffers<T>(bytes: *mut u8, len: usize, with: impl FnOnce(&Buffers) -> T) -> T {
+pub fn with_buffers<T>(bytes: *mut u8, len: usize, with: impl FnOnce(&Buffers) -> T) -> T {
     let part = libc::iovec {
         iov_base: bytes.cast(),
         iov_len: len,
@@ -504,6 +509,11 @@ impl<'a> Program<'a> {
         if !self.side.mapped.get() {
             self.side.mapped.set(self.end().promote(true));
         }
+    }
+
+    /// As a thread that is inside a kernel send when the stream comes.
+    pub fn send_on_anchor(&self, bytes: &[u8]) -> usize {
+        self.side.out().send(bytes)
     }
 
     /// Sends what goes at once; how much. `None`: the direction has ended.
