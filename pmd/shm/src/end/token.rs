@@ -276,6 +276,10 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
     pub(super) fn look(&self) {
         let end = self.end;
         self.drain();
+        if end.incoming().producer.mark.load(Acquire) & mark::END != 0 {
+            // What the anchor has is behind the ring's end, and so is its own one: the other end may have shut what it sends.
+            return;
+        }
         if self.outstanding() != 0 && !end.socket.is_open() {
             // Tokens stay for a sleeper that may never come back: the end shows all the same.
             end.note_end(false);

@@ -369,3 +369,20 @@ fn an_end_that_has_read_all_on_the_anchor_leaves_nothing_unread() {
     a.end().look();
     assert_eq!(a.shared.rx().anchor.load(Relaxed), anchor::EOF);
 }
+
+/// An end that goes back to the kernel and shuts what it sends has not gone: its anchor's end belongs to what comes behind the ring.
+#[test]
+fn an_end_behind_the_ring_is_not_judged() {
+    stream(true, |a, b| {
+        assert_eq!(a.send(&bytes(0..10)), Some(10));
+        assert_eq!(b.send(&bytes(0..10)), Some(10));
+        b.end().leave();
+        assert!(b.end().shut_sending());
+        assert!(b.side.has_shut());
+        a.end().look();
+        assert_eq!(a.shared.rx().anchor.load(Relaxed), 0);
+        assert_eq!(a.receive(100, PLAIN), gave(0..10));
+        assert_eq!(a.receive(100, PLAIN), Gave::Bytes(Vec::new()));
+        assert_eq!(a.end().take_error(0), 0);
+    });
+}
