@@ -360,7 +360,7 @@ impl Poller {
         let Some(slot) = Slot::take(&places.free) else {
             return Ok(None);
         };
-        let memory = StreamMemory::new(file, self.ring_size, &places.window, slot)?;
+        let memory = StreamMemory::new(file, self.ring_size, end, &places.window, slot)?;
         let stream = NodeStream::new(ticket, node, end, berth, memory, paid);
         Ok(Some(Arc::new(stream)))
     }

@@ -2,30 +2,22 @@
 //! bytes lie that are to be sent.
 
 use crate::memory::{Area, STAGING};
-use crate::stream::{NodeStream, seen, todo};
+use crate::socket::POLL_CORE;
+use crate::stream::{NONE, NodeStream, todo};
 use rdsock_proto::{LocalError, Node, StreamId};
-use rdsock_shm::layout::{NOT_SWITCHED, mark};
+use rdsock_shm::layout::{anchor, mark, phase};
 use rdsock_vfio::Piece;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-/// Where the bytes from the program come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum From {
-    /// The staging area.
-    Anchor,
-    /// The ring, from this position on.
-    Ring(u64),
-    /// The ring between these positions, then the staging area again.
-    Again(u64, u64),
-}
 
 /// A stream in a poll core's table.
 #[derive(Debug)]
 pub(crate) struct Live {
     pub stream: Arc<NodeStream>,
     pub id: StreamId,
-    from: From,
+    /// Out: the positions whose bytes the program has put into its ring. Those before and behind are in the staging area.
+    ring: Range<u64>,
     /// Out: position that the protocol was told.
     head: u64,
     /// Out: the program has written more, which waits for credit.
@@ -60,7 +52,7 @@ impl Live {
         Live {
             stream,
             id,
-            from: From::Anchor,
+            ring: NONE..NONE,
             head: 0,
             behind: false,
             consumed: 0,
@@ -96,9 +88,9 @@ impl Live {
             // Nonsense in its memory, or the stream is over: either way it ends.
             Err(error) => {
                 let marks = self.stream.out().producer.mark.load(Ordering::Relaxed);
-                let seen = self.stream.seen.load(Ordering::Relaxed);
+                let told = self.stream.shared().rx().anchor.load(Ordering::Relaxed);
                 let stream = self.stream.ticket;
-                tracing::debug!(stream, ?error, marks, seen, "broken by its program");
+                tracing::debug!(stream, ?error, marks, told, "broken by its program");
                 self.break_it(node);
                 true
             }
@@ -109,7 +101,7 @@ impl Live {
         let mut worked = self.look_in(node)?;
         worked |= self.watches && self.look_at_head()?;
         worked |= self.look_out(node)?;
-        if self.stream.seen.load(Ordering::Relaxed) != 0 {
+        if self.stream.has_told() {
             worked |= self.look_at_anchor(node)?;
         }
         Ok(worked)
@@ -118,7 +110,7 @@ impl Live {
     /// The other node has said how far bytes have arrived. What the anchors' thread is to do: bits of [`mod@todo`].
     #[inline]
     pub fn notified(&mut self, head: u64, node: &mut Node) -> u32 {
-        let head = head.max(self.stream.arrived.load(Ordering::Relaxed));
+        let head = head.max(self.stream.arrived());
         self.notified = self.notified.saturating_add(1);
         if self.hot && self.notified >= WATCH_AFTER && !self.watches {
             // It fails for a stream that is over.
@@ -132,9 +124,8 @@ impl Live {
     pub fn stop_watching(&mut self, node: &mut Node) {
         self.notified = 0;
         if std::mem::take(&mut self.watches) {
-            let seen = self.stream.arrived.load(Ordering::Relaxed);
             // As above.
-            let _ = node.set_notify(self.id, true, seen);
+            let _ = node.set_notify(self.id, true, self.stream.arrived());
         }
     }
 
@@ -142,7 +133,7 @@ impl Live {
     #[inline]
     fn look_at_head(&mut self) -> Result<bool, LocalError> {
         let head = self.stream.incoming().producer.head.load(Ordering::Acquire);
-        let arrived = self.stream.arrived.load(Ordering::Relaxed);
+        let arrived = self.stream.arrived();
         if head == arrived {
             return Ok(false);
         }
@@ -164,8 +155,8 @@ impl Live {
     #[inline]
     fn arrived(&self, head: u64) -> u32 {
         let stream = &self.stream;
-        stream.arrived.store(head, Ordering::SeqCst);
-        if !stream.on_ring.load(Ordering::SeqCst) {
+        stream.shared().tx().head.store(head, Ordering::SeqCst);
+        if !stream.is_on_ring() {
             todo::ARRIVED
         } else if stream.answer(&stream.incoming().bytes) {
             todo::WAKE_BYTES
@@ -176,20 +167,40 @@ impl Live {
         }
     }
 
+    /// The other node's direction has ended at this position, whose bytes are all there. What the anchors' thread is to do: bits
+    /// of [`mod@todo`].
+    pub fn peer_ended(&mut self, end: u64) -> u32 {
+        let stream = &self.stream;
+        let head = stream.incoming().producer.head.load(Ordering::Acquire);
+        if stream.arrived() < end && end <= head {
+            stream.shared().tx().head.store(end, Ordering::SeqCst);
+        }
+        stream.ends_at.store(end, Ordering::SeqCst);
+        if !stream.is_on_ring() {
+            return todo::ENDED;
+        }
+        stream.shared().end_in_place();
+        if stream.answer(&stream.incoming().bytes) {
+            todo::WAKE_BYTES
+        } else {
+            0
+        }
+    }
+
     /// What the program has read.
     #[inline]
     fn look_in(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let stream = &*self.stream;
         // What the anchor has taken counts as read, also while the program has not come to its ring.
-        let mut consumed = stream.given.load(Ordering::Acquire);
-        if stream.on_ring.load(Ordering::Acquire) {
+        let mut consumed = stream.given();
+        if stream.is_on_ring() {
             let tail = stream.incoming().consumer.tail.load(Ordering::Acquire);
             consumed = consumed.max(tail);
         }
         if consumed <= self.consumed {
             return Ok(false);
         }
-        if consumed > stream.arrived.load(Ordering::Relaxed) {
+        if consumed > stream.arrived() {
             // The engine stores the head word before it notifies.
             let head = stream.incoming().producer.head.load(Ordering::Acquire);
             if consumed > head {
@@ -205,25 +216,20 @@ impl Live {
     #[inline]
     fn look_out(&mut self, node: &mut Node) -> Result<bool, LocalError> {
         let stream = &*self.stream;
-        let producer = &stream.out().producer;
-        if self.from == From::Anchor {
-            let switch_at = producer.switch_at.load(Ordering::Acquire);
-            if switch_at != NOT_SWITCHED && switch_at == stream.staged.load(Ordering::Acquire) {
-                self.from = From::Ring(switch_at);
-            }
+        let (producer, rx) = (&stream.out().producer, stream.shared().rx());
+        if self.ring.start == NONE && stream.shared().try_settle_switch(POLL_CORE) {
+            self.ring.start = rx.published.load(Ordering::Relaxed);
         }
-        let since = match self.from {
-            From::Ring(since) => since,
-            From::Anchor => {
-                let staged = stream.staged.load(Ordering::Acquire);
-                return self.advance(node, staged);
-            }
-            From::Again(_, end) => {
-                // The staging area is behind until the anchors' thread has come to the end as well.
-                let staged = stream.staged.load(Ordering::Acquire).max(end);
-                return self.advance(node, staged);
-            }
-        };
+        if self.ring.end == NONE && rx.phase.load(Ordering::Acquire) == phase::DEMOTED {
+            self.ring.end = rx.seen_head.load(Ordering::Relaxed);
+        }
+        let since = self.ring.start;
+        if since == NONE || self.ring.end != NONE {
+            // The staging area is behind until the anchors' thread has come to the ring's end as well.
+            let staged = stream.staged.load(Ordering::Acquire);
+            let end = if since == NONE { 0 } else { self.ring.end };
+            return self.advance(node, staged.max(end));
+        }
         // The mark first: what it says is true of a head that is read after it.
         let marks = producer.mark.load(Ordering::Acquire);
         let head = producer.head.load(Ordering::Acquire);
@@ -239,8 +245,9 @@ impl Live {
             return self.abort(node);
         }
         if marks & mark::END != 0 {
-            self.from = From::Again(since, head);
-            self.stream.resumes_at.store(head, Ordering::Release);
+            self.ring.end = head;
+            let tail = &self.stream.shared().rx().tail;
+            tail.store(head, Ordering::Release);
             self.ask |= todo::RESUMED;
             if self.stream.has_left() {
                 self.ask |= todo::LEFT;
@@ -256,21 +263,24 @@ impl Live {
 
     /// The anchors' thread has seen the program's end.
     fn look_at_anchor(&mut self, node: &mut Node) -> Result<bool, LocalError> {
-        let bits = self.stream.seen.load(Ordering::Acquire);
+        let hung_up = self.stream.hung_up.load(Ordering::Acquire);
+        let rx = self.stream.shared().rx();
+        let is_broken = rx.phase.load(Ordering::Acquire) == phase::RESET
+            || rx.anchor.load(Ordering::Acquire) & anchor::BROKEN != 0;
         // What the program has read and sent before that.
         let mut worked = self.look_in(node)?;
         worked |= self.look_out(node)?;
         if self.gone {
             return Ok(true);
         }
-        if bits & seen::BROKEN != 0 {
+        if is_broken {
             return self.abort(node);
         }
         if self.behind {
             return Ok(worked);
         }
-        let closed = bits & seen::CLOSED != 0 || self.stream.is_closed();
-        let on_ring = matches!(self.from, From::Ring(_));
+        let closed = hung_up || self.stream.is_closed();
+        let on_ring = self.ring.start != NONE && self.ring.end == NONE;
         // On a ring, a program that only ends its direction marks that, and leaves its anchor open. One that has gone says no end before:
         // if it has left bytes unread, the other end sees a break, and no end.
         let is_over = closed || on_ring;
@@ -282,7 +292,7 @@ impl Live {
             self.gone = true;
             // Of what has come while it was watched, nobody else knows.
             self.look_at_head()?;
-            if self.stream.arrived.load(Ordering::Relaxed) > self.consumed {
+            if self.stream.arrived() > self.consumed {
                 node.abort(self.id)?;
             } else {
                 node.close(self.id)?;
@@ -310,14 +320,9 @@ impl Live {
     pub fn credit(&mut self, to: u64) -> u32 {
         let stream = &*self.stream;
         let mut what = 0;
-        if let From::Ring(since) | From::Again(since, _) = self.from
-            && to > since
-        {
-            let end = match self.from {
-                From::Again(_, end) => end.min(to),
-                _ => to,
-            };
-            stream.out().consumer.tail.store(end, Ordering::Release);
+        if to > self.ring.start {
+            let to = to.min(self.ring.end);
+            stream.out().consumer.tail.store(to, Ordering::Release);
             if stream.answer(&stream.out().space) {
                 what |= todo::WAKE_SPACE;
             }
@@ -335,15 +340,14 @@ impl Live {
         pieces.clear();
         let ring = Area::Ring(self.stream.end);
         while at < end {
-            let (area, offset, until) = match self.from {
-                From::Ring(since) if at >= since => (ring, self.in_ring(at), end),
-                From::Again(since, until) if at >= since && at < until => {
-                    (ring, self.in_ring(at), until.min(end))
-                }
-                From::Ring(since) => (Area::Staging, at, since.min(end)),
-                From::Again(since, _) if at < since => (Area::Staging, at, since.min(end)),
-                _ => (Area::Staging, at, end),
+            let (area, offset, until) = if self.ring.contains(&at) {
+                (ring, self.in_ring(at), self.ring.end)
+            } else if at < self.ring.start {
+                (Area::Staging, at, self.ring.start)
+            } else {
+                (Area::Staging, at, NONE)
             };
+            let until = until.min(end);
             let Some(piece) = self.stream.memory.piece(area, offset, (until - at) as u32) else {
                 return false;
             };

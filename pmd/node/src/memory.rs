@@ -1,7 +1,8 @@
 //! The memory of a stream to another node, as the daemon reaches it: it stands for the other end.
 //!
 //! Opts into `unsafe` to reach the mapped header, and to let the kernel read and write the rings: every
-//! offset is masked or checked, and what a program can write is reached through atomics only.
+//! offset is masked or checked, and what a program can write is reached through atomics only. The end's own state lies beside it, in
+//! memory of the daemon's.
 //!
 //! Behind the two rings lies the *staging* area: what a program has sent on its anchor is put there
 //! for the engine to read, since the ring is the program's own from the moment it switches.
@@ -9,11 +10,17 @@
 use crate::desk::Paid;
 use memmap2::{MmapOptions, MmapRaw};
 use rdsock_shm::bell::Place as BellPlace;
-use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, Direction, Producer, StreamHeader};
+use rdsock_shm::end::{Buffers, Shared as EndShared};
+use rdsock_shm::layout::{
+    Bell, BellBoard, DATA_OFFSET, Direction, EndPage, Producer, StreamHeader,
+};
+use rdsock_shm::ring::RingMemory;
 use rdsock_vfio::{BusError, Piece, Shared, Window};
+use std::convert::Infallible;
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::null;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of the staging area.
@@ -36,6 +43,9 @@ pub enum Area {
 /// A stream's memory, mapped here and for the device.
 #[derive(Debug)]
 pub struct StreamMemory {
+    /// The daemon's end, which leads to what follows.
+    shared: EndShared,
+    _page: Box<EndPage>,
     map: MmapRaw,
     dma: Shared,
     ring_size: u64,
@@ -71,10 +81,11 @@ impl Drop for Slot {
 
 impl StreamMemory {
     /// Maps a stream's memfd (sealed against shrinking, of [`stream_bytes`] bytes, in which nobody makes holes) at a place in the
-    /// window of its node.
+    /// window of its node. The program is end `end`, the daemon the other one.
     pub fn new(
         file: &impl AsFd,
         ring_size: u64,
+        end: usize,
         window: &Window,
         slot: Slot,
     ) -> Result<Self, BusError> {
@@ -88,7 +99,28 @@ impl StreamMemory {
                 source,
             })?;
         let dma = Shared::new(&dma, 0, len).ok_or(BusError::BadLength(len))?;
+        // SAFETY: made of integers; zeroes are a value.
+        let page: Box<EndPage> = Box::new(unsafe { std::mem::zeroed() });
+        let header: *const StreamHeader = map.as_ptr().cast();
+        let start = map.as_mut_ptr();
+        let rings = [0, 1].map(|ring| start.wrapping_add(place_of(Area::Ring(ring), ring_size)));
+        // SAFETY: header and rings lie in the mapping, whose size that is, and the page in its box: both are kept as long as what
+        // is made here. The mapping is page-aligned and can't shrink (sealed), its words are atomic, nobody has references to the
+        // rings.
+        let shared = unsafe {
+            let rings = rings.map(|start| RingMemory::new(start, ring_size));
+            let directions = (&raw const (*header).directions).cast::<Direction>();
+            EndShared::new(
+                directions,
+                &raw const *page,
+                null(),
+                rings,
+                1 - (end & 1) as u32,
+            )
+        };
         Ok(StreamMemory {
+            shared,
+            _page: page,
             map,
             dma,
             ring_size,
@@ -101,17 +133,10 @@ impl StreamMemory {
         self.ring_size
     }
 
-    /// A direction's words.
+    /// The daemon's end.
     #[inline]
-    pub fn direction(&self, number: usize) -> &Direction {
-        let header: *const StreamHeader = self.map.as_ptr().cast();
-        // SAFETY: the header is the start of the mapping, which lives as long as `self`, is page-aligned and can't
-        // shrink (sealed); a direction is made of atomics only; the index is 0 or 1.
-        unsafe {
-            &*(&raw const (*header).directions)
-                .cast::<Direction>()
-                .add(number & 1)
-        }
+    pub fn shared(&self) -> &EndShared {
+        &self.shared
     }
 
     /// Offset of a direction's ring in the region of the other node.
@@ -128,10 +153,7 @@ impl StreamMemory {
     }
 
     fn start(&self, area: Area) -> u64 {
-        match area {
-            Area::Ring(direction) => DATA_OFFSET + (direction as u64 & 1) * self.ring_size,
-            Area::Staging => DATA_OFFSET + 2 * self.ring_size,
-        }
+        place_of(area, self.ring_size) as u64
     }
 
     fn size(&self, area: Area) -> u64 {
@@ -157,43 +179,27 @@ impl StreamMemory {
         self.dma.piece(start, len as u32)
     }
 
-    /// Sends bytes at `at` in an area to a socket, without waiting: as many as lie together and as the
-    /// socket takes.
-    pub fn send(&self, socket: BorrowedFd<'_>, area: Area, at: u64, len: u64) -> io::Result<u64> {
-        let (start, len) = self.place(area, at, len);
-        // SAFETY: the bytes lie in the mapping (`place`); the kernel only reads them.
-        let sent = unsafe {
-            libc::send(
-                socket.as_raw_fd(),
-                self.map.as_ptr().add(start).cast(),
-                len,
-                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-            )
+    /// Room for at most `len` bytes at `at` in the staging area, as much as lies together, for the kernel to write to.
+    pub fn with_staging<T>(&self, at: u64, len: u64, with: impl FnOnce(&Buffers) -> T) -> T {
+        let (start, len) = self.place(Area::Staging, at, len);
+        let part = libc::iovec {
+            iov_base: self.map.as_mut_ptr().wrapping_add(start).cast(),
+            iov_len: len,
         };
-        u64::try_from(sent).map_err(|_| io::Error::last_os_error())
+        // SAFETY: the bytes lie in the mapping (`place`), as long as this call; nobody has a reference to them.
+        let buffers = unsafe { Buffers::new(&raw const part, 1, |_| Ok::<_, Infallible>(())) };
+        let Ok(buffers) = buffers;
+        with(&buffers)
     }
+}
 
-    /// Receives bytes from a socket to `at` in an area, without waiting: as many as lie together and as there
-    /// are. 0 is the end of file.
-    pub fn receive(
-        &self,
-        socket: BorrowedFd<'_>,
-        area: Area,
-        at: u64,
-        len: u64,
-    ) -> io::Result<u64> {
-        let (start, len) = self.place(area, at, len);
-        // SAFETY: the bytes lie in the mapping (`place`); nobody has a reference to them.
-        let got = unsafe {
-            libc::recv(
-                socket.as_raw_fd(),
-                self.map.as_mut_ptr().add(start).cast(),
-                len,
-                libc::MSG_DONTWAIT,
-            )
-        };
-        u64::try_from(got).map_err(|_| io::Error::last_os_error())
-    }
+/// Where an area starts.
+fn place_of(area: Area, ring_size: u64) -> usize {
+    let offset = match area {
+        Area::Ring(direction) => DATA_OFFSET + (direction as u64 & 1) * ring_size,
+        Area::Staging => DATA_OFFSET + 2 * ring_size,
+    };
+    offset as usize
 }
 
 /// A tenant's bell board, whose bits the daemon sets for its streams to other nodes.

@@ -1,13 +1,15 @@
 //! A stream to another node: what its poll core and the anchors' thread tell each other about it.
 //!
-//! The program is one end, the daemon the other. *Out* is the direction from the program to the other
-//! node, *in* the one back. Positions count the bytes of a direction from the connection's birth, on the
+//! The program is one end, the daemon the other: an [`End`](rdsock_shm::end::End) whose rings the engine reads and writes in
+//! place. *Out* is the direction from the program to the other
+//! node, which the daemon's end receives, *in* the one back. Where each direction is, how far, and what the anchor has told of its
+//! end, stands in the words of that end ([`NodeStream::shared`]); here stand those that it does not have. Positions count the bytes of a direction from the connection's birth, on the
 //! anchor, in the ring and between the nodes alike.
 
 use crate::desk::{Attach, Paid, Seat};
 use crate::memory::{Board, StreamMemory};
-use rdsock_shm::end::take_ask;
-use rdsock_shm::layout::{Ask, Direction, mark, want};
+use rdsock_shm::end::{Shared, take_ask};
+use rdsock_shm::layout::{AGAIN, Ask, Direction, phase, want};
 use rdsock_shm::wake;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -26,7 +28,7 @@ pub mod todo {
     pub const WAKE_BYTES: u32 = 4;
     /// Send a wake byte for the ask for space.
     pub const WAKE_SPACE: u32 = 8;
-    /// The program has ended its ring at `resumes_at`: go on reading the anchor.
+    /// The program has ended its ring, and the engine has come to that end: go on reading the anchor.
     pub const RESUMED: u32 = 16;
     /// The program has left the ring of what comes in: it reads the anchor again.
     pub const LEFT: u32 = 32;
@@ -38,16 +40,6 @@ pub mod todo {
     pub const READY: u32 = 256;
     /// The other end's direction has an end.
     pub const ENDED: u32 = 512;
-}
-
-/// What the anchors' thread has seen, in [`NodeStream::seen`].
-pub mod seen {
-    /// The anchor's end of file.
-    pub const EOF: u32 = 1;
-    /// The anchor is broken, or carries what nobody may have sent.
-    pub const BROKEN: u32 = 2;
-    /// Both directions of the anchor have ended.
-    pub const CLOSED: u32 = 4;
 }
 
 /// Where a stream is carried, and by whom.
@@ -85,21 +77,13 @@ pub struct NodeStream {
 
     /// Anchors' thread: out, position after the last byte in the staging area.
     pub staged: AtomicU64,
-    /// Anchors' thread: in, position after the last byte given to the anchor.
-    pub given: AtomicU64,
-    /// Anchors' thread: in, the program reads the ring.
-    pub on_ring: AtomicBool,
-    /// Anchors' thread: bits of [`seen`].
-    pub seen: AtomicU32,
+    /// Anchors' thread: both directions of the anchor have ended; what the program sent may still be unread.
+    pub hung_up: AtomicBool,
     /// Anchors' thread: bytes on the anchor wait for room in the staging area, and a wake byte may lie behind them.
     pub is_stalled: AtomicBool,
 
     /// Poll core: out, position up to which the staging area may be used again.
     pub freed: AtomicU64,
-    /// Poll core: out, where the anchor goes on after the ring; [`NONE`].
-    pub resumes_at: AtomicU64,
-    /// Poll core: in, position after the last byte that has arrived.
-    pub arrived: AtomicU64,
     /// Poll core: in, position of the end; [`NONE`].
     pub ends_at: AtomicU64,
     /// Bits of [`mod@todo`], set by the poll core, taken by the anchors' thread.
@@ -121,7 +105,7 @@ impl NodeStream {
         memory: StreamMemory,
         paid: Paid,
     ) -> Self {
-        let stream = NodeStream {
+        NodeStream {
             ticket,
             node,
             end: end & 1,
@@ -132,21 +116,14 @@ impl NodeStream {
             id: AtomicU64::new(0),
             board: Mutex::new(None),
             staged: AtomicU64::new(0),
-            given: AtomicU64::new(0),
-            on_ring: AtomicBool::new(false),
-            seen: AtomicU32::new(0),
+            hung_up: AtomicBool::new(false),
             is_stalled: AtomicBool::new(false),
             freed: AtomicU64::new(0),
-            resumes_at: AtomicU64::new(NONE),
-            arrived: AtomicU64::new(0),
             ends_at: AtomicU64::new(NONE),
             todo: AtomicU32::new(0),
             queued: [AtomicBool::new(false), AtomicBool::new(false)],
             _paid: paid,
-        };
-        // The daemon counts what it reads from the anchor, so the program may switch when it likes.
-        stream.out().consumer.ready.store(1, Ordering::Release);
-        stream
+        }
     }
 
     /// A program is handed the stream, with this bell board. Without one it gets a wake byte in place of each bell.
@@ -172,22 +149,53 @@ impl NodeStream {
         let _ = self.seat.desk().attach.put(Attach { stream, socket });
     }
 
+    /// The daemon's end.
+    #[inline]
+    pub fn shared(&self) -> &Shared {
+        self.memory.shared()
+    }
+
     /// The direction from the program to the other node.
     #[inline]
     pub fn out(&self) -> &Direction {
-        self.memory.direction(self.end)
+        self.shared().incoming()
     }
 
     /// The direction from the other node to the program.
     #[inline]
     pub fn incoming(&self) -> &Direction {
-        self.memory.direction(1 - self.end)
+        self.shared().out()
+    }
+
+    /// In: position after the last byte that has arrived. The poll core's.
+    #[inline]
+    pub fn arrived(&self) -> u64 {
+        self.shared().tx().head.load(Ordering::SeqCst)
+    }
+
+    /// In: position after the last byte given to the anchor. The anchors' thread's.
+    #[inline]
+    pub fn given(&self) -> u64 {
+        self.shared().tx().again.load(Ordering::Acquire) & !AGAIN
+    }
+
+    /// In: the program reads the ring.
+    #[inline]
+    pub fn is_on_ring(&self) -> bool {
+        self.shared().tx().phase.load(Ordering::SeqCst) == phase::RING
+    }
+
+    /// The anchor has told of an end, or the stream is broken.
+    #[inline]
+    pub fn has_told(&self) -> bool {
+        let rx = self.shared().rx();
+        rx.anchor.load(Ordering::Acquire) != 0 || rx.phase.load(Ordering::Acquire) == phase::RESET
     }
 
     /// No wake byte of the program would be seen now, when it takes bytes off its ring.
     #[inline]
     pub fn is_deaf(&self) -> bool {
-        self.is_stalled.load(Ordering::Acquire) && self.on_ring.load(Ordering::Acquire)
+        self.is_stalled.load(Ordering::Acquire) && self.is_on_ring()
     }
 
     /// The program has closed its last descriptor.
@@ -216,11 +224,5 @@ impl NodeStream {
             wake::rung(&ask.want);
         }
         token
-    }
-
-    /// Marks the end of what comes in, for a program on its ring.
-    pub fn mark_end(&self) {
-        let producer = &self.incoming().producer;
-        producer.mark.fetch_or(mark::FIN, Ordering::AcqRel);
     }
 }

@@ -7,8 +7,8 @@ use rdsock_node::{Command, Notice};
 use rdsock_shm::layout::mark;
 use site::program::Program;
 use site::*;
-use std::sync::atomic::Ordering::Acquire;
-use std::time::Duration;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::time::{Duration, Instant};
 
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
@@ -190,4 +190,52 @@ fn a_full_ring_behind_a_full_staging_area_waits_for_credit() {
         program.shutdown(std::net::Shutdown::Both).unwrap();
     }
     are_over(&mut sites, &connection);
+}
+
+/// A program that breaks its stream before it has switched says so with a mark and a token, and the token is no byte of its.
+#[test]
+fn a_break_before_the_switch_is_no_byte() {
+    let mut sites = pair();
+    let ([mut a, mut b], _connection) = programs(&mut sites);
+    b.switch();
+    a.send_on_anchor(b"data");
+    assert_eq!(b.receive_exactly(4), b"data");
+    a.out().producer.mark.fetch_or(mark::RESET, AcqRel);
+    a.wake();
+    wait_for_marks(&b, mark::RESET);
+    assert_eq!(b.incoming().producer.head.load(Acquire), 4);
+}
+
+/// Waits until these marks stand in the ring of a program that reads there.
+fn wait_for_marks(program: &Program, wanted: u32) {
+    let marks = || program.incoming().producer.mark.load(Acquire);
+    let end = Instant::now() + LIMIT;
+    while marks() & wanted != wanted {
+        assert!(Instant::now() < end, "marks {}", marks());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Its kernel tells of that, where what comes in never went to its ring.
+#[test]
+fn a_program_that_goes_with_bytes_unread_on_its_anchor_breaks_its_stream() {
+    let mut sites = pair();
+    let mut connection = connect(&mut sites);
+    let [first, second] = connection
+        .programs
+        .each_ref()
+        .map(|anchor| anchor.try_clone().unwrap());
+    let mut a = Program::unready(&connection.files[0], 0, first);
+    let mut b = Program::new(&connection.files[1], 1, second);
+    let stream = connection.streams[1].clone();
+    sites[1].poller.command(Command::Ready { stream });
+    a.switch();
+    b.switch();
+    a.send(b"question");
+    assert_eq!(b.receive_exactly(8), b"question");
+    b.send(b"never read");
+    a.anchor.peek(&mut [0]).unwrap();
+    let gone = std::mem::replace(&mut connection.programs[0], sockets().0);
+    drop((a, gone));
+    wait_for_marks(&b, mark::RESET);
 }

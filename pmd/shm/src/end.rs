@@ -48,8 +48,9 @@ pub use patience::Patience;
 pub use receive::{How, Received};
 pub use send::{Counted, Sent, Way};
 pub use sleep::{PATIENCE_MS, Sleeper};
-pub use state::{Ahead, Incoming, Kernel, Outgoing, Peer, State, Then, Told, bit};
-pub use token::{Tokens, send_token, take_ask};
+use state::Ahead;
+pub use state::{Incoming, Kernel, Outgoing, Peer, State, Then, Told, bit};
+pub use token::take_ask;
 
 use crate::layout::{BELLS, Bell, Direction, EndPage, RxState, TxState};
 use crate::ring::RingMemory;

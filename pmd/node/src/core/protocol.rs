@@ -176,18 +176,9 @@ impl Core {
             }
             Event::PeerShut { stream, end } => {
                 if let Some(live) = self.live(stream) {
-                    let stream = live.stream.clone();
-                    stream.ends_at.store(end, Ordering::SeqCst);
-                    let mut what = todo::ENDED;
-                    if stream.on_ring.load(Ordering::SeqCst) {
-                        stream.mark_end();
-                        what = if stream.answer(&stream.incoming().bytes) {
-                            todo::WAKE_BYTES
-                        } else {
-                            0
-                        };
-                    }
+                    let what = live.peer_ended(end);
                     if what != 0 {
+                        let stream = live.stream.clone();
                         stream.ask(what);
                     }
                 }

@@ -28,10 +28,17 @@ pub struct Program {
 
 impl Program {
     pub fn new(file: &File, end: usize, anchor: TcpStream) -> Self {
+        let program = Self::unready(file, end, anchor);
+        program.incoming().consumer.ready.store(1, Release);
+        program
+    }
+
+    /// One that can't read its ring yet.
+    pub fn unready(file: &File, end: usize, anchor: TcpStream) -> Self {
         let map = MmapOptions::new().map_raw(file).unwrap();
         // SAFETY: made of integers; zeroes are a value.
         let (tx, rx) = unsafe { (Box::new(std::mem::zeroed()), Box::new(std::mem::zeroed())) };
-        let program = Program {
+        Program {
             map,
             end,
             anchor,
@@ -41,9 +48,7 @@ impl Program {
             sent: 0,
             on_ring: false,
             drained: 0,
-        };
-        program.incoming().consumer.ready.store(1, Release);
-        program
+        }
     }
 
     fn direction(&self, number: usize) -> &Direction {
@@ -82,7 +87,11 @@ impl Program {
 
     /// Moves what is sent from here on to the ring.
     pub fn switch(&mut self) {
-        assert_eq!(self.out().consumer.ready.load(Acquire), 1);
+        let end = Instant::now() + LIMIT;
+        while self.out().consumer.ready.load(Acquire) == 0 {
+            assert!(Instant::now() < end, "the daemon is not ready");
+            std::thread::yield_now();
+        }
         self.sender().switch(self.sent);
     }
 

@@ -40,7 +40,7 @@ pub(super) fn then(marks: u32, shut: bool) -> Then {
 
 /// What stands between a receiver's position on the anchor and the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ahead {
+pub(super) enum Ahead {
     /// Nothing: the ring comes next.
     Ring,
     /// So many bytes of the anchor.
@@ -54,7 +54,7 @@ pub enum Ahead {
 impl Ahead {
     /// Of a receiver that has taken the bytes up to `position` off the anchor.
     #[inline]
-    pub fn of(producer: &Producer, position: u64) -> Self {
+    pub(super) fn of(producer: &Producer, position: u64) -> Self {
         match producer.switch_at.load(Acquire) {
             NOT_SWITCHED => Ahead::Unswitched,
             at if at == position => Ahead::Ring,

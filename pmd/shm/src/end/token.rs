@@ -10,7 +10,7 @@ use crate::wake;
 /// The tokens that come to an end: counted by the other end before each is sent, and by this one when it is taken. Only
 /// as many are taken as were counted, since behind them may come data.
 #[derive(Clone, Copy, Debug)]
-pub struct Tokens<'a> {
+struct Tokens<'a> {
     sent: &'a AtomicU32,
     taken: &'a AtomicU32,
 }
@@ -18,7 +18,7 @@ pub struct Tokens<'a> {
 impl<'a> Tokens<'a> {
     /// Those that this producer's end sends, of which so many were `taken`.
     #[inline]
-    pub fn new(producer: &'a Producer, taken: &'a AtomicU32) -> Self {
+    fn new(producer: &'a Producer, taken: &'a AtomicU32) -> Self {
         Tokens {
             sent: &producer.wakes,
             taken,
@@ -27,14 +27,14 @@ impl<'a> Tokens<'a> {
 
     /// Tokens that the other end has sent (or is sending) and that are still on the anchor.
     #[inline]
-    pub fn outstanding(&self) -> u32 {
+    fn outstanding(&self) -> u32 {
         self.sent
             .load(Acquire)
             .wrapping_sub(self.taken.load(Relaxed))
     }
 
     /// Takes off the anchor what was counted and has arrived. What ended that: `Nothing` where all is well.
-    pub fn take(&self, anchor: &impl Anchor) -> Drained {
+    fn take(&self, anchor: &impl Anchor) -> Drained {
         let mut most = self.outstanding();
         while most != 0 && most <= i32::MAX as u32 {
             let drained = anchor.drain(most);
@@ -73,7 +73,7 @@ pub fn take_ask(ask: &Ask, ring: impl FnOnce(Place) -> Option<bool>) -> (u32, bo
 }
 
 /// Counts one token, does `between`, and sends it.
-pub fn send_token(producer: &Producer, anchor: &impl Anchor, between: impl FnOnce()) {
+pub(super) fn send_token(producer: &Producer, anchor: &impl Anchor, between: impl FnOnce()) {
     producer.wakes.fetch_add(1, AcqRel);
     between();
     if !anchor.signal() {
