@@ -373,11 +373,13 @@ impl Anchor {
         self.after_switch(before);
     }
 
-    /// The stream is broken: the program sees ECONNRESET, unless it has seen an end before. The other node may have told of an end
-    /// before it knew that its program has died with bytes unread: TCP would have told of the break alone.
+    /// The stream is broken: the program sees ECONNRESET, unless both directions had ended before. The other node may have told of
+    /// an end before it knew that its program has died with bytes unread: TCP would have told of the break alone.
     fn reset(&self) {
-        let marks = &self.stream.incoming().producer.mark;
-        marks.fetch_and(!mark::FIN, Ordering::AcqRel);
+        if !self.stream.has_shut() {
+            let marks = &self.stream.incoming().producer.mark;
+            marks.fetch_and(!mark::FIN, Ordering::AcqRel);
+        }
         self.end().reset(Reason::PeerReset);
     }
 }

@@ -9,7 +9,7 @@
 use crate::desk::{Attach, Paid, Seat};
 use crate::memory::{Board, StreamMemory};
 use rdsock_shm::end::{Shared, take_ask};
-use rdsock_shm::layout::{AGAIN, Ask, Direction, phase, want};
+use rdsock_shm::layout::{AGAIN, Ask, Direction, mark, phase, want};
 use rdsock_shm::wake;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -203,6 +203,12 @@ impl NodeStream {
         let asks = [&self.incoming().bytes, &self.out().space];
         asks.iter()
             .any(|ask| ask.want.load(Ordering::Acquire) & want::CLOSED != 0)
+    }
+
+    /// The program has ended what it sends.
+    pub fn has_shut(&self) -> bool {
+        let on_anchor = self.shared().rx().anchor.load(Ordering::Acquire) != 0;
+        on_anchor || self.out().producer.mark.load(Ordering::Acquire) & mark::FIN != 0
     }
 
     /// The program has left the ring of what comes in.

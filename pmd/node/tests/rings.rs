@@ -239,3 +239,24 @@ fn a_program_that_goes_with_bytes_unread_on_its_anchor_breaks_its_stream() {
     drop((a, gone));
     wait_for_marks(&b, mark::RESET);
 }
+
+/// As by TCP, where nothing is left of a connection that could break.
+#[test]
+fn nobody_is_told_of_a_break_behind_both_ends() {
+    let mut sites = pair();
+    let ([mut a, mut b], mut connection) = programs(&mut sites);
+    a.switch();
+    b.switch();
+    a.send(b"never read");
+    a.shut();
+    b.shut();
+    assert_eq!(a.receive(1), b"");
+    wait_for_marks(&b, mark::FIN);
+    let gone = std::mem::replace(&mut connection.programs[1], sockets().0);
+    drop((b, gone));
+    let ticket = connection.streams[0].ticket;
+    sites[0].until(|notice| *notice == Notice::Released { ticket });
+    // Beside the end, a break means nothing.
+    let marks = a.incoming().producer.mark.load(Acquire);
+    assert_ne!(marks & mark::FIN, 0, "marks {marks}");
+}
