@@ -20,7 +20,8 @@ fn work_is_counted_and_its_time_is_measured() {
     };
     let end = Instant::now() + LIMIT;
     let at_work = counts(core);
-    while at_work.timed_turns() < 5 {
+    // The protocol takes so little time that a few turns may show none.
+    while at_work.timed_turns() < 5 || at_work.stage(Stage::Protocol) == 0 {
         assert!(Instant::now() < end, "no turn was measured");
         a.write_all(&[1; 100]).unwrap();
         b.read_exact(&mut [0; 100]).unwrap();
@@ -34,8 +35,6 @@ fn work_is_counted_and_its_time_is_measured() {
     }
     assert!(at_work.busy_turns.get() <= at_work.turns.get());
     assert!(at_work.doorbells.get() <= at_work.posted.get());
-    let spent: u64 = Stage::ALL.iter().map(|stage| at_work.stage(*stage)).sum();
-    assert!(spent > 0 && at_work.stage(Stage::Protocol) > 0);
     // The other one has greeted, and carried nothing.
     let other = counts(1 - core);
     assert!(other.messages.get() > 0);
