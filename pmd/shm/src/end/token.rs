@@ -172,13 +172,15 @@ impl<S: Anchor + Process> End<'_, S> {
         }
         // Not reported yet, whatever the anchor has said; but for a send that came before the last bytes were received.
         self.rx().anchor.fetch_and(!anchor::ERROR, AcqRel);
+        let has_ended_ring = self.tx().phase.load(Acquire) == phase::DEMOTED;
         self.set_sending(phase::RESET);
         self.page().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
         self.socket.count(Counter::Reset);
         self.socket.broken(reason);
         // A program that has not mapped the stream would read a token as data, and nobody else has this end's anchor.
-        if S::IN_PLACE || self.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+        let has_left = self.out().bytes.want.load(Acquire) & want::DEMOTED != 0;
+        if S::IN_PLACE || has_ended_ring || has_left {
             // It sees no mark, and would read a token as data.
             return self.socket.break_now();
         }

@@ -100,6 +100,22 @@ fn another_place_said_later_changes_nothing() {
     });
 }
 
+/// Behind the ring's end the anchor carries data.
+#[test]
+fn a_break_behind_the_rings_end_is_no_byte_of_data() {
+    stream(true, |a, b| {
+        assert_eq!(a.send(&bytes(0..10)), Some(10));
+        a.end().leave();
+        assert_eq!(a.sends_by(), phase::DEMOTED);
+        assert_eq!(receive(b), bytes(0..10));
+        b.poll();
+        assert_eq!(b.receives_by(), phase::DEMOTED);
+        a.end().reset(Reason::Bypass);
+        assert_eq!(receive(b), b"");
+        assert!(a.side.is_cut());
+    });
+}
+
 #[test]
 fn an_end_goes_behind_the_rest() {
     abandoned(1000, |a, b| {
