@@ -4,14 +4,16 @@
 mod tenant;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use rdsock_shm::control::{Message, kind};
 use tenant::actor::{Actor, Part, is_root, listen, say};
 use tenant::measure::Honest;
-use tenant::silent::{FileSystem, be_file_system};
+use tenant::silent::{FileSystem, be_file_system, with_file};
 use tenant::{Answer, Daemon, Tenant};
 
 /// Waits until a thread of the daemon is where no signal ends it.
@@ -73,6 +75,69 @@ fn a_killed_daemon_that_can_not_end_is_succeeded() {
     assert_eq!(lingers.try_wait().unwrap(), None);
     // As if the process had ended.
     assert!(matches!(attached.receive(), Answer::Closed));
+    Honest::new(&daemon).promotion();
+    drop(system);
+    lingers.wait().unwrap();
+}
+
+/// Callers who have a file with them whose last close waits.
+const CALLERS: usize = 4;
+
+/// The part of these callers: one calls when it is told so, and then the others. The daemon is stopped meanwhile.
+fn be_callers(part: &Part) {
+    let path = PathBuf::from(listen().unwrap());
+    let mut with_files: Vec<OwnedFd> = (0..CALLERS).map(|_| with_file(&path)).collect();
+    let mut writer = File::options().read(true).write(true).open(path).unwrap();
+    writer.write_all(&[7; 4096]).unwrap();
+    say("opened");
+    let call = |with_file: OwnedFd| {
+        let caller = Tenant::at_this(&part.socket).unwrap();
+        caller.send(b"rubbish", &[with_file.as_raw_fd()]);
+        // The daemon, which has not heard of it yet, is the last to close it.
+        drop(with_file);
+        std::mem::forget(caller);
+    };
+    listen();
+    call(with_files.pop().unwrap());
+    say("called");
+    listen();
+    with_files.into_iter().for_each(call);
+    say("called");
+    let _ = listen();
+}
+
+/// What callers have left whom the one before has not heard.
+#[test]
+fn files_of_callers_that_nobody_has_heard_do_not_hold_up_the_successor() {
+    let test = "files_of_callers_that_nobody_has_heard_do_not_hold_up_the_successor";
+    if let Some(part) = Part::of_this() {
+        return match part.name.as_str() {
+            "callers" => be_callers(&part),
+            _ => be_file_system(&part),
+        };
+    }
+    if !is_root() {
+        return;
+    }
+    let mut daemon = Daemon::start("ring_size = 65536\nhuge_pages = \"never\"\n");
+    let mut callers = Actor::start_with(test, "callers", &daemon.socket(), |_| {});
+    // Ended first, whatever happens: else nobody gets rid of the files.
+    let Some(mut system) = FileSystem::start_with(test, None, true) else {
+        return;
+    };
+    callers.say(system.path().to_str().unwrap());
+    callers.hear("opened");
+    system.silence();
+    daemon.signal(Signal::SIGSTOP);
+    callers.say("one");
+    callers.hear("called");
+    daemon.signal(Signal::SIGCONT);
+    wait_for_held_thread(&daemon);
+    daemon.signal(Signal::SIGSTOP);
+    callers.say("others");
+    callers.hear("called");
+    daemon.signal(Signal::SIGKILL);
+    let mut lingers = daemon.succeed();
     Honest::new(&daemon).promotion();
     drop(system);
     lingers.wait().unwrap();

@@ -43,7 +43,7 @@ impl FileSystem {
     }
 
     /// The same, and the kernel may keep what is written for a while.
-    fn start_with(test: &str, content: Option<&Path>, caches: bool) -> Option<Self> {
+    pub fn start_with(test: &str, content: Option<&Path>, caches: bool) -> Option<Self> {
         if !Path::new("/dev/fuse").exists() {
             skipped("there is no /dev/fuse here");
             return None;
