@@ -238,6 +238,17 @@ mod tests {
             ..Config::default()
         };
         assert_eq!(format!("{set:?}"), format!("{default:?}"));
+        // "unknown field `none`, expected one of `socket`, …"
+        let error = Config::parse("none = 1").unwrap_err();
+        let (_, known) = error.split_once("expected one of").unwrap();
+        let keys: Vec<&str> = known.split('`').skip(1).step_by(2).collect();
+        assert!(keys.contains(&"sockets_for_users"), "{error}");
+        for key in keys {
+            let [value, table] = [format!("{key} = "), format!("[{key}]")];
+            let mut lines = example.lines().map(|line| line.trim_start_matches("# "));
+            let is_there = lines.any(|line| line.starts_with(&value) || line == table);
+            assert!(is_there, "{key} is missing");
+        }
     }
 
     #[test]

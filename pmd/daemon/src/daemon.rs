@@ -15,9 +15,10 @@ mod listeners;
 mod queries;
 mod streams;
 mod tenants;
+mod turn;
 mod vain;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -50,6 +51,7 @@ use crate::users;
 
 use announcements::Announcements;
 use callers::{End, Watched};
+use turn::{Busy, Kind, Portion, Turn, Work};
 use vain::CallsInVain;
 
 /// Why the daemon does not run.
@@ -523,190 +525,5 @@ impl Daemon {
     /// Says in the log which limit is in the way.
     fn log_over(&mut self, over: crate::accounts::Over, uid: u32, pid: i32) {
         self.journal.refusal(over.cause(), uid, pid);
-    }
-}
-
-/// A kind of [`Work`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Here,
-    Requests,
-    Event,
-}
-
-impl Kind {
-    /// How many kinds come before another one when this one was last.
-    fn behind(self, other: Self) -> u8 {
-        (other as u8 + 2 - self as u8) % 3
-    }
-}
-
-/// What is done for a user.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it is done at once, and never stored"
-)]
-enum Work {
-    /// An event of its connections.
-    Event(Token, EpollFlags),
-    /// What a connection has left from an earlier turn.
-    Requests(u64),
-    /// A look, or what porters have found.
-    Here(Here<Found>),
-}
-
-impl Work {
-    /// What it is called in the log.
-    fn what(&self) -> &'static str {
-        match self {
-            Work::Event(Token::Listener(_), _) => "calls",
-            Work::Event(..) => "an event",
-            Work::Requests(_) => "requests",
-            Work::Here(Here::Look(..)) => "a look",
-            Work::Here(Here::Found(_)) => "what a porter has found",
-        }
-    }
-}
-
-/// What is done in a turn: so many things, and no further one when these have taken long. Whoever has how much to do, there is a
-/// look at what is new then.
-#[derive(Debug)]
-struct Portion {
-    left: usize,
-    end: Instant,
-}
-
-impl Portion {
-    const MOST: usize = 64;
-    const TIME: Duration = Duration::from_micros(200);
-    /// The same while several users use this thread: about as long as one thing takes. Who comes meanwhile waits for that, and
-    /// is first then. It costs a turn for each thing.
-    const TIME_OF_MANY: Duration = Duration::from_micros(25);
-
-    fn new(of_many: bool) -> Self {
-        let time = match of_many {
-            true => Self::TIME_OF_MANY,
-            false => Self::TIME,
-        };
-        Portion {
-            left: Self::MOST,
-            end: Instant::now() + time,
-        }
-    }
-
-    /// May one more be taken? It is counted. The first one always may.
-    fn has_room(&mut self) -> bool {
-        let is_late = self.left < Self::MOST && Instant::now() >= self.end;
-        let has_room = self.left > 0 && !is_late;
-        self.left -= usize::from(has_room);
-        has_room
-    }
-}
-
-/// Connections with work left from an earlier turn, each in it once, however often it asks.
-#[derive(Debug, Default)]
-struct Busy {
-    turns: Turns<u64>,
-    queued: HashSet<u64>,
-}
-
-impl Busy {
-    fn push(&mut self, uid: u32, id: u64) {
-        if self.queued.insert(id) {
-            self.turns.push(uid, id);
-        }
-    }
-
-    /// User and connection.
-    fn next<O: Ord>(&mut self, order: impl Fn(u32) -> O) -> Option<(u32, u64)> {
-        let next = self.turns.next(order)?;
-        self.queued.remove(&next.1);
-        Some(next)
-    }
-}
-
-/// A turn of the control thread.
-#[derive(Debug)]
-struct Turn {
-    start: Instant,
-    /// Anchors that were looked for in it.
-    arrivals: usize,
-    last: Instant,
-    longest: (Duration, String),
-}
-
-impl Turn {
-    /// A part of a turn that is worth a name.
-    const WORTH: Duration = Duration::from_millis(5);
-
-    fn start() -> Self {
-        let now = Instant::now();
-        Turn {
-            start: now,
-            arrivals: 0,
-            last: now,
-            longest: (Self::WORTH, String::new()),
-        }
-    }
-
-    /// How long the last thing took, which was this.
-    fn did(&mut self, what: impl FnOnce() -> String) -> Duration {
-        let now = Instant::now();
-        let took = now.duration_since(self.last);
-        self.last = now;
-        if took > self.longest.0 {
-            self.longest = (took, what());
-        }
-        took
-    }
-
-    fn end(&self, journal: &mut Journal) {
-        journal.turn(self.start.elapsed(), own::processor_time(), &self.longest.1);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_portion_ends_by_number_or_by_time() {
-        let mut portion = Portion::new(false);
-        portion.end += Duration::from_secs(60);
-        let taken = std::iter::from_fn(|| portion.has_room().then_some(()));
-        assert_eq!(taken.count(), Portion::MOST);
-        let mut late = Portion::new(false);
-        late.end = Instant::now();
-        assert_eq!((late.has_room(), late.has_room()), (true, false));
-    }
-
-    #[test]
-    fn kinds_of_work_take_turns() {
-        let kinds = [Kind::Here, Kind::Requests, Kind::Event];
-        let mut last = Kind::Event;
-        let mut next = || {
-            last = kinds
-                .into_iter()
-                .min_by_key(|kind| last.behind(*kind))
-                .unwrap();
-            last
-        };
-        assert_eq!([next(), next(), next()], kinds);
-        assert_eq!(next(), Kind::Here);
-    }
-
-    #[test]
-    fn who_asks_often_is_served_once_in_turn() {
-        let mut busy = Busy::default();
-        for id in [1, 1, 2, 1, 3] {
-            busy.push(7, id);
-        }
-        assert_eq!(busy.turns.len(), 3);
-        assert_eq!(busy.next(|uid| uid), Some((7, 1)));
-        // Who is not done comes last.
-        busy.push(7, 1);
-        let rest = std::iter::from_fn(|| busy.next(|uid| uid));
-        let rest: Vec<u64> = rest.map(|(_, id)| id).collect();
-        assert_eq!(rest, [2, 3, 1]);
     }
 }

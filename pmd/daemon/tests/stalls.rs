@@ -339,35 +339,30 @@ fn be_leaving_files_beyond_the_share(part: &Part) {
     drop(callers);
 }
 
-/// What a user who has its share leaves behind is on an account as well.
-#[test]
-fn files_of_a_user_who_has_its_share_do_not_take_all_descriptors() {
-    let test = "files_of_a_user_who_has_its_share_do_not_take_all_descriptors";
-    if let Some(part) = Part::of_this() {
-        return play(&part);
-    }
-    if !is_root() {
-        return;
-    }
-    let daemon = Daemon::start(&format!("{SMALL}max_descriptors_per_user = {SHARE}\n"));
-    let descriptors = || {
-        let all = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
-        all.count()
-    };
-    drop(Tenant::attach(&daemon));
-    let before = descriptors();
-    let Some(_leaving) = leave(test, "leaving files beyond the share", &daemon, BEYOND) else {
-        return;
-    };
-    for _ in 0..5 {
+// What a user who has its share leaves behind is on an account as well.
+scene!(
+    files_of_a_user_who_has_its_share_do_not_take_all_descriptors,
+    |test| {
+        let daemon = Daemon::start(&format!("{SMALL}max_descriptors_per_user = {SHARE}\n"));
+        let descriptors = || {
+            let all = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+            all.count()
+        };
         drop(Tenant::attach(&daemon));
+        let before = descriptors();
+        let Some(_leaving) = leave(test, "leaving files beyond the share", &daemon, BEYOND) else {
+            return;
+        };
+        for _ in 0..5 {
+            drop(Tenant::attach(&daemon));
+        }
+        // Its own, of all who have no room, and of those who are told so.
+        let most = before + 2 * SHARE + 80;
+        let now = descriptors();
+        assert!(now > before + SHARE, "{before}, then {now}");
+        assert!(now < most, "{before}, then {now}");
     }
-    // Its own, of all who have no room, and of those who are told so.
-    let most = before + 2 * SHARE + 80;
-    let now = descriptors();
-    assert!(now > before + SHARE, "{before}, then {now}");
-    assert!(now < most, "{before}, then {now}");
-}
+);
 
 #[test]
 fn files_in_sockets_that_nobody_reads_keep_no_caller_out() {

@@ -164,7 +164,7 @@ impl Daemon {
                 Some(uid) => self.in_vain.are_too_many(uid, now),
                 None => self.porters.waiting_of(NOBODY) > TURNED_AWAY,
             };
-            // Somebody has to close it, who is told that there is no room for it.
+            // Who is told that there is no room has to be closed as well: each is paid for in advance.
             let mut charge = |uid| self.accounts.charge(uid, &[(Thing::Descriptors, 1)]);
             let advance = charge(user.unwrap_or(NOBODY)).or_else(|_| charge(NOBODY));
             let Some(advance) = advance.ok().filter(|_| !has_too_much) else {
