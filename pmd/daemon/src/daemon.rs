@@ -51,7 +51,7 @@ use crate::users;
 
 use announcements::Announcements;
 use callers::{End, Watched};
-use turn::{Busy, Kind, Portion, Turn, Work};
+use turn::{Busy, Kind, Portion, Turn, Work, put_behind};
 use vain::CallsInVain;
 
 /// Why the daemon does not run.
@@ -366,8 +366,7 @@ impl Daemon {
         mut events: Vec<(Token, EpollFlags)>,
     ) -> Option<Turns<(Token, EpollFlags)>> {
         let mut of_users = Turns::default();
-        // Those for which there was no time are told of in the same order again: they come before one that was served.
-        events.sort_by_key(|(token, _)| (*token <= self.served_last, *token));
+        put_behind(&mut events, self.served_last);
         for (token, flags) in events {
             if let Some(uid) = self.user_of(token) {
                 of_users.push(uid, (token, flags));

@@ -12,6 +12,12 @@ use crate::own;
 use crate::porters::Here;
 use crate::shares::Turns;
 
+/// Orders events so that the one that was served last comes last. Those for which there was no time are told of in the same order
+/// again: else they would stand behind one that happens again and again for good.
+pub(super) fn put_behind(events: &mut [(Token, EpollFlags)], served: Token) {
+    events.sort_by_key(|(token, _)| (*token <= served, *token));
+}
+
 /// A kind of [`Work`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -164,6 +170,20 @@ mod tests {
         let mut late = Portion::new(false);
         late.end = Instant::now();
         assert_eq!((late.has_room(), late.has_room()), (true, false));
+    }
+
+    #[test]
+    fn events_that_happen_again_and_again_are_served_in_turn() {
+        let mut served = Token::Signals;
+        let mut next = || {
+            let told = [3, 1, 2].map(Token::Connection);
+            let mut told = told.map(|token| (token, EpollFlags::EPOLLIN));
+            put_behind(&mut told, served);
+            served = told[0].0;
+            served
+        };
+        let all = [(); 4].map(|()| next());
+        assert_eq!(all, [1, 2, 3, 1].map(Token::Connection));
     }
 
     #[test]
