@@ -421,8 +421,8 @@ fn a_process_that_does_not_come_out_of_exec() {
     };
     daemon.signal(Signal::SIGSTOP);
     tell.write_all(b".").unwrap();
-    // No look tells how far it is: each would have to wait.
-    std::thread::sleep(Duration::from_millis(500));
+    // It closes the file in `exec`.
+    file.wait_for_somebody();
     daemon.signal(Signal::SIGCONT);
     let longest = bystander.goes_on(&daemon, "a process in exec", WATCH);
     println!("a process in exec: {longest:?} at most");

@@ -9,6 +9,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::mount::{MsFlags, mount};
@@ -67,9 +68,15 @@ impl FileSystem {
         format!("/proc/{pid}/root{folder}/file").into()
     }
 
+    /// From now on nothing is answered.
     pub fn silence(&mut self) {
         self.server.say("be silent");
         self.server.hear("silent");
+    }
+
+    /// Waits until somebody waits for an answer that does not come.
+    pub fn wait_for_somebody(&self) {
+        self.server.hear("unanswered");
     }
 }
 
@@ -109,6 +116,11 @@ impl SilentFile {
 
     pub fn fd(&self) -> i32 {
         self.file.as_raw_fd()
+    }
+
+    /// Waits until somebody waits for the file.
+    pub fn wait_for_somebody(&self) {
+        self.system.wait_for_somebody();
     }
 }
 
@@ -176,8 +188,10 @@ pub fn be_file_system(part: &Part) {
     say("mounted");
     while let Some(line) = listen() {
         if line == "be silent" {
-            SILENT.store(true, std::sync::atomic::Ordering::SeqCst);
+            let mut silent = SILENT.lock().unwrap();
+            // Before anything is told that is not answered.
             say("silent");
+            *silent = true;
         }
     }
     drop(serving);
@@ -185,7 +199,7 @@ pub fn be_file_system(part: &Part) {
     std::process::abort();
 }
 
-static SILENT: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+static SILENT: Mutex<bool> = Mutex::new(false);
 
 /// Answers requests.
 fn serve(mut device: File, content: &[u8]) {
@@ -194,7 +208,8 @@ fn serve(mut device: File, content: &[u8]) {
         let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
         assert!(length >= 40);
         let (what, node) = (word(4), word(16));
-        if SILENT.load(std::sync::atomic::Ordering::SeqCst) {
+        if *SILENT.lock().unwrap() {
+            say("unanswered");
             continue;
         }
         let answer = match what {
