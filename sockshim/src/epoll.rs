@@ -121,8 +121,8 @@ struct State {
     cursor: usize,
     bell: Option<(usize, &'static Bell)>,
     asked_at: u64,
-    /// The kernel's fds had the last turn.
-    kernel_had: bool,
+    /// What the kernel had to tell filled the room, when it was asked last.
+    kernel_had_all: bool,
     /// A look has come to a stream that has left, or whose other end has.
     has_leaver: bool,
 }
@@ -281,7 +281,7 @@ pub fn track(fd: c_int) {
             cursor: 0,
             bell: None,
             asked_at: 0,
-            kernel_had: false,
+            kernel_had_all: false,
             has_leaver: false,
         });
     }

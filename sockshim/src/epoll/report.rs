@@ -568,13 +568,16 @@ pub fn has_left(stream: &Stream) -> bool {
         }
 }
 
-/// Follows the peers that have left, which [`report`] may not do under the lock.
-pub(super) fn follow_leavers(epoll: &Epoll) {
+/// Follows the peers that have left, which [`report`] may not do under the lock. True where that made one the kernel's, which may
+/// have something to tell of it.
+pub(super) fn follow_leavers(epoll: &Epoll) -> bool {
+    let mut has_come = false;
     for _ in 0..slots::MOST {
         let mut leaver = None;
         let mut nested = [None; 8];
         if let Some(guard) = take(epoll) {
             let state = guard.state();
+            take_marks(epoll, state);
             let mut count = 0;
             state.any(epoll.is_few(), |state, bit| {
                 match state.slot(bit).map(|slot| slot.target) {
@@ -595,14 +598,16 @@ pub(super) fn follow_leavers(epoll: &Epoll) {
         }
         let Some(held) = leaver else {
             for inner in nested.into_iter().flatten().filter_map(at) {
-                follow_leavers(inner);
+                has_come |= follow_leavers(inner);
             }
-            return;
+            return has_come;
         };
         if !follow(&held) {
-            return;
+            return has_come;
         }
+        has_come |= !is_on_rings(&held);
     }
+    has_come
 }
 
 /// Follows one; false when that must be tried again later.
@@ -621,8 +626,11 @@ fn follow(held: &Use) -> bool {
     !has_left(stream) || !demote::is_on_rings(stream)
 }
 
-/// Asks the kernel, without waiting; how many events of its own.
+/// Asks the kernel, without waiting, where there is room; how many events of its own.
 pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
+    if events.is_empty() {
+        return 0;
+    }
     let got = sys::epoll_now(epfd, events);
     if got <= 0 {
         return 0;
@@ -632,4 +640,29 @@ pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event])
         harvest(epoll);
     }
     kept
+}
+
+/// Asks the kernel once more, behind the first `found` events: how many there are then. What is level-triggered it gives again, so
+/// events with data that is there already are made one.
+pub(super) fn ask_again(
+    epoll: &Epoll,
+    epfd: c_int,
+    events: &mut [epoll_event],
+    found: usize,
+) -> usize {
+    let (given, rest) = events.split_at_mut(found.min(events.len()));
+    let got = ask_kernel(epoll, epfd, rest);
+    let mut kept = 0;
+    for i in 0..got {
+        let Some(event) = rest.get(i).copied() else {
+            break;
+        };
+        if let Some(same) = given.iter_mut().find(|given| given.u64 == event.u64) {
+            same.events |= event.events;
+        } else if let Some(place) = rest.get_mut(kept) {
+            *place = event;
+            kept += 1;
+        }
+    }
+    found + kept
 }

@@ -1,7 +1,9 @@
 //! Waiting for an instance: by looking, then asleep in the kernel on the program's own fd.
 
 use super::news::{is_marked, leave};
-use super::report::{Look, ask_kernel, collect, follow_leavers, harvest, must_move, strip};
+use super::report::{
+    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, must_move, strip,
+};
 use super::*;
 use crate::poll::Deadline;
 use crate::signals::Mask;
@@ -66,7 +68,7 @@ fn wait_as_asked(
     if !ours && kept != 0 {
         return kept as c_int;
     }
-    let found = now(epoll, events, kept);
+    let found = now(epoll, epfd, events, kept);
     if found != 0 {
         return found as c_int;
     }
@@ -80,11 +82,9 @@ fn count_out(epoll: &Epoll) {
 }
 
 /// What the instance has after its inner one has spoken, without waiting, behind what the kernel gave.
-fn now(epoll: &Epoll, events: &mut [epoll_event], kept: usize) -> usize {
+fn now(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], kept: usize) -> usize {
     harvest(epoll);
-    follow_leavers(epoll);
-    let look = Look::to_take(epoll, false);
-    take(epoll).map_or(kept, |guard| collect(epoll, &guard, events, kept, look))
+    take(epoll).map_or(kept, |guard| of_rings(epoll, epfd, guard, events, kept))
 }
 
 /// The wait on an instance that holds streams. `has_slept`: the call has slept before.
@@ -135,49 +135,53 @@ fn last_look(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], mask: &Mask
         found += strip(epoll, events, got as usize).0;
     }
     if found == 0 {
-        found = now(epoll, events, 0);
+        found = now(epoll, epfd, events, 0);
     }
     found as c_int
 }
 
-/// What the rings have, and now and then what the kernel has, which gets half of the room first.
+/// What the rings have, and now and then what the kernel has. Where the kernel has filled the room, the rings come first next time.
 fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     let Some(guard) = take(epoll) else { return 0 };
     let state = guard.state();
     let now = clock::ticks();
     if now.wrapping_sub(state.asked_at) <= clock::ticks_of(limits::ASK_KERNEL_US.get()) {
-        let found = collect(epoll, &guard, events, 0, Look::to_take(epoll, false));
-        if !std::mem::take(&mut guard.state().has_leaver) {
-            return found;
-        }
-        drop(guard);
-        follow_leavers(epoll);
-        let rest = events.get_mut(found..).unwrap_or_default();
-        return found + ask_kernel(epoll, epfd, rest);
+        return of_rings(epoll, epfd, guard, events, 0);
     }
     state.asked_at = now;
-    // With room for one only, they take turns.
-    let kernel_first = events.len() > 1 || !state.kernel_had;
-    state.kernel_had = kernel_first;
+    let rings_first = std::mem::take(&mut state.kernel_had_all);
     drop(guard);
     // First: what has left is the kernel's to tell.
     follow_leavers(epoll);
-    let mut found = 0;
-    if kernel_first {
-        let room = (events.len() / 2).max(1);
-        if let Some(events) = events.get_mut(..room) {
-            found = ask_kernel(epoll, epfd, events);
+    if rings_first && let Some(guard) = take(epoll) {
+        let found = of_rings(epoll, epfd, guard, events, 0);
+        if found != 0 {
+            return ask_again(epoll, epfd, events, found);
         }
     }
-    if found < events.len()
-        && let Some(guard) = take(epoll)
-    {
-        found = collect(epoll, &guard, events, found, Look::to_take(epoll, false));
+    let found = ask_kernel(epoll, epfd, events);
+    let Some(guard) = take(epoll) else {
+        return found;
+    };
+    guard.state().kernel_had_all = found == events.len();
+    of_rings(epoll, epfd, guard, events, found)
+}
+
+/// What the rings have, behind the first `kept` events, which the kernel gave, and what it says of those that turn out to have left.
+fn of_rings(
+    epoll: &Epoll,
+    epfd: c_int,
+    guard: Guard<'_>,
+    events: &mut [epoll_event],
+    kept: usize,
+) -> usize {
+    let found = collect(epoll, &guard, events, kept, Look::to_take(epoll, false));
+    let has_leaver = std::mem::take(&mut guard.state().has_leaver);
+    drop(guard);
+    match has_leaver && follow_leavers(epoll) {
+        true => ask_again(epoll, epfd, events, found),
+        false => found,
     }
-    if found == 0 && !kernel_first {
-        found = ask_kernel(epoll, epfd, events);
-    }
-    found
 }
 
 /// Sleeps in the kernel. `None`: look again.
@@ -234,12 +238,8 @@ fn sleep_counted(
     let (kept, ours) = strip(epoll, events, got as usize);
     if ours {
         harvest(epoll);
-        follow_leavers(epoll);
     }
-    let mut found = kept;
-    if let Some(guard) = take(epoll) {
-        found = collect(epoll, &guard, events, kept, Look::to_take(epoll, false));
-    }
+    let found = take(epoll).map_or(kept, |guard| of_rings(epoll, epfd, guard, events, kept));
     (found != 0 || (got == 0 && deadline.left() == Some(0))).then_some(found as c_int)
 }
 
