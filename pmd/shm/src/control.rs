@@ -14,6 +14,12 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"rdsk");
 /// may connect to it. A caller tries its own one first: nobody else crowds that.
 pub const OF_USERS: &str = ".users";
 
+/// Whether a program of a user believes a daemon of another one, which is in charge of the memory that its bytes go through: its own
+/// user's or root's, and nobody else's, wherever the socket lies.
+pub const fn may_serve(daemon: u32, user: u32) -> bool {
+    daemon == user || daemon == 0
+}
+
 /// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf
 /// of a program on another node: by it a tenant knows of which accepted connections to ask (WHOIS).
 /// Of IPv6 there is one loopback address only, so it asks of each connection from that.

@@ -11,7 +11,7 @@ use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::{clock, process, sys};
 use libc::c_int;
-use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind};
+use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind, may_serve};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
@@ -332,32 +332,40 @@ fn connected() -> Result<c_int, c_int> {
         Some(len @ 1..) => configured.get(..len).unwrap_or_default(),
         _ => MACHINE_SOCKET,
     };
-    let fd = sys::socket(
-        libc::AF_UNIX,
-        libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-        0,
-    ) as c_int;
+    let [user, _] = sys::effective_ids();
+    // Root alone can serve there. Who it is can't be told in a user namespace without root.
+    let by_root = path == MACHINE_SOCKET;
+    let own = address_of_user(path, user);
+    let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own, user, by_root));
+    match reached {
+        Ok(_) | Err(libc::EAGAIN) => reached,
+        // There is none, or it was another daemon's.
+        Err(_) => connect(&address_of([path]), user, by_root),
+    }
+}
+
+/// Connects to what a daemon serves that a program of this user believes, or which it must be root that does.
+fn connect(address: &libc::sockaddr_un, user: u32, by_root: bool) -> Result<c_int, c_int> {
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let fd = sys::socket(libc::AF_UNIX, kind, 0) as c_int;
     if fd < 0 {
         return Err(-fd);
     }
-    let [user, _] = sys::effective_ids();
-    let mut reached = match address_of_user(path, user) {
-        Some(own) => connect(fd, &own),
-        None => -libc::ENOENT as isize,
+    let reached = sys::connect_unix(fd, address, size_of::<libc::sockaddr_un>());
+    let error = match reached {
+        0.. if by_root || may_serve(server_of(fd), user) => return Ok(fd),
+        // Anybody can put a socket into a directory like /tmp.
+        0.. => libc::EPERM,
+        _ => -reached as c_int,
     };
-    // There is none, or it was another daemon's.
-    if reached < 0 && reached != -libc::EAGAIN as isize {
-        reached = connect(fd, &address_of([path]));
-    }
-    if reached < 0 {
-        sys::close(fd);
-        return Err(-reached as c_int);
-    }
-    Ok(fd)
+    sys::close(fd);
+    Err(error)
 }
 
-fn connect(fd: c_int, address: &libc::sockaddr_un) -> isize {
-    sys::connect_unix(fd, address, size_of::<libc::sockaddr_un>())
+/// The user who listens where a socket is connected.
+fn server_of(fd: c_int) -> u32 {
+    let server = sys::getsockopt::<libc::ucred>(fd, libc::SOL_SOCKET, libc::SO_PEERCRED);
+    server.map_or(u32::MAX, |server| server.uid)
 }
 
 /// The address of the socket that is this user's alone. `None` where its path is too long for one.

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
@@ -54,14 +54,23 @@ impl Counterfeit {
 
     fn at(name: &str, callers: i32) -> Self {
         let folder = Folder::new();
-        let path = folder.at(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-        let address = UnixAddr::new(&path).unwrap();
-        bind(listener.as_raw_fd(), &address).unwrap();
-        listen(&listener, Backlog::new(callers).unwrap()).unwrap();
+        let listener = serve(&folder.at(name), callers);
         Counterfeit { folder, listener }
+    }
+
+    /// A stranger's, which everybody may call.
+    pub fn of_stranger(stranger: u32) -> Self {
+        let folder = Folder::new();
+        let listener = serve_as(stranger, folder.at("rdsockd.sock"));
+        Counterfeit { folder, listener }
+    }
+
+    /// Has a stranger serve beside this one, where a user calls first.
+    pub fn crossed_by(&self, stranger: u32, user: u32) -> OwnedFd {
+        serve_as(
+            stranger,
+            self.folder.at(&format!("rdsockd.sock.users/{user}")),
+        )
     }
 
     pub fn path(&self) -> PathBuf {
@@ -125,6 +134,29 @@ impl Counterfeit {
             file: None,
         })
     }
+}
+
+fn serve(path: &Path, callers: i32) -> OwnedFd {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    listen(&listener, Backlog::new(callers).unwrap()).unwrap();
+    listener
+}
+
+/// The kernel tells callers who has called `listen`: a thread that is that user.
+fn serve_as(user: u32, path: PathBuf) -> OwnedFd {
+    let served = std::thread::spawn(move || {
+        let listener = serve(&path, 64);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
+        // SAFETY: takes three integers. The call itself, without libc, is this thread's alone.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, user, user, user) };
+        assert_eq!(result, 0, "only root can be another user");
+        listen(&listener, Backlog::new(64).unwrap()).unwrap();
+        listener
+    });
+    served.join().unwrap()
 }
 
 fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {

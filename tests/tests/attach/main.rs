@@ -2,6 +2,7 @@
 //! has no place, or it is none at all but a test that answers in its place.
 
 mod counterfeit;
+mod strangers;
 
 use std::io::{Read, Write};
 use std::mem::offset_of;

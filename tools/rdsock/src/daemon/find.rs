@@ -11,10 +11,13 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
-use rdsock_shm::control::OF_USERS;
+use rdsock_shm::control::{OF_USERS, may_serve};
 
 /// The socket of a daemon that serves the whole machine.
 pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
+
+/// Where it and those of users lie.
+const MACHINE_FOLDER: &str = "/run/rdsock";
 
 /// Time for a daemon to take a caller, and to answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -82,7 +85,17 @@ fn connect_at(path: &Path) -> io::Result<OwnedFd> {
     setsockopt(&socket, sockopt::SendTimeout, &patience)?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket)
+    let server = getsockopt(&socket, sockopt::PeerCredentials)?.uid();
+    // Root alone can serve there. Who it is can't be told in a user namespace without root.
+    let by_root = path.starts_with(MACHINE_FOLDER);
+    match by_root || may_serve(server, geteuid().as_raw()) {
+        true => Ok(socket),
+        // Anybody can put a socket into a directory like /tmp.
+        false => Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("user {server} serves it, who is neither root nor this user"),
+        )),
+    }
 }
 
 /// A connection to a running daemon: the one that `$RDSOCK_SOCKET` names, else the machine's, else the user's.
@@ -97,7 +110,16 @@ pub fn reach() -> Result<Option<(PathBuf, OwnedFd)>, Silent> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Silent { path, pid: None });
             }
-            Err(_) => {}
+            Err(error) => {
+                // What the system says comes with a number: there is none mostly.
+                if error.raw_os_error().is_none() {
+                    let path = path.display();
+                    rdsock_output::complain(
+                        "rdsock",
+                        format_args!("{path} is passed over: {error}"),
+                    );
+                }
+            }
         }
     }
     Ok(None)
