@@ -55,7 +55,7 @@ impl Diag {
 
     /// `SO_NETNS_COOKIE` of the namespace; 0 on kernels without it (before 5.14).
     pub fn netns_cookie(&self) -> u64 {
-        option(self.socket.as_fd(), libc::SO_NETNS_COOKIE).unwrap_or(0)
+        netns_cookie_of(self.socket.as_fd()).unwrap_or(0)
     }
 
     /// The TCP socket with exactly this pair of addresses and this `SO_COOKIE`.
@@ -204,6 +204,11 @@ fn option<T: Default>(socket: BorrowedFd<'_>, name: i32) -> Option<T> {
 /// `SO_COOKIE` of a socket.
 pub fn cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
     option(socket, libc::SO_COOKIE)
+}
+
+/// `SO_NETNS_COOKIE` of a socket; `None` before Linux 5.14.
+pub fn netns_cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
+    option(socket, libc::SO_NETNS_COOKIE)
 }
 
 /// True for a TCP socket; false for any other descriptor.

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use rdsock_shm::control::Request;
 use rdsock_shm::reason::Reason;
 
 use crate::book::{Announced, Conn, End, Role, Route};
-use crate::diag::{Diag, Listener, cookie_of};
+use crate::diag::{Diag, Listener, cookie_of, is_tcp, netns_cookie_of};
 use crate::namespaces::Namespaces;
 use crate::policy::Policy;
 use crate::process::{FileId, Glance, Identity, Peer, Program};
@@ -200,8 +200,17 @@ pub struct Look {
     pub cookie: u64,
     /// Other processes may hold it, too: search them, with those of this user.
     pub search: Option<Arc<Searches>>,
-    /// Where it has to be bound: to this port, and to this address or, unspecified, to none.
-    pub bound: Option<SocketAddr>,
+    /// Where it has to be bound, as a TCP socket.
+    pub bound: Option<Place>,
+}
+
+/// Where a socket says that it is bound. In a network namespace of one's own anybody has any port and address.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// This port, and this address or, unspecified, none.
+    pub address: SocketAddr,
+    /// `SO_NETNS_COOKIE`.
+    pub netns_cookie: u64,
 }
 
 /// A socket that a process was found to hold, while it was who it was when it attached.
@@ -237,8 +246,8 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     let peer = &look.passport.peer;
     let (cookie, inode) = match peer.duplicate(look.fd) {
         Ok(duplicate) => {
-            // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, those are asked who
-            // look for its cookie.
+            // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, and in which network namespace,
+            // those are asked who look for its cookie, but for one that is not connected yet.
             let cookie = cookie_of(duplicate.as_fd()).ok_or(NotHeld::Socket)?;
             if look.bound.is_some_and(|bound| !is_bound(&duplicate, bound)) {
                 return Err(NotHeld::Elsewhere);
@@ -272,12 +281,16 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     })
 }
 
-/// Is a socket bound to this port, and to this address or, unspecified, to none? The socket's lock is waited for.
-fn is_bound(socket: &impl AsRawFd, to: SocketAddr) -> bool {
+/// Is this a TCP socket that is bound there? The socket's lock is waited for.
+fn is_bound(socket: &OwnedFd, place: Place) -> bool {
+    let to = place.address;
     let name = getsockname(socket.as_raw_fd()).ok();
     let own = name.as_ref().and_then(socket_address);
     let same = |own: IpAddr, ip: IpAddr| own == ip || own.is_unspecified() && ip.is_unspecified();
-    own.is_some_and(|own| own.port() == to.port() && same(own.ip().to_canonical(), to.ip()))
+    is_tcp(socket.as_fd())
+        // Some kernels have none.
+        && netns_cookie_of(socket.as_fd()).is_none_or(|netns| netns == place.netns_cookie)
+        && own.is_some_and(|own| own.port() == to.port() && same(own.ip().to_canonical(), to.ip()))
 }
 
 /// An IPv4 or IPv6 address as the kernel says it.
@@ -434,6 +447,12 @@ impl Rights {
             },
             role: claim.role,
         })
+    }
+
+    /// May a socket that was found by its addresses be the other end of an anchor with these addresses? Anchors are in the daemon's own
+    /// network namespace. In another one, anybody can have a connection with any addresses.
+    pub fn may_be_anchored(&self, route: Route) -> bool {
+        self.namespaces.is_home_inode(route.netns)
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the

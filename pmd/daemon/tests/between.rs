@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::SockType;
 use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
 use rdsock_shm::reason::Reason;
@@ -281,6 +282,12 @@ scene!(
             let refused = (reached.ticket, Reason::from_code(reached.reason));
             assert_eq!(refused, (0, Some(Reason::Unverified)), "{name:?}");
         }
+        // A port of TCP is nobody's who has it of another protocol.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = port.local_addr().unwrap().port();
+        let datagrams = Bound::over(SockType::Datagram, Ipv4Addr::LOCALHOST, port).unwrap();
+        client.ask(&datagrams, server.address());
+        assert_eq!(client.answer().reason, Reason::Unverified as u32);
         assert_eq!(
             nodes.server().counter("incoming"),
             0,

@@ -14,7 +14,7 @@ use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
 use crate::process::netns_inode;
-use crate::rights::{Changed, Claim, Held, Look, NotHeld, Refused, look};
+use crate::rights::{Changed, Claim, Held, Look, NotHeld, Place, Refused, look};
 
 /// Who waits for looks at others for longer is looked at once more.
 const SEEN_LATELY: Duration = Duration::from_millis(50);
@@ -176,7 +176,10 @@ impl Daemon {
         let uid = passport.peer.uid;
         // Who asks as the owner of a port has to be that: the other node's program is told it.
         let bound = match &errand {
-            Errand::Reach(question) => addresses(question).map(|(local, _)| local),
+            Errand::Reach(question) => addresses(question).map(|(address, _)| Place {
+                address,
+                netns_cookie: question.netns,
+            }),
             _ => None,
         };
         let question = Look {
@@ -293,6 +296,9 @@ impl Daemon {
                 return self.not_verified(conn, reason);
             }
         };
+        if ticket != 0 && !self.rights.may_be_anchored(announced.route) {
+            return self.not_verified(conn, Reason::OtherNamespace);
+        }
         let names = (announced.route.local, announced.route.peer);
         let fabric = self.fabric.as_mut();
         if let Some(call) = fabric.and_then(|fabric| fabric.call_unheard(ticket, names)) {

@@ -303,7 +303,7 @@ impl Daemon {
             None => self
                 .fabric
                 .as_ref()
-                .zip(route)
+                .zip(route.filter(|route| self.rights.may_be_anchored(*route)))
                 .and_then(|(fabric, route)| fabric.way_of_anchor(record.stream_id, route)),
         };
         let (local, peer) = match elsewhere {

@@ -183,8 +183,12 @@ impl Bound {
 
     /// The same at one of this host's addresses.
     pub fn at(ip: Ipv4Addr, port: u16) -> nix::Result<Self> {
-        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
-        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        Self::over(SockType::Stream, ip, port)
+    }
+
+    /// The same of another kind.
+    pub fn over(kind: SockType, ip: Ipv4Addr, port: u16) -> nix::Result<Self> {
+        let socket = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
         let name = SockaddrIn::from(SocketAddrV4::new(ip, port));
         bind(socket.as_raw_fd(), &name)?;
         let port = getsockname::<SockaddrIn>(socket.as_raw_fd())?.port();
@@ -203,7 +207,8 @@ impl Bound {
 /// A program of node 1 that connects to node 2.
 pub struct Client {
     pub tenant: Tenant,
-    netns: u64,
+    /// Where it says that its sockets are.
+    pub netns: u64,
     questions: u64,
 }
 
