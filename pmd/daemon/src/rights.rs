@@ -120,6 +120,12 @@ impl Passport {
         self.is_alive()
     }
 
+    /// Is the process its user's in every respect? One that only acts as that user, for a while, is not that user's to end.
+    pub fn is_users_own(&self) -> bool {
+        let users = self.seen.as_ref().map(|seen| seen.identity.users);
+        users == Some([self.peer.uid; 4])
+    }
+
     /// Does the process run the program that it ran, with the same rights as far as a glance shows? May wait.
     pub fn check_program(&self) -> Result<(), Changed> {
         let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
@@ -384,8 +390,8 @@ impl Rights {
     }
 
     /// May a user's program ring another program's bells? It could also take off the board what others have rung, and say that
-    /// nobody sleeps: so nobody may but a program of the same user. Not even root's: it may give up being root, and keeps
-    /// the board.
+    /// nobody sleeps: so nobody may but a program of the same user, who could end the other one as well ([`Passport::is_users_own`]). Not even
+    /// root's: it may give up being root, and keeps the board.
     pub fn may_ring(uid: u32, owner: u32) -> bool {
         uid == owner
     }

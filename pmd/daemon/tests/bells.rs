@@ -27,7 +27,23 @@ fn play(part: &Part) {
         let (word, number) = line.split_once(' ').unwrap();
         let number = number.parse().unwrap();
         let generation = streams.len() as u32 + 1;
-        if word == "become" {
+        if word == "act" {
+            // It is root still, and can be again.
+            setresuid(Uid::from_raw(0), Uid::from_raw(number), Uid::from_raw(0)).unwrap();
+            tenant = Tenant::attach_at(&part.socket);
+            say("attached");
+            continue;
+        }
+        if word == "listen" {
+            let listener = TcpListener::bind(("127.0.0.1", number as u16)).unwrap();
+            say(&format!(
+                "listening {}",
+                listener.local_addr().unwrap().port()
+            ));
+            let (stream, _) = listener.accept().unwrap();
+            tenant.announce(1, generation, &stream, 0);
+            streams.push(stream);
+        } else if word == "become" {
             become_user(number);
             tenant = Tenant::attach_at(&part.socket);
             look_up(&tenant, streams.last().unwrap());
@@ -110,5 +126,22 @@ scene!(nor_does_who_was_of_that_user, |test| {
     let (of_client, _) = server.serve(&mut client);
     assert_eq!(of_client as usize, WITH);
     client.say(&format!("become {ATTACKER}"));
+    assert_eq!(client.hear_numbers("promoted"), [WITHOUT as u64]);
+});
+
+// A file server that works as its user, say. It is not that user's to end.
+scene!(nobody_gets_the_bells_of_who_acts_as_a_user, |test| {
+    let daemon = Daemon::start(SMALL);
+    let mut acting = Actor::start(test, "client", &daemon.socket(), 0);
+    acting.hear("attached");
+    acting.say(&format!("act {ATTACKER}"));
+    acting.hear("attached");
+    let mut client = Actor::start(test, "client", &daemon.socket(), ATTACKER);
+    client.hear("attached");
+    acting.say("listen 0");
+    let port = acting.hear("listening");
+    client.say(&format!("connect {port}"));
+    // The user's own are no secret from who acts as that user.
+    assert_eq!(acting.hear_numbers("promoted"), [WITH as u64]);
     assert_eq!(client.hear_numbers("promoted"), [WITHOUT as u64]);
 });

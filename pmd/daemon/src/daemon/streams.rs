@@ -45,9 +45,10 @@ impl Daemon {
         })?;
         let bells = |end: &Announced, other: &Announced| -> Result<Option<Bells>, Reason> {
             let tenant = self.connections.tenant(end.conn.tenant);
-            let board = tenant.ok_or(Reason::Unverified)?.bells.clone();
-            let uid = end.uid;
-            Ok(Rights::may_ring(other.uid, uid).then_some(Bells { board, uid }))
+            let tenant = tenant.ok_or(Reason::Unverified)?;
+            let (board, uid) = (tenant.bells.clone(), end.uid);
+            let may_ring = Rights::may_ring(other.uid, uid) && tenant.passport.is_users_own();
+            Ok(may_ring.then_some(Bells { board, uid }))
         };
         let bells = [bells(&ends[0], &ends[1])?, bells(&ends[1], &ends[0])?];
         let made = self.streams.make_memory(ring_size, self.config.huge_pages);
