@@ -1,5 +1,6 @@
 //! `rdsock run`: sets up the environment and becomes the program.
 
+mod image;
 mod library;
 mod program;
 mod refusal;
@@ -15,7 +16,7 @@ use nix::errno::Errno;
 use crate::cli::RunArgs;
 use crate::daemon;
 pub use library::find_library;
-pub use program::{Loads, OTHER_LIBC, loads_libraries};
+pub use program::{Loads, OTHER_LIBC, has_loaded_libraries, loads_libraries};
 
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;

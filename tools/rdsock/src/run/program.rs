@@ -7,12 +7,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use elf::ElfStream;
-use elf::abi::PT_INTERP;
-use elf::endian::AnyEndian;
 use elf::file::Class;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access, getegid, geteuid};
+
+use super::image::{self, Image};
 
 /// The file that a command's name means, found as a shell does.
 pub fn resolve(name: &OsStr) -> Result<PathBuf, Errno> {
@@ -62,8 +61,14 @@ pub fn loads_libraries(path: &Path) -> Loads {
     looks(path, 4)
 }
 
+/// Looks at the file of a program that runs: that is no script. A process can have another file shown in its place, and what that names is
+/// not to be opened by who looks.
+pub fn has_loaded_libraries(pid: i32) -> Loads {
+    looks(&PathBuf::from(format!("/proc/{pid}/exe")), 0)
+}
+
 fn looks(path: &Path, depth: u32) -> Loads {
-    let Ok(mut file) = File::open(path) else {
+    let Some(mut file) = image::open(path) else {
         return Loads::Unknown;
     };
     if let Some(interpreter) = interpreter(&mut file) {
@@ -76,27 +81,21 @@ fn looks(path: &Path, depth: u32) -> Loads {
     if gains_rights(path) {
         return Loads::No("is set-user-id, set-group-id or has capabilities");
     }
-    let Ok(mut elf) = ElfStream::<AnyEndian, _>::open_stream(file) else {
+    let Some(image) = Image::of(&file) else {
         return Loads::Unknown;
     };
-    if elf.ehdr.class != Class::ELF64 {
+    if image.class != Class::ELF64 {
         return Loads::No("is a 32-bit program");
     }
-    let segments = elf.segments();
-    let named = segments.iter().find(|segment| segment.p_type == PT_INTERP);
-    let Some(segment) = named.copied() else {
-        return Loads::No("is statically linked");
-    };
-    match elf.segment_data(&segment) {
-        Ok(name) if is_glibcs_loader(name) => Loads::Yes,
-        Ok(_) => Loads::No(OTHER_LIBC),
-        Err(_) => Loads::Unknown,
+    match image.loader {
+        None => Loads::No("is statically linked"),
+        Some(name) if is_glibcs_loader(&name) => Loads::Yes,
+        Some(_) => Loads::No(OTHER_LIBC),
     }
 }
 
 /// Whether this is the loader of glibc, by its name: `/lib64/ld-linux-x86-64.so.2`, or as it is called elsewhere.
 fn is_glibcs_loader(path: &[u8]) -> bool {
-    let path = path.split(|byte| *byte == 0).next().unwrap_or_default();
     let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     name.starts_with(b"ld-linux") || name.starts_with(b"ld-2.")
 }
@@ -142,6 +141,7 @@ fn has_capabilities(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use elf::abi::PT_INTERP;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
@@ -169,10 +169,71 @@ mod tests {
         assert_eq!(loads_libraries(&path), Loads::Yes);
     }
 
+    /// What a program's file says is its owner's word, and `rdsock why` looks at those of all users.
+    #[test]
+    fn no_file_has_much_memory_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let elf = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = std::fs::read("/proc/self/exe").unwrap();
+            change(&mut bytes);
+            let path = dir.path().join(name);
+            let mut file = File::create(&path).unwrap();
+            file.write_all(&bytes).unwrap();
+            // Of which nothing is written.
+            file.set_len(1 << 42).unwrap();
+            path
+        };
+        const SECTIONS: usize = 64;
+        // Section headers behind the file's header: the first says how many there are. The system does not look there.
+        let many_sections = elf("sections", &|bytes| {
+            bytes[40..48].copy_from_slice(&(SECTIONS as u64 + 4096).to_ne_bytes());
+            bytes[60..62].copy_from_slice(&[0, 0]);
+            let size = SECTIONS + 4096 + 32;
+            bytes[size..size + 8].copy_from_slice(&(1_u64 << 34).to_ne_bytes());
+        });
+        assert_eq!(loads_libraries(&many_sections), Loads::Yes);
+        let many_segments = elf("segments", &|bytes| {
+            bytes[40..48].copy_from_slice(&(SECTIONS as u64 + 4096).to_ne_bytes());
+            bytes[56..58].copy_from_slice(&[0xff, 0xff]);
+            let count = SECTIONS + 4096 + 44;
+            bytes[count..count + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
+        });
+        assert_eq!(loads_libraries(&many_segments), Loads::Unknown);
+        let long_name = elf("name", &|bytes| {
+            let headers = SECTIONS..SECTIONS + 56 * usize::from(bytes[56]);
+            for header in headers.step_by(56) {
+                if bytes[header..header + 4] == PT_INTERP.to_ne_bytes() {
+                    bytes[header + 32..header + 40].copy_from_slice(&(1_u64 << 41).to_ne_bytes());
+                }
+            }
+        });
+        assert_eq!(loads_libraries(&long_name), Loads::Unknown);
+    }
+
+    /// To open something else may wait, or do something: a FIFO, a device.
+    #[test]
+    fn only_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let script = dir.path().join("script");
+        std::fs::write(&script, format!("#!{}\n", fifo.display())).unwrap();
+        let (answer, answers) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for path in [fifo, script, "/dev/zero".into()] {
+                answer.send(loads_libraries(&path)).unwrap();
+            }
+        });
+        for _ in 0..3 {
+            let loads = answers.recv_timeout(std::time::Duration::from_secs(10));
+            assert_eq!(loads, Ok(Loads::Unknown));
+        }
+    }
+
     #[test]
     fn the_loader_tells_the_libc() {
-        assert!(is_glibcs_loader(b"/lib64/ld-linux-x86-64.so.2\0"));
-        assert!(!is_glibcs_loader(b"/lib/ld-musl-x86_64.so.1\0"));
+        assert!(is_glibcs_loader(b"/lib64/ld-linux-x86-64.so.2"));
+        assert!(!is_glibcs_loader(b"/lib/ld-musl-x86_64.so.1"));
     }
 
     #[test]

@@ -1,16 +1,14 @@
 //! Why a program can't be run, in words that name what is at fault: the file, its interpreter, or its loader.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use elf::ElfStream;
-use elf::abi::PT_INTERP;
-use elf::endian::AnyEndian;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
+
+use super::image::{self, Image};
 
 /// Scripts whose interpreters are scripts, as deep as the kernel goes.
 const DEPTH: usize = 5;
@@ -93,24 +91,14 @@ fn interpreter(path: &Path) -> Option<PathBuf> {
 
 fn start(path: &Path) -> Option<Vec<u8>> {
     let mut start = Vec::new();
-    File::open(path)
-        .ok()?
-        .take(256)
-        .read_to_end(&mut start)
-        .ok()?;
+    image::open(path)?.take(256).read_to_end(&mut start).ok()?;
     Some(start)
 }
 
 /// The loader that a program's file names.
 fn loader(path: &Path) -> Option<PathBuf> {
-    let mut file = ElfStream::<AnyEndian, _>::open_stream(File::open(path).ok()?).ok()?;
-    let segment = *file
-        .segments()
-        .iter()
-        .find(|segment| segment.p_type == PT_INTERP)?;
-    let name = file.segment_data(&segment).ok()?;
-    let name = name.split(|byte| *byte == 0).next()?;
-    Some(OsStr::from_bytes(name).into())
+    let name = Image::of(&image::open(path)?)?.loader?;
+    Some(OsStr::from_bytes(&name).into())
 }
 
 /// Whether a file that the kernel can't run is text, for a shell to run: no shell runs what has a zero in its first line.

@@ -12,7 +12,7 @@ use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
 
 use super::patience::Patience;
 use crate::daemon::MACHINE_SOCKET;
-use crate::run::{Loads, OTHER_LIBC, loads_libraries};
+use crate::run::{Loads, OTHER_LIBC, has_loaded_libraries};
 
 /// A network namespace, by the inode that stands for it.
 pub type Netns = u64;
@@ -245,7 +245,7 @@ fn absence(pid: i32) -> Absence {
     let Ok(process) = Process::new(pid) else {
         return Absence::Unseen("it has ended");
     };
-    let program = loads_libraries(&PathBuf::from(format!("/proc/{pid}/exe")));
+    let program = has_loaded_libraries(pid);
     match has_shim(&process) {
         None => return Absence::Unseen("it is another user's, or has changed its user"),
         // The loader of another libc has loaded it, but it does nothing there.
