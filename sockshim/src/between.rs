@@ -5,7 +5,7 @@
 use crate::address::{self, Address};
 use crate::conn::{Use, born, phase};
 use crate::io::TcpInfo;
-use crate::{clock, process, real, sys, tenant};
+use crate::{clock, identity, real, sys, tenant};
 use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
 use rdsock_shm::control::{Between, FABRIC_SOURCE_V4, Reached};
 use rdsock_shm::reason::{Reason, State};
@@ -27,7 +27,7 @@ pub unsafe fn connect(
     }
     // SAFETY: as the caller says.
     let (family, peer) = unsafe { Address::given(address, len)? };
-    if peer.is_any() || !tenant::lead_to(&peer.ip) || process::is_foreign() {
+    if peer.is_any() || !tenant::lead_to(&peer.ip) || identity::is_foreign() {
         return None;
     }
     let end = tenant::end_of_wait();

@@ -2,8 +2,8 @@
 //! handlers there, so what they would do is done here, around the call. A child that shares memory or descriptors for
 //! longer than `vfork` does is another program inside of this one: then every connection is the kernel's.
 
-use crate::process::{self, is_ready};
-use crate::{demote, real, sys, tenant};
+use crate::identity::{is_foreign, is_ready};
+use crate::{demote, process, real, sys, tenant};
 use libc::{c_int, c_long, c_ulong, c_void, pid_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::{AtomicU32, Ordering::*};
@@ -47,7 +47,7 @@ struct Birth {
 
 impl Birth {
     fn begin(flags: u64) -> Self {
-        let made = if is_ready() && !process::is_foreign() {
+        let made = if is_ready() && !is_foreign() {
             made_by(flags)
         } else {
             Made::Same

@@ -2,8 +2,8 @@
 //! of sockets by `bpf`, to a device by netlink (NBD, iSCSI) or by a text in a file (USB over IP, the server of NFS). Each
 //! is demoted before. `ioctl` is in `options.rs`.
 
+use crate::identity::{is_foreign, is_ready};
 use crate::options::take_for_kernel;
-use crate::process::{is_foreign, is_ready};
 use crate::{demote, real, sys, tenant};
 use libc::{c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t};
 use rdsock_shm::reason::Reason;

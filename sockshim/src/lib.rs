@@ -4,7 +4,7 @@
 //! bodies, thin all; `io`, `poll.rs` and `epoll` do what they do on a stream, with the steps of `rdsock_shm::end`, which
 //! `end.rs` ties to the kernel; `wait.rs` sleeps and wakes, `signals.rs` lets signals end a sleep as they end the kernel's;
 //! `demote.rs` goes back to the kernel, `rest.rs` waits while what the other end left goes there before; `tenant` talks to the daemon; `process.rs` follows fork and exec, `children.rs` and
-//! `spawn.rs` other ways to make a process; `limits.rs` has the thresholds. The shim never panics, never allocates from the
+//! `spawn.rs` other ways to make a process; `limits.rs` has the thresholds. What it knows of its process is one structure (`state.rs`). The shim never panics, never allocates from the
 //! heap, never takes a lock that it would hold while it sleeps, and leaves every call that it does
 //! not understand to libc.
 //!
@@ -32,6 +32,7 @@ mod end;
 mod epoll;
 mod exports;
 mod handing_over;
+mod identity;
 mod io;
 mod known;
 mod limits;
@@ -48,6 +49,7 @@ mod real;
 mod rest;
 mod signals;
 mod spawn;
+mod state;
 mod stream;
 mod sys;
 mod syscalls;

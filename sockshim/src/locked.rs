@@ -2,7 +2,7 @@
 //! rings would be filled to their size, and locked, though most of each is never used. So the rest is locked piece by
 //! piece, as the kernel would, and streams are left out.
 
-use crate::{process, real, sys};
+use crate::{identity, process, real, sys};
 use libc::c_int;
 
 /// What stands in the name of a mapping of the shim's own, in `/proc/self/maps`.
@@ -14,8 +14,8 @@ pub unsafe fn mlockall(flags: c_int) -> c_int {
     let known = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
     if flags & libc::MCL_CURRENT == 0
         || flags & !known != 0
-        || !process::is_ready()
-        || process::is_foreign()
+        || !identity::is_ready()
+        || identity::is_foreign()
         || !process::has_streams()
     {
         // SAFETY: arguments pass through.

@@ -3,7 +3,7 @@
 use crate::conn::{self, Kind, Use};
 use crate::end::{self, End};
 use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
-use crate::{calls, demote, io, process, real, sys};
+use crate::{calls, demote, identity, io, real, sys};
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -51,7 +51,7 @@ pub unsafe fn ioctl(fd: c_int, request: c_ulong, arg: c_ulong) -> c_int {
     // The kernel looks at 32 bits, and some programs extend a sign.
     let known = request & 0xFFFF_FFFF;
     match conn::kind(fd) {
-        Kind::Conn(_) if !process::is_foreign() => {
+        Kind::Conn(_) if !identity::is_foreign() => {
             // SAFETY: as the caller says.
             if let Some(answer) = unsafe { control(fd, known, arg) } {
                 return answer;
@@ -121,7 +121,7 @@ unsafe fn hand_over(request: c_ulong, arg: c_ulong) {
 /// The kernel is about to use a connection by itself, if this is one.
 pub fn take_for_kernel(fd: c_int) {
     if let Kind::Conn(_) = conn::kind(fd)
-        && !process::is_foreign()
+        && !identity::is_foreign()
         && let Some(held) = conn::of(fd)
     {
         demote::abandon(&held, fd, Reason::HandedOver);
@@ -171,7 +171,7 @@ pub unsafe fn setsockopt(
         let need = known::need_of(level, name, number);
         if need != Need::Nothing
             && let Some(held) = conn::of(fd)
-            && !process::is_foreign()
+            && !identity::is_foreign()
         {
             match need {
                 Need::KernelAlone => demote::abandon(&held, fd, Reason::Option),

@@ -1,7 +1,7 @@
 //! Libraries whose calls do not come to the shim: those that are loaded with `RTLD_DEEPBIND`, or into a namespace of
 //! their own, have libc before it. Any of them may be given any connection, so from then on all are the kernel's.
 
-use crate::process::is_ready;
+use crate::identity::{is_foreign, is_ready};
 use crate::real::Symbol;
 use crate::{demote, tenant};
 use libc::{c_int, c_void};
@@ -16,7 +16,7 @@ static DLOPEN: Symbol = Symbol::new(c"dlopen");
 static DLMOPEN: Symbol = Symbol::new(c"dlmopen");
 
 fn before_loading(past_us: bool) {
-    if past_us && is_ready() && !crate::process::is_foreign() {
+    if past_us && is_ready() && !is_foreign() {
         demote::abandon_all(Reason::DeepBind);
         tenant::disable(Reason::DeepBind);
     }

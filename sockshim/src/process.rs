@@ -1,6 +1,7 @@
 //! The life of the process: loading, fork, exec.
 
 use crate::conn::{self, Kind, born};
+use crate::identity::{self, is_foreign, is_ready};
 use crate::io::TcpInfo;
 use crate::{between, children, clock, demote, epoll, limits, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
@@ -31,13 +32,6 @@ extern "C" fn at_exit(_: *mut libc::c_void) {
     });
 }
 
-static READY: AtomicU32 = AtomicU32::new(0);
-
-/// True once the constructor has run: before, everything is the kernel's.
-pub fn is_ready() -> bool {
-    READY.load(Acquire) != 0
-}
-
 /// Called by the loader, with what `main` gets (by glibc's): libc may not have been set up yet.
 extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     real::resolve();
@@ -51,9 +45,8 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     }
     // SAFETY: the loader's array, and the program cannot change it yet.
     let env = |name: &CStr| unsafe { value_of(environment, name) };
-    stream::note_pid();
+    identity::note();
     clock::start();
-    stream::start_barriers();
     let disabled = env(c"RDSOCK_DISABLE").is_some_and(is_disabling);
     let spin = env(c"RDSOCK_SPIN_US")
         .and_then(|value| value.to_str().ok())
@@ -69,7 +62,7 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
         // SAFETY: a function of this library, which stays until the process has ended.
         unsafe { rdsock_at_exit(at_exit) };
     }
-    READY.store(1, Release);
+    identity::note_ready();
     if !disabled {
         adopt_inherited();
     }
@@ -196,12 +189,6 @@ pub fn is_tcp(fd: c_int) -> bool {
         )
 }
 
-/// True in a `vfork` child and in one made by a raw `clone`: memory is (or was copied from) the
-/// parent's, and the shim's state is not this process's.
-pub fn is_foreign() -> bool {
-    sys::getpid() != stream::pid()
-}
-
 static LOCKED: AtomicU32 = AtomicU32::new(0);
 
 /// Before a child gets a copy of this process.
@@ -219,8 +206,7 @@ pub extern "C" fn after_fork_in_parent() {
 
 /// And in the child.
 pub extern "C" fn after_fork_in_child() {
-    stream::note_pid();
-    stream::start_barriers();
+    identity::note();
     epoll::after_fork_in_child();
     tenant::after_fork_in_child();
 }

@@ -4,9 +4,8 @@
 mod actions;
 
 use crate::conn::{self, CONNS, Kind, Use};
-use crate::process::{
-    fits_new_program, in_path, is_dynamic, is_foreign, is_kept_over_exec, is_ready, names_shim,
-};
+use crate::identity::{is_foreign, is_ready};
+use crate::process::{fits_new_program, in_path, is_dynamic, is_kept_over_exec, names_shim};
 use crate::{demote, real, sys, tenant};
 use actions::Actions;
 use libc::{c_char, c_int, c_void};

@@ -6,35 +6,8 @@ use rdsock_shm::end::Shared;
 use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, MAX_RING, MIN_RING, StreamHeader};
 use rdsock_shm::ring::RingMemory;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU32, Ordering::*};
 
-/// This process, for locks. Set by the constructor and in forked children.
-static PID: AtomicU32 = AtomicU32::new(0);
-
-/// 1 when this process takes part in membarriers.
-static HAS_BARRIERS: AtomicU32 = AtomicU32::new(0);
-
-/// Notes which process this is.
-pub fn note_pid() {
-    PID.store(sys::getpid(), Relaxed);
-}
-
-/// Takes part in membarriers, where the kernel has them.
-pub fn start_barriers() {
-    HAS_BARRIERS.store(u32::from(sys::register_membarrier()), Relaxed);
-}
-
-/// Whether this process takes part in membarriers.
-#[inline]
-pub fn has_barriers() -> bool {
-    HAS_BARRIERS.load(Relaxed) != 0
-}
-
-/// The process that owns the shim's private state. A `vfork` child sees its parent's.
-#[inline]
-pub fn pid() -> u32 {
-    PID.load(Relaxed)
-}
+pub use crate::identity::{has_barriers, pid};
 
 /// One end of a stream.
 #[derive(Debug)]

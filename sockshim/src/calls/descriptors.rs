@@ -2,7 +2,7 @@
 //! uses for itself is never the program's to close, and is given up when the program wants it.
 
 use crate::conn::{self, Kind};
-use crate::{demote, epoll, process, real, sys, tenant};
+use crate::{demote, epoll, identity, process, real, sys, tenant};
 use libc::{c_int, c_uint};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::*;
 fn closing(fd: c_int) -> bool {
     match conn::kind(fd) {
         Kind::Other => true,
-        _ if process::is_foreign() => true,
+        _ if identity::is_foreign() => true,
         Kind::Internal => false,
         Kind::Conn(_) => {
             tenant::stay_attached();
@@ -52,8 +52,8 @@ pub unsafe fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     if first > last
         || flags & !(UNSHARE | CLOEXEC) != 0
         || flags & CLOEXEC != 0
-        || process::is_foreign()
-        || !process::is_ready()
+        || identity::is_foreign()
+        || !identity::is_ready()
         // Nothing is let go that stays open.
         || !sys::has_close_range()
     {
@@ -125,7 +125,7 @@ fn close_listed(first: c_int) {
 
 /// Records a copy of a descriptor, made whichever way.
 pub fn copied(old: c_int, new: c_int) -> c_int {
-    if new < 0 || process::is_foreign() {
+    if new < 0 || identity::is_foreign() {
         return new;
     }
     match conn::kind(old) {
@@ -153,7 +153,7 @@ pub unsafe fn dup(fd: c_int) -> c_int {
 
 /// The number that a descriptor is to be copied to is about to be taken. False: EBADF.
 fn making_room(old: c_int, new: c_int) -> bool {
-    if process::is_foreign() || old == new {
+    if identity::is_foreign() || old == new {
         return true;
     }
     if conn::kind(old) == Kind::Internal {

@@ -2,7 +2,7 @@
 //! registered is in [`crate::epoll`].
 
 use crate::poll::nanoseconds_of;
-use crate::{epoll, process, real};
+use crate::{epoll, identity, real};
 use libc::{c_int, epoll_event, sigset_t, timespec};
 
 /// # Safety
@@ -20,7 +20,7 @@ pub unsafe fn epoll_create1(flags: c_int) -> c_int {
 }
 
 fn made_epoll(fd: c_int) -> c_int {
-    if fd >= 0 && process::is_ready() && !process::is_foreign() {
+    if fd >= 0 && identity::is_ready() && !identity::is_foreign() {
         epoll::track(fd);
     }
     fd

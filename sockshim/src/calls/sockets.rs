@@ -4,7 +4,7 @@
 use crate::address::family_of;
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, handing_over, process, real, sys, tenant, wait};
+use crate::{demote, handing_over, identity, process, real, sys, tenant, wait};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -15,11 +15,11 @@ pub unsafe fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let fd = unsafe { real::socket(domain, kind, protocol) };
     handing_over::made_socket(fd, domain, protocol);
-    if fd >= 0 && process::is_ready() {
+    if fd >= 0 && identity::is_ready() {
         let tcp = matches!(domain, libc::AF_INET | libc::AF_INET6)
             && kind & 0xf == libc::SOCK_STREAM
             && matches!(protocol, 0 | libc::IPPROTO_TCP);
-        if process::is_foreign() {
+        if identity::is_foreign() {
             return fd;
         }
         if tcp {
@@ -182,7 +182,7 @@ unsafe fn accept_by(
 
 /// Follows a descriptor that was just accepted.
 fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
-    if fd < 0 || !process::is_ready() || process::is_foreign() {
+    if fd < 0 || !identity::is_ready() || identity::is_foreign() {
         return None;
     }
     let error = sys::errno();

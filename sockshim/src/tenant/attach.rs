@@ -9,7 +9,7 @@ use super::messages::{await_message, read_messages, send_with};
 use super::pauses::{Attempts, Changes};
 use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
-use crate::{clock, process, sys};
+use crate::{clock, identity, sys};
 use libc::c_int;
 use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind, may_serve};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
@@ -130,7 +130,7 @@ fn look_for_daemon(now: u64) {
 /// program that sleeps can't answer, and the daemon is to know that it is there.
 #[inline]
 pub fn greeting() -> Option<c_int> {
-    if GREETING.load(Relaxed) == 0 || process::is_foreign() {
+    if GREETING.load(Relaxed) == 0 || identity::is_foreign() {
         return None;
     }
     let control = CONTROL.load(Relaxed);
@@ -153,7 +153,7 @@ pub fn take_greeting() {
 /// there is no daemon.
 #[cold]
 pub(super) fn await_greeting(end: u64) -> bool {
-    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !process::is_foreign() {
+    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !identity::is_foreign() {
         let has_come = |_: &Guard| (GREETING.load(Relaxed) == 0).then_some(());
         if await_message(end, has_come).is_none() {
             LATE.store(1, Relaxed);

@@ -10,7 +10,7 @@ use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
-use crate::{clock, process, stream, sys};
+use crate::{clock, identity, stream, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};
 use rdsock_shm::layout::TenantMemory;
@@ -50,7 +50,7 @@ pub fn before_exec() {
 }
 
 fn note_shared(guard: &Guard) {
-    let is_foreign = process::is_foreign();
+    let is_foreign = identity::is_foreign();
     conn::each(|index, conn| {
         conn.shared.store(1, Relaxed);
         if conn.phase.load(Relaxed) != phase::ANNOUNCED {

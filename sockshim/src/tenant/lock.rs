@@ -2,7 +2,7 @@
 //! The first in the order of locks (see `epoll.rs`), but for those who give up soon. Never held while
 //! its holder waits for the daemon.
 
-use crate::{process, stream, sys};
+use crate::{identity, stream, sys};
 use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
 use std::sync::atomic::AtomicU64;
@@ -26,13 +26,13 @@ impl Guard {
     }
 
     /// Also for a `vfork` child, which notes in its parent's memory what it does to a connection. It
-    /// must not use the queue or the control connection: see [`process::is_foreign`].
+    /// must not use the queue or the control connection: see [`identity::is_foreign`].
     pub(super) fn take_as_child() -> Option<Guard> {
         Self::take_for(u32::MAX)
     }
 
     fn take_within(most: u32) -> Option<Guard> {
-        if process::is_foreign() {
+        if identity::is_foreign() {
             return None;
         }
         Self::take_for(most)

@@ -3,7 +3,7 @@
 use super::attach::AWAITED;
 use super::memory::memory;
 use super::messages::{await_message, look};
-use crate::{clock, process};
+use crate::{clock, identity};
 use std::sync::atomic::Ordering::*;
 
 /// Nanoseconds that the first `connect` of a process waits, at most, for a daemon that is there.
@@ -28,7 +28,7 @@ fn is_awaited() -> bool {
 /// True when an address belongs to another node. Waits for the greeting of a daemon that this process
 /// has just attached to.
 pub fn lead_to(ip: &[u8; 16]) -> bool {
-    if is_awaited() && !process::is_foreign() {
+    if is_awaited() && !identity::is_foreign() {
         await_message(clock::nanoseconds() + GREETING, |_| {
             (AWAITED.load(Relaxed) == 0).then_some(())
         });
