@@ -3,6 +3,7 @@
 //! longer than `vfork` does is another program inside of this one: then every connection is the kernel's.
 
 use crate::identity::{is_foreign, is_ready};
+use crate::state::PROCESS;
 use crate::{demote, process, real, sys, tenant};
 use libc::{c_int, c_long, c_ulong, c_void, pid_t};
 use rdsock_shm::reason::Reason;
@@ -30,12 +31,25 @@ fn made_by(flags: u64) -> Made {
     }
 }
 
-/// 1 when the next child lives in another pid namespace: processes there and here take each other for dead.
-static APART: AtomicU32 = AtomicU32::new(0);
+/// What is known of children to come.
+#[derive(Debug)]
+pub struct Children {
+    /// 1 when the next child lives in another pid namespace: processes there and here take each other for dead.
+    apart: AtomicU32,
+}
+
+impl Children {
+    /// Nothing out of the ordinary.
+    pub const fn new() -> Self {
+        Children {
+            apart: AtomicU32::new(0),
+        }
+    }
+}
 
 /// Before a child that gets a copy of this process, however it is made.
 pub fn before_copy() {
-    if APART.load(Relaxed) != 0 {
+    if PROCESS.children.apart.load(Relaxed) != 0 {
         demote::abandon_all(Reason::Shared);
     }
 }
@@ -184,7 +198,7 @@ pub unsafe fn unshare(flags: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::unshare(flags) };
     if result == 0 && flags & libc::CLONE_NEWPID != 0 {
-        APART.store(1, Relaxed);
+        PROCESS.children.apart.store(1, Relaxed);
     }
     result
 }
@@ -195,7 +209,7 @@ pub unsafe fn setns(fd: c_int, kind: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::setns(fd, kind) };
     if result == 0 && (kind == 0 || kind & libc::CLONE_NEWPID != 0) {
-        APART.store(1, Relaxed);
+        PROCESS.children.apart.store(1, Relaxed);
     }
     result
 }

@@ -4,6 +4,7 @@
 
 use crate::identity::{is_foreign, is_ready};
 use crate::options::take_for_kernel;
+use crate::state::PROCESS;
 use crate::{demote, real, sys, tenant};
 use libc::{c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t};
 use rdsock_shm::reason::Reason;
@@ -125,14 +126,38 @@ pub unsafe fn put_into_map(attributes: *const u64, size: c_ulong) {
 
 /// Protocols of netlink whose messages can name a socket: iSCSI, and the generic one, which NBD uses.
 const NAMING: [c_int; 2] = [8, 16];
-/// One more than the highest number of a socket of theirs; 0 where there was none, which is nearly everywhere.
-static NETLINK: AtomicI32 = AtomicI32::new(0);
+
+/// The sockets of those protocols.
+#[derive(Debug)]
+pub struct Netlink {
+    /// One more than the highest number; 0 where there was none, which is nearly everywhere.
+    high: AtomicI32,
+}
+
+impl Netlink {
+    /// None yet.
+    pub const fn new() -> Self {
+        Netlink {
+            high: AtomicI32::new(0),
+        }
+    }
+
+    fn note(&self, fd: c_int, domain: c_int, protocol: c_int) {
+        if fd >= 0 && domain == libc::AF_NETLINK && NAMING.contains(&protocol) {
+            self.high.fetch_max(fd + 1, Relaxed);
+        }
+    }
+
+    /// True for a number that one of them may have.
+    #[inline]
+    fn may_be(&self, fd: c_int) -> bool {
+        fd < self.high.load(Relaxed)
+    }
+}
 
 /// The program has made a socket.
 pub fn made_socket(fd: c_int, domain: c_int, protocol: c_int) {
-    if fd >= 0 && domain == libc::AF_NETLINK && NAMING.contains(&protocol) {
-        NETLINK.fetch_max(fd + 1, Relaxed);
-    }
+    PROCESS.netlink.note(fd, domain, protocol);
 }
 
 /// Before something is sent on another descriptor than a connection's: to netlink it may name connections. What looks
@@ -142,7 +167,7 @@ pub fn made_socket(fd: c_int, domain: c_int, protocol: c_int) {
 /// `parts` is null or points to `count` entries that describe the program's buffers.
 #[inline]
 pub unsafe fn telling(fd: c_int, parts: *const iovec, count: usize) {
-    if fd < NETLINK.load(Relaxed) {
+    if PROCESS.netlink.may_be(fd) {
         // SAFETY: as the caller says.
         unsafe { look_for_names(fd, parts, count) };
     }
@@ -270,5 +295,18 @@ mod tests {
         assert!(means_descriptor(b"rfdno") && !means_descriptor(b"trans"));
         assert_eq!(number(b"12"), Some(12));
         assert_eq!(number(b"12x"), None);
+    }
+
+    #[test]
+    fn only_sockets_that_can_name_others_are_noted() {
+        let netlink = Netlink::new();
+        let [generic, route] = [16, 0];
+        netlink.note(5, libc::AF_NETLINK, route);
+        netlink.note(6, libc::AF_INET, generic);
+        netlink.note(-1, libc::AF_NETLINK, generic);
+        assert!(!netlink.may_be(0));
+        netlink.note(7, libc::AF_NETLINK, generic);
+        netlink.note(4, libc::AF_NETLINK, generic);
+        assert!(netlink.may_be(7) && !netlink.may_be(8));
     }
 }

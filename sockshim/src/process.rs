@@ -3,6 +3,7 @@
 use crate::conn::{self, Kind, born};
 use crate::identity::{self, is_foreign, is_ready};
 use crate::io::TcpInfo;
+use crate::state::PROCESS;
 use crate::{between, children, clock, demote, epoll, limits, real, stream, sys, tenant, wait};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
@@ -189,17 +190,34 @@ pub fn is_tcp(fd: c_int) -> bool {
         )
 }
 
-static LOCKED: AtomicU32 = AtomicU32::new(0);
+/// A fork that is under way.
+#[derive(Debug)]
+pub struct Fork {
+    /// 1 when it has taken the tenant's lock.
+    locked: AtomicU32,
+}
+
+impl Fork {
+    /// There is none.
+    pub const fn new() -> Self {
+        Fork {
+            locked: AtomicU32::new(0),
+        }
+    }
+}
 
 /// Before a child gets a copy of this process.
 pub extern "C" fn before_fork() {
     children::before_copy();
-    LOCKED.store(u32::from(tenant::before_fork()), Relaxed);
+    PROCESS
+        .fork
+        .locked
+        .store(u32::from(tenant::before_fork()), Relaxed);
 }
 
 /// After that, in the parent.
 pub extern "C" fn after_fork_in_parent() {
-    if LOCKED.swap(0, Relaxed) != 0 {
+    if PROCESS.fork.locked.swap(0, Relaxed) != 0 {
         tenant::after_fork_in_parent();
     }
 }

@@ -6,19 +6,17 @@ mod actions;
 use crate::conn::{self, CONNS, Kind, Use};
 use crate::identity::{is_foreign, is_ready};
 use crate::process::{fits_new_program, in_path, is_dynamic, is_kept_over_exec, names_shim};
+use crate::state::PROCESS;
 use crate::{demote, real, sys, tenant};
-use actions::Actions;
+pub use actions::Actions;
 use libc::{c_char, c_int, c_void};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
 
-/// What the program has put into its objects of file actions.
-static ACTIONS: Actions = Actions::new();
-
 /// # Safety
 /// As `posix_spawn_file_actions_init`.
 pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
-    ACTIONS.forget(actions);
+    PROCESS.actions.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_init(actions) }
 }
@@ -26,7 +24,7 @@ pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
 /// # Safety
 /// As `posix_spawn_file_actions_destroy`.
 pub unsafe fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
-    ACTIONS.forget(actions);
+    PROCESS.actions.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_destroy(actions) }
 }
@@ -42,7 +40,7 @@ pub unsafe fn posix_spawn_file_actions_adddup2(
     let result = unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) };
     // Also where it is no connection yet: it may be one when the program is spawned.
     if result == 0 && is_ready() && !is_foreign() {
-        ACTIONS.note(actions, fd, new);
+        PROCESS.actions.note(actions, fd, new);
     }
     result
 }
@@ -86,8 +84,10 @@ impl Given {
 /// True when a new program gets any connection: where each is closed by `exec`, nothing has to be done.
 fn gets_any(actions: *const c_void) -> bool {
     let is_connection = |fd: c_int| matches!(conn::kind(fd), Kind::Conn(_));
-    let mut any = ACTIONS.has_missed_some();
-    ACTIONS.copies(actions, |fd, _| any |= is_connection(fd));
+    let mut any = PROCESS.actions.has_missed_some();
+    PROCESS
+        .actions
+        .copies(actions, |fd, _| any |= is_connection(fd));
     let mut from = 0;
     while let Some(fd) = conn::next_noted(from).filter(|_| !any) {
         any = is_connection(fd) && is_kept_over_exec(fd);
@@ -108,9 +108,9 @@ fn spawn(
     tenant::before_exec();
     let mut given = Given([0; CONNS / 64]);
     if crate::process::has_streams() {
-        let keep = loads_shim() && !ACTIONS.has_missed_some();
+        let keep = loads_shim() && !PROCESS.actions.has_missed_some();
         // What the program is meant to get comes first: where both ends are here, the other one must not end before.
-        ACTIONS.copies(actions, |fd, new| {
+        PROCESS.actions.copies(actions, |fd, new| {
             if let Some(held) = conn::of(fd) {
                 given.give(&held, fd, keep && crate::process::is_looked_at(new));
             }
@@ -124,7 +124,7 @@ fn spawn(
             }
             from = fd + 1;
         }
-        if ACTIONS.has_missed_some() {
+        if PROCESS.actions.has_missed_some() {
             demote::abandon_all(Reason::Exec);
         }
     }

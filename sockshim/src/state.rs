@@ -2,12 +2,23 @@
 //! there alone. It calls nobody. What is told of libc (`real.rs`) and the thresholds (`limits.rs`) are no part of it: they stay as
 //! they are from the constructor on.
 
+use crate::children::Children;
+use crate::clock::Clock;
+use crate::handing_over::Netlink;
 use crate::identity::Identity;
+use crate::process::Fork;
+use crate::spawn::Actions;
 
 /// What is known of a process. A test makes its own.
 #[derive(Debug)]
 pub struct Process {
     pub identity: Identity,
+    pub clock: Clock,
+    pub fork: Fork,
+    pub children: Children,
+    /// What the program has put into its objects of file actions.
+    pub actions: Actions,
+    pub netlink: Netlink,
 }
 
 impl Process {
@@ -15,6 +26,11 @@ impl Process {
     pub const fn new() -> Self {
         Process {
             identity: Identity::new(),
+            clock: Clock::new(),
+            fork: Fork::new(),
+            children: Children::new(),
+            actions: Actions::new(),
+            netlink: Netlink::new(),
         }
     }
 }

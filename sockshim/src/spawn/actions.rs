@@ -26,6 +26,7 @@ impl Action {
 }
 
 /// The actions of all objects.
+#[derive(Debug)]
 pub struct Actions {
     /// Mapped with the first action.
     table: AtomicPtr<Action>,
