@@ -1,10 +1,14 @@
-//! Which of the process's fds are TCP connections: the fd table, and one [`Conn`] for each open
-//! connection. Private to the process; a forked child gets a copy.
+//! The process's TCP connections: one [`Conn`] for each open one, which the table of fds (`fds.rs`) leads to. Private to the
+//! process; a forked child gets a copy.
 //!
-//! A lookup is a few loads. The tables are mapped piece by piece, as they are used, and stay, so
-//! nothing here allocates and everything may be used in a signal handler.
+//! A lookup is a few loads. Nothing here allocates, and everything may be used in a signal handler.
 
+pub use crate::fds::{FDS, Kind, Pieces, fd_of, high_fd, kind, next_noted, set_kind};
+pub use crate::identity::is_single_threaded;
+
+use crate::fds;
 use crate::names::Names;
+use crate::state::PROCESS;
 use crate::stream::Stream;
 use crate::sys;
 use crate::tenant::Offer;
@@ -12,47 +16,10 @@ use libc::c_int;
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*, fence};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*, fence};
 
-/// fds that the table covers; higher ones are never accelerated.
-pub const FDS: usize = 1 << 20;
 /// Connections at once.
 pub const CONNS: usize = rdsock_shm::layout::CONN_RECORDS;
-
-/// What an fd is, as the table has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Nothing of ours.
-    Other,
-    /// A TCP connection, or a TCP socket that may become one.
-    Conn(usize),
-    /// An epoll instance.
-    Epoll(usize),
-    /// The shim's own descriptor: the program must not see it.
-    Internal,
-}
-
-impl Kind {
-    fn to_word(self) -> u32 {
-        match self {
-            Kind::Other => 0,
-            Kind::Conn(index) => (1 << 30) | index as u32,
-            Kind::Epoll(index) => (2 << 30) | index as u32,
-            Kind::Internal => 3 << 30,
-        }
-    }
-
-    #[inline]
-    fn from_word(word: u32) -> Self {
-        let index = (word & ((1 << 30) - 1)) as usize;
-        match word >> 30 {
-            0 => Kind::Other,
-            1 => Kind::Conn(index),
-            2 => Kind::Epoll(index),
-            _ => Kind::Internal,
-        }
-    }
-}
 
 /// Who opened the connection.
 pub mod born {
@@ -265,134 +232,68 @@ impl Conn {
     }
 }
 
-/// fds of one piece of the table.
-const FD_PIECE: usize = 4096;
 /// Connections of one piece of the pool.
 const CONN_PIECE: usize = 512;
-static TABLE: Pieces<AtomicU32, { FDS / FD_PIECE }> = Pieces::new();
-static POOL: Pieces<Conn, { CONNS / CONN_PIECE }> = Pieces::new();
-/// 1 when fds are looked after: not with RDSOCK_DISABLE.
-static STARTED: AtomicU32 = AtomicU32::new(0);
-/// Connections whose pieces are mapped, from the first on.
-static THERE: AtomicU32 = AtomicU32::new(0);
-/// Where the search for a free connection starts.
-static NEXT: AtomicU32 = AtomicU32::new(0);
-/// One more than the highest fd ever put in the table.
-static HIGH_FD: AtomicI32 = AtomicI32::new(0);
-/// One more than the highest connection number ever used.
-static HIGH: AtomicU32 = AtomicU32::new(0);
-/// 1 when no connection is tracked any more.
-static FORGOTTEN: AtomicU32 = AtomicU32::new(0);
-static SINGLE_THREADED: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
-/// A table whose memory is mapped piece by piece, as it is used: a program whose address space is limited has it for
-/// itself. A piece that can't be mapped is missing, and its fds are the kernel's.
+/// The connections of a process.
 #[derive(Debug)]
-pub struct Pieces<T, const N: usize>([AtomicPtr<T>; N]);
+pub struct Connections {
+    pool: Pieces<Conn, { CONNS / CONN_PIECE }>,
+    /// Those whose pieces are mapped, from the first on.
+    there: AtomicU32,
+    /// Where the search for a free one starts.
+    next: AtomicU32,
+    /// One more than the highest number ever used.
+    high: AtomicU32,
+    /// 1 when none is tracked any more.
+    forgotten: AtomicU32,
+}
 
-impl<T, const N: usize> Pieces<T, N> {
+impl Connections {
+    /// None.
     pub const fn new() -> Self {
-        Pieces([const { AtomicPtr::new(std::ptr::null_mut()) }; N])
+        Connections {
+            pool: Pieces::new(),
+            there: AtomicU32::new(0),
+            next: AtomicU32::new(0),
+            high: AtomicU32::new(0),
+            forgotten: AtomicU32::new(0),
+        }
     }
 
-    /// An entry, in pieces of `each`, where its piece is there.
     #[inline]
-    pub fn get(&self, index: usize, each: usize) -> Option<&'static T> {
-        let piece = self.0.get(index / each)?.load(Acquire);
-        // SAFETY: a piece has `each` zeroed entries, which is a valid state of a Conn and of a word, and is never
-        // unmapped.
-        (!piece.is_null()).then(|| unsafe { &*piece.add(index % each) })
+    fn at(&self, index: usize) -> Option<&'static Conn> {
+        self.pool.get(index, CONN_PIECE)
     }
 
-    /// An entry, whose piece is mapped if need be.
-    pub fn make(&self, index: usize, each: usize) -> Option<&'static T> {
-        let place = self.0.get(index / each)?;
-        if place.load(Acquire).is_null() {
-            let size = each * std::mem::size_of::<T>();
-            let piece = sys::map(-1, size)?;
-            let null = std::ptr::null_mut();
-            if place
-                .compare_exchange(null, piece.cast(), AcqRel, Relaxed)
-                .is_err()
-            {
-                // Another thread was faster.
-                // SAFETY: just mapped, and nobody else has seen it.
-                unsafe { sys::unmap(piece, size) };
+    /// Takes a free one of the pool, in turn; maps another piece only where none is free.
+    fn take_free(&self) -> Option<usize> {
+        loop {
+            let there = self.there.load(Acquire) as usize;
+            let start = self.next.load(Relaxed) as usize;
+            for step in 0..there {
+                let index = (start + step) % there;
+                let occupied = &self.at(index)?.occupied;
+                if occupied.compare_exchange(0, 1, AcqRel, Relaxed).is_ok() {
+                    self.next.store((index + 1) as u32, Relaxed);
+                    self.high.fetch_max((index + 1) as u32, Relaxed);
+                    return Some(index);
+                }
             }
-        }
-        self.get(index, each)
-    }
-}
-
-/// Begins to look after fds.
-pub fn start() {
-    STARTED.store(1, Release);
-    // A char, where glibc has it.
-    let flag = crate::real::symbol(c"__libc_single_threaded");
-    SINGLE_THREADED.store(flag.cast(), Relaxed);
-}
-
-/// True while the process has never had a second thread.
-#[inline]
-pub fn is_single_threaded() -> bool {
-    let flag = SINGLE_THREADED.load(Relaxed);
-    // SAFETY: glibc's flag, written only before a thread is made.
-    !flag.is_null() && unsafe { flag.read_volatile() } != 0
-}
-
-#[inline]
-fn entry(fd: c_int) -> Option<&'static AtomicU32> {
-    TABLE.get(usize::try_from(fd).ok()?, FD_PIECE)
-}
-
-/// The entry of an fd that something is to be noted of.
-fn new_entry(fd: c_int) -> Option<&'static AtomicU32> {
-    if STARTED.load(Relaxed) == 0 {
-        return None;
-    }
-    TABLE.make(usize::try_from(fd).ok()?, FD_PIECE)
-}
-
-/// What an fd is.
-#[inline]
-pub fn kind(fd: c_int) -> Kind {
-    entry(fd).map_or(Kind::Other, |word| Kind::from_word(word.load(Acquire)))
-}
-
-/// One more than the highest fd that the table ever had something for.
-pub fn high_fd() -> c_int {
-    HIGH_FD.load(Relaxed)
-}
-
-/// The next fd from one on that the table has something for.
-pub fn next_noted(from: c_int) -> Option<c_int> {
-    let mut fd = from.max(0);
-    while fd < high_fd() {
-        match entry(fd) {
-            Some(word) if word.load(Relaxed) != 0 => return Some(fd),
-            Some(_) => fd += 1,
-            // Nothing of this piece.
-            None => fd = fd - fd % FD_PIECE as c_int + FD_PIECE as c_int,
+            self.pool.make(there, CONN_PIECE)?;
+            self.there.fetch_max((there + CONN_PIECE) as u32, AcqRel);
         }
     }
-    None
-}
 
-/// Says what an fd is; what it was.
-pub fn set_kind(fd: c_int, kind: Kind) -> Kind {
-    let word = match kind {
-        Kind::Other => entry(fd),
-        _ => new_entry(fd),
-    };
-    HIGH_FD.fetch_max(fd + 1, Relaxed);
-    word.map_or(Kind::Other, |word| {
-        Kind::from_word(word.swap(kind.to_word(), AcqRel))
-    })
+    fn high(&self) -> usize {
+        CONNS.min(self.high.load(Relaxed) as usize)
+    }
 }
 
 /// A connection of the pool.
+#[inline]
 pub fn at(index: usize) -> Option<&'static Conn> {
-    POOL.get(index, CONN_PIECE)
+    PROCESS.connections.at(index)
 }
 
 /// A connection in use by the current call; its stream stays mapped until this is dropped.
@@ -424,19 +325,7 @@ impl Drop for Use {
 /// The connection behind an fd, kept from going away.
 #[inline]
 pub fn of(fd: c_int) -> Option<Use> {
-    let word = entry(fd)?;
-    let value = word.load(Acquire);
-    if value >> 30 != 1 {
-        return None;
-    }
-    use_if(word, value)
-}
-
-#[inline]
-fn use_if(word: &AtomicU32, value: u32) -> Option<Use> {
-    let Kind::Conn(index) = Kind::from_word(value) else {
-        return None;
-    };
+    let (index, entry) = fds::conn(fd)?;
     let conn = at(index)?;
     if is_single_threaded() {
         conn.users.store(conn.users.load(Relaxed) + 1, Relaxed);
@@ -445,10 +334,7 @@ fn use_if(word: &AtomicU32, value: u32) -> Option<Use> {
     }
     let held = Use { conn, index };
     // The fd may have been closed before the use was counted.
-    if word.load(SeqCst) != value {
-        return None;
-    }
-    Some(held)
+    entry.is_same().then_some(held)
 }
 
 /// The connection with this number, if it is in use.
@@ -463,34 +349,14 @@ pub fn by_index(index: usize) -> Option<Use> {
     (conn.refs.load(SeqCst) != 0).then_some(held)
 }
 
-/// Takes a free connection of the pool, in turn; maps another piece only where none is free.
-fn take_free() -> Option<usize> {
-    loop {
-        let there = THERE.load(Acquire) as usize;
-        let start = NEXT.load(Relaxed) as usize;
-        for step in 0..there {
-            let index = (start + step) % there;
-            let taken = at(index)?.occupied.compare_exchange(0, 1, AcqRel, Relaxed);
-            if taken.is_ok() {
-                return Some(index);
-            }
-        }
-        POOL.make(there, CONN_PIECE)?;
-        THERE.fetch_max((there + CONN_PIECE) as u32, AcqRel);
-    }
-}
-
 /// Tracks a new TCP socket. Nothing is done when the pool is full: it stays the kernel's.
 pub fn track(fd: c_int, born: u32) -> Option<usize> {
-    new_entry(fd)?;
-    if FORGOTTEN.load(Relaxed) != 0 {
+    if !fds::has_room(fd) || PROCESS.connections.forgotten.load(Relaxed) != 0 {
         return None;
     }
-    let index = take_free()?;
+    let index = PROCESS.connections.take_free()?;
     let conn = at(index)?;
     conn.refs.store(1, Relaxed);
-    NEXT.store((index + 1) as u32, Relaxed);
-    HIGH.fetch_max((index + 1) as u32, Relaxed);
     conn.born.store(born, Relaxed);
     conn.fd.store(fd, Relaxed);
     for word in [
@@ -531,7 +397,7 @@ pub fn replace(fd: c_int, kind: Kind) {
 
 /// Forgets which fds are connections: the kernel has them all, for as long as the process runs.
 pub fn forget_all() {
-    FORGOTTEN.store(1, Relaxed);
+    PROCESS.connections.forgotten.store(1, Relaxed);
     crate::epoll::close_copies();
     for fd in 0..high_fd() {
         if matches!(kind(fd), Kind::Conn(_)) {
@@ -574,15 +440,7 @@ fn other_fd(index: usize) -> Option<c_int> {
     if most <= 1 {
         return None;
     }
-    let word = Kind::Conn(index).to_word();
-    (0..65536).find(|fd| entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word))
-}
-
-/// An fd of this kind, but not `not`.
-pub fn fd_of(kind: Kind, not: c_int) -> Option<c_int> {
-    let word = kind.to_word();
-    (0..high_fd())
-        .find(|fd| *fd != not && entry(*fd).is_some_and(|entry| entry.load(Relaxed) == word))
+    fd_of(Kind::Conn(index), -1)
 }
 
 /// The last use of a connection without fds has ended.
@@ -620,7 +478,7 @@ fn free(index: usize, conn: &Conn) {
 
 /// One more than the highest connection number ever used.
 pub fn high() -> usize {
-    CONNS.min(HIGH.load(Relaxed) as usize)
+    PROCESS.connections.high()
 }
 
 /// Writes all records again: the memory that they lie in has just been exchanged.
@@ -640,5 +498,34 @@ pub fn each(mut found: impl FnMut(usize, &'static Conn)) {
         {
             found(index, conn);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_taken_in_turn_and_again_once_free() {
+        let connections = Connections::new();
+        for index in 0..CONN_PIECE {
+            assert_eq!(connections.take_free(), Some(index));
+        }
+        let free = |index| connections.at(index).unwrap().occupied.store(0, Relaxed);
+        free(7);
+        free(9);
+        assert_eq!(connections.take_free(), Some(7));
+        // The one that was given back last is not the next.
+        free(7);
+        assert_eq!(connections.take_free(), Some(9));
+        assert_eq!(connections.high(), CONN_PIECE);
+        assert_eq!(connections.take_free(), Some(7));
+        // None is free: another piece.
+        assert!(
+            connections
+                .take_free()
+                .is_some_and(|index| index >= CONN_PIECE)
+        );
+        assert!(connections.high() > CONN_PIECE);
     }
 }

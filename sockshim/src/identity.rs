@@ -1,9 +1,9 @@
 //! Which process this is: whether the constructor has run, and whose state the shim's is. Asked by everybody; calls the kernel
-//! alone.
+//! and libc alone.
 
 use crate::state::PROCESS;
-use crate::sys;
-use std::sync::atomic::{AtomicU32, Ordering::*};
+use crate::{real, sys};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering::*};
 
 /// What is noted of it.
 #[derive(Debug)]
@@ -14,6 +14,8 @@ pub struct Identity {
     pid: AtomicU32,
     /// 1 when this process takes part in membarriers.
     has_barriers: AtomicU32,
+    /// glibc's flag, a char, where it has it.
+    single_threaded: AtomicPtr<u8>,
 }
 
 impl Identity {
@@ -23,6 +25,7 @@ impl Identity {
             ready: AtomicU32::new(0),
             pid: AtomicU32::new(0),
             has_barriers: AtomicU32::new(0),
+            single_threaded: AtomicPtr::new(std::ptr::null_mut()),
         }
     }
 
@@ -40,6 +43,12 @@ pub fn note() {
         .store(u32::from(sys::register_membarrier()), Relaxed);
 }
 
+/// Finds out where libc says how many threads there are.
+pub fn find_threads() {
+    let flag = real::symbol(c"__libc_single_threaded");
+    PROCESS.identity.single_threaded.store(flag.cast(), Relaxed);
+}
+
 /// The constructor has run.
 pub fn note_ready() {
     PROCESS.identity.ready.store(1, Release);
@@ -54,6 +63,14 @@ pub fn is_ready() -> bool {
 #[inline]
 pub fn pid() -> u32 {
     PROCESS.identity.pid.load(Relaxed)
+}
+
+/// True while the process has never had a second thread.
+#[inline]
+pub fn is_single_threaded() -> bool {
+    let flag = PROCESS.identity.single_threaded.load(Relaxed);
+    // SAFETY: glibc's flag, written only before a thread is made.
+    !flag.is_null() && unsafe { flag.read_volatile() } != 0
 }
 
 /// Whether this process takes part in membarriers.

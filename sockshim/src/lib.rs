@@ -31,6 +31,7 @@ mod demote;
 mod end;
 mod epoll;
 mod exports;
+mod fds;
 mod handing_over;
 mod identity;
 mod io;

@@ -1,6 +1,7 @@
 //! The life of the process: loading, fork, exec.
 
 use crate::conn::{self, Kind, born};
+use crate::fds::{self, STDERR};
 use crate::identity::{self, is_foreign, is_ready};
 use crate::io::TcpInfo;
 use crate::state::PROCESS;
@@ -57,7 +58,8 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     wait::start(spin, cores());
     tenant::start(env(c"RDSOCK_SOCKET"), disabled);
     if !disabled {
-        conn::start();
+        fds::start();
+        identity::find_threads();
         epoll::start();
         follow_forks();
         // SAFETY: a function of this library, which stays until the process has ended.
@@ -276,9 +278,6 @@ fn before_exec(loads_shim: bool) {
         }
     }
 }
-
-/// stdin, stdout and stderr are used by stdio, behind the shim's back: never on rings.
-pub const STDERR: c_int = 2;
 
 /// True for a number at which a program that starts looks for connections: see [`adopt_inherited`].
 pub fn is_looked_at(fd: c_int) -> bool {

@@ -4,6 +4,8 @@
 
 use crate::children::Children;
 use crate::clock::Clock;
+use crate::conn::Connections;
+use crate::fds::Fds;
 use crate::handing_over::Netlink;
 use crate::identity::Identity;
 use crate::process::Fork;
@@ -14,6 +16,8 @@ use crate::spawn::Actions;
 pub struct Process {
     pub identity: Identity,
     pub clock: Clock,
+    pub fds: Fds,
+    pub connections: Connections,
     pub fork: Fork,
     pub children: Children,
     /// What the program has put into its objects of file actions.
@@ -27,6 +31,8 @@ impl Process {
         Process {
             identity: Identity::new(),
             clock: Clock::new(),
+            fds: Fds::new(),
+            connections: Connections::new(),
             fork: Fork::new(),
             children: Children::new(),
             actions: Actions::new(),

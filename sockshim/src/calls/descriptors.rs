@@ -2,7 +2,7 @@
 //! uses for itself is never the program's to close, and is given up when the program wants it.
 
 use crate::conn::{self, Kind};
-use crate::{demote, epoll, identity, process, real, sys, tenant};
+use crate::{demote, epoll, fds, identity, real, sys, tenant};
 use libc::{c_int, c_uint};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -130,7 +130,7 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
     }
     match conn::kind(old) {
         Kind::Conn(index) => {
-            if new <= process::STDERR
+            if new <= fds::STDERR
                 && let Some(held) = conn::of(old)
             {
                 demote::abandon(&held, old, Reason::Stdio);
@@ -165,7 +165,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
     } else if sys::fcntl(old, libc::F_GETFD, 0) >= 0 {
         closing(new);
         // stdin, stdout and stderr are used by stdio, behind the shim's back.
-        if new <= process::STDERR
+        if new <= fds::STDERR
             && let Some(held) = conn::of(old)
         {
             demote::abandon(&held, old, Reason::Stdio);

@@ -9,7 +9,7 @@ use super::offer::follow;
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{Conn, born, phase};
-use crate::process::STDERR;
+use crate::fds::STDERR;
 use crate::{limits, sys};
 use libc::c_int;
 use rdsock_shm::control::{Request, request};

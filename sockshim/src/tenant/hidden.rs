@@ -2,7 +2,7 @@
 
 use super::attach::{CONTROL, INHERITED};
 use super::memory::BOARD_FD;
-use crate::{conn, process, sys};
+use crate::{conn, fds, sys};
 use libc::c_int;
 use std::sync::atomic::Ordering::*;
 
@@ -24,7 +24,7 @@ fn copy_high(fd: c_int) -> Option<c_int> {
     [
         top.saturating_sub(64).max(LEAST),
         LEAST,
-        process::STDERR as usize + 1,
+        fds::STDERR as usize + 1,
     ]
     .into_iter()
     .map(copy)
