@@ -266,7 +266,7 @@ impl Connections {
         self.pool.get(index, CONN_PIECE)
     }
 
-    /// Takes a free one of the pool, in turn; maps another piece only where none is free.
+    /// Takes a free one of the pool to set it up, in turn; maps another piece only where none is free.
     fn take_free(&self) -> Option<usize> {
         loop {
             let there = self.there.load(Acquire) as usize;
@@ -274,7 +274,7 @@ impl Connections {
             for step in 0..there {
                 let index = (start + step) % there;
                 let occupied = &self.at(index)?.occupied;
-                if occupied.compare_exchange(0, 1, AcqRel, Relaxed).is_ok() {
+                if occupied.compare_exchange(0, 3, AcqRel, Relaxed).is_ok() {
                     self.next.store((index + 1) as u32, Relaxed);
                     self.high.fetch_max((index + 1) as u32, Relaxed);
                     return Some(index);
@@ -357,6 +357,8 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
     let index = PROCESS.connections.take_free()?;
     let conn = at(index)?;
     conn.refs.store(1, Relaxed);
+    // From now on who uses it sees that it has an fd, and does not free it.
+    conn.occupied.store(1, Release);
     conn.born.store(born, Relaxed);
     conn.fd.store(fd, Relaxed);
     for word in [
@@ -527,5 +529,14 @@ mod tests {
                 .is_some_and(|index| index >= CONN_PIECE)
         );
         assert!(connections.high() > CONN_PIECE);
+    }
+    /// Who uses one by its number (a late message of the daemon names it, say) finds that it has no fd, and lets go of it.
+    #[test]
+    fn a_connection_that_is_being_set_up_is_not_freed_by_who_looks_at_it() {
+        let connections = Connections::new();
+        let index = connections.take_free().unwrap();
+        let conn = connections.at(index).unwrap();
+        free(index, conn);
+        assert_ne!(conn.occupied.load(Relaxed), 0, "it is given out once more");
     }
 }
