@@ -33,6 +33,7 @@ mod epoll;
 mod exports;
 mod fds;
 mod handing_over;
+mod hidden;
 mod identity;
 mod io;
 mod known;

@@ -9,7 +9,7 @@
 //!
 //! Called by [`crate::wait`], by `poll` and by `epoll`. Holds no lock, and never decides what a wait is for.
 
-use crate::{limits, real, sys, tenant};
+use crate::{hidden, limits, real, sys};
 use libc::{c_int, sigset_t, timespec};
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
@@ -61,7 +61,7 @@ fn open(signals: u64) -> Option<&'static AtomicU64> {
         is_free && {
             let taken = place.compare_exchange(was, mine, AcqRel, Relaxed).is_ok();
             if taken && was as u32 != 0 {
-                tenant::close_hidden(was as u32 as c_int - 1);
+                hidden::close_hidden(was as u32 as c_int - 1);
             }
             taken
         }
@@ -72,7 +72,7 @@ fn open(signals: u64) -> Option<&'static AtomicU64> {
         place.store(0, Release);
         return None;
     }
-    place.store(mine | (tenant::hide(fd) as u64 + 1), Release);
+    place.store(mine | (hidden::hide(fd) as u64 + 1), Release);
     Some(place)
 }
 
@@ -81,7 +81,7 @@ fn close(place: &AtomicU64) {
     let word = place.load(Acquire);
     let is_mine = owner(word) == sys::gettid();
     if is_mine && place.compare_exchange(word, 0, AcqRel, Relaxed).is_ok() {
-        tenant::close_hidden(word as u32 as c_int - 1);
+        hidden::close_hidden(word as u32 as c_int - 1);
     }
 }
 

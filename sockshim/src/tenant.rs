@@ -8,7 +8,6 @@
 mod announce;
 mod ask;
 mod attach;
-mod hidden;
 mod inherit;
 mod listeners;
 mod lock;
@@ -19,10 +18,10 @@ mod pauses;
 mod requests;
 mod routes;
 
+pub use crate::hidden::{close_hidden, hidden_copy, hide};
 pub use announce::{after_call, announce_now};
 pub use ask::{end_of_wait, reach, who_is};
-pub use attach::{disable, ensure, greeting, is_known, start, stay_attached, take_greeting};
-pub use hidden::{close_hidden, hidden_copy, hide, move_hidden};
+pub use attach::{disable, ensure, greeting, is_known, moved, start, stay_attached, take_greeting};
 pub use inherit::{
     after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,
 };

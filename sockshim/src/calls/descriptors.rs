@@ -2,7 +2,7 @@
 //! uses for itself is never the program's to close, and is given up when the program wants it.
 
 use crate::conn::{self, Kind};
-use crate::{demote, epoll, fds, identity, real, sys, tenant};
+use crate::{demote, epoll, fds, hidden, identity, real, signals, sys, tenant};
 use libc::{c_int, c_uint};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -151,6 +151,16 @@ pub unsafe fn dup(fd: c_int) -> c_int {
     copied(fd, unsafe { real::dup(fd) })
 }
 
+/// The program wants a number that the shim uses: what has it gets another.
+fn give_up(fd: c_int) {
+    if let Some(new) = hidden::copy_behind(fd) {
+        tenant::moved(fd, new);
+        epoll::moved_inner(fd, new);
+        signals::moved(fd, new);
+        hidden::close_hidden(fd);
+    }
+}
+
 /// The number that a descriptor is to be copied to is about to be taken. False: EBADF.
 fn making_room(old: c_int, new: c_int) -> bool {
     if identity::is_foreign() || old == new {
@@ -161,7 +171,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
         return false;
     }
     if conn::kind(new) == Kind::Internal {
-        tenant::move_hidden(new);
+        give_up(new);
     } else if sys::fcntl(old, libc::F_GETFD, 0) >= 0 {
         closing(new);
         // stdin, stdout and stderr are used by stdio, behind the shim's back.

@@ -1,7 +1,6 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
 use super::attach::{attach, is_as_attached, is_disabled, note_hang_up, why_disabled};
-use super::hidden::are_few;
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -10,6 +9,7 @@ use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{Conn, born, phase};
 use crate::fds::STDERR;
+use crate::hidden::are_few;
 use crate::{limits, sys};
 use libc::c_int;
 use rdsock_shm::control::{Request, request};

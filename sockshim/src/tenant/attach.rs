@@ -1,7 +1,6 @@
 //! The control connection: where the daemon is, how it is reached, and what becomes of the
 //! connections when it is gone.
 
-use super::hidden::{close_hidden, hide};
 use super::listeners::tell_all;
 use super::lock::{Guard, Shared};
 use super::memory::{BOARD_FD, MEMORY, make_memory, may_write, memory};
@@ -9,6 +8,7 @@ use super::messages::{await_message, read_messages, send_with};
 use super::pauses::{Attempts, Changes};
 use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
+use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
 use libc::c_int;
 use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind, may_serve};
@@ -423,6 +423,13 @@ pub(super) fn detach() {
             conn.tell(index, State::Kernel, Reason::NoDaemon);
         }
     });
+}
+
+/// The shim's own descriptor `old` is now `new`.
+pub fn moved(old: c_int, new: c_int) {
+    for place in [&BOARD_FD, &CONTROL, &INHERITED] {
+        let _ = place.compare_exchange(old, new, AcqRel, Relaxed);
+    }
 }
 
 pub(super) fn has_hung_up(control: c_int) -> bool {

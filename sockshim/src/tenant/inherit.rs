@@ -2,7 +2,6 @@
 //! meanwhile, and how the process that has them now learns what they are.
 
 use super::attach::{CONTROL, EPOCH, GREETING, INHERITED, await_greeting, ensure};
-use super::hidden::close_hidden;
 use super::lock::{Guard, LOCK};
 use super::memory::{BELLS_IN_USE, BOARD, BOARD_FD, MEMORY, record};
 use super::messages::{await_message, read_messages, send_with};
@@ -10,6 +9,7 @@ use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
 use super::{ask, attach, listeners};
 use crate::conn::{self, phase};
+use crate::hidden::close_hidden;
 use crate::{clock, identity, stream, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};

@@ -4,10 +4,10 @@
 //! Its place is taken once. What lies there is the process's own at first, and then what a daemon has made, of each daemon anew
 //! ([`show`]). No descriptor of it is kept.
 
-use super::hidden::{are_few, hide};
 use super::lock::Guard;
 use super::messages::SEEN;
 use super::requests::waiting;
+use crate::hidden::{are_few, hide};
 use crate::{conn, sys};
 use libc::c_int;
 use rdsock_shm::layout::{BELLS, Bell, BellBoard, ConnRecord, Counter, TenantHeader, TenantMemory};

@@ -2,12 +2,12 @@
 //! the kernel, and declined when it can't be.
 
 use super::attach::EPOCH;
-use super::hidden::{close_hidden, hide};
 use super::lock::Guard;
 use super::memory::{count, record};
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
+use crate::hidden::{close_hidden, hide};
 use crate::known::{Need, TCP_INQ, need_of};
 use crate::options::TELLS_UNREAD;
 use crate::stream::{self, Stream};
