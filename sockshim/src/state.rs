@@ -10,6 +10,7 @@ use crate::handing_over::Netlink;
 use crate::identity::Identity;
 use crate::process::Fork;
 use crate::spawn::Actions;
+use crate::tenant::Tenant;
 
 /// What is known of a process. A test makes its own.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ pub struct Process {
     pub clock: Clock,
     pub fds: Fds,
     pub connections: Connections,
+    pub tenant: Tenant,
     pub fork: Fork,
     pub children: Children,
     /// What the program has put into its objects of file actions.
@@ -33,6 +35,7 @@ impl Process {
             clock: Clock::new(),
             fds: Fds::new(),
             connections: Connections::new(),
+            tenant: Tenant::new(),
             fork: Fork::new(),
             children: Children::new(),
             actions: Actions::new(),

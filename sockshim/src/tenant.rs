@@ -9,6 +9,7 @@ mod announce;
 mod ask;
 mod attach;
 mod inherit;
+mod link;
 mod listeners;
 mod lock;
 mod memory;
@@ -31,3 +32,29 @@ pub use messages::look;
 pub use offer::Offer;
 pub use requests::{stream_closed, stream_left, withdraw};
 pub use routes::{lead_to, may_lead_away};
+
+use std::sync::atomic::AtomicU64;
+
+/// What this process has and knows as a tenant.
+#[derive(Debug)]
+pub struct Tenant {
+    /// Taken as `lock.rs` says.
+    lock: AtomicU64,
+    link: link::Link,
+    memory: memory::Memory,
+    requests: requests::Requests,
+    questions: ask::Questions,
+}
+
+impl Tenant {
+    /// Of a process that has not asked for a daemon yet.
+    pub const fn new() -> Self {
+        Tenant {
+            lock: AtomicU64::new(0),
+            link: link::Link::new(),
+            memory: memory::Memory::new(),
+            requests: requests::Requests::new(),
+            questions: ask::Questions::new(),
+        }
+    }
+}

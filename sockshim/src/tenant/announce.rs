@@ -1,6 +1,7 @@
 //! When a connection is announced to the daemon: when it has shown that it lasts.
 
-use super::attach::{attach, is_as_attached, is_disabled, note_hang_up, why_disabled};
+use super::attach::{attach, is_as_attached, is_disabled, note_hang_up};
+use super::link::link;
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
@@ -60,7 +61,7 @@ pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
 #[cold]
 fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     if is_disabled() {
-        conn.keep_on_kernel(index, why_disabled());
+        conn.keep_on_kernel(index, link().why_disabled());
         return;
     }
     if fd <= STDERR || are_few() {

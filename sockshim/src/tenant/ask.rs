@@ -4,13 +4,13 @@
 //! Several threads may ask at once, and whoever reads the control connection reads all that has come:
 //! so who asks takes a place, and answers are put there.
 
-use super::attach::{
-    CONTROL, GREETING, attach, await_greeting, ensure, is_as_attached, is_disabled,
-};
+use super::attach::{attach, await_greeting, ensure, is_as_attached, is_disabled};
+use super::link::link;
 use super::lock::{Guard, Shared};
 use super::memory::make_memory;
 use super::messages::{await_message, send_with};
 use super::pauses::RETRY_MS;
+use crate::state::PROCESS;
 use crate::{clock, sys};
 use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
@@ -42,7 +42,7 @@ impl Answer {
 }
 
 /// Where an answer is put.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Place {
     /// The question's number.
     question: u64,
@@ -58,6 +58,7 @@ const FREE: Place = Place {
 };
 
 /// The places of all threads.
+#[derive(Debug)]
 struct Places([Place; PLACES]);
 
 impl Places {
@@ -103,27 +104,57 @@ impl Places {
     }
 }
 
-static PLACES_TAKEN: Shared<Places> = Shared(UnsafeCell::new(Places::new()));
-static QUESTIONS: AtomicU64 = AtomicU64::new(0);
-/// When the daemon last left a question without an answer.
-static SILENT_AT: AtomicU64 = AtomicU64::new(0);
-/// Nanoseconds that the daemon has for an answer, as it said.
-static ANSWER: AtomicU64 = AtomicU64::new(0);
+/// The questions of a process.
+#[derive(Debug)]
+pub struct Questions {
+    places: Shared<Places>,
+    asked: AtomicU64,
+    /// When the daemon last left one without an answer.
+    silent_at: AtomicU64,
+    /// Nanoseconds that the daemon has for an answer, as it said.
+    answer: AtomicU64,
+}
+
+impl Questions {
+    /// None yet.
+    pub const fn new() -> Self {
+        Questions {
+            places: Shared(UnsafeCell::new(Places::new())),
+            asked: AtomicU64::new(0),
+            silent_at: AtomicU64::new(0),
+            answer: AtomicU64::new(0),
+        }
+    }
+
+    /// True when the daemon has left one without an answer a moment ago.
+    fn is_silent(&self, now: u64) -> bool {
+        let at = self.silent_at.load(Relaxed);
+        at != 0 && now.wrapping_sub(at) < RETRY_MS * 1_000_000
+    }
+
+    fn welcomed(&self, welcome: &Welcome) {
+        let answer = u64::from(welcome.answer_us) * 1000;
+        self.answer.store(answer.min(LONGEST), Relaxed);
+    }
+}
+
+fn questions() -> &'static Questions {
+    &PROCESS.tenant.questions
+}
 
 fn with_places<T>(_guard: &Guard, use_them: impl FnOnce(&mut Places) -> T) -> T {
     // SAFETY: the lock is held, and no caller comes here again from within.
-    use_them(unsafe { &mut *PLACES_TAKEN.0.get() })
+    use_them(unsafe { &mut *questions().places.0.get() })
 }
 
 /// The daemon has greeted this process.
 pub(super) fn welcomed(welcome: &Welcome) {
-    let answer = u64::from(welcome.answer_us) * 1000;
-    ANSWER.store(answer.min(LONGEST), Relaxed);
+    questions().welcomed(welcome);
 }
 
 /// When a `connect` that begins now stops waiting.
 pub fn end_of_wait() -> u64 {
-    clock::nanoseconds() + GRACE + ANSWER.load(Relaxed)
+    clock::nanoseconds() + GRACE + questions().answer.load(Relaxed)
 }
 
 /// Asks whether a `connect` may go to another node. `None` when there is no daemon, or it does not
@@ -146,10 +177,7 @@ pub fn who_is(question: Between, end: u64, certain: bool) -> Option<Caller> {
 
 /// A daemon that has not answered a question is not asked for a while, but by who `insists`.
 fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> {
-    let silent_at = SILENT_AT.load(Relaxed);
-    let is_silent =
-        silent_at != 0 && clock::nanoseconds().wrapping_sub(silent_at) < RETRY_MS * 1_000_000;
-    if is_disabled() || (is_silent && !insists) {
+    if is_disabled() || !insists && questions().is_silent(clock::nanoseconds()) {
         return None;
     }
     // A handler could ask as well, and find the places in use.
@@ -162,14 +190,14 @@ fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> 
 fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Option<Answer> {
     ensure();
     let mut end = end;
-    if GREETING.load(Relaxed) != 0 {
+    if link().greeting.load(Relaxed) != 0 {
         // The daemon's time for its answer begins when it can be asked.
         if !await_greeting(clock::nanoseconds() + GREETED_WITHIN) {
             return None;
         }
         end = end.max(end_of_wait());
     }
-    question.question = QUESTIONS.fetch_add(1, Relaxed) + 1;
+    question.question = questions().asked.fetch_add(1, Relaxed) + 1;
     let number = question.question;
     while !put(what, &question, end)? {
         if clock::nanoseconds() >= end {
@@ -185,7 +213,7 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
         with_places(&guard, |places| places.give_back(number));
     }
     if answer.is_none() {
-        SILENT_AT.store(clock::nanoseconds(), Relaxed);
+        questions().silent_at.store(clock::nanoseconds(), Relaxed);
     }
     answer
 }
@@ -196,8 +224,8 @@ fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
     let guard = Guard::take()?;
     make_memory();
     attach(&guard);
-    let control = CONTROL.load(Relaxed);
-    if control < 0 || GREETING.load(Relaxed) != 0 || !is_as_attached() {
+    let control = link().control.load(Relaxed);
+    if control < 0 || link().greeting.load(Relaxed) != 0 || !is_as_attached() {
         return None;
     }
     let now = clock::nanoseconds();
@@ -218,12 +246,21 @@ pub(super) fn deliver(guard: &Guard, answer: Answer) {
 
 /// After fork, in the child: who asked was another process, and its daemon may answer this one.
 pub(super) fn after_fork_in_child() {
-    SILENT_AT.store(0, Relaxed);
+    questions().silent_at.store(0, Relaxed);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemon_that_was_silent_is_so_for_a_while() {
+        let questions = Questions::new();
+        assert!(!questions.is_silent(1));
+        questions.silent_at.store(5, Relaxed);
+        let pause = RETRY_MS * 1_000_000;
+        assert!(questions.is_silent(4 + pause) && !questions.is_silent(5 + pause));
+    }
 
     fn reached(question: u64, ticket: u64) -> Answer {
         Answer::Reached(Reached {

@@ -1,11 +1,11 @@
 //! The control connection: where the daemon is, how it is reached, and what becomes of the
 //! connections when it is gone.
 
+use super::link::{PATH_ROOM, link};
 use super::listeners::tell_all;
-use super::lock::{Guard, Shared};
-use super::memory::{BOARD_FD, MEMORY, make_memory, may_write, memory};
+use super::lock::Guard;
+use super::memory::{self, make_memory, may_write};
 use super::messages::{await_message, read_messages, send_with};
-use super::pauses::{Attempts, Changes};
 use super::requests::empty_queue;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
@@ -14,86 +14,41 @@ use libc::c_int;
 use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind, may_serve};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use rdsock_shm::reason::{Reason, State};
-use std::cell::UnsafeCell;
 use std::mem::size_of;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::Ordering::*;
 
 /// Milliseconds between two looks whether the daemon is still there,
 const LOOK_MS: u64 = 1000;
 /// and microseconds while its greeting is awaited.
 const GREETING_US: u64 = 20;
 
-pub(super) static CONTROL: AtomicI32 = AtomicI32::new(-1);
-/// A control connection of the process that forked this one: only good for ADOPT.
-pub(super) static INHERITED: AtomicI32 = AtomicI32::new(-1);
-/// When the daemon is asked (again).
-static ATTEMPTS: Attempts = Attempts::new();
-/// Counts attachments: a stream of an earlier one is unknown to the present daemon.
-pub(super) static EPOCH: AtomicU32 = AtomicU32::new(0);
-/// Effective user and group at HELLO, in the upper and the lower half.
-static ATTACHED_AS: AtomicU64 = AtomicU64::new(0);
-/// When this process has attached anew since its user had changed.
-static CHANGES: Changes = Changes::new();
-/// 1 from HELLO until the daemon's greeting: the routes to other nodes are not known yet.
-pub(super) static AWAITED: AtomicU32 = AtomicU32::new(0);
-/// 1 from HELLO until this process has mapped the memory that the greeting brings: what it asks for waits until then.
-pub(super) static GREETING: AtomicU32 = AtomicU32::new(0);
-/// 1 when that was waited for in vain: it is not waited for again.
-static LATE: AtomicU32 = AtomicU32::new(0);
-/// When it was last looked whether the daemon is there, in ticks.
-static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
-/// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
-static DISABLED: AtomicU32 = AtomicU32::new(0);
-static PATH: Shared<[u8; PATH_ROOM]> = Shared(UnsafeCell::new([0; PATH_ROOM]));
-/// Bytes of a path in a socket's address, with the one that ends it.
-const PATH_ROOM: usize = 108;
-/// Where the machine's daemon is.
-const MACHINE_SOCKET: &[u8] = b"/run/rdsock/rdsockd.sock";
-
 /// Notes the daemon's address, from the environment.
 pub fn start(path: Option<&std::ffi::CStr>, disabled: bool) {
     if disabled {
         disable(Reason::Disabled);
     }
-    if let Some(path) = path
-        && path.to_bytes().len() < PATH_ROOM
-    {
+    if let Some(path) = path {
         // SAFETY: the constructor runs before anybody reads it.
-        let place = unsafe { &mut *PATH.0.get() };
-        for (to, from) in place.iter_mut().zip(path.to_bytes()) {
-            *to = *from;
-        }
+        unsafe { link().note_path(path) };
     }
 }
 
 /// True when no connection of this process may be promoted.
 pub(super) fn is_disabled() -> bool {
-    DISABLED.load(Relaxed) != 0
-}
-
-/// True when the daemon is not to know this process. Where something else keeps its connections on the kernel, it is told, so that
-/// `rdsock why` can say what.
-fn stays_unknown() -> bool {
-    let speaks = [Reason::IoUring, Reason::DeepBind, Reason::HandedOver];
-    is_disabled() && !speaks.contains(&why_disabled())
-}
-
-/// Why that is so.
-pub(super) fn why_disabled() -> Reason {
-    Reason::from_code(DISABLED.load(Relaxed)).unwrap_or(Reason::Disabled)
+    link().is_disabled()
 }
 
 /// No connection may be promoted from now on.
 pub fn disable(reason: Reason) {
-    DISABLED.store(reason as u32, Relaxed);
+    link().disable(reason);
 }
 
 /// Makes room for the tenant's memory and tries to reach the daemon when the first TCP socket of the process
 /// is used; later, [`stay_attached`].
 pub fn ensure() {
-    if !MEMORY.load(Relaxed).is_null() {
+    if memory::is_there() {
         stay_attached();
-    } else if !stays_unknown()
+    } else if !link().stays_unknown()
         && let Some(guard) = Guard::take()
     {
         make_memory();
@@ -107,19 +62,19 @@ pub fn ensure() {
 #[inline]
 pub fn stay_attached() {
     let now = clock::ticks();
-    let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
-    let pause = match GREETING.load(Relaxed) {
-        0 => ATTEMPTS.crowded().unwrap_or(LOOK_MS) * 1000,
+    let since = now.wrapping_sub(link().looked_at.load(Relaxed));
+    let pause = match link().greeting.load(Relaxed) {
+        0 => link().attempts.crowded().unwrap_or(LOOK_MS) * 1000,
         _ => GREETING_US,
     };
-    if since >= clock::ticks_of(pause) && !MEMORY.load(Relaxed).is_null() && !stays_unknown() {
+    if since >= clock::ticks_of(pause) && memory::is_there() && !link().stays_unknown() {
         look_for_daemon(now);
     }
 }
 
 #[cold]
 fn look_for_daemon(now: u64) {
-    LOOKED_AT.store(now, Relaxed);
+    link().looked_at.store(now, Relaxed);
     if let Some(guard) = Guard::take_soon() {
         note_hang_up(&guard);
         attach(&guard);
@@ -130,10 +85,10 @@ fn look_for_daemon(now: u64) {
 /// program that sleeps can't answer, and the daemon is to know that it is there.
 #[inline]
 pub fn greeting() -> Option<c_int> {
-    if GREETING.load(Relaxed) == 0 || identity::is_foreign() {
+    if link().greeting.load(Relaxed) == 0 || identity::is_foreign() {
         return None;
     }
-    let control = CONTROL.load(Relaxed);
+    let control = link().control.load(Relaxed);
     (control >= 0).then_some(control)
 }
 
@@ -153,24 +108,27 @@ pub fn take_greeting() {
 /// there is no daemon.
 #[cold]
 pub(super) fn await_greeting(end: u64) -> bool {
-    if GREETING.load(Relaxed) != 0 && LATE.load(Relaxed) == 0 && !identity::is_foreign() {
-        let has_come = |_: &Guard| (GREETING.load(Relaxed) == 0).then_some(());
+    if link().greeting.load(Relaxed) != 0
+        && link().late.load(Relaxed) == 0
+        && !identity::is_foreign()
+    {
+        let has_come = |_: &Guard| (link().greeting.load(Relaxed) == 0).then_some(());
         if await_message(end, has_come).is_none() {
-            LATE.store(1, Relaxed);
+            link().late.store(1, Relaxed);
         }
     }
-    GREETING.load(Relaxed) == 0 && CONTROL.load(Relaxed) >= 0
+    link().greeting.load(Relaxed) == 0 && link().control.load(Relaxed) >= 0
 }
 
 /// True when it is time to look whether the greeting has come.
 #[inline]
 pub(super) fn is_greeting_due() -> bool {
-    GREETING.load(Relaxed) != 0 && {
+    link().greeting.load(Relaxed) != 0 && {
         let now = clock::ticks();
-        let since = now.wrapping_sub(LOOKED_AT.load(Relaxed));
+        let since = now.wrapping_sub(link().looked_at.load(Relaxed));
         let is_due = since >= clock::ticks_of(GREETING_US);
         if is_due {
-            LOOKED_AT.store(now, Relaxed);
+            link().looked_at.store(now, Relaxed);
         }
         is_due
     }
@@ -178,7 +136,7 @@ pub(super) fn is_greeting_due() -> bool {
 
 /// Takes what the daemon said last, and notes it when it is gone.
 pub(super) fn note_hang_up(guard: &Guard) {
-    let control = CONTROL.load(Relaxed);
+    let control = link().control.load(Relaxed);
     if control < 0 {
         return;
     }
@@ -190,7 +148,7 @@ pub(super) fn note_hang_up(guard: &Guard) {
         read_messages(guard);
     }
     // Unread messages are all there can be in front of the end, and they were read.
-    if seen > 0 && seen as i16 & libc::POLLHUP != 0 && CONTROL.load(Relaxed) == control {
+    if seen > 0 && seen as i16 & libc::POLLHUP != 0 && link().control.load(Relaxed) == control {
         detach();
     }
 }
@@ -198,34 +156,24 @@ pub(super) fn note_hang_up(guard: &Guard) {
 /// The daemon has no place for this process now: it is asked again after a while, each time a longer
 /// one.
 pub(super) fn refused_for_now() {
-    ATTEMPTS.refused(clock::nanoseconds());
+    link().attempts.refused(clock::nanoseconds());
     detach();
 }
 
 /// The daemon has greeted this process, whose memory is mapped at this address.
 pub(super) fn welcomed(control: c_int, address: u64) {
-    ATTEMPTS.welcomed();
-    AWAITED.store(0, Relaxed);
-    GREETING.store(0, Relaxed);
+    link().attempts.welcomed();
+    link().await_nothing();
     let attached = Attached { address };
     if send_with(control, &Message::new(kind::ATTACHED, &attached), &[]) < 0 {
         detach();
     }
 }
 
-/// After fork, in the child.
-pub(super) fn after_fork_in_child() {
-    LOOKED_AT.store(0, Relaxed);
-    ATTEMPTS.forget();
-    AWAITED.store(0, Relaxed);
-    GREETING.store(0, Relaxed);
-    CHANGES.forget();
-}
-
 /// True while the process has the user that it attached as: as another one the daemon would turn it away, and it asks for
 /// nothing.
 pub(super) fn is_as_attached() -> bool {
-    ATTACHED_AS.load(Relaxed) == ids()
+    link().attached_as.load(Relaxed) == ids()
 }
 
 /// A program that has changed its user since it attached is not who the daemon knows: it attaches anew, through the
@@ -233,16 +181,19 @@ pub(super) fn is_as_attached() -> bool {
 /// server that works as the user of each request) stays who it was meanwhile, and is that again when it has changed
 /// back: it attaches anew ever more seldom.
 fn follow_user() {
-    if CONTROL.load(Relaxed) < 0 || is_as_attached() || !CHANGES.may_follow(clock::nanoseconds()) {
+    if link().control.load(Relaxed) < 0
+        || is_as_attached()
+        || !link().changes.may_follow(clock::nanoseconds())
+    {
         return;
     }
-    let control = CONTROL.swap(-1, AcqRel);
-    let spare = INHERITED.swap(control, AcqRel);
+    let control = link().control.swap(-1, AcqRel);
+    let spare = link().inherited.swap(control, AcqRel);
     if spare >= 0 {
         close_hidden(spare);
     }
     detach();
-    ATTEMPTS.forget();
+    link().attempts.forget();
 }
 
 fn ids() -> u64 {
@@ -253,50 +204,47 @@ fn ids() -> u64 {
 pub(super) fn attach(guard: &Guard) {
     follow_user();
     let now = clock::nanoseconds();
-    if CONTROL.load(Relaxed) >= 0 || !ATTEMPTS.are_due(now) {
+    if link().control.load(Relaxed) >= 0 || !link().attempts.are_due(now) {
         return;
     }
-    ATTEMPTS.begin(now);
-    if memory().is_none() || !may_write() {
+    link().attempts.begin(now);
+    if !memory::is_there() || !may_write() {
         return;
     }
     let found = match adopted() {
         Some(fd) => Ok(fd),
         None => connected(),
     };
-    ATTEMPTS.end(found.is_err_and(|error| error == libc::EAGAIN));
+    link()
+        .attempts
+        .end(found.is_err_and(|error| error == libc::EAGAIN));
     let Ok(fd) = found else {
         return;
     };
     let fd = hide(fd);
     // A fresh start for the queue: requests that an earlier daemon did not take are void.
     empty_queue(guard);
-    let board = [BOARD_FD.load(Relaxed)];
-    let has_board = usize::from(board[0] >= 0);
+    let board = memory::board_fd();
     let hello = Hello {
         memory_size: size_of::<TenantMemory>() as u64,
         bell_size: size_of::<BellBoard>() as u64,
     };
-    AWAITED.store(1, Relaxed);
-    GREETING.store(1, Relaxed);
-    LATE.store(0, Relaxed);
-    ATTACHED_AS.store(ids(), Relaxed);
-    let sent = send_with(
-        fd,
-        &Message::new(kind::HELLO, &hello),
-        board.get(..has_board).unwrap_or(&[]),
-    );
-    CONTROL.store(fd, Release);
+    link().awaited.store(1, Relaxed);
+    link().greeting.store(1, Relaxed);
+    link().late.store(0, Relaxed);
+    link().attached_as.store(ids(), Relaxed);
+    let sent = send_with(fd, &Message::new(kind::HELLO, &hello), board.as_slice());
+    link().control.store(fd, Release);
     if sent < 0 {
         // A daemon that takes nobody says so before it hangs up.
         read_messages(guard);
-        if CONTROL.load(Relaxed) == fd {
+        if link().control.load(Relaxed) == fd {
             detach();
         }
         return;
     }
-    EPOCH.fetch_add(1, AcqRel);
-    LOOKED_AT.store(clock::ticks(), Relaxed);
+    link().epoch.fetch_add(1, AcqRel);
+    link().looked_at.store(clock::ticks(), Relaxed);
     clock::calibrate();
     tell_all(guard);
 }
@@ -304,7 +252,7 @@ pub(super) fn attach(guard: &Guard) {
 /// A control connection through the one of the process that forked this one: works after chroot
 /// and after a change of user, too.
 fn adopted() -> Option<c_int> {
-    let inherited = INHERITED.swap(-1, AcqRel);
+    let inherited = link().inherited.swap(-1, AcqRel);
     if inherited < 0 {
         return None;
     }
@@ -326,15 +274,10 @@ fn adopted() -> Option<c_int> {
 
 /// A connection to the daemon's socket, or an error: EAGAIN where as many as may wait there do so already.
 fn connected() -> Result<c_int, c_int> {
-    // SAFETY: written by the constructor only.
-    let configured = unsafe { &*PATH.0.get() };
-    let path = match configured.iter().position(|byte| *byte == 0) {
-        Some(len @ 1..) => configured.get(..len).unwrap_or_default(),
-        _ => MACHINE_SOCKET,
-    };
+    let path = link().path();
     let [user, _] = sys::effective_ids();
     // Root alone can serve there. Who it is can't be told in a user namespace without root.
-    let by_root = path == MACHINE_SOCKET;
+    let by_root = path == super::link::MACHINE_SOCKET;
     let own = address_of_user(path, user);
     let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own, user, by_root));
     match reached {
@@ -406,13 +349,12 @@ fn decimal(mut number: u32, room: &mut [u8; 10]) -> &[u8] {
 
 /// The daemon is gone: what was announced is announced anew once there is another.
 pub(super) fn detach() {
-    let control = CONTROL.swap(-1, AcqRel);
+    let control = link().control.swap(-1, AcqRel);
     // The program may have closed it behind the shim's back, and have the number for itself.
     if control >= 0 && conn::kind(control) == Kind::Internal {
         close_hidden(control);
     }
-    AWAITED.store(0, Relaxed);
-    GREETING.store(0, Relaxed);
+    link().await_nothing();
     conn::each(|index, conn| {
         if conn
             .phase
@@ -427,9 +369,8 @@ pub(super) fn detach() {
 
 /// The shim's own descriptor `old` is now `new`.
 pub fn moved(old: c_int, new: c_int) {
-    for place in [&BOARD_FD, &CONTROL, &INHERITED] {
-        let _ = place.compare_exchange(old, new, AcqRel, Relaxed);
-    }
+    link().moved(old, new);
+    memory::moved(old, new);
 }
 
 pub(super) fn has_hung_up(control: c_int) -> bool {
@@ -439,8 +380,8 @@ pub(super) fn has_hung_up(control: c_int) -> bool {
 /// True when the daemon can be asked for this connection's stream by a program that this one turns
 /// into.
 pub fn is_known(conn: &Conn) -> bool {
-    let control = CONTROL.load(Relaxed);
-    conn.epoch.load(Relaxed) == EPOCH.load(Relaxed) && control >= 0 && !has_hung_up(control)
+    let control = link().control.load(Relaxed);
+    conn.epoch.load(Relaxed) == link().epoch.load(Relaxed) && control >= 0 && !has_hung_up(control)
 }
 
 #[cfg(test)]

@@ -1,19 +1,19 @@
 //! Connections that go over to another process, by fork or by exec: which must not be promoted
 //! meanwhile, and how the process that has them now learns what they are.
 
-use super::attach::{CONTROL, EPOCH, GREETING, INHERITED, await_greeting, ensure};
-use super::lock::{Guard, LOCK};
-use super::memory::{BELLS_IN_USE, BOARD, BOARD_FD, MEMORY, record};
+use super::attach::{await_greeting, ensure};
+use super::link::link;
+use super::lock::Guard;
+use super::memory::{self, record};
 use super::messages::{await_message, read_messages, send_with};
-use super::offer::LOOKING_UP;
 use super::requests::{blank, put};
-use super::{ask, attach, listeners};
+use super::{ask, listeners};
 use crate::conn::{self, phase};
 use crate::hidden::close_hidden;
+use crate::state::PROCESS;
 use crate::{clock, identity, stream, sys};
 use libc::c_int;
 use rdsock_shm::control::{Lookup, Message, Request, kind, request};
-use rdsock_shm::layout::TenantMemory;
 use rdsock_shm::lock::{self, Taken};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
@@ -77,7 +77,7 @@ fn note_shared(guard: &Guard) {
 /// After fork, in the parent. The child may not exist, where libc has made none: then the counts of holders are one high, and the
 /// last close is told by the kernel alone.
 pub fn after_fork_in_parent() {
-    lock::release(&LOCK, Taken::Outer);
+    lock::release(&PROCESS.tenant.lock, Taken::Outer);
 }
 
 /// There is no child: after [`before_fork`] and before [`after_fork_in_parent`].
@@ -91,28 +91,11 @@ pub fn fork_failed() {
 
 /// After fork, in the child: a tenant of its own, when it first needs to be one.
 pub fn after_fork_in_child() {
-    LOCK.store(0, Relaxed);
-    let control = CONTROL.swap(-1, Relaxed);
-    let inherited = INHERITED.swap(-1, Relaxed);
-    let keep = if control >= 0 { control } else { inherited };
-    if inherited >= 0 && inherited != keep {
-        close_hidden(inherited);
+    PROCESS.tenant.lock.store(0, Relaxed);
+    if let Some(unused) = link().forget_in_child() {
+        close_hidden(unused);
     }
-    INHERITED.store(keep, Relaxed);
-    let board = BOARD_FD.swap(-1, Relaxed);
-    if board >= 0 {
-        close_hidden(board);
-    }
-    // The mappings are the parent's. The bells stay, since streams of the parent's may ring them. In the place of its memory
-    // comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
-    let memory = MEMORY.swap(std::ptr::null_mut(), Relaxed);
-    if !memory.is_null() {
-        // SAFETY: the parent's memory, of this size, and all that is written there now is of no use.
-        unsafe { sys::map_over(memory.cast(), -1, size_of::<TenantMemory>()) };
-    }
-    BOARD.store(std::ptr::null_mut(), Relaxed);
-    BELLS_IN_USE.store(0, Relaxed);
-    attach::after_fork_in_child();
+    memory::after_fork_in_child();
     ask::after_fork_in_child();
     listeners::after_fork_in_child();
     let mut streams = false;
@@ -139,7 +122,7 @@ fn hold_inherited() {
         if let Some(stream) = conn.stream() {
             conn.tell(index, State::Rings, Reason::None);
             // The control connection came from the parent's, so it is the same daemon.
-            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
+            conn.epoch.store(link().epoch.load(Relaxed), Relaxed);
             if let Some(record) = record(index) {
                 record.stream_id.store(stream.id, Relaxed);
             }
@@ -156,8 +139,8 @@ fn hold_inherited() {
         }
     });
     // Who forked it may give them up next: the daemon is to know of this process by then.
-    if GREETING.load(Relaxed) != 0 {
-        let has_come = |_: &Guard| (GREETING.load(Relaxed) == 0).then_some(());
+    if link().greeting.load(Relaxed) != 0 {
+        let has_come = |_: &Guard| (link().greeting.load(Relaxed) == 0).then_some(());
         await_message(clock::nanoseconds() + KNOWN_MS * 1_000_000, has_come);
     }
 }
@@ -175,7 +158,7 @@ pub fn look_up(index: usize, fd: c_int) {
     let Some(cookie) = sys::cookie(fd) else {
         return;
     };
-    let control = CONTROL.load(Relaxed);
+    let control = link().control.load(Relaxed);
     if control < 0 {
         return;
     }
@@ -190,7 +173,7 @@ pub fn look_up(index: usize, fd: c_int) {
         fd,
         reserved: 0,
     };
-    LOOKING_UP.store(1, Relaxed);
+    link().looking_up.store(1, Relaxed);
     if send_with(control, &Message::new(kind::LOOKUP, &question), &[]) > 0 {
         while held.conn.phase.load(Acquire) == phase::ANNOUNCED {
             let left = end.saturating_sub(clock::nanoseconds()).div_ceil(1_000_000);
@@ -204,7 +187,7 @@ pub fn look_up(index: usize, fd: c_int) {
             }
         }
     }
-    LOOKING_UP.store(0, Relaxed);
+    link().looking_up.store(0, Relaxed);
     let _ = held
         .conn
         .phase

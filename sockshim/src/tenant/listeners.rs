@@ -1,7 +1,8 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{CONTROL, EPOCH, attach, is_as_attached, is_disabled, note_hang_up};
+use super::attach::{attach, is_as_attached, is_disabled, note_hang_up};
+use super::link::link;
 use super::lock::Guard;
 use super::memory::make_memory;
 use super::pauses::RETRY_MS;
@@ -10,10 +11,7 @@ use crate::address::Address;
 use crate::conn::{self, Conn, Use};
 use crate::{clock, sys};
 use rdsock_shm::control::{Request, request};
-use std::sync::atomic::{AtomicU64, Ordering::*};
-
-/// When it was last looked whether the daemon is there.
-static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
+use std::sync::atomic::Ordering::*;
 
 /// The program listens on a socket, or is about to accept from it: the daemon is told once, and
 /// again after it was started anew.
@@ -23,15 +21,18 @@ pub fn listens(held: &Use) {
         conn.epoch.store(0, Relaxed);
         conn.listens.store(1, Relaxed);
     }
-    let is_told = conn.epoch.load(Relaxed) == EPOCH.load(Relaxed);
-    let (now, looked_at) = (clock::nanoseconds(), LOOKED_AT.load(Relaxed));
-    if (is_told || CONTROL.load(Relaxed) < 0)
+    let is_told = conn.epoch.load(Relaxed) == link().epoch.load(Relaxed);
+    let (now, looked_at) = (
+        clock::nanoseconds(),
+        link().looked_for_listeners_at.load(Relaxed),
+    );
+    if (is_told || link().control.load(Relaxed) < 0)
         && looked_at != 0
         && now.wrapping_sub(looked_at) < RETRY_MS * 1_000_000
     {
         return;
     }
-    LOOKED_AT.store(now, Relaxed);
+    link().looked_for_listeners_at.store(now, Relaxed);
     make_known(held.index, conn);
 }
 
@@ -57,8 +58,8 @@ pub(super) fn tell_all(guard: &Guard) {
 }
 
 fn tell(guard: &Guard, index: usize, conn: &Conn) {
-    let epoch = EPOCH.load(Relaxed);
-    if conn.epoch.load(Relaxed) == epoch || CONTROL.load(Relaxed) < 0 || !is_as_attached() {
+    let epoch = link().epoch.load(Relaxed);
+    if conn.epoch.load(Relaxed) == epoch || link().control.load(Relaxed) < 0 || !is_as_attached() {
         return;
     }
     let fd = conn.fd.load(Relaxed);
@@ -84,6 +85,5 @@ fn tell(guard: &Guard, index: usize, conn: &Conn) {
 
 /// After fork, in the child: it says that it listens once it accepts, which it may never do.
 pub(super) fn after_fork_in_child() {
-    LOOKED_AT.store(0, Relaxed);
     conn::each(|_, conn| conn.listens.store(0, Relaxed));
 }

@@ -2,12 +2,10 @@
 //! The first in the order of locks (see `epoll.rs`), but for those who give up soon. Never held while
 //! its holder waits for the daemon.
 
+use crate::state::PROCESS;
 use crate::{identity, stream, sys};
 use rdsock_shm::lock::{self, Owner, Taken};
 use std::cell::UnsafeCell;
-use std::sync::atomic::AtomicU64;
-
-pub(super) static LOCK: AtomicU64 = AtomicU64::new(0);
 
 /// The tenant's lock. `None` when this thread holds it already, further up its stack, and in a process
 /// that is not the tenant (a `vfork` child, or one made by a raw `clone`), which must say nothing in its
@@ -42,7 +40,7 @@ impl Guard {
         let me = Owner::new(stream::pid(), sys::thread_pointer());
         let mut turns = 0_u32;
         loop {
-            match lock::try_take(&LOCK, me) {
+            match lock::try_take(&PROCESS.tenant.lock, me) {
                 Ok(Taken::Outer) => return Some(Guard),
                 Ok(Taken::Nested) => return None,
                 Err(_) => {
@@ -62,11 +60,12 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        lock::release(&LOCK, Taken::Outer);
+        lock::release(&PROCESS.tenant.lock, Taken::Outer);
     }
 }
 
 /// What is changed under the lock only (the path: by the constructor only).
+#[derive(Debug)]
 pub(super) struct Shared<T>(pub(super) UnsafeCell<T>);
-// SAFETY: used under LOCK only (the path: written by the constructor only).
+// SAFETY: used under the lock only (the path: written by the constructor only).
 unsafe impl<T> Sync for Shared<T> {}

@@ -5,25 +5,121 @@
 //! ([`show`]). No descriptor of it is kept.
 
 use super::lock::Guard;
-use super::messages::SEEN;
 use super::requests::waiting;
-use crate::hidden::{are_few, hide};
+use crate::hidden::{are_few, close_hidden, hide};
+use crate::state::PROCESS;
 use crate::{conn, sys};
 use libc::c_int;
 use rdsock_shm::layout::{BELLS, Bell, BellBoard, ConnRecord, Counter, TenantHeader, TenantMemory};
 use std::mem::{offset_of, size_of};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
-pub(super) static MEMORY: AtomicPtr<TenantMemory> = AtomicPtr::new(std::ptr::null_mut());
-pub(super) static BOARD: AtomicPtr<BellBoard> = AtomicPtr::new(std::ptr::null_mut());
-/// The descriptor of the bell board, for the next daemon.
-pub(super) static BOARD_FD: AtomicI32 = AtomicI32::new(-1);
-/// 1 when the program's limits, of address space or of descriptors, leave no room for it.
-static REFUSED: AtomicU32 = AtomicU32::new(0);
-pub(super) static BELLS_IN_USE: AtomicU64 = AtomicU64::new(0);
+/// Where the tenant's memory is, and what is given out of it.
+#[derive(Debug)]
+pub struct Memory {
+    /// Null before it is first needed.
+    at: AtomicPtr<TenantMemory>,
+    /// Null before a daemon has sent it.
+    board: AtomicPtr<BellBoard>,
+    /// The descriptor of the bell board, for the next daemon.
+    board_fd: AtomicI32,
+    /// 1 when the program's limits, of address space or of descriptors, leave no room for it.
+    refused: AtomicU32,
+    bells_in_use: AtomicU64,
+    /// How many messages of the daemon, of those that the memory counts, were read.
+    pub(super) seen: AtomicU64,
+}
 
+impl Memory {
+    /// There is none.
+    pub const fn new() -> Self {
+        Memory {
+            at: AtomicPtr::new(std::ptr::null_mut()),
+            board: AtomicPtr::new(std::ptr::null_mut()),
+            board_fd: AtomicI32::new(-1),
+            refused: AtomicU32::new(0),
+            bells_in_use: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+        }
+    }
+
+    fn take_bell(&self) -> Option<(usize, &'static Bell)> {
+        let board = self.board.load(Acquire);
+        if board.is_null() {
+            return None;
+        }
+        loop {
+            let used = self.bells_in_use.load(Relaxed);
+            let number = used.trailing_ones() as usize;
+            if number >= BELLS {
+                return None;
+            }
+            if self
+                .bells_in_use
+                .compare_exchange(used, used | 1 << number, AcqRel, Relaxed)
+                .is_ok()
+            {
+                // SAFETY: mapped once and never unmapped; a bell is made of atomics; below BELLS.
+                return Some((number, unsafe {
+                    &*(&raw const (*board).bells).cast::<Bell>().add(number)
+                }));
+            }
+        }
+    }
+
+    fn return_bell(&self, number: usize) {
+        self.bells_in_use.fetch_and(!(1 << number), AcqRel);
+    }
+
+    /// In a child, which has none yet: the parent's memory, and the descriptor of its bells, which is of no use any more.
+    fn forget_in_child(&self) -> (*mut TenantMemory, c_int) {
+        self.board.store(std::ptr::null_mut(), Relaxed);
+        self.bells_in_use.store(0, Relaxed);
+        (
+            self.at.swap(std::ptr::null_mut(), Relaxed),
+            self.board_fd.swap(-1, Relaxed),
+        )
+    }
+}
+
+/// Of this process.
+#[inline]
+pub(super) fn own() -> &'static Memory {
+    &PROCESS.tenant.memory
+}
+
+/// True once a place for the memory was taken.
+pub(super) fn is_there() -> bool {
+    !own().at.load(Relaxed).is_null()
+}
+
+/// The descriptor of the bell board, where there is one.
+pub(super) fn board_fd() -> Option<c_int> {
+    let fd = own().board_fd.load(Relaxed);
+    (fd >= 0).then_some(fd)
+}
+
+/// The shim's own descriptor `old` is now `new`.
+pub(super) fn moved(old: c_int, new: c_int) {
+    let _ = own().board_fd.compare_exchange(old, new, AcqRel, Relaxed);
+}
+
+/// After fork, in the child. The mappings are the parent's. The bells stay, since streams of the parent's may ring them. In the
+/// place of its memory comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
+pub(super) fn after_fork_in_child() {
+    let (memory, board) = own().forget_in_child();
+    if board >= 0 {
+        close_hidden(board);
+    }
+    if !memory.is_null() {
+        // SAFETY: the parent's memory, of this size, and all that is written there now is of no use.
+        unsafe { sys::map_over(memory.cast(), -1, size_of::<TenantMemory>()) };
+    }
+}
+
+#[inline]
 pub(super) fn memory() -> Option<&'static TenantMemory> {
-    let at = MEMORY.load(Acquire);
+    let at = own().at.load(Acquire);
     // SAFETY: there is always something mapped at this place; all that changes in it is atomic.
     (!at.is_null()).then(|| unsafe { &*at })
 }
@@ -45,43 +141,24 @@ pub fn count(counter: Counter) {
 
 /// Gives out one of the tenant's bells.
 pub fn take_bell() -> Option<(usize, &'static Bell)> {
-    let board = BOARD.load(Acquire);
-    if board.is_null() {
-        return None;
-    }
-    loop {
-        let used = BELLS_IN_USE.load(Relaxed);
-        let number = used.trailing_ones() as usize;
-        if number >= BELLS {
-            return None;
-        }
-        if BELLS_IN_USE
-            .compare_exchange(used, used | 1 << number, AcqRel, Relaxed)
-            .is_ok()
-        {
-            // SAFETY: mapped once and never unmapped; a bell is made of atomics; below BELLS.
-            return Some((number, unsafe {
-                &*(&raw const (*board).bells).cast::<Bell>().add(number)
-            }));
-        }
-    }
+    own().take_bell()
 }
 
 /// Takes a bell back.
 pub fn return_bell(number: usize) {
-    BELLS_IN_USE.fetch_and(!(1 << number), AcqRel);
+    own().return_bell(number);
 }
 
 pub(super) fn make_memory() {
-    if !MEMORY.load(Relaxed).is_null() || REFUSED.load(Relaxed) != 0 {
+    if is_there() || own().refused.load(Relaxed) != 0 {
         return;
     }
     if are_few() || !sys::leaves_room(size_of::<BellBoard>() + size_of::<TenantMemory>()) {
-        REFUSED.store(1, Relaxed);
+        own().refused.store(1, Relaxed);
         return;
     }
     if let Some(memory) = sys::map(-1, size_of::<TenantMemory>()) {
-        MEMORY.store(memory.cast(), Release);
+        own().at.store(memory.cast(), Release);
     }
 }
 
@@ -89,7 +166,7 @@ pub(super) fn make_memory() {
 /// each further daemon is given it. False when there is one already, or it is none: the descriptor is the caller's then.
 pub(super) fn take_board(_guard: &Guard, fd: c_int) -> bool {
     const SIZE: usize = size_of::<BellBoard>();
-    if !BOARD.load(Relaxed).is_null()
+    if !own().board.load(Relaxed).is_null()
         || !sys::cannot_shrink(fd)
         || sys::file_size(fd) != Some(SIZE as u64)
     {
@@ -98,8 +175,8 @@ pub(super) fn take_board(_guard: &Guard, fd: c_int) -> bool {
     let Some(board) = sys::map(fd, SIZE) else {
         return false;
     };
-    BOARD_FD.store(hide(fd), Relaxed);
-    BOARD.store(board.cast(), Release);
+    own().board_fd.store(hide(fd), Relaxed);
+    own().board.store(board.cast(), Release);
     true
 }
 
@@ -138,12 +215,12 @@ pub(super) fn show(guard: &Guard, fd: c_int) -> Option<u64> {
         let at = offset_of!(TenantMemory, queue);
         write_all(fd, queue, size_of_val(queue), at)
     });
-    let place: *mut TenantMemory = MEMORY.load(Relaxed);
+    let place: *mut TenantMemory = own().at.load(Relaxed);
     // SAFETY: the place is this process's own, and the file is as long.
     if !is_filled || !unsafe { sys::map_over(place.cast(), fd, SIZE) } {
         return None;
     }
-    SEEN.store(0, Relaxed);
+    own().seen.store(0, Relaxed);
     conn::show_all();
     Some(place as u64)
 }
@@ -152,4 +229,29 @@ pub(super) fn show(guard: &Guard, fd: c_int) -> Option<u64> {
 fn write_all<T>(fd: c_int, from: *const T, len: usize, offset: usize) -> bool {
     // SAFETY: the callers' structures have this length. What other threads change meanwhile the kernel reads as it is.
     unsafe { sys::pwrite(fd, from.cast(), len, offset) == len as isize }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_bell_is_given_out_once_at_a_time() {
+        let memory = Memory::new();
+        assert!(memory.take_bell().is_none(), "there is no board");
+        let board = sys::map(-1, size_of::<BellBoard>()).unwrap();
+        memory.board.store(board.cast(), Relaxed);
+        let take = || memory.take_bell().map(|(number, _)| number);
+        for number in 0..BELLS {
+            assert_eq!(take(), Some(number));
+        }
+        assert_eq!(take(), None);
+        memory.return_bell(3);
+        assert_eq!((take(), take()), (Some(3), None));
+        // The child has none, whatever its parent has.
+        let _ = memory.forget_in_child();
+        assert!(memory.board.load(Relaxed).is_null());
+        memory.board.store(board.cast(), Relaxed);
+        assert_eq!(take(), Some(0));
+    }
 }

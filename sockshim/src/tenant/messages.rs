@@ -2,18 +2,17 @@
 //! them has moved.
 
 use super::ask::{self, Answer, deliver};
-use super::attach::{self, AWAITED, CONTROL, detach, disable, is_greeting_due, refused_for_now};
+use super::attach::{self, detach, disable, is_greeting_due, refused_for_now};
+use super::link::link;
 use super::lock::Guard;
-use super::memory::{memory, show, take_board};
+use super::memory::{memory, own, show, take_board};
 use super::offer::{Offer, follow};
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
 use rdsock_shm::control::{self, Message, NotFound, Refused, Verdict, kind, refusal};
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
-
-pub(super) static SEEN: AtomicU64 = AtomicU64::new(0);
+use std::sync::atomic::Ordering::*;
 
 pub(super) fn send_with(socket: c_int, message: &Message, fds: &[c_int]) -> isize {
     let bytes = message.as_bytes();
@@ -46,7 +45,7 @@ pub(super) fn send_with(socket: c_int, message: &Message, fds: &[c_int]) -> isiz
 #[inline]
 pub fn look() {
     if let Some(memory) = memory()
-        && (memory.header.messages.load(Relaxed) != SEEN.load(Relaxed) || is_greeting_due())
+        && (memory.header.messages.load(Relaxed) != own().seen.load(Relaxed) || is_greeting_due())
         && let Some(guard) = Guard::take()
     {
         read_messages(&guard);
@@ -59,15 +58,17 @@ pub(super) fn read_messages(guard: &Guard) {
     let Some(memory) = memory() else {
         return;
     };
-    let control = CONTROL.load(Relaxed);
+    let control = link().control.load(Relaxed);
     if control < 0 {
         return;
     }
-    SEEN.store(memory.header.messages.load(Acquire), Relaxed);
+    own()
+        .seen
+        .store(memory.header.messages.load(Acquire), Relaxed);
     let mut was_reset = false;
     let mask = sys::block_signals();
     // A message may lead to something that finds the daemon gone.
-    while CONTROL.load(Relaxed) == control {
+    while link().control.load(Relaxed) == control {
         let mut bytes = [0_u8; 256];
         let (got, fds) = receive(control, &mut bytes);
         if got == -(libc::ECONNRESET as isize) && !was_reset {
@@ -166,7 +167,6 @@ fn end_look_up(not_found: &NotFound) {
 
 /// The daemon does not take this process: not now where a limit is reached, or as who it was, else never.
 fn refused(refused: Option<Refused>) {
-    static SAID: AtomicU32 = AtomicU32::new(0);
     if refused.is_some_and(|refused| refused.code == refusal::IDENTITY) {
         // It has changed its user, say. It attaches anew as who it is now.
         return refused_for_now();
@@ -176,9 +176,9 @@ fn refused(refused: Option<Refused>) {
         refused_for_now();
     } else {
         disable(Reason::Refused);
-        AWAITED.store(0, Relaxed);
+        link().awaited.store(0, Relaxed);
     }
-    if SAID.swap(1, Relaxed) != 0 {
+    if link().told_refusal.swap(1, Relaxed) != 0 {
         return;
     }
     let Some(limit) = limit else {
@@ -207,7 +207,7 @@ pub(super) fn await_message<T>(end: u64, mut found: impl FnMut(&Guard) -> Option
                 return Some(found);
             }
         }
-        let control = CONTROL.load(Relaxed);
+        let control = link().control.load(Relaxed);
         if control < 0 || clock::nanoseconds() >= end {
             return None;
         }

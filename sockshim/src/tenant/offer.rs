@@ -1,7 +1,7 @@
 //! A stream that the daemon offers for a connection: mapped while no call on the connection is in
 //! the kernel, and declined when it can't be.
 
-use super::attach::EPOCH;
+use super::link::link;
 use super::lock::Guard;
 use super::memory::{count, record};
 use super::requests::{blank, put};
@@ -16,7 +16,7 @@ use libc::c_int;
 use rdsock_shm::control::{Promote, Request, request};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::{AtomicU32, Ordering::*};
+use std::sync::atomic::Ordering::*;
 
 /// What the daemon offers for a connection: the fds of a stream's memory, of the end page, and of the peer's bell board, which is
 /// -1 where the daemon keeps that from this end.
@@ -25,9 +25,6 @@ pub struct Offer {
     pub(super) promote: Promote,
     pub(super) fds: [c_int; 3],
 }
-
-/// 1 while a program that has just started asks for the streams that it has inherited.
-pub(super) static LOOKING_UP: AtomicU32 = AtomicU32::new(0);
 
 impl Offer {
     pub(super) fn close(self) {
@@ -87,7 +84,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
             crate::epoll::begin_mapping();
             // SAFETY: the phase is INSTALLING, set above.
             unsafe { conn.set_stream(stream) };
-            conn.epoch.store(EPOCH.load(Relaxed), Relaxed);
+            conn.epoch.store(link().epoch.load(Relaxed), Relaxed);
             take_names(conn, &offer.promote);
             conn.phase.store(phase::MAPPED, SeqCst);
             conn.tell(index, State::Rings, Reason::None);
@@ -157,7 +154,7 @@ fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Strea
         end.free_own_locks(stream::pid());
         end.note_barriers();
         None
-    } else if LOOKING_UP.load(Relaxed) != 0 {
+    } else if link().looking_up.load(Relaxed) != 0 {
         // Offered to who had it before, who has not followed, and may have it still: it does not know of a stream.
         Some(Reason::Shared)
     } else if has_option_of_kernel(fd) {

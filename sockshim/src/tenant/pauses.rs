@@ -17,6 +17,7 @@ const FOLLOW_MS: [u64; 2] = [1000, 64_000];
 const MILLISECOND: u64 = 1_000_000;
 
 /// The attempts to reach a daemon.
+#[derive(Debug)]
 pub struct Attempts {
     /// When the last one was; 0 for none.
     at: AtomicU64,
@@ -90,6 +91,7 @@ impl Attempts {
 }
 
 /// The times that a process has attached anew since its user had changed.
+#[derive(Debug)]
 pub struct Changes {
     /// When the last one was; 0 for none.
     at: AtomicU64,

@@ -1,11 +1,13 @@
 //! The queue of requests to the daemon, and what is told through it when a connection or a stream
 //! ends.
 
-use super::attach::{CONTROL, GREETING, detach, has_hung_up};
+use super::attach::{detach, has_hung_up};
+use super::link::link;
 use super::lock::{Guard, Shared};
 use super::memory::{count, memory};
 use super::messages::send_with;
 use crate::conn::{self, Conn};
+use crate::state::PROCESS;
 use crate::stream::{self, Stream};
 use libc::c_int;
 use rdsock_shm::control::{Message, Request, kind, request};
@@ -15,47 +17,85 @@ use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*, fence};
 
-static PUTTER: Shared<Putter> = Shared(UnsafeCell::new(Putter::new()));
-/// Requests to a daemon that has not sent the memory yet through which it takes them. As a queue there: it is copied.
-static WAITING: [QueueSlot; QUEUE_SLOTS] = [const {
-    QueueSlot {
-        sequence: AtomicU64::new(0),
-        words: [const { AtomicU64::new(0) }; 15],
+/// The requests of a process.
+#[derive(Debug)]
+pub struct Requests {
+    putter: Shared<Putter>,
+    /// Requests to a daemon that has not sent the memory yet through which it takes them. As a queue there: it is copied.
+    waiting: [QueueSlot; QUEUE_SLOTS],
+    /// 1 when there is something in it.
+    do_wait: AtomicU32,
+}
+
+impl Requests {
+    /// None.
+    pub const fn new() -> Self {
+        Requests {
+            putter: Shared(UnsafeCell::new(Putter::new())),
+            waiting: [const {
+                QueueSlot {
+                    sequence: AtomicU64::new(0),
+                    words: [const { AtomicU64::new(0) }; 15],
+                }
+            }; QUEUE_SLOTS],
+            do_wait: AtomicU32::new(0),
+        }
     }
-}; QUEUE_SLOTS];
-/// 1 when there is something in it.
-static WAIT: AtomicU32 = AtomicU32::new(0);
+
+    /// What an earlier daemon was asked is void.
+    ///
+    /// # Safety
+    /// The tenant's lock is held.
+    unsafe fn empty(&self) {
+        if self.do_wait.swap(0, Relaxed) != 0 {
+            self.waiting
+                .iter()
+                .for_each(|slot| slot.sequence.store(0, Relaxed));
+        }
+        // SAFETY: the lock is held.
+        unsafe { *self.putter.0.get() = Putter::new() };
+    }
+
+    /// Puts a request into the daemon's queue, or (`None`) where it waits for that. False where there is no room.
+    ///
+    /// # Safety
+    /// The tenant's lock is held.
+    unsafe fn put(&self, queue: Option<&[QueueSlot; QUEUE_SLOTS]>, request: &Request) -> bool {
+        if queue.is_none() {
+            self.do_wait.store(1, Relaxed);
+        }
+        // SAFETY: the lock is held.
+        let putter = unsafe { &mut *self.putter.0.get() };
+        putter.put(queue.unwrap_or(&self.waiting), request)
+    }
+
+    fn waiting(&self) -> Option<&[QueueSlot; QUEUE_SLOTS]> {
+        (self.do_wait.load(Relaxed) != 0).then_some(&self.waiting)
+    }
+}
 
 /// Another daemon is told HELLO: what an earlier one was asked is void.
 pub(super) fn empty_queue(_guard: &Guard) {
-    if WAIT.swap(0, Relaxed) != 0 {
-        WAITING
-            .iter()
-            .for_each(|slot| slot.sequence.store(0, Relaxed));
-    }
     // SAFETY: the lock is held.
-    unsafe { *PUTTER.0.get() = Putter::new() };
+    unsafe { PROCESS.tenant.requests.empty() };
 }
 
 /// The requests that wait for the daemon's memory, if there are some.
 pub(super) fn waiting(_guard: &Guard) -> Option<&'static [QueueSlot; QUEUE_SLOTS]> {
-    (WAIT.load(Relaxed) != 0).then_some(&WAITING)
+    PROCESS.tenant.requests.waiting()
 }
 
 /// Puts a request; the daemon is kicked when it sleeps. One that has not sent its memory yet finds it there. The lock is held.
 pub(super) fn put(_guard: &Guard, request: &Request) -> bool {
     let Some(memory) = memory() else { return false };
-    let control = CONTROL.load(Relaxed);
+    let control = link().control.load(Relaxed);
     if control < 0 {
         return false;
     }
-    let waits = GREETING.load(Relaxed) != 0;
-    if waits {
-        WAIT.store(1, Relaxed);
-    }
-    let queue = if waits { &WAITING } else { &memory.queue };
+    let waits = link().greeting.load(Relaxed) != 0;
+    let queue = (!waits).then_some(&memory.queue);
     // SAFETY: the lock is held.
-    if !unsafe { &mut *PUTTER.0.get() }.put(queue, request) {
+    if !unsafe { PROCESS.tenant.requests.put(queue, request) } {
         count(Counter::QueueFull);
         if has_hung_up(control) {
             detach();
@@ -135,5 +175,30 @@ pub fn stream_left(fd: c_int, stream: &Stream, state: State, reason: Reason) {
                 ..blank(request::LEFT, held.index, held.conn)
             },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rdsock_shm::control;
+
+    #[test]
+    fn requests_wait_for_the_memory_of_the_daemon_that_they_are_for() {
+        let requests = Requests::new();
+        let request: Request = control::from_bytes(&[0; size_of::<Request>()]).unwrap();
+        // SAFETY: no other thread has them.
+        let put = || unsafe { requests.put(None, &request) };
+        assert!(requests.waiting().is_none());
+        for _ in 0..QUEUE_SLOTS {
+            assert!(put());
+        }
+        assert!(!put(), "more than there is room for");
+        assert!(requests.waiting().is_some());
+        // Another daemon: what the first was asked is void.
+        // SAFETY: likewise.
+        unsafe { requests.empty() };
+        assert!(requests.waiting().is_none());
+        assert!(put() && requests.waiting().is_some());
     }
 }

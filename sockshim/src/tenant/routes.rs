@@ -1,6 +1,6 @@
 //! Which addresses belong to other nodes, as the daemon has written it into this tenant's memory.
 
-use super::attach::AWAITED;
+use super::link::link;
 use super::memory::memory;
 use super::messages::{await_message, look};
 use crate::{clock, identity};
@@ -19,9 +19,9 @@ pub fn may_lead_away() -> bool {
 /// True while the daemon has not greeted this process, whose routes are written by then.
 #[inline]
 fn is_awaited() -> bool {
-    AWAITED.load(Relaxed) != 0 && {
+    link().awaited.load(Relaxed) != 0 && {
         look();
-        AWAITED.load(Relaxed) != 0
+        link().awaited.load(Relaxed) != 0
     }
 }
 
@@ -30,10 +30,10 @@ fn is_awaited() -> bool {
 pub fn lead_to(ip: &[u8; 16]) -> bool {
     if is_awaited() && !identity::is_foreign() {
         await_message(clock::nanoseconds() + GREETING, |_| {
-            (AWAITED.load(Relaxed) == 0).then_some(())
+            (link().awaited.load(Relaxed) == 0).then_some(())
         });
         // A daemon that is late is not waited for again.
-        AWAITED.store(0, Relaxed);
+        link().awaited.store(0, Relaxed);
     }
     memory().is_some_and(|memory| memory.routes.lead_to(ip))
 }
