@@ -6,7 +6,9 @@ use super::socket::{self, Broken, Received};
 use crate::device::BusError;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
+use nix::unistd::geteuid;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -187,11 +189,21 @@ fn dial(path: &Path, deadline: Instant) -> Result<OwnedFd, BusError> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
     loop {
         match connect(socket.as_raw_fd(), &address) {
-            Ok(()) => return Ok(socket),
+            Ok(()) => break,
             Err(Errno::EINTR) => {}
             // Too many others wait to be accepted.
             Err(Errno::EAGAIN) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(errno) => return Err(failed(errno)),
         }
+    }
+    // It will be given the memory of all streams. Anybody can put a socket into a directory like /tmp.
+    let server = getsockopt(&socket, PeerCredentials).map_err(failed)?.uid();
+    match server == 0 || server == geteuid().as_raw() {
+        true => Ok(socket),
+        false => Err(BusError::Unusable {
+            device: path.display().to_string(),
+            cause: format!("user {server} serves it, who could read and write all streams"),
+            remedy: "have root or this user serve it".into(),
+        }),
     }
 }

@@ -422,3 +422,35 @@ proptest! {
         }
     }
 }
+
+/// It would be given the memory of all streams. Anybody can put a socket into a directory like `/tmp`.
+#[test]
+fn a_server_of_another_user_is_told_nothing() {
+    const STRANGER: u32 = 64021;
+    if !nix::unistd::geteuid().is_root() {
+        let why = b"SKIPPED, NOTHING WAS CHECKED: only root can be another user\n";
+        return std::io::stderr().write_all(why).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sock");
+    let at = path.clone();
+    let server = std::thread::spawn(move || {
+        let listener = UnixListener::bind(&at).unwrap();
+        // SAFETY: takes three integers. The call itself, without libc, is this thread's alone.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, STRANGER, STRANGER, STRANGER) };
+        assert_eq!(result, 0);
+        // The kernel tells who has called `listen` last.
+        let backlog = nix::sys::socket::Backlog::new(1).unwrap();
+        nix::sys::socket::listen(&listener, backlog).unwrap();
+        listener
+    });
+    let listener = server.join().unwrap();
+    let told = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        Message::read(&mut stream).is_some()
+    });
+    let error = UserDevice::connect_with(&path, Duration::from_secs(1)).unwrap_err();
+    assert!(!told.join().unwrap(), "it was told something");
+    let error = error.to_string();
+    assert!(error.contains("user 64021 serves it"), "{error}");
+}
