@@ -15,14 +15,13 @@ const MOST: usize = 256;
 /// and of the daemon's descriptors this part.
 const PART: u64 = 16;
 
-/// Users who may attach, first those that the configuration names, then the owners of running processes, then those of
-/// `/etc/passwd`. None where the daemon serves its own user alone.
+/// Users who may attach. None where the daemon serves its own user alone.
 pub fn known(config: &Config, descriptors: u64) -> Vec<u32> {
     if !geteuid().is_root() {
         return Vec::new();
     }
     let named = config.sockets_for_users.iter().map(|user| user.0);
-    let all = named.chain(running()).chain(registered());
+    let all = in_order(named, running().collect(), registered());
     let allowed = all.filter(|user| config.policy.allows_user(*user));
     let most = MOST.min((descriptors / PART) as usize);
     let mut seen = HashSet::new();
@@ -30,6 +29,22 @@ pub fn known(config: &Config, descriptors: u64) -> Vec<u32> {
         .filter(|user| seen.insert(*user))
         .take(most)
         .collect()
+}
+
+/// First those that the configuration names, then those of `/etc/passwd`, who runs something before who does not, then other owners of
+/// running processes: one user may be very many of these, by subordinate numbers.
+fn in_order(
+    named: impl IntoIterator<Item = u32>,
+    running: Vec<u32>,
+    registered: Vec<u32>,
+) -> impl Iterator<Item = u32> {
+    let known: HashSet<u32> = registered.iter().copied().collect();
+    let known = running
+        .clone()
+        .into_iter()
+        .filter(move |user| known.contains(user));
+    let named = named.into_iter();
+    named.chain(known).chain(registered).chain(running)
 }
 
 fn running() -> impl Iterator<Item = u32> {
@@ -56,6 +71,18 @@ fn parse(text: &str) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A user may have processes of 65,536 subordinate users.
+    #[test]
+    fn who_runs_as_very_many_users_is_in_nobodys_way() {
+        let many = || 100_000..165_536;
+        let running: Vec<u32> = [0].into_iter().chain(many()).chain([1000]).collect();
+        let all: Vec<u32> = in_order([7], running, vec![33, 0, 1000, 1001]).collect();
+        assert_eq!(all[..5], [7, 0, 1000, 33, 0]);
+        let place = |user| all.iter().position(|other| *other == user);
+        assert!(place(1001) < place(100_000));
+        assert!(place(165_535).is_some());
+    }
 
     #[test]
     fn users_are_named_once_and_the_named_ones_first() {
