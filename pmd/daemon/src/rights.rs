@@ -520,6 +520,13 @@ impl Rights {
     }
 }
 
+/// Is the daemon's socket with this cookie the other end of a connection with these addresses? When it is closed, anybody may come from
+/// where it came from.
+pub fn is_other_end(diag: &Diag, cookie: u64, (local, peer): (SocketAddr, SocketAddr)) -> bool {
+    diag.find(peer, local, cookie)
+        .is_ok_and(|found| found.is_some())
+}
+
 /// Why something is not handed out.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
@@ -560,6 +567,39 @@ mod tests {
         let (one, other) = (own.wrapping_add(1000), own.wrapping_add(1001));
         assert!(Rights::may_see(one, one) && !Rights::may_see(one, other));
         assert!(!Rights::may_see(one, 0) && !Rights::sees_all(one));
+    }
+
+    #[test]
+    fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
+        use std::net::{TcpListener, TcpStream};
+        let diag = Diag::new().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
+        let ours = TcpStream::connect(to).unwrap();
+        let (accepted, from) = listener.accept().unwrap();
+        let names = (to, from);
+        let cookie_of_ours = cookie(&ours);
+        assert!(is_other_end(&diag, cookie_of_ours, names));
+        assert!(!is_other_end(&diag, cookie(&accepted), names));
+        // Broken on either side, so that nothing is left of it.
+        for socket in [&ours, &accepted] {
+            let linger = libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &linger)
+                .unwrap();
+        }
+        drop((ours, accepted));
+        assert!(!is_other_end(&diag, cookie_of_ours, names));
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
+        let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+        let other = socket(AddressFamily::Inet, kind, flags, None).unwrap();
+        bind(other.as_raw_fd(), &SockaddrStorage::from(from)).unwrap();
+        connect(other.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+        assert_eq!(listener.accept().unwrap().1, from);
+        assert!(!is_other_end(&diag, cookie_of_ours, names));
     }
 
     #[test]

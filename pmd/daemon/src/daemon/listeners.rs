@@ -23,10 +23,10 @@ use crate::agenda::{Due, Token};
 use crate::book::TenantId;
 use crate::channel::Foreign;
 use crate::diag::Listener;
-use crate::fabric::{Call, Carried, Early, Listening, addresses, octets};
+use crate::fabric::{Anchor, Call, Carried, Early, Listening, addresses, octets};
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
-use crate::rights::{Held, NotHeld, Rights, socket_address};
+use crate::rights::{Held, NotHeld, Rights, is_other_end, socket_address};
 
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
@@ -388,7 +388,16 @@ impl Daemon {
         let diag = self.rights.namespaces.home_diag();
         let found = held.ok().zip(addresses(&question));
         let found = found.filter(|(held, names)| Rights::is_between(diag, *held, *names));
-        let found = found.and_then(|(_, names)| self.carried_between(names));
+        let found = found.and_then(|(_, names)| {
+            let (ticket, carried) = self.carried_between(names)?;
+            let is_there = match carried.anchor {
+                // The daemon has its socket until it is known what becomes of it.
+                Anchor::Called => true,
+                Anchor::Attached { cookie, .. } => is_other_end(diag?, cookie, names),
+                _ => false,
+            };
+            is_there.then_some((ticket, carried))
+        });
         let mut answer = Caller {
             question: question.question,
             ticket: 0,
