@@ -14,13 +14,10 @@ use nix::sys::socket::{
 };
 use nix::unistd::geteuid;
 use rdsock_files::{Obstacle, SocketFile, UserSockets};
-use rdsock_shm::control::OF_USERS;
+use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS};
 use tracing::{debug, warn};
 
 use crate::remains::Holder;
-
-/// The control socket of a daemon that runs for the whole machine.
-const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
 
 /// A process that was killed mostly has ended by then.
 const DYING: Duration = Duration::from_millis(500);

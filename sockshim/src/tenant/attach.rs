@@ -11,7 +11,7 @@ use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
 use libc::c_int;
-use rdsock_shm::control::{Attached, Hello, Message, OF_USERS, kind, may_serve};
+use rdsock_shm::control::{Attached, Hello, MACHINE_SOCKET, Message, OF_USERS, kind, may_serve};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use rdsock_shm::reason::{Reason, State};
 use std::mem::size_of;
@@ -276,19 +276,18 @@ fn adopted() -> Option<c_int> {
 fn connected() -> Result<c_int, c_int> {
     let path = link().path();
     let [user, _] = sys::effective_ids();
-    // Root alone can serve there. Who it is can't be told in a user namespace without root.
-    let by_root = path == super::link::MACHINE_SOCKET;
+    let is_machines = path == MACHINE_SOCKET.as_bytes();
     let own = address_of_user(path, user);
-    let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own, user, by_root));
+    let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own, user, is_machines));
     match reached {
         Ok(_) | Err(libc::EAGAIN) => reached,
         // There is none, or it was another daemon's.
-        Err(_) => connect(&address_of([path]), user, by_root),
+        Err(_) => connect(&address_of([path]), user, is_machines),
     }
 }
 
-/// Connects to what a daemon serves that a program of this user believes, or which it must be root that does.
-fn connect(address: &libc::sockaddr_un, user: u32, by_root: bool) -> Result<c_int, c_int> {
+/// Connects to a daemon that a program of this user believes, at the place of the machine's or at another one.
+fn connect(address: &libc::sockaddr_un, user: u32, is_machines: bool) -> Result<c_int, c_int> {
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let fd = sys::socket(libc::AF_UNIX, kind, 0) as c_int;
     if fd < 0 {
@@ -296,7 +295,7 @@ fn connect(address: &libc::sockaddr_un, user: u32, by_root: bool) -> Result<c_in
     }
     let reached = sys::connect_unix(fd, address, size_of::<libc::sockaddr_un>());
     let error = match reached {
-        0.. if by_root || may_serve(server_of(fd), user) => return Ok(fd),
+        0.. if may_serve(server_of(fd), user, is_machines) => return Ok(fd),
         // Anybody can put a socket into a directory like /tmp.
         0.. => libc::EPERM,
         _ => -reached as c_int,
@@ -391,6 +390,17 @@ mod tests {
     fn path_of(address: &libc::sockaddr_un) -> String {
         let bytes = address.sun_path.iter().take_while(|byte| **byte != 0);
         bytes.map(|byte| *byte as u8 as char).collect()
+    }
+
+    #[test]
+    fn a_daemon_is_roots_or_the_own_users() {
+        // Also one that has no number in this user namespace.
+        const NAMELESS: u32 = 65534;
+        for at_machines in [false, true] {
+            assert!(may_serve(0, 1000, at_machines) && may_serve(1000, 1000, at_machines));
+            assert!(!may_serve(1001, 1000, at_machines) && !may_serve(1000, 0, at_machines));
+            assert_eq!(may_serve(NAMELESS, 1000, at_machines), at_machines);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use super::lock::Shared;
 use super::pauses::{Attempts, Changes};
 use crate::state::PROCESS;
 use libc::c_int;
+use rdsock_shm::control::MACHINE_SOCKET;
 use rdsock_shm::reason::Reason;
 use std::cell::UnsafeCell;
 use std::ffi::CStr;
@@ -11,8 +12,6 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
 
 /// Bytes of a path in a socket's address, with the one that ends it.
 pub(super) const PATH_ROOM: usize = 108;
-/// Where the machine's daemon is.
-pub(super) const MACHINE_SOCKET: &[u8] = b"/run/rdsock/rdsockd.sock";
 
 /// The notes.
 #[derive(Debug)]
@@ -90,7 +89,7 @@ impl Link {
         let configured = unsafe { &*self.path.0.get() };
         match configured.iter().position(|byte| *byte == 0) {
             Some(len @ 1..) => configured.get(..len).unwrap_or_default(),
-            _ => MACHINE_SOCKET,
+            _ => MACHINE_SOCKET.as_bytes(),
         }
     }
 
@@ -199,7 +198,7 @@ mod tests {
     #[test]
     fn the_daemon_is_where_the_environment_says_or_the_machines() {
         let link = Link::new();
-        assert_eq!(link.path(), MACHINE_SOCKET);
+        assert_eq!(link.path(), MACHINE_SOCKET.as_bytes());
         let note = |path: &CStr| {
             // SAFETY: nobody else has it.
             unsafe { link.note_path(path) };
@@ -207,7 +206,7 @@ mod tests {
         let too_long = std::ffi::CString::new(vec![b'a'; PATH_ROOM]).unwrap();
         note(&too_long);
         note(c"");
-        assert_eq!(link.path(), MACHINE_SOCKET);
+        assert_eq!(link.path(), MACHINE_SOCKET.as_bytes());
         note(c"/run/s");
         assert_eq!(link.path(), b"/run/s");
     }

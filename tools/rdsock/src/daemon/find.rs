@@ -11,13 +11,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
-use rdsock_shm::control::{OF_USERS, may_serve};
-
-/// The socket of a daemon that serves the whole machine.
-pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
-
-/// Where it and those of users lie.
-const MACHINE_FOLDER: &str = "/run/rdsock";
+use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS, may_serve};
 
 /// Time for a daemon to take a caller, and to answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -72,13 +66,14 @@ pub fn listener_of(socket: &OwnedFd) -> Option<i32> {
 pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     let mut own = path.as_os_str().to_owned();
     own.push(format!("{OF_USERS}/{}", geteuid()));
-    match connect_at(Path::new(&own)) {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path),
+    let is_machines = path == Path::new(MACHINE_SOCKET);
+    match connect_at(Path::new(&own), is_machines) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path, is_machines),
         reached => reached,
     }
 }
 
-fn connect_at(path: &Path) -> io::Result<OwnedFd> {
+fn connect_at(path: &Path, is_machines: bool) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);
@@ -86,9 +81,7 @@ fn connect_at(path: &Path) -> io::Result<OwnedFd> {
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     let server = getsockopt(&socket, sockopt::PeerCredentials)?.uid();
-    // Root alone can serve there. Who it is can't be told in a user namespace without root.
-    let by_root = path.starts_with(MACHINE_FOLDER);
-    match by_root || may_serve(server, geteuid().as_raw()) {
+    match may_serve(server, geteuid().as_raw(), is_machines) {
         true => Ok(socket),
         // Anybody can put a socket into a directory like /tmp.
         false => Err(io::Error::new(

@@ -5,5 +5,5 @@ mod find;
 mod start;
 
 pub use client::{AskError, Daemon, Direction, Node, Record, Tenant, WhyAnswer};
-pub use find::{MACHINE_SOCKET, find};
+pub use find::find;
 pub use start::{find_program, start};

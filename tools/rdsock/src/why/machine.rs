@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use procfs::net::TcpState;
 use procfs::process::{FDTarget, LimitValue, MMapPath, Process, all_processes};
+use rdsock_shm::control::MACHINE_SOCKET;
 
 use super::patience::Patience;
-use crate::daemon::MACHINE_SOCKET;
 use crate::run::{Loads, OTHER_LIBC, has_loaded_libraries};
 
 /// A network namespace, by the inode that stands for it.
