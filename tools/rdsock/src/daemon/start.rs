@@ -1,10 +1,12 @@
 //! Starts a daemon for this user, once, however many programs are started at the same time.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, PipeReader, Read, Seek};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSliceMut, PipeReader, Read, Seek};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,6 +15,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, UnixAddr, UnixCredentials, bind, recvmsg, setsockopt, sockopt,
+};
 use nix::unistd::geteuid;
 use rdsock_files::Obstacle;
 
@@ -145,12 +150,25 @@ fn take_turn(mut lock: File, path: &Path) -> Result<Flock<File>, StartError> {
     }
 }
 
+/// Where the daemon says that it is ready, and the name of that: one that the kernel finds free, which nobody has taken in advance.
+fn ready_socket() -> io::Result<(UnixDatagram, OsString)> {
+    let ready = UnixDatagram::unbound()?;
+    // Whoever knows the name can send there: it is asked who has sent.
+    setsockopt(&ready, sockopt::PassCred, &true)?;
+    bind(ready.as_raw_fd(), &UnixAddr::new_unnamed())?;
+    let address = ready.local_addr()?;
+    let mut name = OsString::from("@");
+    name.push(OsStr::from_bytes(
+        address.as_abstract_name().unwrap_or_default(),
+    ));
+    Ok((ready, name))
+}
+
 /// Starts the daemon as nobody's child in a session of its own, so that the program that this
 /// process becomes finds no child that it did not make. Returns where it says that it is ready,
 /// and a pipe that ends with it.
 fn spawn(program: &Path, socket: &Path, log: File) -> io::Result<(UnixDatagram, PipeReader)> {
-    let name = format!("rdsock-start-{}", std::process::id());
-    let ready = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    let (ready, name) = ready_socket()?;
     let (alive, held) = io::pipe()?;
     let mut command = Command::new(program);
     command
@@ -159,7 +177,7 @@ fn spawn(program: &Path, socket: &Path, log: File) -> io::Result<(UnixDatagram, 
         .args(["--idle-exit", IDLE_EXIT])
         .env_remove("LD_PRELOAD")
         .env_remove("RDSOCK_SOCKET")
-        .env("NOTIFY_SOCKET", format!("@{name}"))
+        .env("NOTIFY_SOCKET", name)
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(OwnedFd::from(held))
@@ -202,13 +220,70 @@ fn is_up(ready: &UnixDatagram, alive: &PipeReader) -> bool {
             Ok(_) => {}
         }
         if fds[0].any().unwrap_or(false) {
-            let mut text = [0; 256];
-            let len = ready.recv(&mut text).unwrap_or(0);
-            if text.get(..len).unwrap_or(&[]).starts_with(b"READY=1") {
+            if says_ready(ready) {
                 return true;
             }
         } else {
             return false;
         }
+        if Instant::now() >= end {
+            return false;
+        }
+    }
+}
+
+/// Takes what has come: a process of this user says that it is ready.
+fn says_ready(ready: &UnixDatagram) -> bool {
+    let mut text = [0; 256];
+    let mut room = nix::cmsg_space!(UnixCredentials);
+    let mut parts = [IoSliceMut::new(&mut text)];
+    let flags = MsgFlags::MSG_DONTWAIT;
+    let Ok(message) = recvmsg::<UnixAddr>(ready.as_raw_fd(), &mut parts, Some(&mut room), flags)
+    else {
+        return false;
+    };
+    let own = geteuid().as_raw();
+    let is_own =
+        |part| matches!(part, ControlMessageOwned::ScmCredentials(who) if who.uid() == own);
+    let by_us = message.cmsgs().is_ok_and(|mut parts| parts.any(is_own));
+    let len = message.bytes;
+    by_us && text.get(..len).unwrap_or(&[]).starts_with(b"READY=1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::SocketAddr;
+
+    /// Sends these words there as a user.
+    fn send_as(user: libc::uid_t, to: &OsStr, words: &'static str) {
+        let name = to.as_bytes().strip_prefix(b"@").unwrap();
+        let to = SocketAddr::from_abstract_name(name).unwrap();
+        let sent = std::thread::spawn(move || {
+            // SAFETY: takes three integers. The call itself, without libc, is this thread's alone.
+            let result = unsafe { libc::syscall(libc::SYS_setresuid, user, user, user) };
+            assert_eq!(result, 0);
+            let socket = UnixDatagram::unbound().unwrap();
+            socket.send_to_addr(words.as_bytes(), &to).unwrap();
+        });
+        sent.join().unwrap();
+    }
+
+    #[test]
+    fn nobody_else_says_that_a_daemon_is_up() {
+        if !geteuid().is_root() {
+            let why = b"SKIPPED, NOTHING WAS CHECKED: only root can be another user\n";
+            return io::stderr().write_all(why).unwrap();
+        }
+        let (ready, name) = ready_socket().unwrap();
+        let (alive, held) = io::pipe().unwrap();
+        send_as(64021, &name, "READY=1");
+        send_as(0, &name, "STATUS=starting");
+        drop(held);
+        assert!(!is_up(&ready, &alive));
+        send_as(64021, &name, "READY=1");
+        send_as(0, &name, "READY=1");
+        assert!(is_up(&ready, &alive));
     }
 }
