@@ -372,6 +372,7 @@ mod tests {
     use super::*;
     use crate::memory::Bells;
     use crate::porters::{Owner, Porters};
+    use crate::shares::Known;
     use crate::starter::Starter;
 
     /// Of this process, and what a tenant is given.
@@ -381,7 +382,7 @@ mod tests {
         let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
         let (own, _) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
         let peer = Peer::of(&own).unwrap();
-        let porters = Porters::new(Starter::new().unwrap()).unwrap();
+        let porters = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
         let owner = Owner {
             uid: 0,
             connection: 1,

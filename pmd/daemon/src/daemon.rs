@@ -41,10 +41,10 @@ use crate::journal::Journal;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::own;
-use crate::porters::{self, Here, NOBODY, Porters};
+use crate::porters::{self, Here, IN_PLACE_OF_USERS, NOBODY, Porters};
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
-use crate::shares::{Shares, Turns};
+use crate::shares::{Known, Shares, Turns};
 use crate::starter::Starter;
 use crate::streams::Streams;
 use crate::users;
@@ -102,6 +102,7 @@ pub struct Daemon {
     /// What was last done for a user, and of which event.
     done_last: Kind,
     served_last: Token,
+    known: Known,
     shares: Shares,
     streams: Streams,
     /// The path to other nodes, where one is configured.
@@ -138,7 +139,13 @@ impl Daemon {
         let device = config.fabric.as_ref().map(|fabric| &fabric.device);
         let mut confinement = Confinement::begin(config.confine, device.into());
         let starter = Starter::new().map_err(system("starter"))?;
-        let porters = Porters::new(starter.clone()).map_err(system("porters"))?;
+        let of_users = endpoint
+            .listeners()
+            .iter()
+            .filter_map(|listener| listener.user);
+        let known: Known = of_users.chain(IN_PLACE_OF_USERS).collect();
+        let porters = Porters::new(starter.clone(), known.clone());
+        let porters = porters.map_err(system("porters"))?;
         let watched = agenda.watch(&signals, Token::Signals);
         watched.map_err(system("epoll"))?;
         for (number, listener) in (0..).zip(endpoint.listeners()) {
@@ -172,10 +179,11 @@ impl Daemon {
             in_vain: CallsInVain::new(now),
             watched: HashMap::new(),
             swept: None,
-            busy: Busy::default(),
+            busy: Busy::new(known.clone()),
             done_last: Kind::Event,
             served_last: Token::Signals,
-            shares: Shares::new(now),
+            shares: Shares::new(now, known.clone()),
+            known,
             streams: Streams::default(),
             fabric,
             confinement,
@@ -365,7 +373,7 @@ impl Daemon {
         &mut self,
         mut events: Vec<(Token, EpollFlags)>,
     ) -> Option<Turns<(Token, EpollFlags)>> {
-        let mut of_users = Turns::default();
+        let mut of_users = Turns::new(self.known.clone());
         put_behind(&mut events, self.served_last);
         for (token, flags) in events {
             if let Some(uid) = self.user_of(token) {

@@ -32,7 +32,7 @@ use tracing::debug;
 
 use crate::accounts::Charge;
 use crate::own::processor_time;
-use crate::shares::Turns;
+use crate::shares::{Known, Turns};
 use crate::starter::Starter;
 
 /// What they are called.
@@ -50,6 +50,8 @@ pub const NOBODY: u32 = u32::MAX;
 pub const STRANGERS: u32 = NOBODY - 1;
 /// Answers that read what others write. Who makes that wait makes other answers wait.
 pub const READERS: u32 = NOBODY - 2;
+/// All of these.
+pub const IN_PLACE_OF_USERS: [u32; 3] = [NOBODY, STRANGERS, READERS];
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
 /// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:
@@ -287,7 +289,7 @@ impl<D> Yard<D> {
 
 impl<D: Send + 'static> Porters<D> {
     /// Starts those that stay. The starter starts the others.
-    pub fn new(starter: Starter) -> io::Result<Self> {
+    pub fn new(starter: Starter, known: Known) -> io::Result<Self> {
         extern "C" fn interrupt(_: i32) {}
         let handler = SigHandler::Handler(interrupt);
         // Without SA_RESTART: that the call ends is what the signal is for.
@@ -297,7 +299,7 @@ impl<D: Send + 'static> Porters<D> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
             users: HashMap::new(),
-            here: Turns::default(),
+            here: Turns::new(known),
             under_way: None,
             trust: Trust::default(),
             turn: VecDeque::new(),

@@ -1,9 +1,11 @@
 //! The users that are known when the daemon starts: each gets a control socket of its own.
 //!
 //! Later the daemon has not the privilege any more to give a socket to a user. Who is not known calls at the socket for everybody.
+//! Subordinate ids are nobody's own: one user has very many of them, who runs programs as each takes no sockets from others by that.
 
 use std::collections::HashSet;
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use nix::unistd::geteuid;
@@ -21,7 +23,9 @@ pub fn known(config: &Config, descriptors: u64) -> Vec<u32> {
         return Vec::new();
     }
     let named = config.sockets_for_users.iter().map(|user| user.0);
-    let all = in_order(named, running().collect(), registered());
+    let text = fs::read_to_string("/etc/subuid").unwrap_or_default();
+    let running = not_subordinate(running(), &text).collect();
+    let all = in_order(named, running, registered());
     let allowed = all.filter(|user| config.policy.allows_user(*user));
     let most = MOST.min((descriptors / PART) as usize);
     let mut seen = HashSet::new();
@@ -62,6 +66,17 @@ fn registered() -> Vec<u32> {
     parse(&text)
 }
 
+/// Those of some users that no range of a text as `subuid(5)` describes it holds.
+fn not_subordinate(users: impl Iterator<Item = u32>, text: &str) -> impl Iterator<Item = u32> {
+    let range = |line: &str| -> Option<Range<u32>> {
+        let mut numbers = line.split(':').skip(1).map(|word| word.trim().parse().ok());
+        let (first, count) = (numbers.next()??, numbers.next()??);
+        Some(first..first.saturating_add(count))
+    };
+    let ranges: Vec<_> = text.lines().filter_map(range).collect();
+    users.filter(move |user| !ranges.iter().any(|range| range.contains(user)))
+}
+
 /// The users of a text as `passwd(5)` describes it.
 fn parse(text: &str) -> Vec<u32> {
     let number = |line: &str| line.split(':').nth(2)?.parse().ok();
@@ -82,6 +97,15 @@ mod tests {
         let place = |user| all.iter().position(|other| *other == user);
         assert!(place(1001) < place(100_000));
         assert!(place(165_535).is_some());
+    }
+
+    #[test]
+    fn subordinate_ids_are_no_users_of_their_own() {
+        let text = "# none\nme:100000:65536\n1000:300000:1\nbad:1\nall:4294967000:65536\n";
+        let users = [0, 1, 99_999, 100_000, 165_535, 165_536, 300_000, 300_001];
+        let own = not_subordinate(users.into_iter(), text);
+        assert_eq!(own.collect::<Vec<_>>(), [0, 1, 99_999, 165_536, 300_001]);
+        assert_eq!(not_subordinate([7].into_iter(), "").count(), 1);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::found::Found;
 use crate::journal::Journal;
 use crate::own;
 use crate::porters::Here;
-use crate::shares::Turns;
+use crate::shares::{Known, Turns};
 
 /// Orders events so that the one that was served last comes last. Those for which there was no time are told of in the same order
 /// again: else they would stand behind one that happens again and again for good.
@@ -96,13 +96,20 @@ impl Portion {
 }
 
 /// Connections with work left from an earlier turn, each in it once, however often it asks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Busy {
     pub(super) turns: Turns<u64>,
     queued: HashSet<u64>,
 }
 
 impl Busy {
+    pub(super) fn new(known: Known) -> Self {
+        Busy {
+            turns: Turns::new(known),
+            queued: HashSet::new(),
+        }
+    }
+
     pub(super) fn push(&mut self, uid: u32, id: u64) {
         if self.queued.insert(id) {
             self.turns.push(uid, id);
@@ -203,7 +210,7 @@ mod tests {
 
     #[test]
     fn who_asks_often_is_served_once_in_turn() {
-        let mut busy = Busy::default();
+        let mut busy = Busy::new(Known::default());
         for id in [1, 1, 2, 1, 3] {
             busy.push(7, id);
         }

@@ -27,7 +27,7 @@ fn owner(uid: u32, connection: u64) -> Owner {
 
 #[test]
 fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
-    let porters = Porters::new(Starter::new().unwrap()).unwrap();
+    let porters = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
     let quick = |uid, connection| {
         porters.give_quick(owner(uid, connection), move || Some(connection));
         porters.here()
@@ -101,7 +101,7 @@ fn trust_comes_back_with_time() {
 
 #[test]
 fn who_makes_a_porter_wait_waits_alone() {
-    let porters = Porters::new(Starter::new().unwrap()).unwrap();
+    let porters = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
     let (end, ended) = channel::<()>();
     porters.give(owner(7, 1), move || ended.recv().ok().map(|()| 1));
     for (uid, connection) in [(7, 1), (7, 2), (8, 3), (7, 2)] {
@@ -121,7 +121,7 @@ fn who_makes_a_porter_wait_waits_alone() {
 
 #[test]
 fn a_close_that_lingers_is_interrupted() {
-    let porters = Porters::<()>::new(Starter::new().unwrap()).unwrap();
+    let porters = Porters::<()>::new(Starter::new().unwrap(), Known::default()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (peer, _) = listener.accept().unwrap();
@@ -143,7 +143,7 @@ fn a_close_that_lingers_is_interrupted() {
 
 #[test]
 fn there_are_never_too_many_threads() {
-    let porters = Porters::new(Starter::new().unwrap()).unwrap();
+    let porters = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
     let (end, ended) = channel::<()>();
     let ended = Arc::new(Mutex::new(ended));
     let wait = |uid, connection| {
@@ -188,7 +188,7 @@ fn there_are_never_too_many_threads() {
 #[test]
 fn a_starter_that_is_held_up_holds_up_nobody_who_gives_loads() {
     let starter = Starter::held_up();
-    let porters = Porters::new(starter.clone()).unwrap();
+    let porters = Porters::new(starter.clone(), Known::default()).unwrap();
     let (release, held) = channel::<()>();
     let held = Arc::new(Mutex::new(held));
     for uid in 0..KEPT as u32 {

@@ -1,5 +1,6 @@
 //! How long the daemon takes over others, and what it uses, while a test does something to it.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -79,9 +80,14 @@ pub struct Honest {
 
 impl Honest {
     pub fn new(daemon: &Daemon) -> Self {
+        Self::at(&daemon.socket())
+    }
+
+    /// At the daemon with this socket.
+    pub fn at(socket: &Path) -> Self {
         Honest {
-            client: Tenant::attach(daemon),
-            server: Tenant::attach(daemon),
+            client: Tenant::attach_at(socket),
+            server: Tenant::attach_at(socket),
             made: 0,
         }
     }
