@@ -6,13 +6,16 @@
 //! There are limits for each user and for all users together. Some things are *shared*: a user may have no more of them
 //! than are left for the others. Alone, a user gets half of all; the next one half of the rest, and so on: three greedy
 //! users leave a sixteenth to a fourth one. (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
-//! packet switches", 1998, with factor 1.)
+//! packet switches", 1998, with factor 1.) Users who are not [`Known`] may be one attacker's (`/etc/subuid`): of shared things, all of
+//! them together leave a sixteenth to those who are.
 
 use std::any::Any;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::shares::Known;
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +176,8 @@ struct Account {
 #[derive(Debug)]
 pub struct Charge {
     account: Arc<Account>,
+    /// Of all users who are not known, where this is one of these.
+    crowd: Option<Arc<Sums>>,
     all: Arc<Sums>,
     limits: Arc<Limits>,
     amounts: Amounts,
@@ -201,10 +206,16 @@ impl Charge {
         }
         let left = of_all.saturating_sub(self.all.get(thing));
         let shared = self.limits.shared.get(at).is_some_and(|shared| *shared);
-        if shared && self.account.has.get(thing) > left {
+        let of_crowd = of_all - of_all / PART_OF_KNOWN;
+        let crowd = self.crowd.as_ref();
+        let is_crowded = crowd.is_some_and(|crowd| crowd.get(thing) + amount > of_crowd);
+        if shared && (is_crowded || self.account.has.get(thing) > left) {
             self.account.has.give(thing, amount);
             self.all.give(thing, amount);
             return over(of_all / 2, false);
+        }
+        if let Some(crowd) = &self.crowd {
+            crowd.take(thing, amount, u64::MAX);
         }
         if let Some(sum) = self.amounts.get_mut(at) {
             *sum += amount;
@@ -217,8 +228,14 @@ impl Charge {
         if let Some(sum) = self.amounts.get_mut(thing as usize) {
             let amount = amount.min(*sum);
             *sum -= amount;
-            self.account.has.give(thing, amount);
-            self.all.give(thing, amount);
+            self.give_back(thing, amount);
+        }
+    }
+
+    fn give_back(&self, thing: Thing, amount: u64) {
+        let crowd = self.crowd.as_deref();
+        for sums in [&self.account.has, &*self.all].into_iter().chain(crowd) {
+            sums.give(thing, amount);
         }
     }
 }
@@ -288,8 +305,7 @@ impl AsRawFd for Paid {
 impl Drop for Charge {
     fn drop(&mut self) {
         for (thing, amount) in Thing::ALL.into_iter().zip(self.amounts) {
-            self.account.has.give(thing, amount);
-            self.all.give(thing, amount);
+            self.give_back(thing, amount);
         }
     }
 }
@@ -310,18 +326,27 @@ pub struct Statement {
 pub struct Accounts {
     limits: Arc<Limits>,
     users: HashMap<u32, Arc<Account>>,
+    /// Accounts without anything in them are looked for when there are so many.
+    most: usize,
+    known: Known,
+    crowd: Arc<Sums>,
     all: Arc<Sums>,
 }
 
-/// Accounts without anything in them are forgotten when there are more than these.
+/// This part of what is shared is for users who are known.
+const PART_OF_KNOWN: u64 = 16;
+/// So many accounts are remembered in any case.
 const REMEMBERED: usize = 4096;
 
 impl Accounts {
     /// Nobody has anything.
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, known: Known) -> Self {
         Accounts {
             limits: Arc::new(limits),
             users: HashMap::new(),
+            most: REMEMBERED,
+            known,
+            crowd: Arc::default(),
             all: Arc::default(),
         }
     }
@@ -338,9 +363,11 @@ impl Accounts {
 
     /// Takes all of `wanted` for a user, or nothing.
     pub fn charge(&mut self, uid: u32, wanted: &[(Thing, u64)]) -> Result<Charge, Over> {
-        if self.users.len() >= REMEMBERED {
+        if self.users.len() >= self.most {
             self.users
                 .retain(|_, account| Arc::strong_count(account) > 1);
+            // So that not all are looked at each time, where many have something.
+            self.most = REMEMBERED.max(2 * self.users.len());
         }
         let account = self.users.entry(uid).or_insert_with(|| {
             Arc::new(Account {
@@ -350,6 +377,7 @@ impl Accounts {
         });
         let mut charge = Charge {
             account: account.clone(),
+            crowd: (!self.known.has(uid)).then(|| self.crowd.clone()),
             all: self.all.clone(),
             limits: self.limits.clone(),
             amounts: [0; Thing::ALL.len()],
@@ -397,7 +425,9 @@ impl Charge {
             all: most,
             shared: [false; Thing::ALL.len()],
         };
-        Accounts::new(limits).charge(0, &[]).unwrap()
+        Accounts::new(limits, Known::default())
+            .charge(0, &[])
+            .unwrap()
     }
 }
 
@@ -416,7 +446,7 @@ mod tests {
 
     #[test]
     fn what_is_dropped_is_given_back() {
-        let mut accounts = Accounts::new(limits(3, 5));
+        let mut accounts = Accounts::new(limits(3, 5), Known::default());
         let first = accounts.charge(7, &[(Thing::Streams, 2)]).unwrap();
         let over = accounts.charge(7, &[(Thing::Streams, 2)]).unwrap_err();
         let expected = Over {
@@ -440,7 +470,7 @@ mod tests {
 
     #[test]
     fn a_charge_is_whole_or_nothing() {
-        let mut accounts = Accounts::new(limits(3, 100));
+        let mut accounts = Accounts::new(limits(3, 100), Known::default());
         let wanted = [(Thing::Descriptors, 3), (Thing::Streams, 4)];
         assert_eq!(
             accounts.charge(7, &wanted).unwrap_err().thing,
@@ -451,10 +481,11 @@ mod tests {
 
     #[test]
     fn three_greedy_users_leave_a_fourth_one_its_share() {
-        let mut accounts = Accounts::new(Limits {
+        let limits = Limits {
             shared: [true; Thing::ALL.len()],
             ..limits(u64::MAX, 160)
-        });
+        };
+        let mut accounts = Accounts::new(limits, Known::default());
         let mut taken = Vec::new();
         for (user, share) in [(0, 80), (1, 40), (2, 20)] {
             while let Ok(charge) = accounts.charge(user, &[(Thing::Descriptors, 1)]) {
@@ -468,10 +499,42 @@ mod tests {
         assert!(accounts.charge(3, &[(Thing::Descriptors, 80)]).is_ok());
     }
 
+    #[test]
+    fn very_many_users_leave_something_to_those_who_are_known() {
+        let limits = Limits {
+            shared: [true; Thing::ALL.len()],
+            ..limits(u64::MAX, 160)
+        };
+        let mut accounts = Accounts::new(limits, [7].into_iter().collect());
+        let one = [(Thing::Callers, 1)];
+        let mut crowd: Vec<_> = (100..400)
+            .flat_map(|uid| accounts.charge(uid, &one))
+            .collect();
+        assert_eq!(crowd.len(), 150);
+        assert!(accounts.charge(7, &[(Thing::Callers, 5)]).is_ok());
+        crowd.pop();
+        assert!(accounts.charge(500, &one).is_ok());
+        drop(crowd);
+        assert!(accounts.charge(500, &[(Thing::Callers, 80)]).is_ok());
+    }
+
+    #[test]
+    fn accounts_that_are_empty_are_forgotten() {
+        let mut accounts = Accounts::new(limits(3, u64::MAX), Known::default());
+        let one = [(Thing::Callers, 1)];
+        let users = 0..2 * REMEMBERED as u32;
+        let kept: Vec<_> = users.map(|uid| accounts.charge(uid, &one)).collect();
+        drop(kept);
+        for uid in 0..4 * REMEMBERED as u32 {
+            let _ = accounts.charge(uid, &one);
+        }
+        assert!(accounts.users.len() <= 2 * REMEMBERED);
+    }
+
     proptest! {
         #[test]
         fn sums_are_those_of_the_charges(steps in prop::collection::vec((0u32..4, 0usize..Thing::ALL.len(), 1u64..5, any::<bool>()), 1..200)) {
-            let mut accounts = Accounts::new(limits(20, 50));
+            let mut accounts = Accounts::new(limits(20, 50), Known::default());
             let mut charges: Vec<(u32, Charge)> = Vec::new();
             for (uid, thing, amount, drops) in steps {
                 if drops && !charges.is_empty() {

@@ -163,7 +163,7 @@ impl Daemon {
         confinement.filter();
         let now = Instant::now();
         Ok(Daemon {
-            accounts: Accounts::new(config.limits(descriptors)),
+            accounts: Accounts::new(config.limits(descriptors), known.clone()),
             args,
             config,
             endpoint,

@@ -29,7 +29,8 @@ impl FromIterator<u32> for Known {
 }
 
 impl Known {
-    fn has(&self, uid: u32) -> bool {
+    /// Is this one of them?
+    pub fn has(&self, uid: u32) -> bool {
         self.0.contains(&uid)
     }
 }
