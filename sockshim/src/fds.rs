@@ -270,11 +270,13 @@ mod tests {
     #[test]
     fn what_is_noted_is_found_across_pieces_that_are_not_there() {
         let fds = started();
-        let far = 5 * FD_PIECE as c_int + 3;
+        let piece = FD_PIECE as c_int;
+        let far = 4 * piece + 3;
         fds.set(2, Kind::Conn(1));
         fds.set(far, Kind::Conn(1));
         assert_eq!(fds.next_noted(0), Some(2));
         assert_eq!(fds.next_noted(3), Some(far));
+        assert_eq!(fds.next_noted(piece + 7), Some(far));
         assert_eq!(fds.next_noted(far + 1), None);
         assert_eq!(fds.of_kind(Kind::Conn(1), 2), Some(far));
         assert_eq!(fds.of_kind(Kind::Conn(1), far), Some(2));
