@@ -3,7 +3,7 @@
 //!
 //! A lookup is a few loads. Nothing here allocates, and everything may be used in a signal handler.
 
-pub use crate::fds::{FDS, Kind, Pieces, fd_of, high_fd, kind, next_noted, set_kind};
+pub use crate::fds::{FDS, Kind, Pieces, fd_of, high_fd, kind, next_noted};
 pub use crate::identity::is_single_threaded;
 
 use crate::fds;
@@ -349,8 +349,8 @@ pub fn by_index(index: usize) -> Option<Use> {
     (conn.refs.load(SeqCst) != 0).then_some(held)
 }
 
-/// Tracks a new TCP socket. Nothing is done when the pool is full: it stays the kernel's.
-pub fn track(fd: c_int, born: u32) -> Option<usize> {
+/// Makes a connection of a new TCP socket. `None` when the pool is full: it stays the kernel's.
+pub fn make(fd: c_int, born: u32) -> Option<usize> {
     if !fds::has_room(fd) || PROCESS.connections.forgotten.load(Relaxed) != 0 {
         return None;
     }
@@ -386,55 +386,34 @@ pub fn track(fd: c_int, born: u32) -> Option<usize> {
     conn.generation.fetch_add(1, Relaxed);
     conn.phase.store(phase::KERNEL, Release);
     conn.tell(index, State::Kernel, Reason::Young);
-    replace(fd, Kind::Conn(index));
     Some(index)
 }
 
-/// Puts a kind in the table and lets go of what stood there: an entry that is still set for a
-/// number that the kernel has just given out was closed behind the shim's back.
-pub fn replace(fd: c_int, kind: Kind) {
-    let old = set_kind(fd, kind);
-    let_go(fd, old);
-}
-
-/// Forgets which fds are connections: the kernel has them all, for as long as the process runs.
-pub fn forget_all() {
+/// The kernel has them all, for as long as the process runs.
+pub fn make_no_more() {
     PROCESS.connections.forgotten.store(1, Relaxed);
-    crate::epoll::close_copies();
-    for fd in 0..high_fd() {
-        if matches!(kind(fd), Kind::Conn(_)) {
-            set_kind(fd, Kind::Other);
-        }
-    }
 }
 
-/// Another fd for the same connection.
-pub fn add_ref(fd: c_int, index: usize) {
-    if let Some(conn) = at(index) {
+/// Another fd for the same connection, to be put into the table. False where there is no such connection.
+pub fn add_ref(index: usize) -> bool {
+    let conn = at(index);
+    if let Some(conn) = conn {
         conn.refs.fetch_add(1, AcqRel);
-        replace(fd, Kind::Conn(index));
     }
+    conn.is_some()
 }
 
-/// An entry of the table is gone.
-pub fn let_go(fd: c_int, kind: Kind) {
-    match kind {
-        Kind::Conn(index) => {
-            let Some(conn) = at(index) else { return };
-            conn.users.fetch_add(1, SeqCst);
-            let held = Use { conn, index };
-            if conn.fd.load(Relaxed) == fd {
-                conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
-                conn.show(index);
-            }
-            if conn.refs.fetch_sub(1, SeqCst) == 1 {
-                crate::epoll::forget(conn);
-            }
-            drop(held);
-        }
-        Kind::Epoll(index) => crate::epoll::closed(fd, index),
-        Kind::Other | Kind::Internal => {}
+/// An entry of the table is gone. The connection, where it was its last.
+#[must_use]
+pub fn let_go(fd: c_int, index: usize) -> Option<Use> {
+    let conn = at(index)?;
+    conn.users.fetch_add(1, SeqCst);
+    let held = Use { conn, index };
+    if conn.fd.load(Relaxed) == fd {
+        conn.fd.store(other_fd(index).unwrap_or(-1), Relaxed);
+        conn.show(index);
     }
+    (conn.refs.fetch_sub(1, SeqCst) == 1).then_some(held)
 }
 
 fn other_fd(index: usize) -> Option<c_int> {

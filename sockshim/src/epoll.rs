@@ -252,12 +252,11 @@ fn take_free() -> Option<(usize, &'static Epoll)> {
     }
 }
 
-/// The program has made an epoll instance. Where there is no memory to follow it, it is the kernel's.
-pub fn track(fd: c_int) {
+/// Makes one of the program's new epoll instance. Where there is no memory to follow it, it is the kernel's.
+pub fn make(fd: c_int) -> Kind {
     let taken = (STARTED.load(Relaxed) != 0).then(take_free);
     let Some((index, epoll)) = taken.flatten() else {
-        conn::replace(fd, Kind::Other);
-        return;
+        return Kind::Other;
     };
     epoll.lock.store(0, Relaxed);
     epoll.number.store(index as u32, Relaxed);
@@ -285,15 +284,16 @@ pub fn track(fd: c_int) {
             has_leaver: false,
         });
     }
-    conn::replace(fd, Kind::Epoll(index));
+    Kind::Epoll(index)
 }
 
-/// Another fd for the same instance.
-pub fn add_ref(fd: c_int, index: usize) {
-    if let Some(epoll) = at(index) {
+/// Another fd for the same instance, to be put into the table. False where there is no such instance.
+pub fn add_ref(index: usize) -> bool {
+    let epoll = at(index);
+    if let Some(epoll) = epoll {
         epoll.refs.fetch_add(1, AcqRel);
-        conn::replace(fd, Kind::Epoll(index));
     }
+    epoll.is_some()
 }
 
 /// An fd of an instance is closed.

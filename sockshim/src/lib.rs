@@ -40,6 +40,7 @@ mod known;
 mod limits;
 mod locked;
 mod names;
+mod numbers;
 mod options;
 #[cfg(not(test))]
 mod panic;

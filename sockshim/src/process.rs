@@ -5,7 +5,9 @@ use crate::fds::{self, STDERR};
 use crate::identity::{self, is_foreign, is_ready};
 use crate::io::TcpInfo;
 use crate::state::PROCESS;
-use crate::{between, children, clock, demote, epoll, limits, real, stream, sys, tenant, wait};
+use crate::{
+    between, children, clock, demote, epoll, limits, numbers, real, stream, sys, tenant, wait,
+};
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
 use std::ffi::CStr;
@@ -152,8 +154,8 @@ fn adopt_inherited() {
                     matches!(conn::kind(*other), Kind::Conn(_)) && is_same_socket(*other, fd)
                 });
                 if let Some(Kind::Conn(index)) = twin.map(conn::kind) {
-                    conn::add_ref(fd, index);
-                } else if let Some(index) = conn::track(fd, born::UNKNOWN) {
+                    numbers::add(fd, Kind::Conn(index));
+                } else if let Some(index) = numbers::track(fd, born::UNKNOWN) {
                     if let Some(conn) = conn::at(index) {
                         conn.shared.store(1, Relaxed);
                     }
@@ -171,7 +173,7 @@ fn adopt_inherited() {
                 }
             }
             Some(TcpInfo::LISTEN) => {
-                conn::track(fd, born::NOT_YET);
+                numbers::track(fd, born::NOT_YET);
             }
             _ => {}
         }

@@ -1,7 +1,7 @@
 //! `syscall`: programs that make socket calls by number get the same functions.
 
 use crate::calls::{aio, poll, read_write};
-use crate::{children, conn, demote, handing_over, real, syscalls, tenant};
+use crate::{children, demote, handing_over, numbers, real, syscalls, tenant};
 use libc::{c_int, c_long, c_ulong};
 use rdsock_shm::reason::Reason;
 
@@ -21,7 +21,7 @@ const SIGCHLD: c_ulong = libc::SIGCHLD as c_ulong;
 fn before_sandbox() {
     demote::abandon_all(Reason::Sandbox);
     tenant::disable(Reason::Sandbox);
-    conn::forget_all();
+    numbers::forget_connections();
 }
 
 /// # Safety

@@ -2,7 +2,7 @@
 //! uses for itself is never the program's to close, and is given up when the program wants it.
 
 use crate::conn::{self, Kind};
-use crate::{demote, epoll, fds, hidden, identity, real, signals, sys, tenant};
+use crate::{demote, epoll, fds, hidden, identity, numbers, real, signals, sys, tenant};
 use libc::{c_int, c_uint};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -23,11 +23,11 @@ fn closing(fd: c_int) -> bool {
             } else if let Some(held) = conn::of(fd) {
                 epoll::renumber(&held, fd);
             }
-            conn::replace(fd, Kind::Other);
+            numbers::replace(fd, Kind::Other);
             true
         }
         Kind::Epoll(_) => {
-            conn::replace(fd, Kind::Other);
+            numbers::replace(fd, Kind::Other);
             true
         }
     }
@@ -135,10 +135,10 @@ pub fn copied(old: c_int, new: c_int) -> c_int {
             {
                 demote::abandon(&held, old, Reason::Stdio);
             }
-            conn::add_ref(new, index);
+            numbers::add(new, Kind::Conn(index));
         }
-        Kind::Epoll(index) => epoll::add_ref(new, index),
-        _ if conn::kind(new) != Kind::Other => conn::replace(new, Kind::Other),
+        Kind::Epoll(index) => numbers::add(new, Kind::Epoll(index)),
+        _ if conn::kind(new) != Kind::Other => numbers::replace(new, Kind::Other),
         _ => {}
     }
     new

@@ -2,7 +2,7 @@
 //! registered is in [`crate::epoll`].
 
 use crate::poll::nanoseconds_of;
-use crate::{epoll, identity, real};
+use crate::{epoll, identity, numbers, real};
 use libc::{c_int, epoll_event, sigset_t, timespec};
 
 /// # Safety
@@ -21,7 +21,7 @@ pub unsafe fn epoll_create1(flags: c_int) -> c_int {
 
 fn made_epoll(fd: c_int) -> c_int {
     if fd >= 0 && identity::is_ready() && !identity::is_foreign() {
-        epoll::track(fd);
+        numbers::track_instance(fd);
     }
     fd
 }

@@ -5,7 +5,7 @@ use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
 use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
-use crate::{demote, handing_over, io, options, real, sys};
+use crate::{demote, handing_over, io, numbers, options, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -109,7 +109,7 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
             let result = in_kernel();
             if result >= 0 && (*msg).msg_controllen != 0 {
                 each_passed(msg, |fd| {
-                    conn::replace(fd, Kind::Other);
+                    numbers::replace(fd, Kind::Other);
                 });
             }
             return result;

@@ -4,7 +4,7 @@
 use crate::address::family_of;
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, handing_over, identity, process, real, sys, tenant, wait};
+use crate::{demote, handing_over, identity, numbers, process, real, sys, tenant, wait};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -23,9 +23,9 @@ pub unsafe fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
             return fd;
         }
         if tcp {
-            conn::track(fd, born::NOT_YET);
+            numbers::track(fd, born::NOT_YET);
         } else if conn::kind(fd) != Kind::Other {
-            conn::replace(fd, Kind::Other);
+            numbers::replace(fd, Kind::Other);
         }
     }
     fd
@@ -96,10 +96,10 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
         held.conn.cookie.store(0, Relaxed);
         held.conn.listens.store(0, Relaxed);
     }
-    conn::replace(fd, Kind::Other);
+    numbers::replace(fd, Kind::Other);
     // SAFETY: arguments pass through.
     let result = unsafe { real::connect(fd, address, len) };
-    if let Some(index) = conn::track(fd, born::NOT_YET)
+    if let Some(index) = numbers::track(fd, born::NOT_YET)
         && let Some(conn) = conn::at(index)
     {
         conn.keep_on_kernel(index, Reason::Call);
@@ -189,9 +189,9 @@ fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
     let mut accepted = None;
     if matches!(conn::kind(listener), Kind::Conn(_)) || process::is_tcp(fd) {
         tenant::ensure();
-        accepted = conn::track(fd, born::PASSIVE).and_then(conn::by_index);
+        accepted = numbers::track(fd, born::PASSIVE).and_then(conn::by_index);
     } else if conn::kind(fd) != Kind::Other {
-        conn::replace(fd, Kind::Other);
+        numbers::replace(fd, Kind::Other);
     }
     sys::set_errno(error);
     accepted
