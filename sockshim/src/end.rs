@@ -3,6 +3,7 @@
 
 use crate::conn::{self, Use};
 use crate::io::TcpInfo;
+use crate::state::PROCESS;
 use crate::stream::{self, Stream};
 use crate::{clock, demote, limits, real, sys, tenant, wait};
 use libc::c_int;
@@ -43,7 +44,21 @@ const SIOCATMARK: u64 = 0x8905;
 
 /// What this process has waited for programs of its own user (whose bells it has), and for others: who uses up the patience
 /// for one kind leaves the other kind's.
-static WAITED: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+#[derive(Debug)]
+pub struct Waited {
+    own: AtomicU64,
+    others: AtomicU64,
+}
+
+impl Waited {
+    /// For nobody yet.
+    pub const fn new() -> Self {
+        Waited {
+            own: AtomicU64::new(0),
+            others: AtomicU64::new(0),
+        }
+    }
+}
 
 /// What a raw system call gave.
 fn got(result: isize) -> Got {
@@ -200,7 +215,7 @@ impl Process for Socket<'_> {
 
     fn patience(&self) -> Patience<'_> {
         let (_, _, bells) = self.stream.places();
-        let [own, others] = &WAITED;
+        let Waited { own, others } = &PROCESS.waited;
         let account = if bells.is_null() { others } else { own };
         // Of a stream to another node the other end is the daemon, and its thread takes a moment for each token.
         let is_daemon = self.held.conn.names.are_told();

@@ -9,6 +9,7 @@
 //!
 //! Called by [`crate::wait`], by `poll` and by `epoll`. Holds no lock, and never decides what a wait is for.
 
+use crate::state::PROCESS;
 use crate::{hidden, limits, real, sys};
 use libc::{c_int, sigset_t, timespec};
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -34,7 +35,26 @@ const fn bit(signal: c_int) -> u64 {
 
 /// Descriptors for signals: in the upper half the thread that has one, in the lower one its number, plus 1. A handler that never
 /// returns leaves that of its thread behind, and the next wait of the thread takes it.
-static OPEN: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
+#[derive(Debug)]
+pub struct Watches([AtomicU64; 16]);
+
+impl Watches {
+    /// None.
+    pub const fn new() -> Self {
+        Watches([const { AtomicU64::new(0) }; 16])
+    }
+
+    /// The descriptor `old` is now `new`.
+    fn moved(&self, old: c_int, new: c_int) {
+        for place in &self.0 {
+            let word = place.load(Acquire);
+            if word as u32 == old as u32 + 1 {
+                let moved = word & !u64::from(u32::MAX) | (new as u64 + 1);
+                let _ = place.compare_exchange(word, moved, AcqRel, Relaxed);
+            }
+        }
+    }
+}
 
 fn owner(word: u64) -> u32 {
     (word >> 32) as u32
@@ -48,7 +68,8 @@ fn fd_in(place: &AtomicU64) -> c_int {
 fn open(signals: u64) -> Option<&'static AtomicU64> {
     let me = sys::gettid();
     let is_mine = |place: &&AtomicU64| owner(place.load(Relaxed)) == me;
-    if let Some(place) = OPEN.iter().find(is_mine) {
+    let all = &PROCESS.watches.0;
+    if let Some(place) = all.iter().find(is_mine) {
         if fd_in(place) >= 0 && sys::signal_fd(fd_in(place), signals) >= 0 {
             return Some(place);
         }
@@ -66,7 +87,7 @@ fn open(signals: u64) -> Option<&'static AtomicU64> {
             taken
         }
     };
-    let place = OPEN.iter().find(is_taken)?;
+    let place = all.iter().find(is_taken)?;
     let fd = sys::signal_fd(-1, signals);
     if fd < 0 {
         place.store(0, Release);
@@ -87,13 +108,7 @@ fn close(place: &AtomicU64) {
 
 /// The shim's own descriptor `old` is now `new`.
 pub fn moved(old: c_int, new: c_int) {
-    for place in &OPEN {
-        let word = place.load(Acquire);
-        if word as u32 == old as u32 + 1 {
-            let moved = word & !u64::from(u32::MAX) | (new as u64 + 1);
-            let _ = place.compare_exchange(word, moved, AcqRel, Relaxed);
-        }
-    }
+    PROCESS.watches.moved(old, new);
 }
 
 /// A signal has ended the call: its handler has run.
@@ -126,7 +141,7 @@ pub struct Held {
     mask: u64,
     /// Those of the others that are blocked also while it sleeps.
     watched: u64,
-    /// The place in [`OPEN`] of a descriptor that is readable when one of these has come, unless there is none to be had.
+    /// The place among the [`Watches`] of a descriptor that is readable when one of these has come, unless there is none to be had.
     place: Option<&'static AtomicU64>,
 }
 
@@ -295,5 +310,25 @@ impl Mask {
             Some(asleep) if self.given.is_null() => asleep,
             _ => self.given,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_that_has_moved_is_still_its_threads() {
+        let watches = Watches::new();
+        let [first, second] = [7_u64 << 32 | 4, 8 << 32 | 5];
+        watches.0[0].store(first, Relaxed);
+        watches.0[2].store(second, Relaxed);
+        watches.moved(4, 9);
+        assert_eq!(
+            (owner(watches.0[2].load(Relaxed)), fd_in(&watches.0[2])),
+            (8, 9)
+        );
+        assert_eq!(watches.0[0].load(Relaxed), first);
+        assert_eq!(watches.0[1].load(Relaxed), 0);
     }
 }

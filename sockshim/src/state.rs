@@ -5,10 +5,12 @@
 use crate::children::Children;
 use crate::clock::Clock;
 use crate::conn::Connections;
+use crate::end::Waited;
 use crate::fds::Fds;
 use crate::handing_over::Netlink;
 use crate::identity::Identity;
 use crate::process::Fork;
+use crate::signals::Watches;
 use crate::spawn::Actions;
 use crate::tenant::Tenant;
 
@@ -20,6 +22,8 @@ pub struct Process {
     pub fds: Fds,
     pub connections: Connections,
     pub tenant: Tenant,
+    pub waited: Waited,
+    pub watches: Watches,
     pub fork: Fork,
     pub children: Children,
     /// What the program has put into its objects of file actions.
@@ -36,6 +40,8 @@ impl Process {
             fds: Fds::new(),
             connections: Connections::new(),
             tenant: Tenant::new(),
+            waited: Waited::new(),
+            watches: Watches::new(),
             fork: Fork::new(),
             children: Children::new(),
             actions: Actions::new(),
