@@ -6,6 +6,7 @@ fn main() {
     cc::Build::new()
         .file("csrc/variadic.c")
         .file("csrc/libc.c")
+        .file("csrc/thread.c")
         // Checked variants of libc's functions are glibc's alone.
         .flag("-U_FORTIFY_SOURCE")
         .warnings(true)

@@ -44,9 +44,11 @@ macro_rules! syscall {
 
 mod peek;
 mod processes;
+mod thread_name;
 
 pub use peek::peek_behind;
 pub use processes::{is_alive, may_have_open};
+pub use thread_name::thread_name;
 
 /// The thread pointer: distinct for each thread of a process.
 #[inline]

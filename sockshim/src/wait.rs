@@ -6,7 +6,7 @@ use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::end::End;
 use crate::signals::{self, Ended};
-use crate::{limits, real, sys, tenant};
+use crate::{limits, real, stream, sys, tenant};
 use libc::c_int;
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
@@ -176,7 +176,7 @@ pub fn is_still(held: &Use, fd: c_int) -> bool {
 
 /// Process and thread, as they stand in a stream's table of sleepers.
 pub fn own_name() -> u64 {
-    u64::from(sys::getpid()) << 32 | u64::from(sys::gettid())
+    sys::thread_name(stream::pid())
 }
 
 /// Lets others run, who are awake and about to look.
