@@ -118,6 +118,8 @@ limits! {
     FEW: Number = 8, 0..=4096;
     /// Registrations of an epoll instance that have a place on its bell; those behind are told of by a byte.
     BELLED: Number = BELL_BITS as u64, 0..=BELL_BITS as u64;
+    /// Wake bytes on an anchor that only epoll waits for, after which they are taken off.
+    TOKENS: Number = 8, 1..=64;
     /// Entries of `poll` and `select` that are kept on the stack.
     ON_STACK: Number = 64, 0..=64;
     /// Microseconds of spinning after which the kernel is asked for the descriptors that are not on rings.

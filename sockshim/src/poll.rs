@@ -528,10 +528,13 @@ impl Work<'_> {
                     };
                     // The use that was kept.
                     let held = Use { conn, index };
-                    if seen.revents != 0 {
+                    let Some(stream) = held.conn.stream() else {
+                        continue;
+                    };
+                    if ready::needs_look(&stream.at(&held, seen.fd), seen.revents) {
                         held.conn.look.store(1, Relaxed);
                     }
-                    if let Some(stream) = held.conn.stream().filter(|_| counted) {
+                    if counted {
                         drop(wait::Sleeper::remembered(stream, wait::own_name()));
                     }
                 }
@@ -561,7 +564,8 @@ fn enter_stream(end: &End<'_>, entry: &pollfd) -> Option<(i16, bool)> {
         && (receives != phase::RING || goes_on)
         && sys::poll_one(entry.fd, POLLIN, 0) > 0;
     if !full {
-        events |= POLLIN;
+        // The end of the anchor, which is input as well, is told from tokens so.
+        events |= POLLIN | POLLRDHUP;
     }
     Some((events | room_for_rest(stream), full))
 }

@@ -102,6 +102,14 @@ fn ask_behind(end: &End<'_>, state: &State, mut bits: i16) -> Kernel {
     kernel
 }
 
+/// True when what the anchor has told a sleeper, who asked for POLLRDHUP as well, must be looked at: there may be more than tokens.
+/// Those wait for whoever sleeps there next.
+pub fn needs_look(end: &End<'_>, seen: i16) -> bool {
+    let reads_ring = end.shared.rx().phase.load(Acquire) == phase::RING
+        && end.shared.incoming().producer.mark.load(Acquire) & mark::END == 0;
+    seen != 0 && (seen != POLLIN || !reads_ring || end.outstanding() == 0)
+}
+
 /// What has to be asked for by whoever waits for `events`.
 pub fn needs(stream: &Shared, events: i16) -> Needs {
     let shut = stream.tx().shut.load(Relaxed) != 0;

@@ -254,10 +254,17 @@ fn mark_edges(epoll: &Epoll, state: &mut State, events: &[epoll_event]) {
                 let Some(held) = conn::by_index(index) else {
                     continue;
                 };
-                held.conn.look.store(1, Relaxed);
-                if let Some(stream) = held.conn.stream()
-                    && is_edge(stream, event.events)
-                {
+                let Some(stream) = held.conn.stream() else {
+                    held.conn.look.store(1, Relaxed);
+                    continue;
+                };
+                let end = stream.at(&held, slot.number);
+                // A further token makes an edge whatever lies there, unless the anchor is full.
+                let are_many = u64::from(end.outstanding()) >= limits::TOKENS.get();
+                if are_many || ready::needs_look(&end, event.events as i16) {
+                    held.conn.look.store(1, Relaxed);
+                }
+                if is_edge(stream, event.events) {
                     slot.note_news();
                 }
             }
@@ -357,6 +364,21 @@ pub(super) fn has_some(epoll: &Epoll, state: &mut State) -> bool {
         let found = has_report(epoll, state, bit) || state.has_leaver;
         state.has_leaver |= before;
         found
+    })
+}
+
+/// True when whoever takes what the rings have would find something now, or one that must move.
+pub(super) fn rings_have_some(epoll: &Epoll) -> bool {
+    take(epoll).is_some_and(|guard| {
+        let state = guard.state();
+        take_marks(epoll, state);
+        let look = Look {
+            peek: true,
+            ..Look::to_take(epoll, false)
+        };
+        state.any(look.few, |state, bit| {
+            report(epoll, state, bit, look).is_some() || state.has_leaver
+        })
     })
 }
 

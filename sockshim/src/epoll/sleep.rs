@@ -2,7 +2,8 @@
 
 use super::news::{is_marked, leave};
 use super::report::{
-    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, must_move, strip,
+    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, must_move, rings_have_some,
+    strip,
 };
 use super::*;
 use crate::poll::Deadline;
@@ -97,7 +98,11 @@ fn wait(
     mut has_slept: bool,
 ) -> c_int {
     loop {
-        let mut found = gather(epoll, epfd, events);
+        // Else the sleep asks the kernel.
+        let mut found = 0;
+        if deadline.is_now() || rings_have_some(epoll) {
+            found = gather(epoll, epfd, events);
+        }
         if found == 0 && (has_slept || tenant::greeting().is_some()) {
             mask.hold();
         }
