@@ -367,13 +367,16 @@ CASE(few_descriptors_allowed, .process = true)
 
 CASE(passed_through_a_unix_socket)
 {
-    for (int cold = 0; cold < 2; cold++) {
+    for (int way = 0; way < 4; way++) {
+        int cold = way & 1;
+        int first = way & 2; /* the receiver has closed what it inherited by then, so that the sender closes last */
         struct duo d = duo_open(cold ? COLD : 0);
         int ends[2];
         MUST(socketpair(AF_UNIX, SOCK_DGRAM, 0, ends));
         pid_t pid = (pid_t)MUST(fork());
         if (pid == 0) {
             MUST(close(d.fd)); /* what it uses comes by message */
+            EQ(send(ends[1], "", 1, 0), 1);
             char byte, control[CMSG_SPACE(sizeof(int))];
             struct iovec in = {&byte, 1};
             struct msghdr msg = {.msg_iov = &in, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
@@ -388,6 +391,9 @@ CASE(passed_through_a_unix_socket)
             _exit(0);
         }
         p_send(&d, "early ");
+        char ready;
+        if (first)
+            EQ(recv(ends[0], &ready, 1, 0), 1);
         char control[CMSG_SPACE(sizeof(int))] = "";
         struct iovec out = {"!", 1};
         struct msghdr msg = {.msg_iov = &out, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};

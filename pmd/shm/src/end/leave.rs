@@ -188,6 +188,11 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         if self.tx().phase.load(Acquire) == phase::ANCHOR {
             half.try_switch();
         }
+        if self.tx().phase.load(Acquire) == phase::RING
+            && self.out().bytes.want.load(Acquire) & want::DEMOTED != 0
+        {
+            half.begin_rest();
+        }
         match self.tx().phase.load(Acquire) {
             phase::RING if self.out().bytes.want.load(Acquire) & want::CLOSED != 0 => {
                 // Nobody reads the ring any more. A token to a socket that is closed would be answered with a reset.

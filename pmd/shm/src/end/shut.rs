@@ -63,6 +63,10 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
         if end.tx().phase.load(Acquire) != phase::RING || self.is_nested() {
             return;
         }
+        // It left first, and then its own process closed: another one may have the socket, and gets what was not read.
+        if end.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+            return self.begin_rest();
+        }
         // Before its kernel says so.
         end.settle_reset();
         if end.shared.is_reset() {

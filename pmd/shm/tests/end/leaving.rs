@@ -40,6 +40,27 @@ fn abandoned(count: usize, with: impl FnOnce(&Program<'_>, &Program<'_>)) {
     });
 }
 
+/// Another process may have the socket by then, and reads on.
+#[test]
+fn what_an_abandoner_has_not_read_comes_though_it_has_closed() {
+    abandoned(10, |a, b| {
+        b.end().close(false);
+        assert_eq!(a.send(&bytes(10..12)), Some(2));
+        assert_eq!(receive(b), bytes(0..12));
+    });
+    abandoned(10, |a, b| {
+        b.end().close(false);
+        a.end().shut_sending();
+        assert_eq!(receive(b), bytes(0..10));
+        assert_eq!(receive(b), [], "and the end");
+    });
+    abandoned(10, |a, b| {
+        b.end().close(false);
+        a.poll();
+        assert_eq!(receive(b), bytes(0..10));
+    });
+}
+
 #[test]
 fn a_send_to_an_anchor_that_takes_nothing_does_not_wait() {
     abandoned(1000, |a, b| {
