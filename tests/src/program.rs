@@ -308,9 +308,17 @@ impl Drop for Running {
         if std::thread::panicking() {
             let output = self.output();
             let lines: Vec<&str> = output.lines().collect();
-            let tail = lines.get(lines.len().saturating_sub(40)..).unwrap_or(&[]);
+            let (before, tail) = lines.split_at(lines.len().saturating_sub(40));
+            let of_note = |line: &&str| line.contains("refused") || line.contains(" WARN ");
+            let before = before.iter().copied().filter(of_note).take(40);
             eprintln!("---- {} ({:?}) said:", self.name, self.status);
-            eprintln!("{}", tail.join("\n"));
+            eprintln!(
+                "{}",
+                before
+                    .chain(tail.iter().copied())
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            );
         }
         // The group is the program's own (see `process_group`), so this reaches only what it
         // started; it may outlive the leader.

@@ -65,6 +65,8 @@ pub enum Luggage {
     Bells(Result<Bells, BadBoard>),
     /// Of an ADOPT: a control connection, with the process that made it.
     Channel(Foreign, Peer),
+    /// Likewise, of a process that has ended since. It is closed already.
+    Left,
     /// What makes no sense there. It is closed already.
     Other,
 }
@@ -442,6 +444,12 @@ fn channel(porters: &Porters<Found>, owner: Owner, fds: Vec<OwnedFd>) -> Option<
     let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL).ok()?);
     fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
     setsockopt(&socket, sockopt::PassCred, &true).ok()?;
-    let peer = Peer::of(&socket).ok()?;
-    Some(Luggage::Channel(porters.foreign(owner, socket), peer))
+    match Peer::of(&socket) {
+        Ok(peer) => Some(Luggage::Channel(porters.foreign(owner, socket), peer)),
+        // So say kernels that give no pidfd of a process that has been waited for.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => {
+            Some(Luggage::Left)
+        }
+        Err(_) => None,
+    }
 }

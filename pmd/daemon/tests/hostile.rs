@@ -550,6 +550,38 @@ fn adopts_only_what_the_sender_made() {
     assert_eq!(stream.refused().code, refusal::MALFORMED);
 }
 
+/// Servers have children that end at once.
+#[test]
+fn a_child_that_ends_before_it_is_adopted_harms_nobody() {
+    let daemon = Daemon::start(SMALL);
+    let tenant = Tenant::attach(&daemon);
+    let control = tenant.socket.as_raw_fd();
+    let mut command = Command::new("true");
+    // SAFETY: system calls between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            let (_, theirs) = tenant::control_pair();
+            let rights = [theirs.as_raw_fd()];
+            let rights = [nix::sys::socket::ControlMessage::ScmRights(&rights)];
+            let text = bytes_of(&head(kind::ADOPT)).to_vec();
+            let parts = [std::io::IoSlice::new(&text)];
+            let flags = nix::sys::socket::MsgFlags::empty();
+            nix::sys::socket::sendmsg::<()>(control, &parts, &rights, flags, None)?;
+            Ok(())
+        })
+    };
+    daemon.signal(Signal::SIGSTOP);
+    assert!(command.status().unwrap().success());
+    daemon.signal(Signal::SIGCONT);
+    let (mut adopted, _) = Tenant::adopted(&tenant);
+    adopted.hello();
+    assert!(matches!(
+        adopted.receive(),
+        Answer::Message(kind::WELCOME, ..)
+    ));
+    assert_eq!(daemon.counter("malformed"), 0);
+}
+
 #[test]
 fn an_idle_daemon_uses_no_processor_and_ends_when_told() {
     let mut daemon = Daemon::start("idle_exit_seconds = 3600\n");

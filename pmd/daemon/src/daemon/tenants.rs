@@ -146,6 +146,8 @@ impl Daemon {
                 }
                 Ok(())
             }
+            // A child that has ended by the time that its request is read is not its parent's fault.
+            (kind::ADOPT, _, Luggage::Left) if attached || greeted => Ok(()),
             (kind::ADOPT, _, _) if (attached || greeted) && bytes.is_empty() => {
                 Err(malformed("ADOPT takes one fd, a SOCK_SEQPACKET socket"))
             }
