@@ -10,7 +10,7 @@ use rdsock_shm::control::{Message, Query, Refused, from_bytes, kind, parse};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::find::{PATIENCE, Silent, listener_of, reach};
+use super::find::{For, PATIENCE, Silent, listener_of, reach};
 
 /// Longest datagram of an answer.
 const PIECE: usize = 65536;
@@ -46,7 +46,7 @@ pub struct Daemon {
 impl Daemon {
     /// The daemon that a program would find.
     pub fn find() -> Result<Option<Self>, AskError> {
-        let found = reach()?;
+        let found = reach(For::Questions)?;
         Ok(found.map(|(path, socket)| Daemon { path, socket }))
     }
 

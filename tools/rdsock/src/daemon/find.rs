@@ -64,16 +64,37 @@ pub fn listener_of(socket: &OwnedFd) -> Option<i32> {
 /// Connects to a daemon's socket, in bounded time, first to the one that is this user's alone. One that can't take a caller now is
 /// `WouldBlock`.
 pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    connect_for(path, For::Programs)
+}
+
+/// What a daemon is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum For {
+    /// Programs, which believe root's and their own user's alone.
+    Programs,
+    /// Questions: root may also put them to whomever it names, for one that runs as a user of its own.
+    Questions,
+}
+
+/// May a tool put its questions to a daemon of whomever? `is_named`: to the one that `$RDSOCK_SOCKET` names.
+fn may_ask(purpose: For, user: u32, is_named: bool) -> bool {
+    purpose == For::Questions && user == 0 && is_named
+}
+
+fn connect_for(path: &Path, purpose: For) -> io::Result<OwnedFd> {
     let mut own = path.as_os_str().to_owned();
     own.push(format!("{OF_USERS}/{}", geteuid()));
     let is_machines = path == Path::new(MACHINE_SOCKET);
-    match connect_at(Path::new(&own), is_machines) {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path, is_machines),
+    let user = geteuid().as_raw();
+    let is_believed =
+        |server| may_serve(server, user, is_machines) || may_ask(purpose, user, told().is_some());
+    match connect_at(Path::new(&own), is_believed) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path, is_believed),
         reached => reached,
     }
 }
 
-fn connect_at(path: &Path, is_machines: bool) -> io::Result<OwnedFd> {
+fn connect_at(path: &Path, is_believed: impl Fn(u32) -> bool) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);
@@ -81,7 +102,7 @@ fn connect_at(path: &Path, is_machines: bool) -> io::Result<OwnedFd> {
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     let server = getsockopt(&socket, sockopt::PeerCredentials)?.uid();
-    match may_serve(server, geteuid().as_raw(), is_machines) {
+    match is_believed(server) {
         true => Ok(socket),
         // Anybody can put a socket into a directory like /tmp.
         false => Err(io::Error::new(
@@ -92,13 +113,13 @@ fn connect_at(path: &Path, is_machines: bool) -> io::Result<OwnedFd> {
 }
 
 /// A connection to a running daemon: the one that `$RDSOCK_SOCKET` names, else the machine's, else the user's.
-pub fn reach() -> Result<Option<(PathBuf, OwnedFd)>, Silent> {
+pub fn reach(purpose: For) -> Result<Option<(PathBuf, OwnedFd)>, Silent> {
     let candidates = match told() {
         Some(path) => vec![path],
         None => [vec![MACHINE_SOCKET.into()], user_sockets()].concat(),
     };
     for path in candidates {
-        match connect_to(&path) {
+        match connect_for(&path, purpose) {
             Ok(socket) => return Ok(Some((path, socket))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Silent { path, pid: None });
@@ -118,9 +139,9 @@ pub fn reach() -> Result<Option<(PathBuf, OwnedFd)>, Silent> {
     Ok(None)
 }
 
-/// Where a daemon runs, which is not stopped.
+/// Where a daemon for programs runs, which is not stopped.
 pub fn find() -> Result<Option<PathBuf>, Silent> {
-    let Some((path, socket)) = reach()? else {
+    let Some((path, socket)) = reach(For::Programs)? else {
         return Ok(None);
     };
     let pid = listener_of(&socket);
@@ -152,4 +173,17 @@ pub fn user_sockets() -> Vec<PathBuf> {
         _ => sockets.push(format!("/tmp/rdsock-{user}/rdsockd.sock").into()),
     }
     sockets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_may_ask_whom_it_names_and_nobody_else_may() {
+        assert!(may_ask(For::Questions, 0, true));
+        assert!(!may_ask(For::Questions, 0, false));
+        assert!(!may_ask(For::Questions, 1000, true));
+        assert!(!may_ask(For::Programs, 0, true));
+    }
 }
