@@ -23,3 +23,23 @@ pub fn thread_name(process: u32) -> u64 {
     unsafe { kept.write_volatile(name) };
     name
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_thread_has_its_name_and_a_child_another_one() {
+        let name = || thread_name(getpid());
+        let real = || u64::from(getpid()) << 32 | u64::from(gettid());
+        assert_eq!([name(), name()], [real(), real()]);
+        let of_another = std::thread::spawn(move || (name(), real()));
+        let (other, others) = of_another.join().unwrap_or_default();
+        assert_eq!(other, others);
+        assert_ne!(other, name());
+        // As a forked child finds it: kept by another process.
+        // SAFETY: this thread's own word.
+        unsafe { rdsock_thread_name().write(1 << 32 | 7) };
+        assert_eq!(name(), real());
+    }
+}
