@@ -51,6 +51,16 @@ fn raise(resource: Resource) -> u64 {
     }
 }
 
+/// Held by a test that forks or asks who holds a socket. All tests share one process, and a child that one of them
+/// forks holds all descriptors of that process until it calls `exec`.
+#[cfg(test)]
+pub fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -626,6 +626,7 @@ mod tests {
 
     #[test]
     fn a_process_that_executes_is_another_one() {
+        let _alone = crate::own::alone();
         // The child waits for a byte before it runs another program, and for another before it ends.
         let mut child = std::process::Command::new("sh")
             .args(["-c", "read a; exec cat"])

@@ -467,6 +467,7 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::own::alone;
     use std::net::TcpListener;
     use std::os::fd::AsRawFd;
     use std::os::unix::process::CommandExt;
@@ -514,6 +515,7 @@ mod tests {
 
     #[test]
     fn who_else_holds_a_socket_is_found() {
+        let _alone = alone();
         let (listener, inode) = listener();
         let me = std::process::id() as i32;
         let child = sleeper(None, 0);
@@ -538,6 +540,7 @@ mod tests {
     /// No single step would come to an end.
     #[test]
     fn very_many_descriptors_make_it_longer_and_no_more() {
+        let _alone = alone();
         let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
         let many = limit.unwrap().1.min(20_000) as i32 - 200;
         crate::own::raise_limits();
@@ -565,6 +568,7 @@ mod tests {
     /// It was looked at before, or did not run yet, when the one who asks handed the socket on.
     #[test]
     fn who_came_while_it_was_searched_is_seen() {
+        let _alone = alone();
         let (listener, inode) = listener();
         let question = Question { pid: 1, inode };
         let mut round = Round::new(HashSet::from([question]));
@@ -582,6 +586,7 @@ mod tests {
 
     #[test]
     fn a_process_whose_first_thread_has_ended_is_looked_at() {
+        let _alone = alone();
         let (listener, inode) = listener();
         let script = "import os,threading,time,ctypes\n\
                       threading.Thread(target=time.sleep,args=(100,)).start()\n\
