@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::geteuid;
+use rdsock_shm::control::NAMELESS;
 use tracing::{error, info, warn};
 
 use crate::accounts::Accounts;
@@ -66,6 +68,12 @@ pub enum DaemonError {
     /// The fabric.
     #[error("the fabric: {0}")]
     Fabric(#[from] rdsock_node::StartError),
+    /// No program believes it.
+    #[error(
+        "the daemon runs as user {NAMELESS}, the number by which the kernel calls each user that has none, so that no program \
+         believes it: run it as another user"
+    )]
+    Nameless,
     /// The system said no.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -118,6 +126,9 @@ type Baton = Relay<Daemon, Result<(), DaemonError>>;
 impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
     pub fn new(args: Args, config: Config) -> Result<Self, DaemonError> {
+        if geteuid().as_raw() == NAMELESS {
+            return Err(DaemonError::Nameless);
+        }
         let descriptors = own::raise_limits();
         // While there is one thread.
         own::make_room(descriptors);

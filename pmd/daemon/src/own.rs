@@ -15,6 +15,18 @@ pub fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
+/// Has each user a number of its own in the user namespace of this process? Else the kernel calls all those without one by the
+/// same number. No, where the kernel does not say.
+pub fn all_users_have_numbers() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map");
+    map.is_ok_and(|map| is_whole(&map))
+}
+
+/// Is this the map of all users to themselves (`user_namespaces(7)`)?
+fn is_whole(map: &str) -> bool {
+    map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// Raises the limits that the daemon may have inherited from whoever started it to what they may
 /// be; returns the number of descriptors.
 pub fn raise_limits() -> u64 {
@@ -64,6 +76,14 @@ pub fn alone() -> std::sync::MutexGuard<'static, ()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn users_have_numbers_where_all_are_mapped() {
+        assert!(is_whole("         0          0 4294967295\n"));
+        for map in ["", "0 0 65536\n", "0 1000 1\n1 100000 65536\n"] {
+            assert!(!is_whole(map), "{map:?}");
+        }
+    }
 
     /// The kernel says for how many descriptors there is room.
     #[test]

@@ -11,7 +11,10 @@
 //! Who has made it wait or work is not trusted again for a minute: a porter carries his loads.
 //!
 //! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
-//! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`].
+//! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`]; all users
+//! who are not known together have half of them at most ([`line`]).
+
+mod line;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -30,6 +33,7 @@ use nix::time::ClockId;
 use nix::unistd::gettid;
 use tracing::debug;
 
+use self::line::Line;
 use crate::accounts::Charge;
 use crate::own::processor_time;
 use crate::shares::{Known, Turns};
@@ -120,8 +124,8 @@ struct Yard<D> {
     /// The load of these that is being carried.
     under_way: Option<Owner>,
     trust: Trust,
-    /// Users of whom a load may be taken up, in turn.
-    turn: VecDeque<u32>,
+    /// Users of whom a load may be taken up.
+    line: Line,
     waiting: usize,
     threads: usize,
     /// Those of them that were ordered, and are not there yet.
@@ -137,7 +141,7 @@ struct Corner<D> {
     ready: VecDeque<u64>,
     /// Connections of which a load is carried.
     carried: HashSet<u64>,
-    /// The user is in `turn`.
+    /// The user is in `line`.
     queued: bool,
     /// How many loads wait.
     loads: usize,
@@ -244,12 +248,20 @@ impl<D> Yard<D> {
             && corner.is_ready()
             && !std::mem::replace(&mut corner.queued, true)
         {
-            self.turn.push_back(uid);
+            self.line.push(uid);
         }
     }
 
     fn next(&mut self) -> Option<(Owner, Load<D>)> {
-        let uid = self.turn.pop_front()?;
+        let uid = self.line.pop()?;
+        let taken = self.take(uid);
+        if taken.is_none() {
+            self.line.put_down(uid);
+        }
+        taken
+    }
+
+    fn take(&mut self, uid: u32) -> Option<(Owner, Load<D>)> {
         let corner = self.users.get_mut(&uid)?;
         corner.queued = false;
         let connection = corner.ready.pop_front()?;
@@ -299,10 +311,10 @@ impl<D: Send + 'static> Porters<D> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let yard = Yard {
             users: HashMap::new(),
-            here: Turns::new(known),
+            here: Turns::new(known.clone()),
             under_way: None,
             trust: Trust::default(),
-            turn: VecDeque::new(),
+            line: Line::new(known),
             waiting: 0,
             threads: KEPT,
             coming: KEPT,
@@ -435,15 +447,15 @@ impl<D: Send + 'static> Shared<D> {
     /// Wakes somebody, or has somebody started, if a load may be taken up. Who takes one calls this again: so there are as many as can
     /// be used, however late those that were woken come.
     fn find_porter(self: &Arc<Self>, mut yard: MutexGuard<'_, Yard<D>>) {
-        let wanting = yard.turn.len() > yard.idle + yard.coming && yard.threads < MOST;
+        let wanted = yard.line.len();
+        let wanting = wanted > yard.idle + yard.coming && yard.threads < MOST;
         if wanting {
             yard.threads += 1;
             yard.coming += 1;
         }
-        let wanted = !yard.turn.is_empty();
         // Who is woken wants the lock at once, maybe on this core.
         drop(yard);
-        if wanted {
+        if wanted != 0 {
             self.work.notify_one();
         }
         if wanting {
@@ -487,6 +499,7 @@ impl<D: Send + 'static> Shared<D> {
             nudge.start();
             let found = load();
             yard = self.lock();
+            yard.line.put_down(owner.uid);
             yard.carried(owner);
             if found.is_some() {
                 yard.found(owner, found);

@@ -16,12 +16,13 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
-use rdsock_shm::control::Request;
+use rdsock_shm::control::{NAMELESS, Request};
 use rdsock_shm::reason::Reason;
 
 use crate::book::{Announced, Conn, End, Role, Route};
 use crate::diag::{Diag, Listener, cookie_of, is_tcp, netns_cookie_of};
 use crate::namespaces::Namespaces;
+use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
 use crate::process::{FileId, Glance, Identity, Peer, Program};
 use crate::search::{OtherHolder, Searches};
@@ -366,6 +367,8 @@ impl Claim {
 pub struct Rights {
     /// The kernel's word on sockets.
     pub namespaces: Namespaces,
+    /// Each user has a number of its own in the daemon's user namespace.
+    all_have_numbers: bool,
     searches: HashMap<u32, Arc<Searches>>,
 }
 
@@ -374,13 +377,25 @@ impl Rights {
     pub fn new(namespaces: Namespaces) -> Self {
         Rights {
             namespaces,
+            all_have_numbers: all_users_have_numbers(),
             searches: HashMap::new(),
         }
     }
 
-    /// May this program attach?
-    pub fn may_attach(policy: &Policy, uid: u32, program: &Program) -> bool {
-        policy.allows_user(uid) && policy.allows_program(program)
+    /// May this program attach? Not one of a user without a number: the daemon would take several for one.
+    pub fn may_attach(
+        &self,
+        policy: &Policy,
+        uid: u32,
+        program: &Program,
+    ) -> Result<(), &'static str> {
+        if uid == NAMELESS && !self.all_have_numbers {
+            return Err("its user has no number of its own in the daemon's user namespace");
+        }
+        match policy.allows_user(uid) && policy.allows_program(program) {
+            true => Ok(()),
+            false => Err("the policy keeps this user or program on the kernel"),
+        }
     }
 
     /// May a process speak on this control connection, which `owner` has made? A forked child has its parent's, too. Who

@@ -17,15 +17,19 @@ pub const OF_USERS: &str = ".users";
 /// Where the socket of the machine's daemon lies.
 pub const MACHINE_SOCKET: &str = "/run/rdsock/rdsockd.sock";
 
-/// The number of a user who has none in a user namespace, as the kernel tells it there.
-const NAMELESS: u32 = 65534;
+/// The number of each user who has none in a user namespace, as the kernel tells it there. It says nothing of who that is.
+pub const NAMELESS: u32 = 65534;
 
 /// Whether a program of a user believes a daemon of another one, which is in charge of the memory that its bytes go through: its own
 /// user's or root's, and nobody else's, wherever the socket lies. In a user namespace root may have no number: then the place of the
 /// [machine's socket](MACHINE_SOCKET) says who it is, since root alone can serve there. It does not where root has one: a program may
 /// have changed its root directory to one of somebody else's.
 pub const fn may_serve(daemon: u32, user: u32, at_machines: bool) -> bool {
-    daemon == user || daemon == 0 || at_machines && daemon == NAMELESS
+    match daemon {
+        0 => true,
+        NAMELESS => at_machines,
+        _ => daemon == user,
+    }
 }
 
 /// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf

@@ -386,6 +386,7 @@ pub fn is_known(conn: &Conn) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rdsock_shm::control::NAMELESS;
 
     fn path_of(address: &libc::sockaddr_un) -> String {
         let bytes = address.sun_path.iter().take_while(|byte| **byte != 0);
@@ -394,12 +395,12 @@ mod tests {
 
     #[test]
     fn a_daemon_is_roots_or_the_own_users() {
-        // Also one that has no number in this user namespace.
-        const NAMELESS: u32 = 65534;
         for at_machines in [false, true] {
             assert!(may_serve(0, 1000, at_machines) && may_serve(1000, 1000, at_machines));
             assert!(!may_serve(1001, 1000, at_machines) && !may_serve(1000, 0, at_machines));
+            // Who has no number in this user namespace may be anybody, also where the program's own user has none.
             assert_eq!(may_serve(NAMELESS, 1000, at_machines), at_machines);
+            assert_eq!(may_serve(NAMELESS, NAMELESS, at_machines), at_machines);
         }
     }
 

@@ -22,7 +22,7 @@ use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
 use crate::porters::Owner;
 use crate::process::{Program, netns_inode};
-use crate::rights::{Changed, Held, Passport, Rights};
+use crate::rights::{Changed, Held, Passport};
 
 /// Descriptors of a tenant's memory,
 const MEMORY_DESCRIPTORS: u64 = 1;
@@ -34,14 +34,12 @@ const BELLS_DESCRIPTORS: u64 = 1;
 impl Daemon {
     /// May a user's program attach?
     fn may_attach(&self, uid: u32, program: &Program) -> Result<(), End> {
-        match Rights::may_attach(&self.config.policy, uid, program) {
-            true => Ok(()),
-            false => Err(End::Refused {
-                code: refusal::POLICY,
-                expected: 0,
-                cause: "the policy keeps this user or program on the kernel",
-            }),
-        }
+        let allowed = self.rights.may_attach(&self.config.policy, uid, program);
+        allowed.map_err(|cause| End::Refused {
+            code: refusal::POLICY,
+            expected: 0,
+            cause,
+        })
     }
 
     /// Somebody wants to be a tenant: what it needs is made, by a porter, and charged from then on.

@@ -143,7 +143,8 @@ fn a_close_that_lingers_is_interrupted() {
 
 #[test]
 fn there_are_never_too_many_threads() {
-    let porters = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
+    let known = (0..2 * MOST as u32).chain([u32::MAX]).collect();
+    let porters = Porters::new(Starter::new().unwrap(), known).unwrap();
     let (end, ended) = channel::<()>();
     let ended = Arc::new(Mutex::new(ended));
     let wait = |uid, connection| {
@@ -181,6 +182,38 @@ fn there_are_never_too_many_threads() {
     found.sort_unstable();
     found.dedup();
     assert!(found.into_iter().eq((0..2 * MOST as u32).chain([u32::MAX])));
+    assert!(porters.shared.lock().users.is_empty());
+}
+
+#[test]
+fn very_many_users_hold_up_half_of_the_porters() {
+    let porters = Porters::new(Starter::new().unwrap(), [7].into_iter().collect()).unwrap();
+    let (end, ended) = channel::<()>();
+    let ended = Arc::new(Mutex::new(ended));
+    let users = 2 * (MOST / SHARE) as u32;
+    for (uid, connection) in (100..100 + users).flat_map(|uid| (0..8).map(move |of| (uid, of))) {
+        let ended = ended.clone();
+        porters.give(owner(uid, connection), move || {
+            let _ = ended.lock().map(|ended| ended.recv());
+            Some(uid)
+        });
+    }
+    let end_of_patience = Instant::now() + Duration::from_secs(20);
+    while porters.load().1 != line::OF_CROWD {
+        assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
+        thread::sleep(Duration::from_millis(1));
+    }
+    for connection in 0..MOST as u64 {
+        porters.give(owner(7, connection), || Some(7));
+        assert_eq!(fetch(&porters), 7);
+    }
+    assert_eq!(porters.load().1, line::OF_CROWD);
+    drop(end);
+    let count = users as usize * SHARE;
+    assert!((0..count).all(|_| fetch(&porters) >= 100));
+    while porters.load() != (0, 0) {
+        thread::sleep(Duration::from_millis(1));
+    }
     assert!(porters.shared.lock().users.is_empty());
 }
 
