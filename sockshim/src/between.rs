@@ -56,18 +56,18 @@ pub unsafe fn connect(
 
 /// A connection to another node that the kernel makes stays the kernel's.
 fn keep_on_kernel(held: &Use, reason: Reason) {
-    let error = sys::errno();
+    let error = real::errno();
     match reason {
         Reason::None => {}
         Reason::NoDaemon => held.conn.tell(held.index, State::Kernel, reason),
         _ => held.conn.keep_on_kernel(held.index, reason),
     }
-    sys::set_errno(error);
+    real::set_errno(error);
 }
 
 /// True when a `connect` has succeeded, or goes on.
 fn is_under_way(result: c_int) -> bool {
-    result == 0 || matches!(sys::errno(), libc::EINPROGRESS | libc::EINTR)
+    result == 0 || matches!(real::errno(), libc::EINPROGRESS | libc::EINTR)
 }
 
 /// Asks the daemon, for a socket that is bound by then: its own address, and the way. `Err` says why
@@ -133,7 +133,7 @@ fn through_daemon(
     let (anchor, len) = anchor.name(family)?;
     local.name(family)?;
     let result = connect_to(fd, &anchor, len);
-    let error = sys::errno();
+    let error = real::errno();
     if !is_under_way(result) {
         return None;
     }
@@ -146,7 +146,7 @@ fn through_daemon(
     conn.names.tell(local, peer, reached.ticket);
     conn.born.store(born::ACTIVE, Release);
     tenant::announce_now(held.index, conn, fd);
-    sys::set_errno(error);
+    real::set_errno(error);
     Some(result)
 }
 

@@ -3,7 +3,7 @@
 //! longer than `vfork` does is another program inside of this one: then every connection is the kernel's.
 
 use crate::identity::{is_foreign, is_ready};
-use crate::state::PROCESS;
+use crate::program::PROGRAM;
 use crate::{demote, process, real, sys, tenant};
 use libc::{c_int, c_long, c_ulong, c_void, pid_t};
 use rdsock_shm::reason::Reason;
@@ -49,7 +49,7 @@ impl Children {
 
 /// Before a child that gets a copy of this process, however it is made.
 pub fn before_copy() {
-    if PROCESS.children.apart.load(Relaxed) != 0 {
+    if PROGRAM.children.apart.load(Relaxed) != 0 {
         demote::abandon_all(Reason::Shared);
     }
 }
@@ -89,9 +89,9 @@ impl Birth {
             return process::after_fork_in_child();
         }
         if result < 0 {
-            let error = sys::errno();
+            let error = real::errno();
             tenant::fork_failed();
-            sys::set_errno(error);
+            real::set_errno(error);
         }
         process::after_fork_in_parent();
     }
@@ -198,7 +198,7 @@ pub unsafe fn unshare(flags: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::unshare(flags) };
     if result == 0 && flags & libc::CLONE_NEWPID != 0 {
-        PROCESS.children.apart.store(1, Relaxed);
+        PROGRAM.children.apart.store(1, Relaxed);
     }
     result
 }
@@ -209,7 +209,7 @@ pub unsafe fn setns(fd: c_int, kind: c_int) -> c_int {
     // SAFETY: arguments pass through.
     let result = unsafe { real::setns(fd, kind) };
     if result == 0 && (kind == 0 || kind & libc::CLONE_NEWPID != 0) {
-        PROCESS.children.apart.store(1, Relaxed);
+        PROGRAM.children.apart.store(1, Relaxed);
     }
     result
 }

@@ -1,6 +1,7 @@
 //! Time for spinning: the time stamp counter, scaled by what the constructor measured.
 
 use crate::state::PROCESS;
+use crate::sys;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// What one clock says of the other.
@@ -55,14 +56,14 @@ pub fn ticks() -> u64 {
     nanoseconds()
 }
 
-/// Monotonic nanoseconds, from the vDSO.
+/// Monotonic nanoseconds.
 pub fn nanoseconds() -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: `now` is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    unsafe { (sys::host().clock_gettime)(libc::CLOCK_MONOTONIC, &mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 

@@ -21,6 +21,9 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*, fence};
 /// Connections at once.
 pub const CONNS: usize = rdsock_shm::layout::CONN_RECORDS;
 
+/// The bit in [`Conn::options`] of `TCP_INQ`, which the anchor has as well.
+pub const TELLS_UNREAD: u32 = 4;
+
 /// Who opened the connection.
 pub mod born {
     /// By `accept`.

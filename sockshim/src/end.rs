@@ -5,7 +5,7 @@ use crate::conn::{self, Use};
 use crate::io::TcpInfo;
 use crate::state::PROCESS;
 use crate::stream::{self, Stream};
-use crate::{clock, demote, limits, real, sys, tenant, wait};
+use crate::{clock, demote, limits, sys, tenant, wait};
 use libc::c_int;
 use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
@@ -149,8 +149,7 @@ impl Anchor for Socket<'_> {
             Shut::Sending => libc::SHUT_WR,
             Shut::Receiving => libc::SHUT_RD,
         };
-        // SAFETY: a plain call on the program's fd.
-        unsafe { real::shutdown(self.fd, how) };
+        sys::shutdown(self.fd, how);
     }
 
     fn break_at_close(&self) {

@@ -4,7 +4,7 @@
 
 use crate::identity::{is_foreign, is_ready};
 use crate::options::take_for_kernel;
-use crate::state::PROCESS;
+use crate::program::PROGRAM;
 use crate::{demote, real, sys, tenant};
 use libc::{c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t};
 use rdsock_shm::reason::Reason;
@@ -157,7 +157,7 @@ impl Netlink {
 
 /// The program has made a socket.
 pub fn made_socket(fd: c_int, domain: c_int, protocol: c_int) {
-    PROCESS.netlink.note(fd, domain, protocol);
+    PROGRAM.netlink.note(fd, domain, protocol);
 }
 
 /// Before something is sent on another descriptor than a connection's: to netlink it may name connections. What looks
@@ -167,7 +167,7 @@ pub fn made_socket(fd: c_int, domain: c_int, protocol: c_int) {
 /// `parts` is null or points to `count` entries that describe the program's buffers.
 #[inline]
 pub unsafe fn telling(fd: c_int, parts: *const iovec, count: usize) {
-    if PROCESS.netlink.may_be(fd) {
+    if PROGRAM.netlink.may_be(fd) {
         // SAFETY: as the caller says.
         unsafe { look_for_names(fd, parts, count) };
     }
@@ -223,7 +223,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 
 /// What the function of a 64-bit name gave; in a libc that has no such names, what the plain one gives.
 fn or_plain(result: c_int, plain: impl FnOnce() -> c_int) -> c_int {
-    if result < 0 && sys::errno() == libc::ENOSYS {
+    if result < 0 && real::errno() == libc::ENOSYS {
         return plain();
     }
     result

@@ -2,7 +2,7 @@
 //! and libc alone.
 
 use crate::state::PROCESS;
-use crate::{real, sys};
+use crate::sys;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering::*};
 
 /// What is noted of it.
@@ -43,10 +43,9 @@ pub fn note() {
         .store(u32::from(sys::register_membarrier()), Relaxed);
 }
 
-/// Finds out where libc says how many threads there are.
-pub fn find_threads() {
-    let flag = real::symbol(c"__libc_single_threaded");
-    PROCESS.identity.single_threaded.store(flag.cast(), Relaxed);
+/// Libc says there whether there is one thread only, or it is null.
+pub fn note_threads(flag: *mut u8) {
+    PROCESS.identity.single_threaded.store(flag, Relaxed);
 }
 
 /// The constructor has run.

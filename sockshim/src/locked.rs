@@ -30,7 +30,7 @@ pub unsafe fn mlockall(flags: c_int) -> c_int {
     match lock_all_others(flags & libc::MCL_ONFAULT != 0) {
         Ok(()) => 0,
         Err(error) => {
-            sys::set_errno(error);
+            real::set_errno(error);
             -1
         }
     }

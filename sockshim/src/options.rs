@@ -179,7 +179,7 @@ pub unsafe fn setsockopt(
             }
         }
         if level == libc::SOL_SOCKET && name == SO_PEEK_OFF && on_rings(fd).is_some() {
-            sys::set_errno(libc::EOPNOTSUPP);
+            real::set_errno(libc::EOPNOTSUPP);
             return -1;
         }
         if whole
@@ -209,13 +209,10 @@ pub unsafe fn setsockopt(
     {
         // SAFETY: the kernel has read an int there.
         let is_on = unsafe { value.cast::<c_int>().read_unaligned() } != 0;
-        note_option(&held, TELLS_UNREAD, is_on);
+        note_option(&held, conn::TELLS_UNREAD, is_on);
     }
     result
 }
-
-/// The bit in [`conn::Conn::options`] of `TCP_INQ`, which the anchor has as well.
-pub const TELLS_UNREAD: u32 = 4;
 
 fn note_option(held: &Use, bit: u32, is_on: bool) {
     if is_on {

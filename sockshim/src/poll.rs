@@ -3,7 +3,7 @@
 use crate::conn::{self, Kind, Use};
 use crate::end::End;
 use crate::signals::Mask;
-use crate::{clock, demote, epoll, io, limits, ready, real, sys, tenant, wait};
+use crate::{clock, demote, epoll, io, limits, ready, sys, tenant, wait};
 use libc::{
     POLLIN, POLLNVAL, POLLOUT, POLLPRI, POLLRDHUP, c_int, fd_set, nfds_t, pollfd, sigset_t,
     timespec,
@@ -218,7 +218,7 @@ pub unsafe fn ppoll(
             tv_nsec: 0,
         };
         // SAFETY: arguments pass through.
-        return unsafe { real::ppoll(fds, count as nfds_t, &now, mask) };
+        return unsafe { (sys::host().ppoll)(fds, count, &now, mask) };
     }
     let mut few = [NOBODY; FEW + 1];
     let mut few_entered = [Entered::Nothing; FEW];
@@ -230,8 +230,7 @@ pub unsafe fn ppoll(
         None
     };
     if count > limits::ON_STACK.get() as usize && mapped.is_none() {
-        sys::set_errno(libc::ENOMEM);
-        return -1;
+        return -libc::ENOMEM;
     }
     // SAFETY: the caller vouches for `fds`; the mapping has room for `count` entries of each kind, and one more of the first.
     // Zeroes are one of either.
@@ -339,12 +338,7 @@ impl Work<'_> {
             let limit = now.as_ref().map_or(std::ptr::null(), |now| now as *const _);
             // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
             let got = unsafe {
-                real::ppoll(
-                    copy.as_mut_ptr(),
-                    copy.len() as nfds_t,
-                    limit,
-                    self.mask.for_sleep(),
-                )
+                (sys::host().ppoll)(copy.as_mut_ptr(), copy.len(), limit, self.mask.for_sleep())
             };
             if got < 0 {
                 return got;
@@ -438,12 +432,7 @@ impl Work<'_> {
             }
             // SAFETY: the copy is valid; the caller of the whole vouches for the mask.
             let got = unsafe {
-                real::ppoll(
-                    copy.as_mut_ptr(),
-                    copy.len() as nfds_t,
-                    limit,
-                    self.mask.for_sleep(),
-                )
+                (sys::host().ppoll)(copy.as_mut_ptr(), copy.len(), limit, self.mask.for_sleep())
             };
             if let Some(further) = copy.last_mut()
                 && std::mem::replace(further, NOBODY).revents != 0
@@ -452,9 +441,7 @@ impl Work<'_> {
             }
             result = (got < 0).then_some(got);
         }
-        let error = sys::errno();
         self.leave();
-        sys::set_errno(error);
         if awake || result.is_some() {
             return result;
         }
@@ -655,8 +642,7 @@ impl Sets {
         // SAFETY: the entries are valid; the caller vouches for the mask.
         let mut result = unsafe { ppoll(fds.as_mut_ptr(), fds.len(), ns, mask) };
         if result >= 0 && fds.iter().any(|entry| entry.revents & POLLNVAL != 0) {
-            sys::set_errno(libc::EBADF);
-            result = -1;
+            result = -libc::EBADF;
         }
         if result >= 0 {
             result = 0;

@@ -4,9 +4,9 @@ use crate::conn::{self, Kind, born};
 use crate::fds::{self, STDERR};
 use crate::identity::{self, is_foreign, is_ready};
 use crate::io::TcpInfo;
-use crate::state::PROCESS;
+use crate::program::PROGRAM;
 use crate::{
-    between, children, clock, demote, epoll, limits, numbers, real, stream, sys, tenant, wait,
+    between, children, clock, demote, epoll, host, limits, numbers, real, stream, sys, tenant, wait,
 };
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
@@ -39,6 +39,7 @@ extern "C" fn at_exit(_: *mut libc::c_void) {
 /// Called by the loader, with what `main` gets (by glibc's): libc may not have been set up yet.
 extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     real::resolve();
+    sys::live_beside(&host::LIBC);
     // SAFETY: it takes nothing, and no other thread runs yet.
     unsafe { rdsock_find_memcpy() };
     // In a program of another libc it does nothing: every call is that libc's own. Nor in one that has rights which its
@@ -61,7 +62,7 @@ extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *
     tenant::start(env(c"RDSOCK_SOCKET"), disabled);
     if !disabled {
         fds::start();
-        identity::find_threads();
+        identity::note_threads(real::symbol(c"__libc_single_threaded").cast());
         epoll::start();
         follow_forks();
         // SAFETY: a function of this library, which stays until the process has ended.
@@ -213,7 +214,7 @@ impl Fork {
 /// Before a child gets a copy of this process.
 pub extern "C" fn before_fork() {
     children::before_copy();
-    PROCESS
+    PROGRAM
         .fork
         .locked
         .store(u32::from(tenant::before_fork()), Relaxed);
@@ -221,7 +222,7 @@ pub extern "C" fn before_fork() {
 
 /// After that, in the parent.
 pub extern "C" fn after_fork_in_parent() {
-    if PROCESS.fork.locked.swap(0, Relaxed) != 0 {
+    if PROGRAM.fork.locked.swap(0, Relaxed) != 0 {
         tenant::after_fork_in_parent();
     }
 }

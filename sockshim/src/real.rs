@@ -1,7 +1,6 @@
 //! The functions that the shim stands in front of: resolved once by the constructor, or on first
 //! use when another library's constructor comes earlier.
 
-use crate::sys;
 use libc::{
     aiocb, c_char, c_int, c_long, c_uint, c_ulong, c_void, epoll_event, fd_set, iovec, mmsghdr,
     mode_t, msghdr, nfds_t, off_t, off64_t, pid_t, pollfd, sigevent, sigset_t, size_t, sockaddr,
@@ -62,7 +61,7 @@ macro_rules! libcs_own {
         pub unsafe fn $name($($arg: $ty),*) -> $ret {
             let address = symbols::$name.address_now();
             if address.is_null() {
-                sys::set_errno(libc::ENOSYS);
+                set_errno(libc::ENOSYS);
                 return -1 as _;
             }
             // SAFETY: the symbol of this name has this type in C; the caller vouches for the rest.
@@ -126,3 +125,36 @@ macro_rules! real {
 }
 
 table! { real }
+
+/// What a function of libc returned, or the negated number of its error.
+pub fn asked(result: c_int) -> c_int {
+    match result {
+        -1 => -errno(),
+        _ => result,
+    }
+}
+
+/// The same the other way round: for the program.
+pub fn told(result: c_int) -> c_int {
+    to_c(result as isize) as c_int
+}
+
+/// Sets errno and gives -1 for a negated error number; other results pass through.
+#[inline]
+pub fn to_c(result: isize) -> isize {
+    if (-4095..0).contains(&result) {
+        set_errno(-result as c_int);
+        return -1;
+    }
+    result
+}
+
+pub fn set_errno(error: c_int) {
+    // SAFETY: libc's errno location is valid for the calling thread.
+    unsafe { *libc::__errno_location() = error };
+}
+
+pub fn errno() -> c_int {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() }
+}

@@ -10,9 +10,15 @@
 //! Called by [`crate::wait`], by `poll` and by `epoll`. Holds no lock, and never decides what a wait is for.
 
 use crate::state::PROCESS;
-use crate::{hidden, limits, real, sys};
+use crate::{hidden, limits, sys};
 use libc::{c_int, sigset_t, timespec};
 use std::sync::atomic::{AtomicU64, Ordering::*};
+
+/// No time to wait.
+const NOW: timespec = timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
 
 /// glibc's signal to a thread that is cancelled.
 const CANCEL: c_int = 32;
@@ -220,12 +226,12 @@ impl Held {
         let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         let asleep = self.asleep();
         // SAFETY: three valid entries, a valid limit and mask.
-        let got = unsafe { real::ppoll(fds.as_mut_ptr(), 3, limit, &asleep) };
-        if got < 0 && sys::errno() == libc::EINTR {
+        let got = unsafe { (sys::host().ppoll)(fds.as_mut_ptr(), 3, limit, &asleep) };
+        if got == -libc::EINTR {
             drop(self);
             // A thread that is cancelled may have been told so by this signal.
-            // SAFETY: no pollfd.
-            unsafe { real::poll(std::ptr::null_mut(), 0, 0) };
+            // SAFETY: no pollfd, and a valid limit.
+            unsafe { (sys::host().ppoll)(std::ptr::null_mut(), 0, &NOW, std::ptr::null()) };
             return Err(Interrupted);
         }
         let has_come =
@@ -242,15 +248,9 @@ impl Held {
         if sys::interrupt(sys::pending_signals() & !self.mask) {
             return Err(Interrupted);
         }
-        let (now, mask) = (
-            timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            },
-            set_of(self.mask),
-        );
+        let mask = set_of(self.mask);
         // SAFETY: no pollfd, a valid limit and mask.
-        unsafe { real::ppoll(std::ptr::null_mut(), 0, &now, &mask) };
+        unsafe { (sys::host().ppoll)(std::ptr::null_mut(), 0, &NOW, &mask) };
         // A wait of a handler's own may have had the descriptor meanwhile.
         self.place = open(self.watched);
         Ok(self)

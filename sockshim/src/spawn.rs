@@ -6,8 +6,8 @@ mod actions;
 use crate::conn::{self, CONNS, Kind, Use};
 use crate::identity::{is_foreign, is_ready};
 use crate::process::{fits_new_program, in_path, is_dynamic, is_kept_over_exec, names_shim};
-use crate::state::PROCESS;
-use crate::{demote, real, sys, tenant};
+use crate::program::PROGRAM;
+use crate::{demote, real, tenant};
 pub use actions::Actions;
 use libc::{c_char, c_int, c_void};
 use rdsock_shm::reason::Reason;
@@ -16,7 +16,7 @@ use std::ffi::CStr;
 /// # Safety
 /// As `posix_spawn_file_actions_init`.
 pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
-    PROCESS.actions.forget(actions);
+    PROGRAM.actions.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_init(actions) }
 }
@@ -24,7 +24,7 @@ pub unsafe fn posix_spawn_file_actions_init(actions: *mut c_void) -> c_int {
 /// # Safety
 /// As `posix_spawn_file_actions_destroy`.
 pub unsafe fn posix_spawn_file_actions_destroy(actions: *mut c_void) -> c_int {
-    PROCESS.actions.forget(actions);
+    PROGRAM.actions.forget(actions);
     // SAFETY: as the caller says.
     unsafe { real::posix_spawn_file_actions_destroy(actions) }
 }
@@ -40,7 +40,7 @@ pub unsafe fn posix_spawn_file_actions_adddup2(
     let result = unsafe { real::posix_spawn_file_actions_adddup2(actions, fd, new) };
     // Also where it is no connection yet: it may be one when the program is spawned.
     if result == 0 && is_ready() && !is_foreign() {
-        PROCESS.actions.note(actions, fd, new);
+        PROGRAM.actions.note(actions, fd, new);
     }
     result
 }
@@ -84,8 +84,8 @@ impl Given {
 /// True when a new program gets any connection: where each is closed by `exec`, nothing has to be done.
 fn gets_any(actions: *const c_void) -> bool {
     let is_connection = |fd: c_int| matches!(conn::kind(fd), Kind::Conn(_));
-    let mut any = PROCESS.actions.has_missed_some();
-    PROCESS
+    let mut any = PROGRAM.actions.has_missed_some();
+    PROGRAM
         .actions
         .copies(actions, |fd, _| any |= is_connection(fd));
     let mut from = 0;
@@ -108,9 +108,9 @@ fn spawn(
     tenant::before_exec();
     let mut given = Given([0; CONNS / 64]);
     if crate::process::has_streams() {
-        let keep = loads_shim() && !PROCESS.actions.has_missed_some();
+        let keep = loads_shim() && !PROGRAM.actions.has_missed_some();
         // What the program is meant to get comes first: where both ends are here, the other one must not end before.
-        PROCESS.actions.copies(actions, |fd, new| {
+        PROGRAM.actions.copies(actions, |fd, new| {
             if let Some(held) = conn::of(fd) {
                 given.give(&held, fd, keep && crate::process::is_looked_at(new));
             }
@@ -124,15 +124,15 @@ fn spawn(
             }
             from = fd + 1;
         }
-        if PROCESS.actions.has_missed_some() {
+        if PROGRAM.actions.has_missed_some() {
             demote::abandon_all(Reason::Exec);
         }
     }
     let error = start();
     if error != 0 {
-        let number = sys::errno();
+        let number = real::errno();
         given.take_back();
-        sys::set_errno(number);
+        real::set_errno(number);
     }
     error
 }

@@ -1,17 +1,13 @@
-//! All that the shim knows of its process: one structure, each part of which belongs to the module that declares it, and is changed
-//! there alone. It calls nobody. What is told of libc (`real.rs`) and the thresholds (`limits.rs`) are no part of it: they stay as
+//! All that the core knows of its process: one structure, each part of which belongs to the module that declares it, and is changed
+//! there alone. It calls nobody. The thresholds (`limits.rs`) and what the libc beside it gives (`sys/host.rs`) are no part of it: they stay as
 //! they are from the constructor on.
 
-use crate::children::Children;
 use crate::clock::Clock;
 use crate::conn::Connections;
 use crate::end::Waited;
 use crate::fds::Fds;
-use crate::handing_over::Netlink;
 use crate::identity::Identity;
-use crate::process::Fork;
 use crate::signals::Watches;
-use crate::spawn::Actions;
 use crate::tenant::Tenant;
 
 /// What is known of a process. A test makes its own.
@@ -24,11 +20,6 @@ pub struct Process {
     pub tenant: Tenant,
     pub waited: Waited,
     pub watches: Watches,
-    pub fork: Fork,
-    pub children: Children,
-    /// What the program has put into its objects of file actions.
-    pub actions: Actions,
-    pub netlink: Netlink,
 }
 
 impl Process {
@@ -42,13 +33,9 @@ impl Process {
             tenant: Tenant::new(),
             waited: Waited::new(),
             watches: Watches::new(),
-            fork: Fork::new(),
-            children: Children::new(),
-            actions: Actions::new(),
-            netlink: Netlink::new(),
         }
     }
 }
 
-/// Of the process that the shim is loaded into.
+/// Of the process that this is loaded into.
 pub static PROCESS: Process = Process::new();

@@ -42,10 +42,12 @@ macro_rules! syscall {
     }};
 }
 
+mod host;
 mod peek;
 mod processes;
 mod thread_name;
 
+pub use host::{Host, host, live_beside};
 pub use peek::peek_behind;
 pub use processes::{is_alive, may_have_open};
 pub use thread_name::thread_name;
@@ -80,6 +82,10 @@ pub fn getpid() -> u32 {
 /// Effective user and group of this thread.
 pub fn effective_ids() -> [u32; 2] {
     [syscall!(SYS_geteuid) as u32, syscall!(SYS_getegid) as u32]
+}
+
+pub fn shutdown(fd: c_int, how: c_int) {
+    syscall!(SYS_shutdown, fd, how);
 }
 
 pub fn close(fd: c_int) -> isize {
@@ -378,8 +384,7 @@ pub fn sched_yield() {
 /// The number of the core that this thread runs on, plus 1; 0 when it is not known.
 #[inline]
 pub fn core() -> u32 {
-    // SAFETY: it takes nothing, and reads memory of this thread that the kernel keeps up to date.
-    (unsafe { libc::sched_getcpu() } + 1) as u32
+    ((host().getcpu)() + 1) as u32
 }
 
 /// True when the kernel closes ranges of descriptors in one call.
@@ -582,31 +587,36 @@ pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
     limit.rlim_cur
 }
 
+/// Address space that this process has, in bytes: the 23rd field of `proc_pid_stat(5)`.
+fn address_space() -> Option<u64> {
+    let fd = open_read(c"/proc/self/stat".as_ptr()) as c_int;
+    if fd < 0 {
+        return None;
+    }
+    let mut text = [0_u8; 1024];
+    // SAFETY: the buffer is valid for its length.
+    let read = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
+    close(fd);
+    address_space_in(text.get(..read.max(0) as usize)?)
+}
+
+/// Behind the name of the program, which may have anything in it, the third field comes first.
+fn address_space_in(stat: &[u8]) -> Option<u64> {
+    let name = stat.iter().rposition(|byte| *byte == b')')?;
+    let fields = stat.get(name + 2..)?;
+    let field = fields.split(|byte| *byte == b' ').nth(23 - 3)?;
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
 /// Whether so much more address space takes at most a quarter of what the program's limit leaves: the rest is its own.
 pub fn leaves_room(len: usize) -> bool {
     let limit = limit_of(libc::RLIMIT_AS);
     if limit == libc::RLIM_INFINITY {
         return true;
     }
-    let fd = open_read(c"/proc/self/statm".as_ptr()) as c_int;
-    if fd < 0 {
+    let Some(used) = address_space() else {
         return false;
-    }
-    let mut text = [0_u8; 64];
-    // SAFETY: the buffer is valid for its length.
-    let read = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
-    close(fd);
-    let digits = text
-        .iter()
-        .take(read.max(0) as usize)
-        .take_while(|byte| byte.is_ascii_digit());
-    let pages = digits.fold(0_u64, |sum, digit| {
-        sum.saturating_mul(10)
-            .saturating_add(u64::from(digit - b'0'))
-    });
-    // SAFETY: asks for a number.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(0) as u64;
-    let used = pages.saturating_mul(page);
+    };
     len as u64 <= limit.saturating_sub(used) / 4
 }
 
@@ -638,27 +648,28 @@ pub fn decimal(mut number: u32, room: &mut [u8; 10]) -> &str {
     std::str::from_utf8(digits).unwrap_or_default()
 }
 
-/// Sets errno and gives -1 for a negated error number; other results pass through.
-#[inline]
-pub fn to_c(result: isize) -> isize {
-    if (-4095..0).contains(&result) {
-        set_errno(-result as c_int);
-        return -1;
-    }
-    result
-}
-
-pub fn set_errno(error: c_int) {
-    // SAFETY: libc's errno location is valid for the calling thread.
-    unsafe { *libc::__errno_location() = error };
-}
-
-pub fn errno() -> c_int {
-    // SAFETY: as above.
-    unsafe { *libc::__errno_location() }
-}
-
 /// A pointer that cannot be the program's: null and the kernel's half.
 pub fn is_bad_pointer(at: *const c_void) -> bool {
     (at as usize) < 4096 || (at as isize) < 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_space_stands_behind_any_name() {
+        let stat = b"7 (a) b) c) S 1 7 7 0 -1 4194560 90 0 0 0 0 0 0 0 20 0 1 0 5100 3072000 230";
+        assert_eq!(address_space_in(stat), Some(3_072_000));
+        for stat in [
+            &b""[..],
+            b"7",
+            b"7 (a)",
+            b"7 (a) S 1",
+            b"7 (a) S x x x x x x x x x x x x x x x x x x x x x",
+        ] {
+            assert_eq!(address_space_in(stat), None);
+        }
+        assert!(address_space().is_some_and(|bytes| bytes > 1 << 20 && bytes % 4096 == 0));
+    }
 }

@@ -6,7 +6,7 @@ use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
 use crate::end::End;
 use crate::signals::{self, Ended};
-use crate::{limits, real, stream, sys, tenant};
+use crate::{limits, stream, sys, tenant};
 use libc::c_int;
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
@@ -451,7 +451,8 @@ pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
     Ok(())
 }
 
-/// `sigsuspend` and `pause` as long as the daemon's greeting is awaited: it ends the sleep, and the wait goes on.
+/// `sigsuspend` and `pause` as long as the daemon's greeting is awaited: it ends the sleep, and the wait goes on. A negated error
+/// number.
 pub fn for_signal(mask: *const libc::sigset_t) -> c_int {
     let mut mask = signals::Mask::new(mask);
     mask.hold();
@@ -463,7 +464,8 @@ pub fn for_signal(mask: *const libc::sigset_t) -> c_int {
             revents: 0,
         }];
         // SAFETY: a valid entry; the caller vouches for the mask.
-        let got = unsafe { real::ppoll(fds.as_mut_ptr(), 1, std::ptr::null(), mask.for_sleep()) };
+        let got =
+            unsafe { (sys::host().ppoll)(fds.as_mut_ptr(), 1, std::ptr::null(), mask.for_sleep()) };
         if got < 0 {
             return got;
         }
@@ -477,12 +479,7 @@ fn peek(fd: c_int) -> isize {
     tenant::count(Counter::Sleeps);
     let mut byte = 0_u8;
     // SAFETY: one byte is valid for writes.
-    let got = unsafe { real::recv(fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK) };
-    if got < 0 {
-        -(sys::errno() as isize)
-    } else {
-        got
-    }
+    unsafe { (sys::host().recv)(fd, &raw mut byte, 1, libc::MSG_PEEK) }
 }
 
 fn finish(end: &End<'_>, held: &Use, result: isize) -> Result<(), isize> {

@@ -37,7 +37,7 @@ fn closing(fd: c_int) -> bool {
 /// As `close(2)`.
 pub unsafe fn close(fd: c_int) -> c_int {
     if !closing(fd) {
-        sys::set_errno(libc::EBADF);
+        real::set_errno(libc::EBADF);
         return -1;
     }
     // SAFETY: arguments pass through.
@@ -76,7 +76,7 @@ pub unsafe fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     if start > last {
         return 0;
     }
-    sys::to_c(sys::close_range(start, last, flags)) as c_int
+    real::to_c(sys::close_range(start, last, flags)) as c_int
 }
 
 /// # Safety
@@ -167,7 +167,7 @@ fn making_room(old: c_int, new: c_int) -> bool {
         return true;
     }
     if conn::kind(old) == Kind::Internal {
-        sys::set_errno(libc::EBADF);
+        real::set_errno(libc::EBADF);
         return false;
     }
     if conn::kind(new) == Kind::Internal {

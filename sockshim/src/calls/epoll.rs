@@ -2,6 +2,7 @@
 //! registered is in [`crate::epoll`].
 
 use crate::poll::nanoseconds_of;
+use crate::real::{asked, told};
 use crate::{epoll, identity, numbers, real};
 use libc::{c_int, epoll_event, sigset_t, timespec};
 
@@ -32,7 +33,7 @@ pub unsafe fn epoll_ctl(epfd: c_int, op: c_int, fd: c_int, event: *mut epoll_eve
     // SAFETY: arguments pass through.
     unsafe {
         match epoll::ctl(epfd, op, fd, event) {
-            Some(result) => result,
+            Some(result) => told(result),
             None => real::epoll_ctl(epfd, op, fd, event),
         }
     }
@@ -44,9 +45,15 @@ pub unsafe fn epoll_wait(epfd: c_int, events: *mut epoll_event, most: c_int, ms:
     let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through.
     unsafe {
-        epoll::wait_on(epfd, events, most, ns, std::ptr::null(), || {
-            real::epoll_wait(epfd, events, most, ms)
-        })
+        let kernel = || asked(real::epoll_wait(epfd, events, most, ms));
+        told(epoll::wait_on(
+            epfd,
+            events,
+            most,
+            ns,
+            std::ptr::null(),
+            kernel,
+        ))
     }
 }
 
@@ -62,9 +69,8 @@ pub unsafe fn epoll_pwait(
     let ns = u64::try_from(ms).ok().map(|ms| ms * 1_000_000);
     // SAFETY: arguments pass through.
     unsafe {
-        epoll::wait_on(epfd, events, most, ns, mask, || {
-            real::epoll_pwait(epfd, events, most, ms, mask)
-        })
+        let kernel = || asked(real::epoll_pwait(epfd, events, most, ms, mask));
+        told(epoll::wait_on(epfd, events, most, ns, mask, kernel))
     }
 }
 
@@ -79,10 +85,10 @@ pub unsafe fn epoll_pwait2(
 ) -> c_int {
     // SAFETY: arguments pass through.
     unsafe {
-        let kernel = || real::epoll_pwait2(epfd, events, most, limit, mask);
-        match nanoseconds_of(limit) {
+        let kernel = || asked(real::epoll_pwait2(epfd, events, most, limit, mask));
+        told(match nanoseconds_of(limit) {
             Ok(ns) => epoll::wait_on(epfd, events, most, ns, mask, kernel),
             Err(()) => kernel(),
-        }
+        })
     }
 }

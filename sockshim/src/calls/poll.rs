@@ -2,6 +2,7 @@
 //! [`crate::poll`].
 
 use crate::poll::{self, Sets, nanoseconds_of};
+use crate::real::told;
 use crate::{conn, real, sys, tenant, wait};
 use libc::{c_int, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
 
@@ -17,7 +18,7 @@ pub unsafe fn poll(fds: *mut pollfd, count: nfds_t, ms: c_int) -> c_int {
         {
             return real::poll(fds, count, ms);
         }
-        poll::ppoll(fds, count as usize, ns, std::ptr::null())
+        told(poll::ppoll(fds, count as usize, ns, std::ptr::null()))
     }
 }
 
@@ -37,7 +38,7 @@ pub unsafe fn ppoll(
                     && count <= conn::FDS as nfds_t
                     && poll::concerns(fds, count) =>
             {
-                poll::ppoll(fds, count as usize, ns, mask)
+                told(poll::ppoll(fds, count as usize, ns, mask))
             }
             _ => real::ppoll(fds, count, limit, mask),
         }
@@ -63,17 +64,17 @@ pub unsafe fn select(
     }
     // SAFETY: null or valid, as the caller says.
     let Some(limit) = (unsafe { limit.as_mut() }) else {
-        return sets.select(None, std::ptr::null());
+        return told(sets.select(None, std::ptr::null()));
     };
     if limit.tv_sec < 0 || limit.tv_usec < 0 {
-        sys::set_errno(libc::EINVAL);
+        real::set_errno(libc::EINVAL);
         return -1;
     }
     let ns = (limit.tv_sec as u64)
         .saturating_mul(1_000_000_000)
         .saturating_add(limit.tv_usec as u64 * 1000);
     let deadline = poll::Deadline::after(Some(ns));
-    let result = sets.select(Some(ns), std::ptr::null());
+    let result = told(sets.select(Some(ns), std::ptr::null()));
     // Linux says how much time was left.
     let left = deadline.left().unwrap_or(0);
     limit.tv_sec = (left / 1_000_000_000) as i64;
@@ -98,7 +99,7 @@ pub unsafe fn pselect(
     // SAFETY: arguments pass through.
     unsafe {
         match nanoseconds_of(limit) {
-            Ok(ns) if sets.concern() => sets.select(ns, mask),
+            Ok(ns) if sets.concern() => told(sets.select(ns, mask)),
             _ => real::pselect(count, read, write, except, limit, mask),
         }
     }
@@ -111,7 +112,7 @@ pub unsafe fn sigsuspend(mask: *const sigset_t) -> c_int {
         // SAFETY: arguments pass through.
         return unsafe { real::sigsuspend(mask) };
     }
-    wait::for_signal(mask)
+    told(wait::for_signal(mask))
 }
 
 /// # Safety
@@ -121,5 +122,5 @@ pub unsafe fn pause() -> c_int {
         // SAFETY: there is no argument.
         return unsafe { real::pause() };
     }
-    wait::for_signal(std::ptr::null())
+    told(wait::for_signal(std::ptr::null()))
 }

@@ -14,7 +14,7 @@ pub unsafe fn read(fd: c_int, buf: *mut c_void, len: size_t) -> ssize_t {
             return real::read(fd, buf, len);
         }
         if is_too_much(fd, len) {
-            sys::set_errno(libc::EFAULT);
+            real::set_errno(libc::EFAULT);
             return -1;
         }
         receive(fd, &one(buf, len), 1, 0, &|| real::read(fd, buf, len))
@@ -31,7 +31,7 @@ pub unsafe fn write(fd: c_int, buf: *const c_void, len: size_t) -> ssize_t {
             return real::write(fd, buf, len);
         }
         if is_too_much(fd, len) {
-            sys::set_errno(libc::EFAULT);
+            real::set_errno(libc::EFAULT);
             return -1;
         }
         transmit(fd, &one(buf, len), 1, 0, &|| real::write(fd, buf, len))

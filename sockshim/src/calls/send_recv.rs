@@ -5,7 +5,7 @@ use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
 use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
-use crate::{demote, handing_over, io, numbers, options, real, sys};
+use crate::{demote, handing_over, io, numbers, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -136,7 +136,7 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
 /// end.
 fn unread_to_tell(fd: c_int) -> Option<c_int> {
     let held = conn::of(fd)?;
-    if held.conn.options.load(Relaxed) & options::TELLS_UNREAD == 0 {
+    if held.conn.options.load(Relaxed) & conn::TELLS_UNREAD == 0 {
         return None;
     }
     let stream = held.conn.stream()?;
@@ -226,7 +226,7 @@ pub unsafe fn recvmmsg(
         let end = match nanoseconds_of(limit) {
             Ok(limit) => poll::Deadline::after(limit),
             Err(()) => {
-                sys::set_errno(libc::EINVAL);
+                real::set_errno(libc::EINVAL);
                 return -1;
             }
         };

@@ -72,14 +72,14 @@ pub unsafe fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_
     // SAFETY: arguments pass through.
     let result = between.unwrap_or_else(|| unsafe { real::connect(fd, address, len) });
     if let Some(held) = held {
-        let error = sys::errno();
+        let error = real::errno();
         if result == 0 || matches!(error, libc::EINPROGRESS | libc::EINTR) {
             let _ = held
                 .conn
                 .born
                 .compare_exchange(born::NOT_YET, born::ACTIVE, AcqRel, Relaxed);
         }
-        sys::set_errno(error);
+        real::set_errno(error);
     }
     result
 }
@@ -137,7 +137,7 @@ unsafe fn accept_by(
     if let Some(held) = conn::of(listener) {
         tenant::listens(&held);
         if wait::for_connection(listener).is_err() {
-            sys::set_errno(libc::EINTR);
+            real::set_errno(libc::EINTR);
             return -1;
         }
     }
@@ -185,7 +185,7 @@ fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
     if fd < 0 || !identity::is_ready() || identity::is_foreign() {
         return None;
     }
-    let error = sys::errno();
+    let error = real::errno();
     let mut accepted = None;
     if matches!(conn::kind(listener), Kind::Conn(_)) || process::is_tcp(fd) {
         tenant::ensure();
@@ -193,7 +193,7 @@ fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
     } else if conn::kind(fd) != Kind::Other {
         numbers::replace(fd, Kind::Other);
     }
-    sys::set_errno(error);
+    real::set_errno(error);
     accepted
 }
 
@@ -204,7 +204,7 @@ pub unsafe fn shutdown(fd: c_int, how: c_int) -> c_int {
         match demote::shutdown(&held, fd, how) {
             Some(0) => return 0,
             Some(error) => {
-                sys::set_errno(error);
+                real::set_errno(error);
                 return -1;
             }
             None => {}

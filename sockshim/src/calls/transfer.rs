@@ -5,7 +5,7 @@ use crate::conn::{self, Use, phase};
 use crate::io::{self, InKernel, Outcome};
 use crate::signals::{self, Ended, Interrupted};
 use crate::stream::Stream;
-use crate::{demote, limits, rest, sys, tenant};
+use crate::{demote, limits, real, rest, sys, tenant};
 use libc::{c_int, c_void, iovec, size_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -37,7 +37,7 @@ pub(super) fn transfer(
     loop {
         if let Some(stream) = held.conn.stream() {
             return match on_stream(&held, stream) {
-                Outcome::Done(result) => sys::to_c(result),
+                Outcome::Done(result) => real::to_c(result),
                 Outcome::Kernel(counted) => on_anchor(&held, stream, fd, moves, counted, in_kernel),
             };
         }
@@ -61,21 +61,21 @@ fn on_anchor(
         && stream.has_rest()
         && let Err(error) = rest::for_bytes(&stream.at(held, fd), held, waits)
     {
-        return sys::to_c(error);
+        return real::to_c(error);
     }
     let result = in_kernel();
-    if result < 0 && moves == Moves::Out && tells_break(stream, sys::errno()) {
+    if result < 0 && moves == Moves::Out && tells_break(stream, real::errno()) {
         // It is told once, whatever marks say of it.
         stream.at(held, fd).take_send_error();
     }
     if counted.is_some() {
-        let error = sys::errno();
+        let error = real::errno();
         if result < 0 && error == libc::EAGAIN {
             held.conn.note_refused();
         }
         drop(counted);
         io::after_kernel_send(held, stream, fd);
-        sys::set_errno(error);
+        real::set_errno(error);
     }
     result
 }
@@ -98,7 +98,7 @@ fn without_stream(
     if moves == (Moves::In { waits: true }) && held.conn.offered.load(Relaxed) != 0 {
         signals = match give_way_to_offer(held, fd) {
             Ok(signals) => signals,
-            Err(Interrupted) => return Some(sys::to_c(-(libc::EINTR as isize))),
+            Err(Interrupted) => return Some(real::to_c(-(libc::EINTR as isize))),
         };
     }
     if moves != Moves::Out {
@@ -121,13 +121,13 @@ fn without_stream(
         && wait_in_kernel(signals, fd) == Err(Interrupted)
     {
         drop(counted);
-        return Some(sys::to_c(-(libc::EINTR as isize)));
+        return Some(real::to_c(-(libc::EINTR as isize)));
     }
     let result = in_kernel();
     drop(counted);
-    let error = sys::errno();
+    let error = real::errno();
     tenant::after_call(held.index, held.conn, fd, result);
-    sys::set_errno(error);
+    real::set_errno(error);
     Some(result)
 }
 
@@ -136,7 +136,7 @@ fn without_stream(
 /// the kernel's own receive would have been interrupted. What is left is held back, until the call goes on to [`wait_in_kernel`].
 #[cold]
 fn give_way_to_offer(held: &Use, fd: c_int) -> Result<Option<signals::Held>, Interrupted> {
-    let error = sys::errno();
+    let error = real::errno();
     let timeout: Option<libc::timeval> = sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO);
     let is_limited = timeout.is_none_or(|limit| limit.tv_sec != 0 || limit.tv_usec != 0);
     if is_limited || sys::poll_one(fd, libc::POLLIN, 0) != 0 {
@@ -154,7 +154,7 @@ fn give_way_to_offer(held: &Use, fd: c_int) -> Result<Option<signals::Held>, Int
             break;
         }
     }
-    sys::set_errno(error);
+    real::set_errno(error);
     Ok(Some(signals))
 }
 

@@ -89,13 +89,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
     }
     lift(index);
     check(epoll);
-    Some(match result {
-        Ok(()) => 0,
-        Err(error) => {
-            sys::set_errno(error);
-            -1
-        }
-    })
+    Some(result.map_or_else(|error| -error, |()| 0))
 }
 
 /// One call of `epoll_ctl`, under the instance's lock.

@@ -7,13 +7,13 @@ use super::report::{
 };
 use super::*;
 use crate::poll::Deadline;
+use crate::ready;
 use crate::signals::Mask;
-use crate::{ready, real};
 use libc::{sigset_t, timespec};
 use rdsock_shm::bell;
 use rdsock_shm::layout::{Counter, want};
 
-/// `epoll_wait` and its kin; `kernel` is the kernel's own call.
+/// `epoll_wait` and its kin; `kernel` is the kernel's own call. It returns a negated error number, as this does.
 ///
 /// # Safety
 /// `events` has room for `most`, or is bad in a way that the kernel refuses; `mask` is null or
@@ -317,7 +317,7 @@ fn wait_also_for(
         revents: 0,
     });
     // SAFETY: two valid entries; the caller vouches for the mask.
-    let got = unsafe { real::ppoll(fds.as_mut_ptr(), 2, limit, mask.for_sleep()) };
+    let got = unsafe { (sys::host().ppoll)(fds.as_mut_ptr(), 2, limit, mask.for_sleep()) };
     if got < 0 {
         return got;
     }
@@ -335,9 +335,10 @@ fn kernel_wait(epfd: c_int, events: &mut [epoll_event], deadline: Deadline, mask
         .as_ref()
         .map_or(std::ptr::null(), |left| left as *const timespec);
     // SAFETY: the events are valid for `most` entries; the caller vouches for the mask.
-    let got =
-        unsafe { real::epoll_pwait2(epfd, events.as_mut_ptr(), most, limit, mask.for_sleep()) };
-    if got >= 0 || !sys::is_missing(sys::errno()) {
+    let got = unsafe {
+        (sys::host().epoll_pwait2)(epfd, events.as_mut_ptr(), most, limit, mask.for_sleep())
+    };
+    if got >= 0 || !sys::is_missing(got) {
         return got;
     }
     // Before Linux 5.11, or behind a filter that does not know it: whole milliseconds, rounded up.
@@ -345,5 +346,5 @@ fn kernel_wait(epfd: c_int, events: &mut [epoll_event], deadline: Deadline, mask
         ns.div_ceil(1_000_000).min(c_int::MAX as u64) as c_int
     });
     // SAFETY: as above.
-    unsafe { real::epoll_pwait(epfd, events.as_mut_ptr(), most, ms, mask.for_sleep()) }
+    unsafe { (sys::host().epoll_pwait)(epfd, events.as_mut_ptr(), most, ms, mask.for_sleep()) }
 }

@@ -9,7 +9,6 @@ use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::known::{Need, TCP_INQ, need_of};
-use crate::options::TELLS_UNREAD;
 use crate::stream::{self, Stream};
 use crate::sys;
 use libc::c_int;
@@ -194,7 +193,7 @@ fn own_options(conn: &Conn, fd: c_int) {
     let on = |name| {
         sys::getsockopt::<c_int>(fd, libc::IPPROTO_TCP, name).is_some_and(|value| value != 0)
     };
-    let tells = if on(TCP_INQ) { TELLS_UNREAD } else { 0 };
+    let tells = if on(TCP_INQ) { conn::TELLS_UNREAD } else { 0 };
     let options = u32::from(on(libc::TCP_NODELAY)) | u32::from(on(libc::TCP_CORK)) << 1;
     conn.options.store(options | tells, Relaxed);
     if options & 2 != 0 {
