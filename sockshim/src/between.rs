@@ -4,7 +4,7 @@
 
 use crate::address::{self, Address};
 use crate::conn::{Use, born, phase};
-use crate::io::TcpInfo;
+use crate::tcp_info::TcpInfo;
 use crate::{clock, identity, real, sys, tenant};
 use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
 use rdsock_shm::control::{Between, FABRIC_SOURCE_V4, Reached};

@@ -3,8 +3,8 @@
 use crate::conn::{self, Kind, born};
 use crate::fds::{self, STDERR};
 use crate::identity::{self, is_foreign, is_ready};
-use crate::io::TcpInfo;
 use crate::program::PROGRAM;
+use crate::tcp_info::TcpInfo;
 use crate::{
     between, children, clock, demote, epoll, host, limits, numbers, real, stream, sys, tenant, wait,
 };

@@ -88,7 +88,7 @@ pub unsafe fn epoll_pwait2(
         let kernel = || asked(real::epoll_pwait2(epfd, events, most, limit, mask));
         told(match nanoseconds_of(limit) {
             Ok(ns) => epoll::wait_on(epfd, events, most, ns, mask, kernel),
-            Err(()) => kernel(),
+            Err(_) => kernel(),
         })
     }
 }

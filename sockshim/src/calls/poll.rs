@@ -64,7 +64,8 @@ pub unsafe fn select(
     }
     // SAFETY: null or valid, as the caller says.
     let Some(limit) = (unsafe { limit.as_mut() }) else {
-        return told(sets.select(None, std::ptr::null()));
+        // SAFETY: no mask.
+        return told(unsafe { sets.select(None, std::ptr::null()) });
     };
     if limit.tv_sec < 0 || limit.tv_usec < 0 {
         real::set_errno(libc::EINVAL);
@@ -74,7 +75,8 @@ pub unsafe fn select(
         .saturating_mul(1_000_000_000)
         .saturating_add(limit.tv_usec as u64 * 1000);
     let deadline = poll::Deadline::after(Some(ns));
-    let result = told(sets.select(Some(ns), std::ptr::null()));
+    // SAFETY: no mask.
+    let result = told(unsafe { sets.select(Some(ns), std::ptr::null()) });
     // Linux says how much time was left.
     let left = deadline.left().unwrap_or(0);
     limit.tv_sec = (left / 1_000_000_000) as i64;

@@ -5,6 +5,7 @@ use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
 use crate::known::TCP_INQ;
 use crate::poll::{self, nanoseconds_of};
+use crate::tcp_info::TcpInfo;
 use crate::{demote, handing_over, io, numbers, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
@@ -144,7 +145,7 @@ fn unread_to_tell(fd: c_int) -> Option<c_int> {
         io::unread(&stream.at(&held, fd)).or_else(|| sys::ioctl_int(fd, libc::FIONREAD))?;
     let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || !stream.is_all_on_rings()
-            && io::TcpInfo::of(fd).is_some_and(|info| info.state == io::TcpInfo::CLOSE_WAIT);
+            && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE_WAIT);
     Some(unread + c_int::from(ended))
 }
 
@@ -225,10 +226,7 @@ pub unsafe fn recvmmsg(
         let mut flags = flags;
         let end = match nanoseconds_of(limit) {
             Ok(limit) => poll::Deadline::after(limit),
-            Err(()) => {
-                real::set_errno(libc::EINVAL);
-                return -1;
-            }
+            Err(error) => return real::told(error),
         };
         for i in 0..count.min(1024) as usize {
             let entry = &mut *msgs.add(i);

@@ -16,7 +16,7 @@ use rdsock_shm::wake;
 use registration::{Registration, Snapshot};
 use std::sync::Arc;
 
-#[path = "../../../../sockshim/src/epoll/registration.rs"]
+#[path = "../../../../sockshim/core/src/registration.rs"]
 #[allow(dead_code)]
 mod registration;
 

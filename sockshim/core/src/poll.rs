@@ -23,7 +23,7 @@ const NOBODY: pollfd = pollfd {
 /// Nanoseconds of sleep at a time where the anchor can't be slept on.
 const STEP_NS: u64 = 1_000_000;
 
-static SCORE: AtomicU32 = AtomicU32::new(wait::FULL_SCORE);
+static SCORE: AtomicU32 = AtomicU32::new(conn::FULL_SCORE);
 
 /// Time left until a deadline.
 #[derive(Clone, Copy, Debug)]
@@ -66,18 +66,18 @@ impl Deadline {
     }
 }
 
-/// Nanoseconds of a `timespec`; `None` for ever. `Err` for one that the kernel refuses.
+/// Nanoseconds of a `timespec`; `None` for ever. A negated error number for one that the kernel refuses.
 ///
 /// # Safety
 /// `limit` is null or valid.
-pub unsafe fn nanoseconds_of(limit: *const timespec) -> Result<Option<u64>, ()> {
+pub unsafe fn nanoseconds_of(limit: *const timespec) -> Result<Option<u64>, c_int> {
     if limit.is_null() {
         return Ok(None);
     }
     // SAFETY: the caller vouches for it.
     let limit = unsafe { &*limit };
     if limit.tv_sec < 0 || !(0..1_000_000_000).contains(&limit.tv_nsec) {
-        return Err(());
+        return Err(-libc::EINVAL);
     }
     Ok(Some(
         (limit.tv_sec as u64)
@@ -605,7 +605,10 @@ impl Sets {
     }
 
     /// `pselect` when some fd is on rings: made of `ppoll`, as in the kernel.
-    pub fn select(&self, ns: Option<u64>, mask: *const sigset_t) -> c_int {
+    ///
+    /// # Safety
+    /// `mask` is null or valid.
+    pub unsafe fn select(&self, ns: Option<u64>, mask: *const sigset_t) -> c_int {
         let mut few = [NOBODY; FEW];
         let wanted = (0..self.count)
             .filter(|fd| (0..3).any(|which| self.has(which, *fd)))

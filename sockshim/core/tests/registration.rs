@@ -1,6 +1,6 @@
 //! The state machine of an epoll registration, alone: each row of its table, and what each kind reports.
 
-#[path = "../src/epoll/registration.rs"]
+#[path = "../src/registration.rs"]
 #[allow(dead_code)]
 mod registration;
 

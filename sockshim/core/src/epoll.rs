@@ -17,7 +17,6 @@ mod links;
 mod moves;
 mod news;
 mod register;
-pub mod registration;
 mod report;
 mod sleep;
 mod slots;
@@ -29,12 +28,12 @@ pub use report::{has_event_after_leavers, has_left};
 pub use sleep::{arm, disarm, wait_on};
 
 use crate::conn::{self, Kind, Pieces};
+use crate::registration::{Place, Registration};
 use crate::{clock, limits, stream, sys, tenant, wait};
 use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLET, EPOLLIN, c_int, epoll_event};
 use links::{each, link, list_of, unlink};
 use rdsock_shm::layout::Bell;
 use rdsock_shm::lock::{self, Owner, Taken};
-use registration::{Place, Registration};
 use slots::{Slots, Table};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*};
@@ -272,7 +271,7 @@ pub fn make(fd: c_int) -> Kind {
     ] {
         count.store(0, Relaxed);
     }
-    epoll.score.store(wait::FULL_SCORE, Relaxed);
+    epoll.score.store(conn::FULL_SCORE, Relaxed);
     // SAFETY: the instance is new, nobody else uses its state.
     unsafe {
         epoll.state.get().write(State {

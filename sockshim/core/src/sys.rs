@@ -75,6 +75,7 @@ pub fn is_missing(error: c_int) -> bool {
     matches!(error.abs(), libc::ENOSYS | libc::EPERM | libc::EACCES)
 }
 
+/// This process.
 pub fn getpid() -> u32 {
     syscall!(SYS_getpid) as u32
 }
@@ -84,10 +85,12 @@ pub fn effective_ids() -> [u32; 2] {
     [syscall!(SYS_geteuid) as u32, syscall!(SYS_getegid) as u32]
 }
 
+/// As `shutdown(2)`.
 pub fn shutdown(fd: c_int, how: c_int) {
     syscall!(SYS_shutdown, fd, how);
 }
 
+/// As `close(2)`.
 pub fn close(fd: c_int) -> isize {
     syscall!(SYS_close, fd)
 }
@@ -129,6 +132,7 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut libc::msghdr, flags: c_int) -> isize 
     syscall!(SYS_recvmsg, fd, msg, flags)
 }
 
+/// `poll(2)` without waiting.
 pub fn poll_now(fds: &mut [libc::pollfd]) -> isize {
     poll_for(fds, Some(0))
 }
@@ -158,6 +162,7 @@ pub fn poll_one(fd: c_int, events: i16, ms: i64) -> isize {
     }
 }
 
+/// A socket's option of this size, if it has it.
 pub fn getsockopt<T>(fd: c_int, level: c_int, name: c_int) -> Option<T> {
     let mut value = std::mem::MaybeUninit::<T>::zeroed();
     let mut len = std::mem::size_of::<T>() as libc::socklen_t;
@@ -173,6 +178,7 @@ pub fn getsockopt<T>(fd: c_int, level: c_int, name: c_int) -> Option<T> {
     (result == 0).then(|| unsafe { value.assume_init() })
 }
 
+/// As `setsockopt(2)`.
 pub fn setsockopt<T>(fd: c_int, level: c_int, name: c_int, value: &T) -> isize {
     syscall!(
         SYS_setsockopt,
@@ -218,19 +224,23 @@ pub fn ioctl_int(fd: c_int, request: u64) -> Option<c_int> {
     (syscall!(SYS_ioctl, fd, request, &raw mut value) == 0).then_some(value)
 }
 
+/// As `fcntl(2)`.
 pub fn fcntl(fd: c_int, command: c_int, arg: usize) -> isize {
     syscall!(SYS_fcntl, fd, command, arg)
 }
 
+/// As `socket(2)`.
 pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> isize {
     syscall!(SYS_socket, domain, kind, protocol)
 }
 
+/// A pair of connected UNIX sockets.
 pub fn socketpair(kind: c_int) -> Option<[c_int; 2]> {
     let mut fds = [-1; 2];
     (syscall!(SYS_socketpair, libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) == 0).then_some(fds)
 }
 
+/// `connect(2)` of a UNIX socket.
 pub fn connect_unix(fd: c_int, address: &libc::sockaddr_un, len: usize) -> isize {
     syscall!(SYS_connect, fd, address as *const libc::sockaddr_un, len)
 }
@@ -244,6 +254,7 @@ pub fn disconnect(fd: c_int) -> isize {
     syscall!(SYS_connect, fd, &raw const nowhere, size)
 }
 
+/// As `memfd_create(2)`.
 pub fn memfd(name: &std::ffi::CStr, flags: u32) -> isize {
     syscall!(SYS_memfd_create, name.as_ptr(), flags)
 }
@@ -271,6 +282,7 @@ pub fn has_capabilities(fd: c_int) -> bool {
     syscall!(SYS_fgetxattr, fd, c"security.capability".as_ptr(), 0, 0) > 0
 }
 
+/// Size of a file, in bytes.
 pub fn file_size(fd: c_int) -> Option<u64> {
     Some(stat_of(fd)?.st_size as u64)
 }
@@ -343,28 +355,34 @@ pub unsafe fn unmap(at: *mut u8, len: usize) {
     syscall!(SYS_munmap, at, len);
 }
 
+/// As `madvise(2)`.
 pub fn advise(at: *mut u8, len: usize, advice: c_int) {
     syscall!(SYS_madvise, at, len, advice);
 }
 
+/// An epoll instance, closed on exec.
 pub fn epoll_create() -> isize {
     syscall!(SYS_epoll_create1, libc::EPOLL_CLOEXEC)
 }
 
+/// An eventfd, closed on exec.
 pub fn eventfd() -> isize {
     syscall!(SYS_eventfd2, 0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
 }
 
+/// Makes an eventfd readable.
 pub fn eventfd_add(fd: c_int) {
     let one = 1_u64;
     syscall!(SYS_write, fd, &raw const one, 8);
 }
 
+/// As `epoll_ctl(2)`.
 pub fn epoll_ctl(epfd: c_int, op: c_int, fd: c_int, event: Option<&libc::epoll_event>) -> isize {
     let event = event.map_or(std::ptr::null(), |event| event as *const libc::epoll_event);
     syscall!(SYS_epoll_ctl, epfd, op, fd, event)
 }
 
+/// `epoll_wait(2)` without waiting.
 pub fn epoll_now(epfd: c_int, events: &mut [libc::epoll_event]) -> isize {
     syscall!(
         SYS_epoll_pwait,
@@ -377,6 +395,7 @@ pub fn epoll_now(epfd: c_int, events: &mut [libc::epoll_event]) -> isize {
     )
 }
 
+/// As `sched_yield(2)`.
 pub fn sched_yield() {
     syscall!(SYS_sched_yield);
 }
@@ -393,6 +412,7 @@ pub fn has_close_range() -> bool {
     syscall!(SYS_close_range, u32::MAX, u32::MAX, 0) == 0
 }
 
+/// As `close_range(2)`.
 pub fn close_range(first: u32, last: u32, flags: c_int) -> isize {
     syscall!(SYS_close_range, first, last, flags)
 }
@@ -442,16 +462,17 @@ pub fn is_thread_alive(pid: u32, thread: u32) -> bool {
     syscall!(SYS_tgkill, pid, thread, 0) != -(libc::ESRCH as isize)
 }
 
+/// This thread.
 pub fn gettid() -> u32 {
     syscall!(SYS_gettid) as u32
 }
 
+/// Sends a signal to this thread.
 pub fn raise(signal: c_int) {
     syscall!(SYS_tgkill, getpid(), gettid(), signal);
 }
 
 /// Writes to the standard error output, for a process that is about to end.
-#[cfg_attr(test, expect(dead_code))]
 pub fn print_error(text: &str) {
     syscall!(SYS_write, libc::STDERR_FILENO, text.as_ptr(), text.len());
 }
@@ -474,6 +495,7 @@ pub fn block_these_signals(signals: u64) -> u64 {
     old
 }
 
+/// Puts this mask of signals in place again.
 pub fn restore_signals(mask: u64) {
     syscall!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0, 8);
 }

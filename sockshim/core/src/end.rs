@@ -2,10 +2,10 @@
 //! system calls on the program's own descriptor.
 
 use crate::conn::{self, Use};
-use crate::io::TcpInfo;
 use crate::state::PROCESS;
 use crate::stream::{self, Stream};
-use crate::{clock, demote, limits, sys, tenant, wait};
+use crate::tcp_info::TcpInfo;
+use crate::{clock, demote, gather, limits, sys, tenant};
 use libc::c_int;
 use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
@@ -240,7 +240,7 @@ impl Process for Socket<'_> {
     }
 
     fn name(&self) -> u64 {
-        wait::own_name()
+        sys::thread_name(stream::pid())
     }
 
     fn is_awake(&self, name: u64) -> bool {
@@ -261,7 +261,7 @@ impl Process for Socket<'_> {
 
     #[inline]
     fn gather(&self, found: u64, now: impl FnOnce() -> u64) {
-        wait::let_gather(self.held.conn, found, now);
+        gather::let_gather(self.held.conn, found, now);
     }
 
     fn count(&self, what: Counter) {

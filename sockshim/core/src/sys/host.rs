@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 pub struct Host {
     /// As `ppoll(2)`.
     pub ppoll: unsafe fn(*mut pollfd, size_t, *const timespec, *const sigset_t) -> c_int,
-    /// As `epoll_pwait2(2)`, `epoll_pwait(2)`.
+    /// As `epoll_pwait2(2)`.
     pub epoll_pwait2:
         unsafe fn(c_int, *mut epoll_event, c_int, *const timespec, *const sigset_t) -> c_int,
+    /// As `epoll_pwait(2)`.
     pub epoll_pwait: unsafe fn(c_int, *mut epoll_event, c_int, c_int, *const sigset_t) -> c_int,
     /// As `recv(2)`.
     pub recv: unsafe fn(c_int, *mut u8, size_t, c_int) -> isize,

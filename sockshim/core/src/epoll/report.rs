@@ -3,11 +3,11 @@
 use super::moves::is_on_rings;
 use super::news::{kick, take_mark, take_marks};
 use super::register;
-use super::registration::{Brought, Snapshot};
 use super::*;
 use crate::conn::Use;
-use crate::io::TcpInfo;
+use crate::registration::{Brought, Snapshot};
 use crate::stream::Stream;
+use crate::tcp_info::TcpInfo;
 use crate::{demote, ready};
 use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};

@@ -21,6 +21,9 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*, fence};
 /// Connections at once.
 pub const CONNS: usize = rdsock_shm::layout::CONN_RECORDS;
 
+/// Best [`Conn::spin_score`].
+pub const FULL_SCORE: u32 = 8;
+
 /// The bit in [`Conn::options`] of `TCP_INQ`, which the anchor has as well.
 pub const TELLS_UNREAD: u32 = 4;
 
@@ -82,7 +85,7 @@ pub struct Conn {
     pub refused: AtomicU32,
     /// Calls of `shutdown`: each is an edge for EPOLLET.
     pub shuts: AtomicU32,
-    /// Receives that found bytes since this end last sent: see [`crate::wait::let_gather`].
+    /// Receives that found bytes since this end last sent: see [`crate::gather`].
     pub one_way: AtomicU32,
     /// How long its receiver looks away to let bytes gather, in steps.
     pub gather: AtomicU32,
@@ -385,7 +388,7 @@ pub fn make(fd: c_int, born: u32) -> Option<usize> {
     conn.owed_at.store(0, Relaxed);
     conn.cookie.store(0, Relaxed);
     conn.names.forget();
-    conn.spin_score.store(crate::wait::FULL_SCORE, Relaxed);
+    conn.spin_score.store(FULL_SCORE, Relaxed);
     conn.generation.fetch_add(1, Relaxed);
     conn.phase.store(phase::KERNEL, Release);
     conn.tell(index, State::Kernel, Reason::Young);

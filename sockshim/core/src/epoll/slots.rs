@@ -2,8 +2,8 @@
 //! have few. Used under the instance's lock, but for what says so.
 
 use super::Slot;
-use super::registration::Place;
 use crate::conn::Pieces;
+use crate::registration::Place;
 use rdsock_shm::bell;
 use rdsock_shm::layout::{BELL_BITS, Bell};
 use std::cell::UnsafeCell;

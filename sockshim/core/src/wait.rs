@@ -13,8 +13,6 @@ use rdsock_shm::end::{Anchor, Process, Shared};
 use rdsock_shm::layout::{Counter, want};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
-/// Best [`Conn::spin_score`].
-pub const FULL_SCORE: u32 = 8;
 /// Microseconds of spinning before sleep, unless `RDSOCK_SPIN_US` says otherwise.
 const DEFAULT_SPIN_US: u64 = 50;
 /// Milliseconds without spinning after the core was lost: the least and the most.
@@ -61,7 +59,7 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
     let mut turns = 0_u32;
     loop {
         if ready() {
-            score.store((points + 1).min(FULL_SCORE), Relaxed);
+            score.store((points + 1).min(conn::FULL_SCORE), Relaxed);
             return true;
         }
         if give_core() {
@@ -493,33 +491,6 @@ fn finish(end: &End<'_>, held: &Use, result: isize) -> Result<(), isize> {
         _ => {}
     }
     Ok(())
-}
-
-/// Pauses of each step of looking away: some hundred nanoseconds.
-const GATHER_PAUSES: u32 = 6;
-
-/// On a stream of messages in one direction, a receiver that looks all the time takes the
-/// producer's cache lines away for each single message. So it looks away for a moment when it has
-/// found few bytes, as long as more come meanwhile: for a microsecond at most, and never where a
-/// request waits for its reply. `found` bytes are there; `look` says how many are there now.
-#[inline]
-pub fn let_gather(conn: &Conn, found: u64, look: impl FnOnce() -> u64) {
-    let calls = conn.one_way.load(Relaxed);
-    if u64::from(calls) < limits::ONE_WAY_AFTER.get() || found >= limits::GATHERED.get() {
-        return;
-    }
-    let steps = conn
-        .gather
-        .load(Relaxed)
-        .min(limits::GATHER_STEPS.get() as u32);
-    if steps == 0 && !limits::GATHER_PROBE.divides(calls) {
-        return;
-    }
-    for _ in 0..steps.max(1) * GATHER_PAUSES {
-        std::hint::spin_loop();
-    }
-    conn.gather
-        .store(if look() > found { steps + 1 } else { 0 }, Relaxed);
 }
 
 /// Spins for bytes on behalf of a connection.

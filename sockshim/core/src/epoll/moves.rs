@@ -3,11 +3,11 @@
 use super::fdinfo::has_fired;
 use super::news::hand_on;
 use super::register::{drop_resting, inner_event, leave_inner, remove, to_inner, watch};
-use super::registration::Snapshot;
 use super::report::{harvest_held, told_of_anchor};
 use super::*;
 use crate::conn::{Conn, Use};
 use crate::demote;
+use crate::registration::Snapshot;
 use libc::{EPOLLET, EPOLLONESHOT, EPOLLOUT};
 use rdsock_shm::reason::Reason;
 

@@ -4,12 +4,10 @@
 mod files;
 mod receive;
 mod send;
-mod tcp_info;
 
 pub use files::{send_file, splice_in, splice_out};
 pub use receive::{look_is_due, recv, take_error, unread};
 pub use send::{after_kernel_send, send, unsent};
-pub use tcp_info::TcpInfo;
 
 use crate::stream::Stream;
 use crate::sys;

@@ -13,12 +13,19 @@ use crate::tenant::Tenant;
 /// What is known of a process. A test makes its own.
 #[derive(Debug)]
 pub struct Process {
+    /// Which process it is.
     pub identity: Identity,
+    /// What its clocks say of each other.
     pub clock: Clock,
+    /// Its table of descriptors.
     pub fds: Fds,
+    /// Its connections.
     pub connections: Connections,
+    /// What it is to the daemon.
     pub tenant: Tenant,
+    /// How long it has waited for others.
     pub waited: Waited,
+    /// Signals that its waits watch.
     pub watches: Watches,
 }
 

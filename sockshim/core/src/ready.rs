@@ -3,7 +3,7 @@
 
 use crate::conn::Use;
 use crate::end::End;
-use crate::epoll::registration::{self, Needs};
+use crate::registration::{self, Needs};
 use crate::stream::Stream;
 use crate::sys;
 use libc::{POLLERR, POLLHUP, POLLIN, c_int};

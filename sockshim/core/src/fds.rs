@@ -57,6 +57,7 @@ impl Kind {
 pub struct Pieces<T, const N: usize>([AtomicPtr<T>; N]);
 
 impl<T, const N: usize> Pieces<T, N> {
+    /// Nothing is open.
     pub const fn new() -> Self {
         Pieces([const { AtomicPtr::new(std::ptr::null_mut()) }; N])
     }
@@ -102,6 +103,7 @@ pub struct Fds {
 
 impl Fds {
     /// Nothing is looked after.
+    /// Nothing is open.
     pub const fn new() -> Self {
         Fds {
             table: Pieces::new(),

@@ -2,8 +2,8 @@
 //! themselves are `rdsock_shm::end`.
 
 use crate::conn::{self, Use};
-use crate::io::TcpInfo;
 use crate::stream::{self, Stream};
+use crate::tcp_info::TcpInfo;
 use crate::{end, epoll, sys};
 use libc::c_int;
 use rdsock_shm::end::Anchor;
