@@ -32,6 +32,16 @@ pub const fn may_serve(daemon: u32, user: u32, at_machines: bool) -> bool {
     }
 }
 
+/// As whom a program believes a daemon, by its real, effective and saved user. One that only acts as a user, for a while, may be more
+/// than that user: it believes root alone.
+pub const fn believer([real, effective, saved]: [u32; 3]) -> u32 {
+    if real == effective && effective == saved {
+        effective
+    } else {
+        0
+    }
+}
+
 /// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf
 /// of a program on another node: by it a tenant knows of which accepted connections to ask (WHOIS).
 /// Of IPv6 there is one loopback address only, so it asks of each connection from that.

@@ -300,6 +300,19 @@ impl Attachment {
         self.send(kind::WELCOME, &welcome, &[self.file().as_raw_fd()]);
     }
 
+    /// Whether it asks for another control connection.
+    pub fn asks_to_adopt(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while is_readable(&self.socket, end.saturating_duration_since(Instant::now())) {
+            match self.receive() {
+                Some((kind::ADOPT, ..)) => return true,
+                Some(_) => {}
+                None => return false,
+            }
+        }
+        false
+    }
+
     /// True when it hangs up and has said nothing before.
     pub fn hangs_up(&self, limit: Duration) -> bool {
         is_readable(&self.socket, limit) && self.receive().is_none()

@@ -11,7 +11,9 @@ use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
 use libc::c_int;
-use rdsock_shm::control::{Attached, Hello, MACHINE_SOCKET, Message, OF_USERS, kind, may_serve};
+use rdsock_shm::control::{
+    Attached, Hello, MACHINE_SOCKET, Message, OF_USERS, believer, kind, may_serve,
+};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use rdsock_shm::reason::{Reason, State};
 use std::mem::size_of;
@@ -250,10 +252,14 @@ pub(super) fn attach(guard: &Guard) {
 }
 
 /// A control connection through the one of the process that forked this one: works after chroot
-/// and after a change of user, too.
+/// and after a change of user, too, where this one believes that daemon as well.
 fn adopted() -> Option<c_int> {
     let inherited = link().inherited.swap(-1, AcqRel);
     if inherited < 0 {
+        return None;
+    }
+    if !is_believed(link().server.load(Relaxed)) {
+        close_hidden(inherited);
         return None;
     }
     let pair = sys::socketpair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK);
@@ -276,26 +282,36 @@ fn adopted() -> Option<c_int> {
 fn connected() -> Result<c_int, c_int> {
     let path = link().path();
     let [user, _] = sys::effective_ids();
-    let is_machines = path == MACHINE_SOCKET.as_bytes();
     let own = address_of_user(path, user);
-    let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own, user, is_machines));
+    let reached = own.map_or(Err(libc::ENOENT), |own| connect(&own));
     match reached {
         Ok(_) | Err(libc::EAGAIN) => reached,
         // There is none, or it was another daemon's.
-        Err(_) => connect(&address_of([path]), user, is_machines),
+        Err(_) => connect(&address_of([path])),
     }
 }
 
-/// Connects to a daemon that a program of this user believes, at the place of the machine's or at another one.
-fn connect(address: &libc::sockaddr_un, user: u32, is_machines: bool) -> Result<c_int, c_int> {
+/// Does this program, as who it is now, believe a daemon of this user?
+fn is_believed(server: u32) -> bool {
+    let is_machines = link().path() == MACHINE_SOCKET.as_bytes();
+    // Root's everybody believes: a filter of system calls may know no further question.
+    server == 0 || may_serve(server, believer(sys::users()), is_machines)
+}
+
+/// Connects to a daemon that this program believes.
+fn connect(address: &libc::sockaddr_un) -> Result<c_int, c_int> {
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let fd = sys::socket(libc::AF_UNIX, kind, 0) as c_int;
     if fd < 0 {
         return Err(-fd);
     }
     let reached = sys::connect_unix(fd, address, size_of::<libc::sockaddr_un>());
+    let server = server_of(fd);
     let error = match reached {
-        0.. if may_serve(server_of(fd), user, is_machines) => return Ok(fd),
+        0.. if is_believed(server) => {
+            link().server.store(server, Relaxed);
+            return Ok(fd);
+        }
         // Anybody can put a socket into a directory like /tmp.
         0.. => libc::EPERM,
         _ => -reached as c_int,
@@ -402,6 +418,16 @@ mod tests {
             assert_eq!(may_serve(NAMELESS, 1000, at_machines), at_machines);
             assert_eq!(may_serve(NAMELESS, NAMELESS, at_machines), at_machines);
         }
+        // Root's, as a user for a while.
+        for acting in [
+            [0, 1000, 0],
+            [0, 1000, 1000],
+            [1000, 1000, 0],
+            [1000, 0, 1000],
+        ] {
+            assert_eq!(believer(acting), 0);
+        }
+        assert_eq!(believer([1000; 3]), 1000);
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub struct Link {
     pub(super) control: AtomicI32,
     /// A control connection of the process that forked this one: only good for ADOPT.
     pub(super) inherited: AtomicI32,
+    /// The user whose daemon these lead to.
+    pub(super) server: AtomicU32,
     /// When the daemon is asked (again).
     pub(super) attempts: Attempts,
     /// Counts attachments: a stream of an earlier one is unknown to the present daemon.
@@ -53,6 +55,7 @@ impl Link {
         Link {
             control: AtomicI32::new(-1),
             inherited: AtomicI32::new(-1),
+            server: AtomicU32::new(u32::MAX),
             attempts: Attempts::new(),
             epoch: AtomicU32::new(0),
             attached_as: AtomicU64::new(0),

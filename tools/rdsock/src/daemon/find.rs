@@ -10,8 +10,8 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::unistd::geteuid;
-use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS, may_serve};
+use nix::unistd::{geteuid, getresuid};
+use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS, believer, may_serve};
 
 /// Time for a daemon to take a caller, and to answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -86,8 +86,11 @@ fn connect_for(path: &Path, purpose: For) -> io::Result<OwnedFd> {
     own.push(format!("{OF_USERS}/{}", geteuid()));
     let is_machines = path == Path::new(MACHINE_SOCKET);
     let user = geteuid().as_raw();
-    let is_believed =
-        |server| may_serve(server, user, is_machines) || may_ask(purpose, user, told().is_some());
+    let ids = getresuid()?;
+    let believer = believer([ids.real, ids.effective, ids.saved].map(|id| id.as_raw()));
+    let is_believed = |server| {
+        may_serve(server, believer, is_machines) || may_ask(purpose, user, told().is_some())
+    };
     match connect_at(Path::new(&own), is_believed) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => connect_at(path, is_believed),
         reached => reached,
