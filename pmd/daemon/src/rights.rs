@@ -428,6 +428,12 @@ impl Rights {
     }
 
     /// The searches of a user.
+    /// May a user's program make holes in memory that another program uses? Of huge pages anybody who has them can, and who finds none
+    /// left to fill such a hole ends by SIGBUS. So nobody may but a program of the same user, as for the bells.
+    pub fn may_make_holes(uid: u32, owner: u32) -> bool {
+        uid == owner
+    }
+
     pub fn searches_of(&mut self, uid: u32) -> Arc<Searches> {
         if self.searches.len() >= 4096 {
             self.searches

@@ -11,7 +11,7 @@ use crate::accounts::{Over, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
-use crate::memory::rounded;
+use crate::memory::{HugePages, rounded};
 use crate::porters::Owner;
 use crate::rights::Rights;
 use crate::streams::{Bells, Memory};
@@ -43,15 +43,28 @@ impl Daemon {
             self.log_over(over, uid, 0);
             Reason::Limit
         })?;
-        let bells = |end: &Announced, other: &Announced| -> Result<Option<Bells>, Reason> {
+        let tenant = |end: &Announced| {
             let tenant = self.connections.tenant(end.conn.tenant);
-            let tenant = tenant.ok_or(Reason::Unverified)?;
+            tenant.ok_or(Reason::Unverified)
+        };
+        let bells = |end: &Announced, other: &Announced| -> Result<Option<Bells>, Reason> {
+            let tenant = tenant(end)?;
             let (board, uid) = (tenant.bells.clone(), end.uid);
             let may_ring = Rights::may_ring(other.uid, uid) && tenant.passport.is_users_own();
             Ok(may_ring.then_some(Bells { board, uid }))
         };
+        let may_have_holes = |end: &Announced, other: &Announced| -> Result<bool, Reason> {
+            let own = tenant(end)?.passport.is_users_own();
+            Ok(own && Rights::may_make_holes(other.uid, end.uid))
+        };
+        let may_be_huge =
+            may_have_holes(&ends[0], &ends[1])? && may_have_holes(&ends[1], &ends[0])?;
+        let huge_pages = match may_be_huge {
+            true => self.config.huge_pages,
+            false => HugePages::Never,
+        };
         let bells = [bells(&ends[0], &ends[1])?, bells(&ends[1], &ends[0])?];
-        let made = self.streams.make_memory(ring_size, self.config.huge_pages);
+        let made = self.streams.make_memory(ring_size, huge_pages);
         let (id, fds) = made.map_err(|error| {
             let what = "can't make a stream's memory";
             self.journal.fault(what, uid, &error);
