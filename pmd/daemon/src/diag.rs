@@ -211,6 +211,11 @@ pub fn netns_cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
     option(socket, libc::SO_NETNS_COOKIE)
 }
 
+/// Number of the device that a socket is bound to, 0 for none; `None` before Linux 5.1.
+pub fn device_of(socket: BorrowedFd<'_>) -> Option<i32> {
+    option(socket, libc::SO_BINDTOIFINDEX)
+}
+
 /// True for a TCP socket; false for any other descriptor.
 pub fn is_tcp(socket: BorrowedFd<'_>) -> bool {
     option::<i32>(socket, libc::SO_PROTOCOL) == Some(libc::IPPROTO_TCP)

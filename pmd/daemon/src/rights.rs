@@ -14,13 +14,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getsockname};
+use nix::sys::socket::{SockaddrStorage, getsockname, getsockopt, sockopt};
 use nix::unistd::geteuid;
 use rdsock_shm::control::{NAMELESS, Request};
 use rdsock_shm::reason::Reason;
 
 use crate::book::{Announced, Conn, End, Role, Route};
-use crate::diag::{Diag, Listener, cookie_of, is_tcp, netns_cookie_of};
+use crate::diag::{Diag, Listener, cookie_of, device_of, is_tcp, netns_cookie_of};
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
@@ -216,6 +216,8 @@ pub struct Look {
 pub struct Place {
     /// This port, and this address or, unspecified, none.
     pub address: SocketAddr,
+    /// Where it wants to go. Of IPv4 and IPv6, another user may have the port of the other one.
+    pub to: IpAddr,
     /// `SO_NETNS_COOKIE`.
     pub netns_cookie: u64,
 }
@@ -288,16 +290,31 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     })
 }
 
-/// Is this a TCP socket that is bound there? The socket's lock is waited for.
+/// Is this a TCP socket that is bound there, and can go from there where it wants to? The socket's lock is waited for.
 fn is_bound(socket: &OwnedFd, place: Place) -> bool {
-    let to = place.address;
+    let said = place.address;
     let name = getsockname(socket.as_raw_fd()).ok();
     let own = name.as_ref().and_then(socket_address);
     let same = |own: IpAddr, ip: IpAddr| own == ip || own.is_unspecified() && ip.is_unspecified();
     is_tcp(socket.as_fd())
         // Some kernels have none.
         && netns_cookie_of(socket.as_fd()).is_none_or(|netns| netns == place.netns_cookie)
-        && own.is_some_and(|own| own.port() == to.port() && same(own.ip().to_canonical(), to.ip()))
+        // At the other devices the port may be another's.
+        && device_of(socket.as_fd()).is_none_or(|device| device == 0)
+        && own.is_some_and(|own| {
+            own.port() == said.port()
+                && same(own.ip().to_canonical(), said.ip())
+                && has_family(socket, own.ip(), place.to)
+        })
+}
+
+/// Is a socket that is bound to this address one of the family of another one? Of IPv6, it is one of IPv4 as well, unless it was told not to be.
+fn has_family(socket: &OwnedFd, own: IpAddr, other: IpAddr) -> bool {
+    match (own, other) {
+        (IpAddr::V4(_), other) => other.is_ipv4(),
+        (IpAddr::V6(_), IpAddr::V6(_)) => true,
+        (IpAddr::V6(_), IpAddr::V4(_)) => getsockopt(socket, sockopt::Ipv6V6Only) == Ok(false),
+    }
 }
 
 /// An IPv4 or IPv6 address as the kernel says it.
@@ -411,6 +428,12 @@ impl Rights {
         uid == owner
     }
 
+    /// May a user's program make holes in memory that another program uses? Of huge pages anybody who has them can, and who finds none
+    /// left to fill such a hole ends by SIGBUS. So nobody may but a program of the same user, as for the bells.
+    pub fn may_make_holes(uid: u32, owner: u32) -> bool {
+        uid == owner
+    }
+
     /// May a user's program have what was promised to a program of `promised`: an anchor, or a call to a port that several
     /// sockets share? The kernel lets sockets of one user alone share one.
     pub fn may_have_promised(uid: u32, promised: u32) -> bool {
@@ -428,12 +451,6 @@ impl Rights {
     }
 
     /// The searches of a user.
-    /// May a user's program make holes in memory that another program uses? Of huge pages anybody who has them can, and who finds none
-    /// left to fill such a hole ends by SIGBUS. So nobody may but a program of the same user, as for the bells.
-    pub fn may_make_holes(uid: u32, owner: u32) -> bool {
-        uid == owner
-    }
-
     pub fn searches_of(&mut self, uid: u32) -> Arc<Searches> {
         if self.searches.len() >= 4096 {
             self.searches
@@ -621,6 +638,24 @@ mod tests {
         connect(other.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
         assert_eq!(listener.accept().unwrap().1, from);
         assert!(!is_other_end(&diag, cookie_of_ours, names));
+    }
+
+    /// Another user may have the port of the other family.
+    #[test]
+    fn a_socket_is_of_its_own_family() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket};
+        let made = |family| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            socket(family, SockType::Stream, flags, None).unwrap()
+        };
+        let [four, six] = ["0.0.0.0", "::"].map(|text| text.parse::<IpAddr>().unwrap());
+        let of_four = made(AddressFamily::Inet);
+        assert!(has_family(&of_four, four, four) && !has_family(&of_four, four, six));
+        let of_six = made(AddressFamily::Inet6);
+        setsockopt(&of_six, sockopt::Ipv6V6Only, &false).unwrap();
+        assert!(has_family(&of_six, six, four) && has_family(&of_six, six, six));
+        setsockopt(&of_six, sockopt::Ipv6V6Only, &true).unwrap();
+        assert!(!has_family(&of_six, six, four) && has_family(&of_six, six, six));
     }
 
     #[test]

@@ -282,6 +282,16 @@ scene!(
             let refused = (reached.ticket, Reason::from_code(reached.reason));
             assert_eq!(refused, (0, Some(Reason::Unverified)), "{name:?}");
         }
+        // Another user may have the port of IPv4, or at the other devices.
+        for of_less in [Bound::of_six_only(), Bound::at_device("lo")] {
+            let of_less = of_less.unwrap();
+            client.ask_as(
+                &of_less,
+                (Ipv4Addr::UNSPECIFIED, of_less.port),
+                server.address(),
+            );
+            assert_eq!(client.answer().reason, Reason::Unverified as u32);
+        }
         // A port of TCP is nobody's who has it of another protocol.
         let port = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = port.local_addr().unwrap().port();

@@ -176,8 +176,9 @@ impl Daemon {
         let uid = passport.peer.uid;
         // Who asks as the owner of a port has to be that: the other node's program is told it.
         let bound = match &errand {
-            Errand::Reach(question) => addresses(question).map(|(address, _)| Place {
+            Errand::Reach(question) => addresses(question).map(|(address, to)| Place {
                 address,
+                to: to.ip(),
                 netns_cookie: question.netns,
             }),
             _ => None,

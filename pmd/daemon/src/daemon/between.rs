@@ -466,10 +466,14 @@ impl Daemon {
             // The kernel has made the daemon's connection to the program, since the program has accepted it.
             self.on_call(ticket);
         }
-        if let Some(Anchor::Promised { uid, .. }) = self.anchor_of(ticket)
+        if let Some(Anchor::Promised {
+            uid,
+            held: promised,
+            ..
+        }) = self.anchor_of(ticket)
             && Rights::may_have_promised(passport.peer.uid, uid)
         {
-            self.attach_anchor(ticket, held);
+            self.attach_anchor(ticket, promised);
         }
         if held.shared {
             return self.turn_down(conn, Reason::Shared);

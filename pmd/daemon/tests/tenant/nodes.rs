@@ -2,7 +2,9 @@
 //! connects and of one that listens. Node *n* has the address 127.0.0.*n*.
 
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{
+    Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream,
+};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -12,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, connect, getsockname, listen,
-    socket,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, connect,
+    getsockname, listen, setsockopt, socket, sockopt,
 };
 use rdsock_shm::control::{Between, Message, Reached, Request, from_bytes, kind, request as what};
 
@@ -193,6 +195,24 @@ impl Bound {
         bind(socket.as_raw_fd(), &name)?;
         let port = getsockname::<SockaddrIn>(socket.as_raw_fd())?.port();
         Ok(Bound { socket, port })
+    }
+
+    /// To a port of IPv6, of which the port of IPv4 with that number is no part.
+    pub fn of_six_only() -> nix::Result<Self> {
+        let (family, kind) = (AddressFamily::Inet6, SockType::Stream);
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+        let name = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0));
+        bind(socket.as_raw_fd(), &name)?;
+        let port = getsockname::<SockaddrIn6>(socket.as_raw_fd())?.port();
+        Ok(Bound { socket, port })
+    }
+
+    /// At a device alone: another one may be bound to the same port at the others.
+    pub fn at_device(device: &str) -> nix::Result<Self> {
+        let bound = Bound::at(Ipv4Addr::UNSPECIFIED, 0)?;
+        setsockopt(&bound.socket, sockopt::BindToDevice, &device.into())?;
+        Ok(bound)
     }
 
     /// To the anchors' port of the daemon.
