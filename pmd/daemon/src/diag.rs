@@ -14,7 +14,8 @@ use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
+    socket,
 };
 
 /// A socket that the kernel knows.
@@ -50,6 +51,8 @@ impl Diag {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkSockDiag,
         )?;
+        // To the kernel, which has number 0: nobody else may answer then. Whoever administers the namespace could otherwise.
+        connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         Ok(Diag { socket })
     }
 
@@ -270,6 +273,30 @@ mod tests {
         drop(stream);
         let would_get = diag.listener(destination, here).unwrap().unwrap();
         assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
+    }
+
+    /// Whoever administers a network namespace may send to any netlink socket there: in one of one's own anybody may.
+    #[test]
+    fn nobody_but_the_kernel_answers() {
+        use nix::errno::Errno;
+        use nix::sys::socket::{getsockname, sendto};
+        let diag = Diag::new().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (to, from) = (
+            listener.local_addr().unwrap(),
+            "127.0.0.1:0".parse().unwrap(),
+        );
+        assert!(diag.listener(to, from).unwrap().is_some());
+        let fd = diag.socket.as_raw_fd();
+        let name = getsockname::<NetlinkAddr>(fd).unwrap();
+        let forger = Diag::new().unwrap().socket;
+        let forgery = question(to, from, NO_COOKIE).unwrap();
+        let sent = sendto(forger.as_raw_fd(), &forgery, &name, MsgFlags::empty());
+        assert!(
+            matches!(sent, Err(Errno::ECONNREFUSED | Errno::EPERM)),
+            "{sent:?}"
+        );
+        assert!(diag.listener(to, from).unwrap().is_some());
     }
 
     #[test]
