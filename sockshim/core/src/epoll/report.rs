@@ -664,27 +664,32 @@ pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event])
     kept
 }
 
-/// Asks the kernel once more, behind the first `found` events: how many there are then. What is level-triggered it gives again, so
-/// events with data that is there already are made one.
+/// Asks the kernel once more, behind the first `found` events: how many there are then.
 pub(super) fn ask_again(
     epoll: &Epoll,
     epfd: c_int,
     events: &mut [epoll_event],
     found: usize,
 ) -> usize {
-    let (given, rest) = events.split_at_mut(found.min(events.len()));
-    let got = ask_kernel(epoll, epfd, rest);
+    let got = ask_kernel(epoll, epfd, events.get_mut(found..).unwrap_or(&mut []));
+    merge(events, found, found + got)
+}
+
+/// How many events there are when those behind the first `given`, up to `all`, are made one with those that have the same data: what
+/// is level-triggered is given each time that it is asked for.
+pub(super) fn merge(events: &mut [epoll_event], given: usize, all: usize) -> usize {
+    let (given, more) = events.split_at_mut(given.min(events.len()));
     let mut kept = 0;
-    for i in 0..got {
-        let Some(event) = rest.get(i).copied() else {
+    for i in 0..all.saturating_sub(given.len()) {
+        let Some(event) = more.get(i).copied() else {
             break;
         };
         if let Some(same) = given.iter_mut().find(|given| given.u64 == event.u64) {
             same.events |= event.events;
-        } else if let Some(place) = rest.get_mut(kept) {
+        } else if let Some(place) = more.get_mut(kept) {
             *place = event;
             kept += 1;
         }
     }
-    found + kept
+    given.len() + kept
 }

@@ -2,8 +2,8 @@
 
 use super::news::{is_marked, leave};
 use super::report::{
-    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, must_move, rings_have_some,
-    strip,
+    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, merge, must_move,
+    rings_have_some, strip,
 };
 use super::*;
 use crate::poll::Deadline;
@@ -172,7 +172,8 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
     of_rings(epoll, epfd, guard, events, found)
 }
 
-/// What the rings have, behind the first `kept` events, which the kernel gave, and what it says of those that turn out to have left.
+/// What the rings have, behind the first `kept` events, which the kernel gave. What turns out to have left is followed, and told of in
+/// the same call: by the kernel, or by the ring that it has not read to the end.
 fn of_rings(
     epoll: &Epoll,
     epfd: c_int,
@@ -180,13 +181,20 @@ fn of_rings(
     events: &mut [epoll_event],
     kept: usize,
 ) -> usize {
-    let found = collect(epoll, &guard, events, kept, Look::to_take(epoll, false));
+    let look = Look::to_take(epoll, false);
+    let mut found = collect(epoll, &guard, events, kept, look);
     let has_leaver = std::mem::take(&mut guard.state().has_leaver);
     drop(guard);
-    match has_leaver && follow_leavers(epoll) {
-        true => ask_again(epoll, epfd, events, found),
-        false => found,
+    if has_leaver {
+        if follow_leavers(epoll) {
+            found = ask_again(epoll, epfd, events, found);
+        }
+        if let Some(guard) = take(epoll) {
+            let all = collect(epoll, &guard, events, found, look);
+            found = merge(events, found, all);
+        }
     }
+    found
 }
 
 /// Sleeps in the kernel. `None`: look again.
