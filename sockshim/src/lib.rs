@@ -16,8 +16,8 @@
 extern crate core as std;
 
 use rdsock_core::{
-    address, clock, conn, demote, end, epoll, fds, hidden, identity, io, known, limits, numbers,
-    poll, rest, signals, stream, sys, tcp_info, tenant, wait,
+    address, clock, conn, deadline, demote, end, epoll, fds, hidden, identity, io, known, limits,
+    numbers, poll, rest, signals, stream, sys, tcp_info, tenant, wait,
 };
 
 #[macro_use]

@@ -20,6 +20,7 @@ extern crate core as std;
 pub mod address;
 pub mod clock;
 pub mod conn;
+pub mod deadline;
 pub mod demote;
 pub mod end;
 pub mod epoll;

@@ -1,6 +1,7 @@
 //! `poll`, `select` and their kin over any mix of fds.
 
 use crate::conn::{self, Kind, Use};
+use crate::deadline::Deadline;
 use crate::end::End;
 use crate::signals::Mask;
 use crate::{clock, demote, epoll, io, limits, ready, sys, tenant, wait};
@@ -24,67 +25,6 @@ const NOBODY: pollfd = pollfd {
 const STEP_NS: u64 = 1_000_000;
 
 static SCORE: AtomicU32 = AtomicU32::new(conn::FULL_SCORE);
-
-/// Time left until a deadline.
-#[derive(Clone, Copy, Debug)]
-pub struct Deadline(Option<u64>);
-
-impl Deadline {
-    /// From now; `None` waits for ever.
-    pub fn after(nanoseconds: Option<u64>) -> Self {
-        Deadline(nanoseconds.map(|ns| {
-            if ns == 0 {
-                0
-            } else {
-                clock::nanoseconds().saturating_add(ns)
-            }
-        }))
-    }
-
-    /// True when there was nothing to wait for to begin with.
-    pub fn is_now(self) -> bool {
-        self.0 == Some(0)
-    }
-
-    /// Nanoseconds left; `None` is for ever.
-    pub fn left(self) -> Option<u64> {
-        self.0.map(|at| {
-            if at == 0 {
-                0
-            } else {
-                at.saturating_sub(clock::nanoseconds())
-            }
-        })
-    }
-
-    /// As a `timespec`.
-    pub fn left_timespec(self) -> Option<timespec> {
-        self.left().map(|ns| timespec {
-            tv_sec: (ns / 1_000_000_000) as i64,
-            tv_nsec: (ns % 1_000_000_000) as i64,
-        })
-    }
-}
-
-/// Nanoseconds of a `timespec`; `None` for ever. A negated error number for one that the kernel refuses.
-///
-/// # Safety
-/// `limit` is null or valid.
-pub unsafe fn nanoseconds_of(limit: *const timespec) -> Result<Option<u64>, c_int> {
-    if limit.is_null() {
-        return Ok(None);
-    }
-    // SAFETY: the caller vouches for it.
-    let limit = unsafe { &*limit };
-    if limit.tv_sec < 0 || !(0..1_000_000_000).contains(&limit.tv_nsec) {
-        return Err(-libc::EINVAL);
-    }
-    Ok(Some(
-        (limit.tv_sec as u64)
-            .saturating_mul(1_000_000_000)
-            .saturating_add(limit.tv_nsec as u64),
-    ))
-}
 
 fn on_rings(fd: c_int) -> Option<Use> {
     let held = conn::of(fd)?;
@@ -264,7 +204,7 @@ pub unsafe fn ppoll(
         spins: ours,
         mask: Mask::new(mask),
     };
-    let result = work.wait(Deadline::after(ns));
+    let result = wait::for_any(&mut work, Deadline::after(ns), false);
     if let Some(at) = mapped {
         // SAFETY: the copy is not used any more.
         unsafe { sys::unmap(at, all) };
@@ -272,31 +212,9 @@ pub unsafe fn ppoll(
     result
 }
 
-impl Work<'_> {
-    fn wait(&mut self, deadline: Deadline) -> c_int {
-        let mut has_slept = false;
-        loop {
-            let mut found = self.look();
-            if found == 0 && has_slept {
-                self.mask.hold();
-            }
-            if found == 0 && self.spins && !deadline.is_now() {
-                wait::spin(&SCORE, || {
-                    found = self.look();
-                    found != 0
-                });
-            }
-            if found != 0 {
-                return found as c_int;
-            }
-            if deadline.left() == Some(0) {
-                return self.last_look();
-            }
-            if let Some(result) = self.sleep(deadline) {
-                return result;
-            }
-            has_slept = true;
-        }
+impl wait::Many for Work<'_> {
+    fn score(&self) -> Option<&'static AtomicU32> {
+        self.spins.then_some(&SCORE)
     }
 
     /// What the rings have, and now and then what the kernel has.
@@ -324,7 +242,6 @@ impl Work<'_> {
     /// The kernel's own fds and the anchors once more, since they may not have been asked just now, with
     /// the program's signal mask.
     fn last_look(&mut self) -> c_int {
-        tenant::stay_attached();
         let rings = if self.ask_anchors() {
             look(self.fds, false).0
         } else {
@@ -348,60 +265,12 @@ impl Work<'_> {
         (rings + self.merge(got)) as c_int
     }
 
-    /// True when one of the anchors has something to say that was not looked at: a peer that was killed, or of whose last close
-    /// nobody has told, says nothing else. They are asked by one call, where a look is due, of those that have nothing or room
-    /// alone for a program that waits for input as well.
-    fn ask_anchors(&mut self) -> bool {
-        let mut due = false;
-        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
-            let may_end = from.revents & !ready::OUT == 0
-                && (from.revents == 0 || from.events & (ready::IN | POLLRDHUP) != 0);
-            let held = on_rings(from.fd).filter(|held| may_end && io::look_is_due(held));
-            due |= held.is_some();
-            *to = pollfd {
-                fd: if held.is_some() { from.fd } else { -1 },
-                events: POLLIN | POLLRDHUP,
-                revents: 0,
-            };
-        }
-        if !due || sys::poll_now(self.copy) <= 0 {
-            return false;
-        }
-        for seen in self.copy.iter().filter(|seen| seen.revents != 0) {
-            if let Some(held) = on_rings(seen.fd) {
-                held.conn.look.store(1, Relaxed);
-            }
-        }
-        true
-    }
-
-    /// Prepares to ask the kernel about all that are not on rings.
-    fn ask(&mut self) {
-        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
-            *to = pollfd {
-                fd: if is_ours(from.fd) { -1 } else { from.fd },
-                events: from.events,
-                revents: 0,
-            };
-        }
-    }
-
-    /// Takes over what the kernel has said; how many have a result.
-    fn merge(&mut self, got: isize) -> usize {
-        if got <= 0 {
-            return 0;
-        }
-        for (to, from) in self.fds.iter_mut().zip(self.copy.iter()) {
-            if from.fd >= 0 {
-                to.revents = from.revents;
-            }
-        }
-        got as usize
+    fn hold(&mut self) {
+        self.mask.hold();
     }
 
     /// Sleeps in the kernel on all fds. `None`: look again.
     fn sleep(&mut self, deadline: Deadline) -> Option<c_int> {
-        tenant::stay_attached();
         let Some(in_steps) = self.enter() else {
             self.leave();
             wait::give_way();
@@ -409,7 +278,7 @@ impl Work<'_> {
         };
         let mut result = None;
         let greeting = tenant::greeting();
-        if in_steps || greeting.is_some() {
+        if in_steps {
             self.mask.hold();
         }
         let awake = look(self.fds, true).0 != 0;
@@ -460,6 +329,59 @@ impl Work<'_> {
             }
         }
         (found != 0).then_some(found as c_int)
+    }
+}
+
+impl Work<'_> {
+    /// True when one of the anchors has something to say that was not looked at: a peer that was killed, or of whose last close
+    /// nobody has told, says nothing else. They are asked by one call, where a look is due, of those that have nothing or room
+    /// alone for a program that waits for input as well.
+    fn ask_anchors(&mut self) -> bool {
+        let mut due = false;
+        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
+            let may_end = from.revents & !ready::OUT == 0
+                && (from.revents == 0 || from.events & (ready::IN | POLLRDHUP) != 0);
+            let held = on_rings(from.fd).filter(|held| may_end && io::look_is_due(held));
+            due |= held.is_some();
+            *to = pollfd {
+                fd: if held.is_some() { from.fd } else { -1 },
+                events: POLLIN | POLLRDHUP,
+                revents: 0,
+            };
+        }
+        if !due || sys::poll_now(self.copy) <= 0 {
+            return false;
+        }
+        for seen in self.copy.iter().filter(|seen| seen.revents != 0) {
+            if let Some(held) = on_rings(seen.fd) {
+                held.conn.look.store(1, Relaxed);
+            }
+        }
+        true
+    }
+
+    /// Prepares to ask the kernel about all that are not on rings.
+    fn ask(&mut self) {
+        for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
+            *to = pollfd {
+                fd: if is_ours(from.fd) { -1 } else { from.fd },
+                events: from.events,
+                revents: 0,
+            };
+        }
+    }
+
+    /// Takes over what the kernel has said; how many have a result.
+    fn merge(&mut self, got: isize) -> usize {
+        if got <= 0 {
+            return 0;
+        }
+        for (to, from) in self.fds.iter_mut().zip(self.copy.iter()) {
+            if from.fd >= 0 {
+                to.revents = from.revents;
+            }
+        }
+        got as usize
     }
 
     /// Counts the caller in at every stream, and prepares what the kernel is asked. True when it

@@ -2,11 +2,11 @@
 //! send waits for room behind that, and a blocking receive that is the kernel's sends it on meanwhile, since nobody else may.
 //! A call that must not wait does not wait here.
 
-use crate::conn::{self, Use};
+use crate::conn::Use;
+use crate::deadline::Deadline;
 use crate::end::End;
-use crate::poll::Deadline;
 use crate::signals::{Ended, Held, Interrupted};
-use crate::{limits, sys, tenant, wait};
+use crate::{sys, tenant, wait};
 use libc::{POLLIN, POLLOUT, POLLRDHUP, c_int};
 use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::Counter;
@@ -25,7 +25,7 @@ pub fn for_room(end: &End<'_>, held: &Use, flags: c_int, partial: bool) -> Resul
         return Err(AGAIN);
     }
     let shut = &end.shared.tx().shut;
-    let limit = limit(end, libc::SO_SNDTIMEO);
+    let limit = Deadline::after(wait::limit_of(end.socket.wait_fd(), libc::SO_SNDTIMEO));
     sleep(end, held, POLLOUT, shut, limit, hold(limit, partial)).map(drop)
 }
 
@@ -33,7 +33,7 @@ pub fn for_room(end: &End<'_>, held: &Use, flags: c_int, partial: bool) -> Resul
 #[cold]
 pub fn for_bytes(end: &End<'_>, held: &Use, waits: bool) -> Result<(), isize> {
     let fd = end.socket.wait_fd();
-    let limit = limit(end, libc::SO_RCVTIMEO);
+    let limit = Deadline::after(wait::limit_of(fd, libc::SO_RCVTIMEO));
     let mut signals = None;
     loop {
         end.send_rest();
@@ -47,14 +47,6 @@ pub fn for_bytes(end: &End<'_>, held: &Use, waits: bool) -> Result<(), isize> {
         let events = POLLIN | POLLRDHUP | POLLOUT;
         signals = Some(sleep(end, held, events, shut, limit, held_back)?);
     }
-}
-
-/// How long the program lets such a call wait.
-fn limit(end: &End<'_>, name: c_int) -> Deadline {
-    let value: Option<libc::timeval> =
-        sys::getsockopt(end.socket.wait_fd(), libc::SOL_SOCKET, name);
-    let us = value.map_or(0, |value| value.tv_sec * 1_000_000 + value.tv_usec);
-    Deadline::after((us > 0).then_some(us as u64 * 1000))
 }
 
 /// Signals from now on, as they end such a call.
@@ -79,9 +71,7 @@ fn sleep(
     let (fd, stream) = (end.socket.wait_fd(), end.shared);
     tenant::stay_attached();
     tenant::count(Counter::Sleeps);
-    // What another thread or process does, its shutdown say, leaves no trace on the anchor.
-    let alone = conn::is_single_threaded() && held.conn.shared.load(Relaxed) == 0;
-    let slice = (!alone).then(|| limits::SLICE_MS.get() * 1_000_000);
+    let slice = wait::slice(held);
     loop {
         let ns = [deadline.left(), slice].into_iter().flatten().min();
         signals = match signals.wait(fd, events, ns) {

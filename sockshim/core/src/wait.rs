@@ -4,6 +4,7 @@
 
 use crate::clock;
 use crate::conn::{self, Conn, Kind, Use};
+use crate::deadline::Deadline;
 use crate::end::End;
 use crate::signals::{self, Ended};
 use crate::{limits, stream, sys, tenant};
@@ -77,6 +78,62 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
                 return ready();
             }
         }
+    }
+}
+
+/// A call that waits for any of many things: `poll`, `select` and `epoll_wait`.
+pub trait Many {
+    /// What has learnt whether spinning pays for it; `None` where nothing is on rings.
+    fn score(&self) -> Option<&'static AtomicU32>;
+
+    /// What there is now, as a number of results.
+    fn look(&mut self) -> usize;
+
+    /// The same before anything else, where that is worth it.
+    fn first_look(&mut self, _: Deadline) -> usize {
+        self.look()
+    }
+
+    /// A signal that comes from now on ends the call, whatever it does then.
+    fn hold(&mut self);
+
+    /// What there is when the time is up, asked with the program's signal mask. A negated error number.
+    fn last_look(&mut self) -> c_int;
+
+    /// Asks all for a sign and sleeps in the kernel. A result, or `None`: look again.
+    fn sleep(&mut self, deadline: Deadline) -> Option<c_int>;
+}
+
+/// Waits until there is something, or the time is up. `has_slept`: the call has slept before.
+pub fn for_any(call: &mut impl Many, deadline: Deadline, mut has_slept: bool) -> c_int {
+    loop {
+        let mut found = call.first_look(deadline);
+        if found == 0 && has_slept {
+            call.hold();
+        }
+        if found == 0
+            && !deadline.is_now()
+            && let Some(score) = call.score()
+        {
+            spin(score, || {
+                found = call.look();
+                found != 0
+            });
+        }
+        if found != 0 {
+            return found as c_int;
+        }
+        tenant::stay_attached();
+        if deadline.left() == Some(0) {
+            return call.last_look();
+        }
+        if tenant::greeting().is_some() {
+            call.hold();
+        }
+        if let Some(result) = call.sleep(deadline) {
+            return result;
+        }
+        has_slept = true;
     }
 }
 
@@ -193,8 +250,8 @@ pub struct Waits {
     began: u64,
     /// The program's time limit, once it was asked for.
     limit: Option<u64>,
-    /// True once a sleep must not be long, since what ends the wait may leave no trace on the anchor.
-    sliced: bool,
+    /// The longest sleep, once it was asked for.
+    slice: Option<u64>,
 }
 
 /// What a call waits for.
@@ -233,7 +290,7 @@ impl Waits {
             For::Space => {
                 self.ask_limits(held, fd, what);
                 let other = limit_of(fd, libc::SO_RCVTIMEO);
-                self.limit.is_none() && !self.sliced && other.is_none()
+                self.limit.is_none() && self.slice.is_none() && other.is_none()
             }
         };
         if !own_sleep {
@@ -249,9 +306,7 @@ impl Waits {
                 For::Space => libc::SO_SNDTIMEO,
             },
         );
-        // Another thread's (or process's) shutdown leaves no trace on the anchor.
-        self.sliced = what == For::Space
-            && (!conn::is_single_threaded() || held.conn.shared.load(Relaxed) != 0);
+        self.slice = slice(held).filter(|_| what == For::Space);
     }
 
     /// Holds signals back from now on.
@@ -301,8 +356,15 @@ impl Waits {
     }
 }
 
+/// The longest sleep, in nanoseconds, of a call that what another thread or process does may have to end: its shutdown, say, leaves no
+/// trace on the anchor. `None`: there is no other one.
+pub fn slice(held: &Use) -> Option<u64> {
+    let alone = conn::is_single_threaded() && held.conn.shared.load(Relaxed) == 0;
+    (!alone).then(|| limits::SLICE_MS.get() * 1_000_000)
+}
+
 /// A time limit of the program, in nanoseconds.
-fn limit_of(fd: c_int, name: c_int) -> Option<u64> {
+pub fn limit_of(fd: c_int, name: c_int) -> Option<u64> {
     let value: libc::timeval = sys::getsockopt(fd, libc::SOL_SOCKET, name)?;
     let ns = (value.tv_sec as u64)
         .saturating_mul(1_000_000_000)
@@ -348,10 +410,7 @@ impl Sleep<'_> {
         let result = match &waits.held {
             _ if is_ready() => 1,
             None => peek(fd),
-            Some(_) => {
-                let slice = waits.sliced.then(|| limits::SLICE_MS.get() * 1_000_000);
-                waits.sleep(fd, libc::POLLIN, slice)
-            }
+            Some(_) => waits.sleep(fd, libc::POLLIN, waits.slice),
         };
         drop(sleeper);
         if result > 0 && !suffices() {

@@ -1,7 +1,7 @@
 //! `epoll_create`, `epoll_ctl`, `epoll_wait` and their kin: what they do when a connection is
 //! registered is in [`crate::epoll`].
 
-use crate::poll::nanoseconds_of;
+use crate::deadline::nanoseconds_of;
 use crate::real::{asked, told};
 use crate::{epoll, identity, numbers, real};
 use libc::{c_int, epoll_event, sigset_t, timespec};

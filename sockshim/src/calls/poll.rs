@@ -1,7 +1,8 @@
 //! `poll`, `select` and their kin: what they do when a connection is among the fds is in
 //! [`crate::poll`].
 
-use crate::poll::{self, Sets, nanoseconds_of};
+use crate::deadline::{Deadline, nanoseconds_of};
+use crate::poll::{self, Sets};
 use crate::real::told;
 use crate::{conn, real, sys, tenant, wait};
 use libc::{c_int, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
@@ -74,7 +75,7 @@ pub unsafe fn select(
     let ns = (limit.tv_sec as u64)
         .saturating_mul(1_000_000_000)
         .saturating_add(limit.tv_usec as u64 * 1000);
-    let deadline = poll::Deadline::after(Some(ns));
+    let deadline = Deadline::after(Some(ns));
     // SAFETY: no mask.
     let result = told(unsafe { sets.select(Some(ns), std::ptr::null()) });
     // Linux says how much time was left.

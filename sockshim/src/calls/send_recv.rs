@@ -3,8 +3,8 @@
 
 use super::transfer::{IOV_MAX, one, receive, transmit};
 use crate::conn::{self, Kind};
+use crate::deadline::{Deadline, nanoseconds_of};
 use crate::known::TCP_INQ;
-use crate::poll::{self, nanoseconds_of};
 use crate::tcp_info::TcpInfo;
 use crate::{demote, handing_over, io, numbers, real, sys};
 use libc::{
@@ -225,7 +225,7 @@ pub unsafe fn recvmmsg(
         }
         let mut flags = flags;
         let end = match nanoseconds_of(limit) {
-            Ok(limit) => poll::Deadline::after(limit),
+            Ok(limit) => Deadline::after(limit),
             Err(error) => return real::told(error),
         };
         for i in 0..count.min(1024) as usize {

@@ -6,7 +6,7 @@ use super::report::{
     rings_have_some, strip,
 };
 use super::*;
-use crate::poll::Deadline;
+use crate::deadline::Deadline;
 use crate::ready;
 use crate::signals::Mask;
 use libc::{sigset_t, timespec};
@@ -46,7 +46,7 @@ pub unsafe fn wait_on(
 }
 
 fn wait_as_asked(
-    epoll: &Epoll,
+    epoll: &'static Epoll,
     epfd: c_int,
     events: &mut [epoll_event],
     deadline: Deadline,
@@ -57,7 +57,13 @@ fn wait_as_asked(
     epoll.sleepers.fetch_add(1, SeqCst);
     if epoll.streams.load(SeqCst) != 0 || tenant::greeting().is_some() {
         count_out(epoll);
-        return wait(epoll, epfd, events, deadline, mask, false);
+        let mut wait = Wait {
+            epoll,
+            epfd,
+            events,
+            mask,
+        };
+        return wait::for_any(&mut wait, deadline, false);
     }
     // A stream may come while this sleeps: then its sign is among the events.
     let got = kernel();
@@ -73,7 +79,13 @@ fn wait_as_asked(
     if found != 0 {
         return found as c_int;
     }
-    wait(epoll, epfd, events, deadline, mask, true)
+    let mut wait = Wait {
+        epoll,
+        epfd,
+        events,
+        mask,
+    };
+    wait::for_any(&mut wait, deadline, true)
 }
 
 /// A thread that sleeps no more. It may have slept on the one that had this place before.
@@ -88,61 +100,63 @@ fn now(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], kept: usize) -> u
     take(epoll).map_or(kept, |guard| of_rings(epoll, epfd, guard, events, kept))
 }
 
-/// The wait on an instance that holds streams. `has_slept`: the call has slept before.
-fn wait(
-    epoll: &Epoll,
+/// A call that waits on an instance that holds streams.
+struct Wait<'a> {
+    epoll: &'static Epoll,
     epfd: c_int,
-    events: &mut [epoll_event],
-    deadline: Deadline,
-    mask: &mut Mask,
-    mut has_slept: bool,
-) -> c_int {
-    loop {
-        // Else the sleep asks the kernel.
-        let mut found = 0;
-        if deadline.is_now() || rings_have_some(epoll) {
-            found = gather(epoll, epfd, events);
-        }
-        if found == 0 && (has_slept || tenant::greeting().is_some()) {
-            mask.hold();
-        }
-        if found == 0 && !deadline.is_now() {
-            wait::spin(&epoll.score, || {
-                found = gather(epoll, epfd, events);
-                found != 0
-            });
-        }
-        if found != 0 {
-            return found as c_int;
-        }
-        if deadline.left() == Some(0) {
-            return last_look(epoll, epfd, events, mask);
-        }
-        if let Some(result) = sleep(epoll, epfd, events, deadline, mask) {
-            return result;
-        }
-        has_slept = true;
-    }
+    events: &'a mut [epoll_event],
+    mask: &'a mut Mask,
 }
 
-/// The time is up: the kernel's fds, with the program's signal mask, and the rings once more.
-fn last_look(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], mask: &Mask) -> c_int {
-    tenant::stay_attached();
-    follow_leavers(epoll);
-    let mut found = 0;
-    if !mask.is_given() {
-        found = ask_kernel(epoll, epfd, events);
-    } else {
-        let got = kernel_wait(epfd, events, Deadline::after(Some(0)), mask);
-        if got < 0 {
-            return got;
+impl wait::Many for Wait<'_> {
+    fn score(&self) -> Option<&'static AtomicU32> {
+        Some(&self.epoll.score)
+    }
+
+    fn first_look(&mut self, deadline: Deadline) -> usize {
+        // Else the sleep asks the kernel.
+        match deadline.is_now() || rings_have_some(self.epoll) {
+            true => self.look(),
+            false => 0,
         }
-        found += strip(epoll, events, got as usize).0;
     }
-    if found == 0 {
-        found = now(epoll, epfd, events, 0);
+
+    fn look(&mut self) -> usize {
+        gather(self.epoll, self.epfd, self.events)
     }
-    found as c_int
+
+    fn hold(&mut self) {
+        self.mask.hold();
+    }
+
+    /// The kernel's fds, with the program's signal mask, and the rings once more.
+    fn last_look(&mut self) -> c_int {
+        let Wait {
+            epoll,
+            epfd,
+            events,
+            mask,
+        } = self;
+        follow_leavers(epoll);
+        let mut found = 0;
+        if !mask.is_given() {
+            found = ask_kernel(epoll, *epfd, events);
+        } else {
+            let got = kernel_wait(*epfd, events, Deadline::after(Some(0)), mask);
+            if got < 0 {
+                return got;
+            }
+            found += strip(epoll, events, got as usize).0;
+        }
+        if found == 0 {
+            found = now(epoll, *epfd, events, 0);
+        }
+        found as c_int
+    }
+
+    fn sleep(&mut self, deadline: Deadline) -> Option<c_int> {
+        sleep(self.epoll, self.epfd, self.events, deadline, self.mask)
+    }
 }
 
 /// What the rings have, and now and then what the kernel has. Where the kernel has filled the room, the rings come first next time.
@@ -205,7 +219,6 @@ fn sleep(
     deadline: Deadline,
     mask: &Mask,
 ) -> Option<c_int> {
-    tenant::stay_attached();
     epoll.sleepers.fetch_add(1, SeqCst);
     let bell = take(epoll).and_then(|guard| guard.state().bell);
     if let Some((_, bell)) = bell {
