@@ -468,6 +468,10 @@ impl Rights {
         passport: &Passport,
         own: Option<u64>,
     ) -> Result<Announced, Refused> {
+        // What was found may be of an earlier use of the record: who announces it twice at once has both looked at.
+        if held.cookie != claim.cookie {
+            return Err(Reason::Unverified.into());
+        }
         let own = own.ok_or(Reason::OtherNamespace)?;
         let located = self.namespaces.locate(claim.netns_cookie, own);
         let (netns, diag) = located.ok_or(Reason::OtherNamespace)?;
@@ -638,6 +642,55 @@ mod tests {
         connect(other.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
         assert_eq!(listener.accept().unwrap().1, from);
         assert!(!is_other_end(&diag, cookie_of_ours, names));
+    }
+
+    /// Inodes come again, and a look may be of an earlier use of the record.
+    #[test]
+    fn an_announcement_is_of_the_very_socket_that_was_found() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        use std::net::{TcpListener, TcpStream};
+        use std::os::unix::fs::MetadataExt;
+        let pair = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        );
+        let passport = Passport {
+            peer: Arc::new(Peer::of(&pair.unwrap().0).unwrap()),
+            program: Program::default(),
+            seen: None,
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let link = format!("/proc/self/fd/{}", stream.as_raw_fd());
+        let held = Held {
+            cookie: cookie_of(stream.as_fd()).unwrap(),
+            inode: std::fs::metadata(link).unwrap().ino(),
+            shared: false,
+        };
+        let claim = Claim {
+            conn: Conn {
+                tenant: 1,
+                number: 2,
+                generation: 3,
+            },
+            fd: stream.as_raw_fd(),
+            cookie: held.cookie,
+            netns_cookie: netns_cookie_of(stream.as_fd()).unwrap_or(0),
+            local: stream.local_addr().unwrap(),
+            peer: stream.peer_addr().unwrap(),
+            role: Role::Active,
+            maybe_shared: false,
+        };
+        let rights = Rights::new(Namespaces::new().unwrap());
+        let own = crate::process::netns_inode(std::process::id() as i32).ok();
+        assert!(rights.announced(&claim, held, &passport, own).is_ok());
+        let another = Held {
+            cookie: held.cookie + 1,
+            ..held
+        };
+        assert!(rights.announced(&claim, another, &passport, own).is_err());
     }
 
     /// Another user may have the port of the other family.
