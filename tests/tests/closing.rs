@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use rdsock_tests::{Daemon, Folder, Program, Running};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -96,4 +97,66 @@ fn a_forked_childs_connection_stays_registered_as_on_linux() {
             assert_eq!(events, "1 events", "{daemon:?}");
         }
     }
+}
+
+/// More connections than the queue to the daemon has places, which go all at once while it reads nothing.
+const MANY: usize = 300;
+
+/// Opens so many connections to itself, sends on each now and then, and closes all but one when it is told. It lives on, and uses that.
+const CLOSER: &str = r#"
+import signal, socket, sys, time
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+pairs = []
+for _ in range(int(sys.argv[1])):
+    one = socket.create_connection(listener.getsockname())
+    pairs.append((one, listener.accept()[0]))
+def talk(one, other):
+    one.sendall(b"x"); other.recv(1)
+    other.sendall(b"y"); one.recv(1)
+print("open", flush=True)
+while not told:
+    for pair in pairs:
+        talk(*pair)
+    time.sleep(0.02)
+while len(pairs) > 1:
+    for end in pairs.pop():
+        end.close()
+print("closed", flush=True)
+pairs[0][0].settimeout(0.02)
+while True:
+    talk(*pairs[0])
+    try:
+        pairs[0][0].recv(1)
+    except TimeoutError:
+        pass
+"#;
+
+/// The daemon is told of each, by and by: what it has for a connection goes while the program lives.
+#[test]
+fn a_daemon_that_was_busy_is_told_of_all_that_was_closed() {
+    let mut daemon = Daemon::start("ring_size = 65536\nhuge_pages = \"never\"");
+    let folder = Folder::new();
+    let program = Program::new("python3", folder.path())
+        .arg("-c")
+        .arg(CLOSER)
+        .arg(MANY.to_string())
+        .preloaded(&daemon.socket());
+    let mut program = program.start();
+    program.wait_for_output("open", LIMIT);
+    let wait_for_streams = |daemon: &Daemon, count: u64| {
+        let start = std::time::Instant::now();
+        while daemon.number("/streams_now") != count {
+            let streams = daemon.number("/streams_now");
+            assert!(start.elapsed() < LIMIT, "{streams} streams, not {count}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    wait_for_streams(&daemon, MANY as u64);
+    daemon.running().signal(Signal::SIGSTOP);
+    program.signal(Signal::SIGUSR1);
+    program.wait_for_output("closed", LIMIT);
+    daemon.running().signal(Signal::SIGCONT);
+    wait_for_streams(&daemon, 1);
 }

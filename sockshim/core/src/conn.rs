@@ -53,12 +53,27 @@ pub mod phase {
     pub const NEVER: u32 = 4;
 }
 
+/// What a place in the pool is.
+mod place {
+    pub const FREE: u32 = 0;
+    pub const IN_USE: u32 = 1;
+    /// Being taken down.
+    pub const GOING: u32 = 2;
+    /// Being set up.
+    pub const COMING: u32 = 3;
+    /// Taken down, and the daemon could not be told yet.
+    pub const UNTOLD: u32 = 4;
+}
+
 /// One TCP socket of this process, under one or more fds.
 #[repr(align(128))]
 #[derive(Debug)]
 pub struct Conn {
-    /// 0 free, 3 being set up, 1 in use, 2 being taken down.
+    /// One of [`place`].
     occupied: AtomicU32,
+    /// The stream that it had, and its end there, while the daemon is still to be told: [`place::UNTOLD`].
+    closed_stream: AtomicU64,
+    closed_end: AtomicU32,
     /// Entries of the fd table.
     pub refs: AtomicU32,
     /// Calls that use it now.
@@ -253,6 +268,8 @@ pub struct Connections {
     high: AtomicU32,
     /// 1 when none is tracked any more.
     forgotten: AtomicU32,
+    /// Places that are [`place::UNTOLD`].
+    untold: AtomicU32,
 }
 
 impl Connections {
@@ -264,6 +281,7 @@ impl Connections {
             next: AtomicU32::new(0),
             high: AtomicU32::new(0),
             forgotten: AtomicU32::new(0),
+            untold: AtomicU32::new(0),
         }
     }
 
@@ -280,7 +298,10 @@ impl Connections {
             for step in 0..there {
                 let index = (start + step) % there;
                 let occupied = &self.at(index)?.occupied;
-                if occupied.compare_exchange(0, 3, AcqRel, Relaxed).is_ok() {
+                if occupied
+                    .compare_exchange(place::FREE, place::COMING, AcqRel, Relaxed)
+                    .is_ok()
+                {
                     self.next.store((index + 1) as u32, Relaxed);
                     self.high.fetch_max((index + 1) as u32, Relaxed);
                     return Some(index);
@@ -288,6 +309,25 @@ impl Connections {
             }
             self.pool.make(there, CONN_PIECE)?;
             self.there.fetch_max((there + CONN_PIECE) as u32, AcqRel);
+        }
+    }
+
+    /// See [`tell_untold`].
+    fn tell_untold(&self, mut tell: impl FnMut(usize, &Conn, Option<(u64, u32)>) -> bool) {
+        for index in 0..self.high() {
+            let Some(conn) = self.at(index) else { continue };
+            if conn.occupied.load(Acquire) != place::UNTOLD {
+                continue;
+            }
+            let stream = match conn.closed_stream.load(Relaxed) {
+                0 => None,
+                id => Some((id, conn.closed_end.load(Relaxed))),
+            };
+            if !tell(index, conn, stream) {
+                return;
+            }
+            self.untold.fetch_sub(1, Relaxed);
+            conn.occupied.store(place::FREE, Release);
         }
     }
 
@@ -364,7 +404,7 @@ pub fn make(fd: c_int, born: u32) -> Option<usize> {
     let conn = at(index)?;
     conn.refs.store(1, Relaxed);
     // From now on who uses it sees that it has an fd, and does not free it.
-    conn.occupied.store(1, Release);
+    conn.occupied.store(place::IN_USE, Release);
     conn.born.store(born, Relaxed);
     conn.fd.store(fd, Relaxed);
     for word in [
@@ -435,32 +475,55 @@ fn free(index: usize, conn: &Conn) {
     // One of several that come here at once does it.
     if conn
         .occupied
-        .compare_exchange(1, 2, AcqRel, Relaxed)
+        .compare_exchange(place::IN_USE, place::GOING, AcqRel, Relaxed)
         .is_err()
     {
         return;
     }
     // The entry may have been given out again since the caller saw it unused.
     if conn.refs.load(SeqCst) != 0 || conn.users.load(SeqCst) != 0 {
-        conn.occupied.store(1, Release);
+        conn.occupied.store(place::IN_USE, Release);
         return;
     }
     let phase = conn.phase.swap(phase::NEVER, AcqRel);
     conn.fd.store(-1, Relaxed);
     conn.state.store(State::Kernel as u32, Relaxed);
     conn.show(index);
-    match phase {
+    let is_told = match phase {
         phase::MAPPED => {
             // SAFETY: it was MAPPED, no fd leads here and no call uses it: nobody else reads it.
             let stream = unsafe { (*conn.stream.get()).assume_init_read() };
-            crate::tenant::stream_closed(index, conn, &stream);
+            conn.closed_stream.store(stream.id, Relaxed);
+            conn.closed_end.store(stream.end_number(), Relaxed);
+            let is_told = crate::tenant::stream_closed(index, conn, &stream);
             stream.unmap();
+            is_told
         }
         // Whatever it is here: who kept it on the kernel may have been a `vfork` child, which tells the daemon nothing.
-        _ if conn.cookie.load(Relaxed) != 0 => crate::tenant::withdraw(index, conn),
-        _ => {}
+        _ if conn.cookie.load(Relaxed) != 0 => {
+            conn.closed_stream.store(0, Relaxed);
+            crate::tenant::withdraw(index, conn)
+        }
+        _ => true,
+    };
+    if is_told {
+        conn.occupied.store(place::FREE, Release);
+    } else {
+        conn.occupied.store(place::UNTOLD, Release);
+        PROCESS.connections.untold.fetch_add(1, Release);
     }
-    conn.occupied.store(0, Release);
+}
+
+/// Has the daemon to be told of connections that were closed?
+#[inline]
+pub fn has_untold() -> bool {
+    PROCESS.connections.untold.load(Relaxed) != 0
+}
+
+/// Tells of each connection of which the daemon could not be told, until `tell` says that it can't be now: with its number, and the
+/// stream and end that it had. The tenant's lock is held.
+pub fn tell_untold(tell: impl FnMut(usize, &Conn, Option<(u64, u32)>) -> bool) {
+    PROCESS.connections.tell_untold(tell);
 }
 
 /// One more than the highest connection number ever used.
@@ -523,5 +586,37 @@ mod tests {
         let conn = connections.at(index).unwrap();
         free(index, conn);
         assert_ne!(conn.occupied.load(Relaxed), 0, "it is given out once more");
+    }
+
+    #[test]
+    fn what_the_daemon_could_not_be_told_of_is_told_once() {
+        let connections = Connections::new();
+        let places: Vec<usize> = (0..4).filter_map(|_| connections.take_free()).collect();
+        for index in [1, 2, 3] {
+            let conn = connections.at(places[index]).unwrap();
+            conn.closed_stream.store(10 * index as u64, Relaxed);
+            conn.occupied.store(place::UNTOLD, Relaxed);
+            connections.untold.fetch_add(1, Relaxed);
+        }
+        let mut told = Vec::new();
+        let mut tell = |most| {
+            connections.tell_untold(|index, _, stream| {
+                let may = told.len() < most;
+                if may {
+                    told.push((index, stream));
+                }
+                may
+            });
+            told.clone()
+        };
+        // There is room for one, and later for all.
+        assert_eq!(tell(1), [(places[1], Some((10, 0)))]);
+        assert_eq!(tell(9).len(), 3);
+        assert_eq!(tell(9).len(), 3);
+        assert_eq!(connections.untold.load(Relaxed), 0);
+        assert_eq!(
+            connections.at(places[0]).unwrap().occupied.load(Relaxed),
+            place::COMING
+        );
     }
 }

@@ -6,7 +6,7 @@ use super::listeners::tell_all;
 use super::lock::Guard;
 use super::memory::{self, make_memory, may_write};
 use super::messages::{await_message, read_messages, send_with};
-use super::requests::empty_queue;
+use super::requests::{empty_queue, tell_untold};
 use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
@@ -63,6 +63,9 @@ pub fn ensure() {
 /// where the program makes a system call that is rare or may sleep, never where bytes move over rings.
 #[inline]
 pub fn stay_attached() {
+    if conn::has_untold() {
+        tell_untold();
+    }
     let now = clock::ticks();
     let since = now.wrapping_sub(link().looked_at.load(Relaxed));
     let pause = match link().greeting.load(Relaxed) {

@@ -6,7 +6,7 @@ use super::link::link;
 use super::lock::Guard;
 use super::memory::{self, record};
 use super::messages::{await_message, read_messages, send_with};
-use super::requests::{blank, put};
+use super::requests::{blank, forget_untold, put};
 use super::{ask, listeners};
 use crate::conn::{self, phase};
 use crate::hidden::close_hidden;
@@ -96,6 +96,7 @@ pub fn after_fork_in_child() {
         close_hidden(unused);
     }
     memory::after_fork_in_child();
+    forget_untold();
     ask::after_fork_in_child();
     listeners::after_fork_in_child();
     let mut streams = false;

@@ -7,6 +7,7 @@ use super::link::link;
 use super::lock::Guard;
 use super::memory::{memory, own, show, take_board};
 use super::offer::{Offer, follow};
+use super::requests::tell_untold;
 use crate::conn::{self, phase};
 use crate::{clock, sys};
 use libc::c_int;
@@ -44,6 +45,9 @@ pub(super) fn send_with(socket: c_int, message: &Message, fds: &[c_int]) -> isiz
 /// Reads what the daemon has sent, if it has sent something. Of its greeting no memory tells.
 #[inline]
 pub fn look() {
+    if conn::has_untold() {
+        tell_untold();
+    }
     if let Some(memory) = memory()
         && (memory.header.messages.load(Relaxed) != own().seen.load(Relaxed) || is_greeting_due())
         && let Some(guard) = Guard::take()

@@ -7,6 +7,7 @@ use super::lock::{Guard, Shared};
 use super::memory::{count, memory};
 use super::messages::send_with;
 use crate::conn::{self, Conn};
+use crate::identity;
 use crate::state::PROCESS;
 use crate::stream::{self, Stream};
 use libc::c_int;
@@ -78,6 +79,18 @@ impl Requests {
 pub(super) fn empty_queue(_guard: &Guard) {
     // SAFETY: the lock is held.
     unsafe { PROCESS.tenant.requests.empty() };
+    forget_untold();
+}
+
+/// Nobody has to be told of what was closed: it was another daemon's, or another process's.
+pub(super) fn forget_untold() {
+    conn::tell_untold(|_, conn, _| {
+        // SAFETY: the lock is held.
+        if let Some(offer) = unsafe { conn.take_offer() } {
+            offer.close();
+        }
+        true
+    });
 }
 
 /// The requests that wait for the daemon's memory, if there are some.
@@ -85,12 +98,28 @@ pub(super) fn waiting(_guard: &Guard) -> Option<&'static [QueueSlot; QUEUE_SLOTS
     PROCESS.tenant.requests.waiting()
 }
 
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Put {
+    Done,
+    /// There is no room in the queue now.
+    Full,
+    /// There is no daemon.
+    Nobody,
+}
+
 /// Puts a request; the daemon is kicked when it sleeps. One that has not sent its memory yet finds it there. The lock is held.
-pub(super) fn put(_guard: &Guard, request: &Request) -> bool {
-    let Some(memory) = memory() else { return false };
+pub(super) fn put(guard: &Guard, request: &Request) -> bool {
+    try_put(guard, request) == Put::Done
+}
+
+fn try_put(_guard: &Guard, request: &Request) -> Put {
+    let Some(memory) = memory() else {
+        return Put::Nobody;
+    };
     let control = link().control.load(Relaxed);
     if control < 0 {
-        return false;
+        return Put::Nobody;
     }
     let waits = link().greeting.load(Relaxed) != 0;
     let queue = (!waits).then_some(&memory.queue);
@@ -99,11 +128,12 @@ pub(super) fn put(_guard: &Guard, request: &Request) -> bool {
         count(Counter::QueueFull);
         if has_hung_up(control) {
             detach();
+            return Put::Nobody;
         }
-        return false;
+        return Put::Full;
     }
     if waits {
-        return true;
+        return Put::Done;
     }
     fence(SeqCst);
     if memory.header.daemon_sleeps.load(Relaxed) != 0 {
@@ -111,10 +141,10 @@ pub(super) fn put(_guard: &Guard, request: &Request) -> bool {
         let sent = send_with(control, &Message::empty(kind::KICK), &[]);
         if sent < 0 && sent != -(libc::EAGAIN as isize) {
             detach();
-            return false;
+            return Put::Nobody;
         }
     }
-    true
+    Put::Done
 }
 
 pub(super) fn blank(what: u32, index: usize, conn: &Conn) -> Request {
@@ -136,29 +166,44 @@ pub(super) fn blank(what: u32, index: usize, conn: &Conn) -> Request {
     }
 }
 
-/// The connection is closed, or may no longer be promoted.
-pub fn withdraw(index: usize, conn: &Conn) {
-    if let Some(guard) = Guard::take() {
-        // SAFETY: the lock is held.
-        if let Some(offer) = unsafe { conn.take_offer() } {
-            offer.close();
-        }
-        put(&guard, &blank(request::CLOSED, index, conn));
+/// The connection is closed, or may no longer be promoted. False where the daemon has to be told later.
+pub fn withdraw(index: usize, conn: &Conn) -> bool {
+    tell_or_owe(index, conn, None)
+}
+
+/// This process no longer holds a stream. False where the daemon has to be told later.
+pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) -> bool {
+    stream.let_go(stream::pid());
+    tell_or_owe(index, conn, Some((stream.id, stream.end_number())))
+}
+
+fn tell_or_owe(index: usize, conn: &Conn, stream: Option<(u64, u32)>) -> bool {
+    match Guard::take() {
+        Some(guard) => tell_of_close(&guard, index, conn, stream),
+        // In a handler, on top of who holds the lock; a `vfork` child has nobody to tell.
+        None => identity::is_foreign(),
     }
 }
 
-/// This process no longer holds a stream.
-pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) {
-    stream.let_go(stream::pid());
-    if let Some(guard) = Guard::take() {
-        put(
-            &guard,
-            &Request {
-                stream_id: stream.id,
-                active: stream.end_number(),
-                ..blank(request::CLOSED, index, conn)
-            },
-        );
+fn tell_of_close(guard: &Guard, index: usize, conn: &Conn, stream: Option<(u64, u32)>) -> bool {
+    // SAFETY: the lock is held.
+    if let Some(offer) = unsafe { conn.take_offer() } {
+        offer.close();
+    }
+    let (stream_id, active) = stream.unwrap_or_default();
+    let closed = Request {
+        stream_id,
+        active,
+        ..blank(request::CLOSED, index, conn)
+    };
+    try_put(guard, &closed) != Put::Full
+}
+
+/// Tells the daemon of what was closed while its queue was full, or this thread held the tenant's lock further up its stack.
+#[cold]
+pub(super) fn tell_untold() {
+    if let Some(guard) = Guard::take_soon() {
+        conn::tell_untold(|index, conn, stream| tell_of_close(&guard, index, conn, stream));
     }
 }
 
