@@ -157,12 +157,24 @@ fn listen_for(
         let user = Some(user);
         Ok(Listener { user, socket })
     };
-    let made = users.iter().map(|user| (user, make(*user)));
-    let listeners = made.filter_map(|(user, made)| {
-        made.inspect_err(|error| debug!(user, "no control socket of its own: {error}"))
-            .ok()
-    });
-    Ok((listeners.collect(), Some(sockets)))
+    let (mut listeners, mut refused) = (Vec::new(), None);
+    for user in users {
+        match make(*user) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) => {
+                debug!(user, "no control socket of its own: {error}");
+                let kinds = [io::ErrorKind::PermissionDenied, io::ErrorKind::Unsupported];
+                refused = refused.or(kinds.contains(&error.kind()).then_some(error));
+            }
+        }
+    }
+    if let Some(error) = refused {
+        warn!(
+            "users have no control socket of their own, so that others can crowd them out ({error}): a daemon for all users \
+             needs CAP_CHOWN, and the call fchownat, until it is ready"
+        );
+    }
+    Ok((listeners, Some(sockets)))
 }
 
 fn start_listening(socket: &OwnedFd) -> io::Result<()> {

@@ -1,7 +1,14 @@
 //! The unit for systemd: no key that systemd does not know, and no less hardened than the documents say.
 
+mod tenant;
+
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+
+use caps::{CapSet, Capability};
+use nix::unistd::geteuid;
+use tenant::{Daemon, own_socket};
 
 const UNIT: &str = include_str!("../systemd/rdsockd.service.in");
 const DEPLOYMENT: &str = include_str!("../../../docs/deployment.md");
@@ -79,4 +86,40 @@ fn the_score_is_that_of_the_documents() {
         measured <= promised + 0.2,
         "{measured}, not {promised}:\n{said}"
     );
+}
+
+/// What follows a key, of each line with that.
+fn values(key: &str) -> impl Iterator<Item = &'static str> {
+    UNIT.lines().filter_map(move |line| line.strip_prefix(key))
+}
+
+/// What it may have is enough for a daemon that serves all users.
+#[test]
+fn each_user_gets_a_socket() {
+    const USER: u32 = 64_001;
+    // The sets without it hold the call.
+    let calls = values("SystemCallFilter=");
+    let added = calls
+        .filter(|value| !value.starts_with('~'))
+        .last()
+        .unwrap();
+    assert!(added.split(' ').any(|call| call == "fchownat"), "{added}");
+    if !geteuid().is_root() {
+        return eprintln!("SKIPPED, NOTHING WAS CHECKED: only root's daemon serves other users");
+    }
+    let bounds = values("CapabilityBoundingSet=").flat_map(|list| list.split(' '));
+    let bounds: Vec<Capability> = bounds.map(|name| name.parse().unwrap()).collect();
+    let beyond = caps::all().into_iter().filter(|one| !bounds.contains(one));
+    let beyond: Vec<Capability> = beyond.collect();
+    let bound = move || {
+        for one in &beyond {
+            caps::drop(None, CapSet::Bounding, *one).map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    };
+    let daemon = Daemon::start_with(&format!("sockets_for_users = [{USER}]"), |command| {
+        // SAFETY: between fork and exec only system calls.
+        unsafe { command.pre_exec(bound) };
+    });
+    assert!(own_socket(&daemon.socket(), USER).exists());
 }
