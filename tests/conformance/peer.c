@@ -532,17 +532,17 @@ size_t fill(int fd)
 {
     static char block[16384];
     size_t total = 0;
-    for (bool settled = false;;) {
+    for (int refused = 0;;) {
         pattern(0, total, block, sizeof block);
         ssize_t n = send(fd, block, sizeof block, MSG_DONTWAIT | MSG_NOSIGNAL);
         CHECK(n > 0 || errno == EAGAIN, "expected to fill the buffer, saw %s", strerror(errno));
         total += n > 0 ? (size_t)n : 0;
         CHECK(total < 256u << 20, "expected a full buffer, saw it swallow %zu bytes", total);
-        if (n < 0 && settled)
+        refused = n < 0 ? refused + 1 : 0;
+        if (refused == 4)
             return total;
-        if (n < 0)
-            sleep_ms(50); /* the last bytes are still on their way to the receiver's buffer */
-        settled = n < 0;
+        if (refused != 0)
+            sleep_ms(40); /* the last bytes are still on their way to the receiver's buffer */
     }
 }
 
