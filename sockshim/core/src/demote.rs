@@ -119,19 +119,22 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     if stream.is_reset() {
         return None;
     }
-    // Once the program wants nothing more, the anchor's end may be its own, and the kernel says how both directions stand.
+    let end = stream.at(held, fd);
+    let has_shut = stream.tx().shut.load(Acquire) != 0;
+    // Once the program wants nothing more, the anchor's end may be its own, and the kernel says how both directions stand. Of a peer
+    // that has died, or has closed before its direction moved to a ring, nobody else tells.
     let peer_is_done = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || stream.rx().shut.load(Acquire) == 0
-            && stream.rx().anchor.load(Acquire) & anchor::EOF != 0;
+            && (stream.rx().anchor.load(Acquire) & anchor::EOF != 0
+                || has_shut && end.socket.hears_end());
     // What the kernel says of a direction that it has, or has again, holds for the connection.
     let goes_on = stream.marks() & mark::END != 0;
     let is_closed = (stream.tx().phase.load(Acquire) != phase::RING || goes_on)
         && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE);
     let is_broken = stream.marks() & mark::RESET != 0;
-    if stream.tx().shut.load(Acquire) != 0 && peer_is_done || is_closed || is_broken {
+    if has_shut && peer_is_done || is_closed || is_broken {
         return Some(libc::ENOTCONN);
     }
-    let end = stream.at(held, fd);
     if how != libc::SHUT_RD && !end.shut_sending() {
         held.conn.tell(held.index, State::Demoted, Reason::Call);
     }
