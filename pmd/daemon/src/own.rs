@@ -63,7 +63,7 @@ fn raise(resource: Resource) -> u64 {
     }
 }
 
-/// Held by a test that forks or asks who holds a socket. All tests share one process, and a child that one of them
+/// Held by a test that forks, asks who holds a socket, or sees what comes of a close. All tests share one process, and a child that one of them
 /// forks holds all descriptors of that process until it calls `exec`.
 #[cfg(test)]
 pub fn alone() -> std::sync::MutexGuard<'static, ()> {
