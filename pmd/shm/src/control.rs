@@ -64,8 +64,8 @@ pub mod kind {
     pub const LOOKUP: u16 = 6;
     /// D→T: answer to LOOKUP: no. Body: [`super::NotFound`].
     pub const NOT_FOUND: u16 = 7;
-    /// T→D, fd: one end of a SEQPACKET socket pair, with `SO_PASSCRED` set: a forked child that may no longer reach the
-    /// socket's path asks for a control connection of its own. No body.
+    /// T→D, fd: one end of a SEQPACKET socket pair, with `SO_PASSCRED` set: a forked child with streams, or a process that has changed
+    /// its user and may no longer reach the socket's path, asks for a control connection of its own. No body.
     pub const ADOPT: u16 = 8;
     /// D→T: why an announced connection stays on the kernel for now. Body: [`super::Verdict`].
     pub const VERDICT: u16 = 9;

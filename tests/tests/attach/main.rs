@@ -1,6 +1,7 @@
 //! The shim and its daemon, when that is not as the shim expects: it was killed and started again, it
 //! has no place, or it is none at all but a test that answers in its place.
 
+mod children;
 mod counterfeit;
 mod strangers;
 

@@ -64,6 +64,20 @@ impl From<Changed> for End {
 impl Daemon {
     /// A datagram arrived.
     pub(super) fn on_message(&mut self, id: TenantId, message: Received) -> Result<(), End> {
+        let Some(connection) = self.connections.get(id) else {
+            return Ok(());
+        };
+        // A forked child, say, which harms nobody else by what it says.
+        let is_strangers = !Rights::may_speak(&connection.peer, message.sender);
+        let understood = self.understand(id, message);
+        if is_strangers && understood.is_err() {
+            self.journal.counters.stray += 1;
+            return Ok(());
+        }
+        understood
+    }
+
+    fn understand(&mut self, id: TenantId, message: Received) -> Result<(), End> {
         let (kind, bytes) = match parse(&message.bytes) {
             Ok(parsed) => parsed,
             Err(ParseError::Version(_)) => {

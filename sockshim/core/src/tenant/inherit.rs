@@ -114,6 +114,10 @@ pub fn after_fork_in_child() {
     if streams {
         hold_inherited();
     }
+    // What its parent is told from now on is not for this process, which may give up rights, and be taken over then.
+    if let Some(inherited) = link().give_up_inherited() {
+        close_hidden(inherited);
+    }
 }
 
 /// Tells the daemon which streams this process has by inheritance.

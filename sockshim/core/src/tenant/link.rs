@@ -18,7 +18,7 @@ pub(super) const PATH_ROOM: usize = 108;
 pub struct Link {
     /// The control connection; -1 for none.
     pub(super) control: AtomicI32,
-    /// A control connection of the process that forked this one: only good for ADOPT.
+    /// A control connection of the process that forked this one, in the fork itself, or of this process as another user: only good for ADOPT.
     pub(super) inherited: AtomicI32,
     /// The user whose daemon these lead to.
     pub(super) server: AtomicU32,
@@ -124,8 +124,8 @@ impl Link {
         self.greeting.store(0, Relaxed);
     }
 
-    /// In a child, which attaches anew, through the connection that it has from its parent. A descriptor that is of no use
-    /// any more.
+    /// In a child, which attaches anew: at once through the connection that it has from its parent, or later without it. A descriptor
+    /// that is of no use any more.
     #[must_use]
     pub(super) fn forget_in_child(&self) -> Option<c_int> {
         let control = self.control.swap(-1, Relaxed);
@@ -139,6 +139,13 @@ impl Link {
         self.changes.forget();
         self.await_nothing();
         (control >= 0 && inherited >= 0).then_some(inherited)
+    }
+
+    /// The connection of the process that forked this one, where it was not used. Who has it can read there what that process is told.
+    #[must_use]
+    pub(super) fn give_up_inherited(&self) -> Option<c_int> {
+        let inherited = self.inherited.swap(-1, AcqRel);
+        (inherited >= 0).then_some(inherited)
     }
 
     /// The shim's own descriptor `old` is now `new`.
@@ -177,6 +184,8 @@ mod tests {
         link.moved(6, 8);
         link.moved(-2, 9);
         assert_eq!(fds(&link), (-1, 8));
+        assert_eq!(link.give_up_inherited(), Some(8));
+        assert_eq!((link.give_up_inherited(), fds(&link)), (None, (-1, -1)));
     }
 
     #[test]
