@@ -149,8 +149,9 @@ fn adopt_inherited() {
         if !is_tcp(fd) {
             continue;
         }
-        match TcpInfo::of(fd).map(|info| info.state) {
-            Some(TcpInfo::ESTABLISHED | TcpInfo::CLOSE_WAIT) => {
+        match TcpInfo::of(fd) {
+            // Whatever has ended since: the ring may have bytes that nobody has received yet.
+            Some(info) if info.was_connected() => {
                 let twin = (0..fd).find(|other| {
                     matches!(conn::kind(*other), Kind::Conn(_)) && is_same_socket(*other, fd)
                 });
@@ -173,7 +174,10 @@ fn adopt_inherited() {
                     }
                 }
             }
-            Some(TcpInfo::LISTEN) => {
+            Some(TcpInfo {
+                state: TcpInfo::LISTEN,
+                ..
+            }) => {
                 numbers::track(fd, born::NOT_YET);
             }
             _ => {}

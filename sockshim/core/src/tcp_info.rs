@@ -17,12 +17,14 @@ pub struct TcpInfo {
 impl TcpInfo {
     /// `TCP_ESTABLISHED`.
     pub const ESTABLISHED: u8 = 1;
-    /// `TCP_CLOSE`: not connected.
+    /// `TCP_CLOSE`: not connected, not yet or no more.
     pub const CLOSE: u8 = 7;
     /// `TCP_CLOSE_WAIT`: the peer has sent its FIN.
     pub const CLOSE_WAIT: u8 = 8;
     /// `TCP_LISTEN`.
     pub const LISTEN: u8 = 10;
+    /// `TCP_SYN_SENT`.
+    const SYN_SENT: u8 = 2;
 
     /// Of a socket.
     pub fn of(fd: c_int) -> Option<Self> {
@@ -32,6 +34,14 @@ impl TcpInfo {
             acked: words[15],
             received: words[16],
         })
+    }
+
+    /// True for a connection, also for one of which a direction has ended, or both, if it has carried anything.
+    pub fn was_connected(&self) -> bool {
+        match self.state {
+            TcpInfo::CLOSE => self.acked != 0 || self.received != 0,
+            state => !matches!(state, TcpInfo::LISTEN | TcpInfo::SYN_SENT),
+        }
     }
 
     /// The position of the next byte that a socket will send, counted from the connection's birth:
