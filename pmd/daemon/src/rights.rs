@@ -615,12 +615,21 @@ mod tests {
     fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
         // A child of another test's would keep the sockets that are closed here.
         let _alone = crate::own::alone();
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
         use std::net::{TcpListener, TcpStream};
         let diag = Diag::new().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
-        let ours = TcpStream::connect(to).unwrap();
+        let connect_from = |from: SocketAddr| {
+            let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+            let socket = socket(AddressFamily::Inet, kind, flags, None).unwrap();
+            bind(socket.as_raw_fd(), &SockaddrStorage::from(from)).unwrap();
+            connect(socket.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+            TcpStream::from(socket)
+        };
+        // Of this address, nobody else has the port.
+        let ours = connect_from("127.83.12.7:0".parse().unwrap());
         let (accepted, from) = listener.accept().unwrap();
         let names = (to, from);
         let cookie_of_ours = cookie(&ours);
@@ -637,11 +646,7 @@ mod tests {
         }
         drop((ours, accepted));
         assert!(!is_other_end(&diag, cookie_of_ours, names));
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
-        let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
-        let other = socket(AddressFamily::Inet, kind, flags, None).unwrap();
-        bind(other.as_raw_fd(), &SockaddrStorage::from(from)).unwrap();
-        connect(other.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+        let _other = connect_from(from);
         assert_eq!(listener.accept().unwrap().1, from);
         assert!(!is_other_end(&diag, cookie_of_ours, names));
     }
