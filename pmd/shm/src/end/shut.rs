@@ -55,16 +55,24 @@ impl<S: Anchor + Process> End<'_, S> {
 }
 
 impl<S: Anchor + Process> Sending<'_, '_, S> {
-    /// The other end takes nothing more off the ring: the direction is the kernel's, unless the stream is broken.
+    /// The other end takes nothing more off the ring, or has broken the connection: the direction is the kernel's, unless the stream is
+    /// broken. One that has not moved to the ring is the kernel's already, which does not know of a FIN in the ring before the break.
     #[cold]
     pub(super) fn give_up_ring(&self) {
         let end = self.end;
+        let is_broken = || end.shared.marks() & mark::RESET != 0;
+        let has_abandoned = end.out().bytes.want.load(Acquire) & want::DEMOTED != 0;
+        let is_due = match end.tx().phase.load(Acquire) {
+            phase::RING => true,
+            phase::ANCHOR => is_broken() && !has_abandoned,
+            _ => false,
+        };
         // A nested sender leaves it to the outer one, whose bytes come first.
-        if end.tx().phase.load(Acquire) != phase::RING || self.is_nested() {
+        if !is_due || self.is_nested() {
             return;
         }
         // It left first, and then its own process closed: another one may have the socket, and gets what was not read.
-        if end.out().bytes.want.load(Acquire) & want::DEMOTED != 0 {
+        if has_abandoned {
             return self.begin_rest();
         }
         // Before its kernel says so.
@@ -73,8 +81,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             return;
         }
         // What came before the break can still be received.
-        let is_broken = end.shared.marks() & mark::RESET != 0;
-        end.set_sending(if is_broken {
+        end.set_sending(if is_broken() {
             phase::RESET
         } else {
             phase::DEMOTED
