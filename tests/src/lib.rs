@@ -18,4 +18,4 @@ pub use folder::Folder;
 pub use namespaces::Namespaces;
 pub use nodes::Nodes;
 pub use program::{Program, Running};
-pub use site::{Mode, Site};
+pub use site::{LOWEST, Mode, Site};

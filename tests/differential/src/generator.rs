@@ -74,6 +74,8 @@ struct Writer<'a> {
     steps: Vec<Step>,
     conns: Vec<Conn>,
     instances: Vec<Instance>,
+    /// Of many connections, the one with which most happens: what is wrong takes several steps of one.
+    favourite: usize,
     /// Bytes that may lie in one direction unread.
     most: usize,
     copies: usize,
@@ -88,12 +90,14 @@ pub fn generate(seed: u64, left_out: &[(&str, &str)]) -> Program {
     let surroundings = Surroundings {
         ring,
         spin: [0, 50][rng.usize(..2)],
+        lowest: rng.usize(..4) == 0,
     };
     let mut writer = Writer {
         rng,
         steps: Vec::new(),
         conns: Vec::new(),
         instances: Vec::new(),
+        favourite: 0,
         most: (ring as usize / 2).min(40_000),
         copies: 0,
         children: Vec::new(),
@@ -140,9 +144,13 @@ impl Writer<'_> {
         for _ in 0..count {
             self.connect();
         }
+        self.favourite = self.rng.usize(..count);
         let instances = self.rng.usize(..4);
         for _ in 0..instances {
             self.instance();
+        }
+        if self.chance(4) {
+            self.one_way();
         }
         let steps = self.rng.usize(15..50);
         let when = self.rng.usize(..3) * steps / 4;

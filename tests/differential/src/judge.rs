@@ -51,11 +51,11 @@ pub enum Verdict {
     Undetermined(String),
 }
 
-/// Processes for every surroundings that were asked for, and how often they were used.
+/// Processes for every surroundings that were asked for; on plain Linux there are none.
 #[derive(Debug)]
 pub struct Judge {
     actor: PathBuf,
-    stages: HashMap<(Surroundings, bool), Stage>,
+    stages: HashMap<Option<Surroundings>, Stage>,
     /// Connections that were to be on rings.
     pub wanted: usize,
     /// Of these, those that were.
@@ -74,14 +74,15 @@ impl Judge {
     }
 
     fn stage(&mut self, program: &Program, preloaded: bool) -> Stage {
-        let key = (program.surroundings, preloaded);
-        let kept = self.stages.remove(&key);
-        kept.unwrap_or_else(|| Stage::new(&self.actor, program.surroundings, preloaded))
+        let surroundings = preloaded.then_some(program.surroundings);
+        let kept = self.stages.remove(&surroundings);
+        kept.unwrap_or_else(|| Stage::new(&self.actor, surroundings))
     }
 
     fn keep(&mut self, program: &Program, preloaded: bool, stage: Stage, log: &Log) {
         if !log.is_broken {
-            self.stages.insert((program.surroundings, preloaded), stage);
+            let surroundings = preloaded.then_some(program.surroundings);
+            self.stages.insert(surroundings, stage);
         }
         self.wanted += log.wanted;
         self.reached += log.reached;

@@ -89,6 +89,8 @@ pub struct Surroundings {
     pub ring: u32,
     /// `RDSOCK_SPIN_US`.
     pub spin: u32,
+    /// The shim has the lowest thresholds, so that few bytes and connections are many.
+    pub lowest: bool,
 }
 
 /// A program.
@@ -105,14 +107,17 @@ pub struct Program {
 impl Program {
     /// Lines of its text before the steps.
     pub fn lines_before(&self) -> usize {
-        2 + usize::from(self.is_exact)
+        2 + usize::from(self.surroundings.lowest) + usize::from(self.is_exact)
     }
 }
 
 impl Display for Program {
     fn fmt(&self, out: &mut Formatter) -> Formatted {
-        let Surroundings { ring, spin } = self.surroundings;
+        let Surroundings { ring, spin, lowest } = self.surroundings;
         writeln!(out, "ring {ring}\nspin {spin}")?;
+        if lowest {
+            writeln!(out, "lowest")?;
+        }
         if self.is_exact {
             writeln!(out, "exact")?;
         }
@@ -130,6 +135,7 @@ impl FromStr for Program {
             surroundings: Surroundings {
                 ring: 4 << 20,
                 spin: 50,
+                lowest: false,
             },
             steps: Vec::new(),
             is_exact: false,
@@ -144,6 +150,8 @@ impl FromStr for Program {
                 continue;
             } else if line == "exact" {
                 program.is_exact = true;
+            } else if line == "lowest" {
+                program.surroundings.lowest = true;
             } else if let Some(ring) = line.strip_prefix("ring ") {
                 program.surroundings.ring = number(ring)?;
             } else if let Some(spin) = line.strip_prefix("spin ") {
@@ -162,8 +170,7 @@ mod tests {
 
     #[test]
     fn text_comes_back() {
-        let text =
-            "ring 4096\nspin 0\nexact\nA conn c0 B\nB/1 start recv c0b 10 waitall\nB/1 join\n";
+        let text = "ring 4096\nspin 0\nlowest\nexact\nA conn c0 B\nB/1 start recv c0b 10 waitall\nB/1 join\n";
         let program: Program = text.parse().unwrap();
         assert_eq!(program.to_string(), text);
         assert_eq!(program.steps[1].thread, 1);

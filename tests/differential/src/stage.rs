@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{Backlog, SockFlag, UnixAddr, accept4, bind, listen};
-use rdsock_tests::{Daemon, Folder, Program, Running};
+use rdsock_tests::{Daemon, Folder, LOWEST, Program, Running};
 use std::os::fd::AsFd;
 
 use crate::control::{hear, new_socket, say};
@@ -92,22 +92,20 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Starts the processes.
+    /// Starts the processes: with `surroundings` under the shim, else plain.
     ///
     /// # Panics
     /// When they do not start: then there is nothing to test.
-    pub fn new(actor: &Path, surroundings: Surroundings, preloaded: bool) -> Self {
+    pub fn new(actor: &Path, surroundings: Option<Surroundings>) -> Self {
         let folder = Folder::new();
         let path = folder.at("conductor");
         let listener = new_socket().expect("a UNIX socket");
         let name = UnixAddr::new(&path).expect("the name is short");
         bind(listener.as_raw_fd(), &name).expect("a new name");
         listen(&listener, Backlog::new(16).expect("a small number")).expect("it can listen");
-        let config = format!(
-            "ring_size = {}\nhuge_pages = \"never\"\n",
-            surroundings.ring
-        );
-        let daemon = preloaded.then(|| Daemon::start(&config));
+        let daemon = surroundings.map(|Surroundings { ring, .. }| {
+            Daemon::start(&format!("ring_size = {ring}\nhuge_pages = \"never\"\n"))
+        });
         let mut stage = Stage {
             listener,
             links: BTreeMap::new(),
@@ -119,10 +117,11 @@ impl Stage {
             let program = Program::new(actor, stage._folder.path())
                 .arg(&path)
                 .arg(name);
-            let program = match &stage.daemon {
-                Some(daemon) if name != "C" => program
+            let program = match (&stage.daemon, surroundings) {
+                (Some(daemon), Some(Surroundings { spin, lowest, .. })) if name != "C" => program
                     .preloaded(&daemon.socket())
-                    .env("RDSOCK_SPIN_US", surroundings.spin.to_string()),
+                    .env("RDSOCK_SPIN_US", spin.to_string())
+                    .env("RDSOCK_TEST_LIMITS", if lowest { LOWEST } else { "" }),
                 _ => program,
             };
             stage.programs.push(program.start());

@@ -19,7 +19,8 @@ impl Writer<'_> {
             89..91 => self.close(),
             91..93 => self.copy(),
             93..95 => self.child(),
-            95..97 => self.pairs(),
+            95 => self.pairs(),
+            96 => self.one_way(),
             97 => self.warm(),
             _ => self.put('A', "nap 800"),
         }
@@ -27,7 +28,10 @@ impl Writer<'_> {
 
     /// A connection and a side that this process still has, by chance.
     pub(super) fn end(&mut self) -> Option<(usize, usize)> {
-        let conn = self.rng.usize(..self.conns.len());
+        let conn = match self.chance(2) {
+            true => self.favourite,
+            false => self.rng.usize(..self.conns.len()),
+        };
         let side = self.rng.usize(..2);
         (!self.conns[conn].sides[side].has_closed).then_some((conn, side))
     }
@@ -167,7 +171,12 @@ impl Writer<'_> {
 
     pub(super) fn instance(&mut self) {
         let name = format!("e{}", self.instances.len());
-        let actor = self.any(&['A', 'B']);
+        // Often of one process, with the same connections.
+        let last = self.instances.last().map(|last| last.actor);
+        let actor = match last {
+            Some(actor) if self.chance(2) => actor,
+            _ => self.any(&['A', 'B']),
+        };
         self.put(actor, format!("epoll {name}"));
         self.instances.push(Instance {
             name,
@@ -275,6 +284,9 @@ impl Writer<'_> {
         if self.chance(3) {
             self.put(instance.actor, format!("ewait {} 0", instance.name));
         }
+        if self.chance(2) {
+            self.wait_on_others(which);
+        }
         if self.chance(8)
             && which > 0
             && !instance.is_nested
@@ -282,6 +294,17 @@ impl Writer<'_> {
         {
             self.instances[which].is_nested = true;
             self.put(instance.actor, format!("ctl e0 add {} in", instance.name));
+        }
+    }
+
+    /// Asks the other instances of the process: each has to tell.
+    fn wait_on_others(&mut self, which: usize) {
+        let actor = self.instances[which].actor;
+        for other in 0..self.instances.len() {
+            let instance = self.instances[other].clone();
+            if other != which && instance.actor == actor && !self.has_full(&instance) {
+                self.put(actor, format!("ewait {} 0", instance.name));
+            }
         }
     }
 
@@ -305,6 +328,10 @@ impl Writer<'_> {
         let Some((conn, side)) = self.end() else {
             return;
         };
+        self.fill_end(conn, side);
+    }
+
+    fn fill_end(&mut self, conn: usize, side: usize) {
         if !self.conns[conn].is_whole() || !self.may("fill") {
             return;
         }
@@ -313,30 +340,70 @@ impl Writer<'_> {
             self.conns[conn].sides[side].actor,
             self.conns[conn].sides[1 - side].actor,
         );
+        let waiter = match self.rng.usize(..6) {
+            _ if actor == other => None,
+            0 => Some(format!("poll -1 {end}:out")),
+            1 => Some(format!("send {end} 5")),
+            2 => Some(format!("select -1 {end}:out")),
+            3..5 => Some(format!("ewait {} -1", self.instance_for_room(actor, &end))),
+            _ => None,
+        };
         self.put(actor, format!("fill {end}"));
         self.put(actor, format!("poll 0 {end}:out"));
-        let waits = self.rng.usize(..4);
-        if actor != other {
-            match waits {
-                0 => self.put_thread(actor, 1, format!("start poll -1 {end}:out")),
-                1 => self.put_thread(actor, 1, format!("start send {end} 5")),
-                2 => self.put_thread(actor, 1, format!("start select -1 {end}:out")),
-                _ => {}
-            }
-            if waits < 3 {
-                self.put_thread(actor, 1, "still");
-            }
+        if let Some(call) = &waiter {
+            self.put_thread(actor, 1, format!("start {call}"));
+            self.put_thread(actor, 1, "still");
         }
         self.put(other, format!("drain {far}"));
-        if actor != other && waits < 3 {
+        if let Some(call) = &waiter {
             self.put_thread(actor, 1, "join");
-            if waits == 1 {
+            if call.starts_with("send") {
                 self.put(other, format!("drain {far}"));
             }
         }
         self.conns[conn].sides[side].unread = 0;
         self.conns[conn].sides[side].pieces = 0;
         self.put(actor, format!("poll 1000 {end}:out"));
+        if self.chance(2) {
+            // The direction may move to its ring now.
+            let size = self.size();
+            self.send_on(conn, side, size);
+            self.put(actor, format!("poll 0 {end}:out"));
+        }
+    }
+
+    /// An instance that waits for room of one end, and has been told of what there is.
+    fn instance_for_room(&mut self, actor: char, end: &str) -> String {
+        let name = format!("r{}", self.copies);
+        self.copies += 1;
+        let mode = self.any(&["", ",et"]);
+        self.put(actor, format!("epoll {name}"));
+        self.put(actor, format!("ctl {name} add {end} out{mode}"));
+        self.put(actor, format!("ewait {name} 0"));
+        name
+    }
+
+    /// One side of a connection sends alone, for so long that this direction comes to its ring; the other one may then be filled.
+    pub(super) fn one_way(&mut self) {
+        let Some((conn, side)) = self.end() else {
+            return;
+        };
+        if !self.conns[conn].is_quiet() {
+            return;
+        }
+        let (end, far) = (self.conns[conn].end(side), self.conns[conn].end(1 - side));
+        let sides = &self.conns[conn].sides;
+        let (actor, other) = (sides[side].actor, sides[1 - side].actor);
+        for round in 0..6 {
+            self.put(actor, format!("send {end} 1"));
+            self.put(other, format!("recv {far} 1"));
+            if round > 3 {
+                self.put(actor, "nap 800");
+            }
+        }
+        if self.chance(2) {
+            self.fill_end(conn, 1 - side);
+        }
     }
 
     fn demote(&mut self) {
