@@ -79,6 +79,8 @@ pub struct Announced {
     pub route: Route,
     /// Which end it is.
     pub role: Role,
+    /// Cookie and inode of the socket at the other end, at a moment when this one was there.
+    pub other_end: Option<(u64, u64)>,
 }
 
 /// What becomes of an announcement.

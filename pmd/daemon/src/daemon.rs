@@ -482,8 +482,8 @@ impl Daemon {
             Found::Namespace {
                 owner,
                 opened,
-                held,
-            } => self.on_namespace(owner, opened, held),
+                announced,
+            } => self.on_namespace(owner, opened, announced),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
             Found::Called {
@@ -497,6 +497,7 @@ impl Daemon {
                 whose,
                 unchanged,
             } => self.on_program(conn, whose, unchanged),
+            Found::Kept(looked_at) => self.on_kept(&looked_at),
             Found::Socket {
                 tenant,
                 errand,

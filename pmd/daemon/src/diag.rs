@@ -1,9 +1,13 @@
 //! Asks the kernel which socket a connection belongs to (`NETLINK_SOCK_DIAG`), in the network
 //! namespace that the netlink socket was made in.
+//!
+//! An answer takes some microseconds, where there is such a connection. Where there is none, the kernel walks a chain of sockets that
+//! listen, as long as whoever has these likes it: many milliseconds. So it is asked in looks, or by porters.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
@@ -21,6 +25,8 @@ use nix::sys::socket::{
 /// A socket that the kernel knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
+    /// `SO_COOKIE`.
+    pub cookie: u64,
     /// Inode of the socket; 0 when no process holds it any more.
     pub inode: u64,
     /// The connection is established, in both directions.
@@ -36,29 +42,42 @@ pub struct Listener {
     pub inode: u64,
 }
 
-/// A netlink socket for questions about the sockets of one network namespace.
+/// Netlink sockets for questions about the sockets of one network namespace. Several threads may ask at a time.
 #[derive(Debug)]
 pub struct Diag {
-    socket: OwnedFd,
+    /// Those that nobody uses now.
+    spare: Mutex<Vec<OwnedFd>>,
+    /// All threads are in this namespace: they make as many sockets as they need. Of another one there is one, for which they wait.
+    is_home: bool,
+    netns_cookie: u64,
 }
 
+/// Sockets that are kept for the next questions.
+const SPARE: usize = 4;
+
 impl Diag {
+    /// For the network namespace of the daemon.
+    pub fn of_home() -> io::Result<Self> {
+        Self::of(true)
+    }
+
     /// For the network namespace of the calling thread.
-    pub fn new() -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkSockDiag,
-        )?;
-        // To the kernel, which has number 0: nobody else may answer then. Whoever administers the namespace could otherwise.
-        connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-        Ok(Diag { socket })
+    pub fn of_this_thread() -> io::Result<Self> {
+        Self::of(false)
+    }
+
+    fn of(is_home: bool) -> io::Result<Self> {
+        let socket = new_socket()?;
+        Ok(Diag {
+            is_home,
+            netns_cookie: netns_cookie_of(socket.as_fd()).unwrap_or(0),
+            spare: Mutex::new(vec![socket]),
+        })
     }
 
     /// `SO_NETNS_COOKIE` of the namespace; 0 on kernels without it (before 5.14).
     pub fn netns_cookie(&self) -> u64 {
-        netns_cookie_of(self.socket.as_fd()).unwrap_or(0)
+        self.netns_cookie
     }
 
     /// The TCP socket with exactly this pair of addresses and this `SO_COOKIE`.
@@ -74,10 +93,7 @@ impl Diag {
         // All ones stand for any cookie (`INET_DIAG_NOCOOKIE`): what was found has to have this one.
         let found = self.ask(&question)?;
         let found = found.filter(|found| join_cookie(found.header.socket_id.cookie) == cookie);
-        Ok(found.map(|found| Found {
-            inode: found.header.inode.into(),
-            established: found.header.state == TCP_ESTABLISHED,
-        }))
+        Ok(found.as_ref().map(Found::of))
     }
 
     /// The TCP socket with exactly this pair of addresses, whatever its cookie is.
@@ -85,10 +101,7 @@ impl Diag {
         let Some(question) = question(local, peer, NO_COOKIE) else {
             return Ok(None);
         };
-        Ok(self.ask(&question)?.map(|found| Found {
-            inode: found.header.inode.into(),
-            established: found.header.state == TCP_ESTABLISHED,
-        }))
+        Ok(self.ask(&question)?.as_ref().map(Found::of))
     }
 
     /// The TCP socket that would get a connection to `destination` from `source`, if one listens there. Of several that
@@ -116,23 +129,66 @@ impl Diag {
     }
 
     fn ask(&self, question: &[u8]) -> io::Result<Option<InetResponse>> {
-        let fd = self.socket.as_fd().as_raw_fd();
-        send(fd, question, MsgFlags::empty())?;
-        // The kernel answers within the send.
-        let mut bytes = [0; 4096];
-        let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
-        let answer = bytes.get(..len).unwrap_or(&[]);
-        let answer = NetlinkMessage::<SockDiagMessage>::deserialize(answer)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-        match answer.payload {
-            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => Ok(Some(*found)),
-            NetlinkPayload::Error(error) => match -error.raw_code() {
-                // Gone, or the addresses belong to a socket with another cookie by now.
-                libc::ENOENT | libc::ESTALE => Ok(None),
-                code => Err(io::Error::from_raw_os_error(code)),
-            },
-            _ => Err(io::ErrorKind::InvalidData.into()),
+        let mut spare = self.lock();
+        if !self.is_home {
+            let socket = spare.first().ok_or(io::ErrorKind::NotConnected)?;
+            return ask_by(socket, question);
         }
+        let socket = spare.pop();
+        drop(spare);
+        let socket = socket.map_or_else(new_socket, Ok)?;
+        let found = ask_by(&socket, question)?;
+        let mut spare = self.lock();
+        if spare.len() < SPARE {
+            spare.push(socket);
+        }
+        Ok(found)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Found {
+    fn of(found: &InetResponse) -> Self {
+        Found {
+            cookie: join_cookie(found.header.socket_id.cookie),
+            inode: found.header.inode.into(),
+            established: found.header.state == TCP_ESTABLISHED,
+        }
+    }
+}
+
+fn new_socket() -> io::Result<OwnedFd> {
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkSockDiag,
+    )?;
+    // To the kernel, which has number 0: nobody else may answer then. Whoever administers the namespace could otherwise.
+    connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+fn ask_by(socket: &OwnedFd, question: &[u8]) -> io::Result<Option<InetResponse>> {
+    let fd = socket.as_raw_fd();
+    send(fd, question, MsgFlags::empty())?;
+    // The kernel answers within the send.
+    let mut bytes = [0; 4096];
+    let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
+    let answer = bytes.get(..len).unwrap_or(&[]);
+    let answer = NetlinkMessage::<SockDiagMessage>::deserialize(answer)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    match answer.payload {
+        NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => Ok(Some(*found)),
+        NetlinkPayload::Error(error) => match -error.raw_code() {
+            // Gone, or the addresses belong to a socket with another cookie by now.
+            libc::ENOENT | libc::ESTALE => Ok(None),
+            code => Err(io::Error::from_raw_os_error(code)),
+        },
+        _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
@@ -245,13 +301,14 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let stream = TcpStream::connect((connect, port)).unwrap();
         let (accepted, _) = listener.accept().unwrap();
-        let diag = Diag::new().unwrap();
+        let diag = Diag::of_home().unwrap();
         for socket in [&stream, &accepted] {
             let (local, peer) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
             let cookie = cookie_of(socket.as_fd()).unwrap();
             let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
             let inode = std::fs::metadata(path).unwrap().ino();
             let found = Found {
+                cookie,
                 inode,
                 established: true,
             };
@@ -280,16 +337,16 @@ mod tests {
     fn nobody_but_the_kernel_answers() {
         use nix::errno::Errno;
         use nix::sys::socket::{getsockname, sendto};
-        let diag = Diag::new().unwrap();
+        let diag = Diag::of_home().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (to, from) = (
             listener.local_addr().unwrap(),
             "127.0.0.1:0".parse().unwrap(),
         );
         assert!(diag.listener(to, from).unwrap().is_some());
-        let fd = diag.socket.as_raw_fd();
+        let fd = diag.lock()[0].as_raw_fd();
         let name = getsockname::<NetlinkAddr>(fd).unwrap();
-        let forger = Diag::new().unwrap().socket;
+        let forger = new_socket().unwrap();
         let forgery = question(to, from, NO_COOKIE).unwrap();
         let sent = sendto(forger.as_raw_fd(), &forgery, &name, MsgFlags::empty());
         assert!(

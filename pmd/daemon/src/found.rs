@@ -55,8 +55,8 @@ pub enum Found {
         owner: Owner,
         /// It, or why it is not open.
         opened: io::Result<Opened>,
-        /// A socket of an announcement that waits for that; `None` for a caller that attaches.
-        held: Option<(Conn, Held)>,
+        /// The announcement that waits for that; `None` for a caller that attaches.
+        announced: Option<Conn>,
     },
     /// Something was read for the next part of an answer.
     Fetched {
@@ -87,9 +87,11 @@ pub enum Found {
         conn: Conn,
         /// The end whose process was looked at: that one, or the one that has waited for it.
         whose: Conn,
-        /// Does it run the program that it ran?
-        unchanged: Result<(), Changed>,
+        /// Does it run the program that it ran? If so, is its socket there still?
+        unchanged: Result<bool, Changed>,
     },
+    /// Looks whether streams that nobody is known to hold are held by somebody.
+    Kept(Vec<Kept>),
     /// A look at a socket that a tenant says it holds.
     Socket {
         /// Whose.
@@ -99,6 +101,17 @@ pub enum Found {
         /// What was found.
         held: Result<Held, NotHeld>,
     },
+}
+
+/// Does somebody hold a stream?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The stream.
+    pub stream: u64,
+    /// For the so-manieth time.
+    pub times: u32,
+    /// Somebody has one of its sockets.
+    pub kept: bool,
 }
 
 /// What a socket is looked at for.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
@@ -21,7 +22,7 @@ pub struct Namespaces {
 
 #[derive(Debug)]
 struct Namespace {
-    diag: Diag,
+    diag: Arc<Diag>,
     cookie: u64,
     tenants: usize,
 }
@@ -34,14 +35,14 @@ impl Namespaces {
             home,
             open: HashMap::new(),
         };
-        namespaces.insert(home, Diag::new()?);
+        namespaces.insert(home, Diag::of_home()?);
         Ok(namespaces)
     }
 
     fn insert(&mut self, inode: u64, diag: Diag) {
         let namespace = Namespace {
             cookie: diag.netns_cookie(),
-            diag,
+            diag: Arc::new(diag),
             tenants: 0,
         };
         self.open.insert(inode, namespace);
@@ -79,7 +80,7 @@ impl Namespaces {
     /// The namespace that a tenant says its socket is in: the one with this cookie, or, on
     /// kernels without cookies, the tenant's own. What the tenant says is only a hint where to
     /// look: the socket is then found there, or not.
-    pub fn locate(&self, cookie: u64, own: u64) -> Option<(u64, &Diag)> {
+    pub fn locate(&self, cookie: u64, own: u64) -> Option<(u64, &Arc<Diag>)> {
         let own_entry = self.open.get(&own);
         if let Some(namespace) = own_entry
             && (namespace.cookie == cookie || namespace.cookie == 0 || cookie == 0)
@@ -105,12 +106,12 @@ impl Namespaces {
     }
 
     /// The netlink socket of the daemon's own namespace.
-    pub fn home_diag(&self) -> Option<&Diag> {
+    pub fn home_diag(&self) -> Option<&Arc<Diag>> {
         self.diag(self.home)
     }
 
     /// The netlink socket of a namespace.
-    pub fn diag(&self, inode: u64) -> Option<&Diag> {
+    pub fn diag(&self, inode: u64) -> Option<&Arc<Diag>> {
         self.open.get(&inode).map(|namespace| &namespace.diag)
     }
 }
@@ -132,7 +133,7 @@ pub fn open(pid: i32) -> io::Result<Opened> {
             .name("netns".into())
             .spawn(move || -> io::Result<Diag> {
                 setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-                Diag::new()
+                Diag::of_this_thread()
             })?;
     let diag = thread.join();
     let diag = diag.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;

@@ -54,8 +54,11 @@ pub const NOBODY: u32 = u32::MAX;
 pub const STRANGERS: u32 = NOBODY - 1;
 /// Answers that read what others write. Who makes that wait makes other answers wait.
 pub const READERS: u32 = NOBODY - 2;
+/// Looks whether anybody holds a stream, the streams of one user after the other. Whose socket makes that work makes others wait until
+/// they are given theirs back.
+pub const KEEPERS: u32 = NOBODY - 3;
 /// All of these.
-pub const IN_PLACE_OF_USERS: [u32; 3] = [NOBODY, STRANGERS, READERS];
+pub const IN_PLACE_OF_USERS: [u32; 4] = [NOBODY, STRANGERS, READERS, KEEPERS];
 /// Threads that stay when there is nothing to carry.
 const KEPT: usize = 2;
 /// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:

@@ -17,10 +17,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, getsockname, getsockopt, sockopt};
 use nix::unistd::geteuid;
 use rdsock_shm::control::{NAMELESS, Request};
-use rdsock_shm::reason::Reason;
 
 use crate::book::{Announced, Conn, End, Role, Route};
-use crate::diag::{Diag, Listener, cookie_of, device_of, is_tcp, netns_cookie_of};
+use crate::diag::{Diag, Found, Listener, cookie_of, device_of, is_tcp, netns_cookie_of};
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
@@ -209,6 +208,60 @@ pub struct Look {
     pub search: Option<Arc<Searches>>,
     /// Where it has to be bound, as a TCP socket.
     pub bound: Option<Place>,
+    /// Where the kernel is asked for it by its addresses.
+    pub ask: Option<Ask>,
+}
+
+/// The kernel is to be asked who has these addresses. That may be much work: in a look.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// The addresses.
+    pub route: Route,
+    /// What knows the sockets of their network namespace.
+    pub diag: Arc<Diag>,
+}
+
+impl Ask {
+    /// The socket with these addresses and this cookie.
+    pub fn own(&self, cookie: u64) -> std::io::Result<Option<Found>> {
+        self.diag.find(self.route.local, self.route.peer, cookie)
+    }
+
+    /// Is that socket there, with this inode, and established?
+    pub fn is_there(&self, cookie: u64, inode: u64) -> bool {
+        let found = self.own(cookie).ok().flatten();
+        found.is_some_and(|found| found.established && found.inode == inode)
+    }
+
+    /// The same, and the one at its other end, if both were there at one moment.
+    fn both(&self, cookie: u64) -> std::io::Result<Located> {
+        let Route { local, peer, .. } = self.route;
+        let is_there = |found: &Found| found.established;
+        let before = self.own(cookie)?.filter(is_there);
+        let other = match before {
+            Some(_) => self.diag.find_any(peer, local)?.filter(is_there),
+            None => None,
+        };
+        // While this end is there no other connection has its addresses.
+        let own = self.own(cookie)?;
+        let other = other.filter(|_| own.as_ref().is_some_and(is_there));
+        Ok(Located {
+            route: self.route,
+            own,
+            other_end: other.map(|other| (other.cookie, other.inode)),
+        })
+    }
+}
+
+/// What the kernel has said of a socket by its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The addresses that it was asked for.
+    route: Route,
+    /// The socket, if it has these.
+    own: Option<Found>,
+    /// Cookie and inode of the one at its other end.
+    other_end: Option<(u64, u64)>,
 }
 
 /// Where a socket says that it is bound. In a network namespace of one's own anybody has any port and address.
@@ -231,6 +284,8 @@ pub struct Held {
     pub inode: u64,
     /// Another process may hold it, too.
     pub shared: bool,
+    /// Where the kernel knows it, if that was asked.
+    pub located: Option<Located>,
 }
 
 /// Why a process was not found to hold a socket.
@@ -248,6 +303,9 @@ pub enum NotHeld {
     /// It is not who it was.
     #[error(transparent)]
     Changed(#[from] Changed),
+    /// The kernel does not say by which addresses it knows the socket.
+    #[error("the kernel does not tell of sockets (sock_diag): {0}")]
+    Silent(Errno),
 }
 
 /// Looks whether a process holds a socket, and is who it was. May wait: for a porter.
@@ -283,10 +341,15 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     let searched = (look.search.as_ref()).map(|searches| searches.other_holder(peer.pid, inode));
     // When in doubt, it is shared: the shim asks again.
     let shared = searched.is_some_and(|found| found != OtherHolder::Nobody);
+    let located = look.ask.as_ref().map(|ask| ask.both(look.cookie));
+    let located = located.transpose().map_err(|error| {
+        NotHeld::Silent(Errno::from_raw(error.raw_os_error().unwrap_or_default()))
+    })?;
     Ok(Held {
         cookie,
         inode,
         shared,
+        located,
     })
 }
 
@@ -459,28 +522,44 @@ impl Rights {
         self.searches.entry(uid).or_default().clone()
     }
 
-    /// May this connection be matched for this tenant? Its process was found to hold the socket ([`look`]); the kernel
-    /// has to know that socket by the addresses, established. `own` is the network namespace of the tenant.
-    pub fn announced(
+    /// Where to ask for a socket of a tenant whose network namespace is `own`, which says that it is in the one with this cookie, with these
+    /// addresses; `None` when that is not known.
+    pub fn ask_at(
         &self,
+        own: Option<u64>,
+        netns_cookie: u64,
+        (local, peer): (SocketAddr, SocketAddr),
+    ) -> Option<Ask> {
+        let (netns, diag) = self.namespaces.locate(netns_cookie, own?)?;
+        let route = Route { netns, local, peer };
+        Some(Ask {
+            route,
+            diag: diag.clone(),
+        })
+    }
+
+    /// Where to ask for a socket again.
+    pub fn ask_for(&self, route: Route) -> Option<Ask> {
+        let diag = self.namespaces.diag(route.netns)?.clone();
+        Some(Ask { route, diag })
+    }
+
+    /// May this connection be matched for this tenant? Its process was found to hold the socket ([`look`]); the kernel
+    /// has to know that socket by the addresses, established.
+    pub fn announced(
         claim: &Claim,
         held: Held,
+        located: Located,
         passport: &Passport,
-        own: Option<u64>,
-    ) -> Result<Announced, Refused> {
+    ) -> Option<Announced> {
         // What was found may be of an earlier use of the record: who announces it twice at once has both looked at.
-        if held.cookie != claim.cookie {
-            return Err(Reason::Unverified.into());
+        let asked = (located.route.local, located.route.peer);
+        if held.cookie != claim.cookie || asked != (claim.local, claim.peer) {
+            return None;
         }
-        let own = own.ok_or(Reason::OtherNamespace)?;
-        let located = self.namespaces.locate(claim.netns_cookie, own);
-        let (netns, diag) = located.ok_or(Reason::OtherNamespace)?;
-        let found = diag.find(claim.local, claim.peer, claim.cookie)?;
-        let found = found.ok_or(Reason::Unverified)?;
-        if found.inode != held.inode || !found.established {
-            return Err(Reason::Unverified.into());
-        }
-        Ok(Announced {
+        let found = located.own?;
+        let is_it = found.inode == held.inode && found.established;
+        is_it.then(|| Announced {
             conn: claim.conn,
             fd: claim.fd,
             pid: passport.peer.pid,
@@ -488,12 +567,9 @@ impl Rights {
             cookie: claim.cookie,
             inode: held.inode,
             seen: Instant::now(),
-            route: Route {
-                netns,
-                local: claim.local,
-                peer: claim.peer,
-            },
+            route: located.route,
             role: claim.role,
+            other_end: located.other_end,
         })
     }
 
@@ -503,41 +579,30 @@ impl Rights {
         self.namespaces.is_home_inode(route.netns)
     }
 
-    /// Does what was found of an announcement still hold, so that its tenant may be given an end? The socket is the
-    /// same one by its cookie, somebody has it, and the process is whose it was, with something open as that descriptor. That
+    /// Does what was found of an announcement still hold, so that its tenant may be given an end? Its socket is the one that was at the
+    /// other end of `later`, when that was there, and the process is whose it was, with something open as that descriptor. That
     /// it runs the same program was seen lately ([`Announced::seen`]).
     /// (Who has handed the socket on and closed it has had it all the same, and could have kept it.)
-    pub fn still_holds(&self, announced: &Announced, passport: &Passport) -> Result<bool, Changed> {
+    pub fn still_holds(
+        announced: &Announced,
+        later: &Announced,
+        passport: &Passport,
+    ) -> Result<bool, Changed> {
         passport.check_quickly()?;
-        let route = announced.route;
-        let found = self.namespaces.diag(route.netns).and_then(|diag| {
-            let found = diag.find(route.local, route.peer, announced.cookie);
-            found.ok().flatten()
-        });
-        Ok(
-            found.is_some_and(|found| found.established && found.inode == announced.inode)
-                && passport.peer.has_open(announced.fd),
-        )
+        Ok(later.other_end == Some((announced.cookie, announced.inode))
+            && passport.peer.has_open(announced.fd))
     }
 
     /// May a tenant have this end, since its process holds the end's socket? That process is the one that the end was
     /// given to, or one of the same user that has inherited the socket.
-    pub fn may_inherit(&self, held: Held, passport: &Passport, end: &End) -> bool {
+    pub fn may_inherit(held: Held, passport: &Passport, end: &End) -> bool {
         let peer = &passport.peer;
+        let found = held.located.and_then(|located| located.own);
         (peer.uid == end.uid || peer.pid == end.pid)
             && held.cookie == end.cookie
             && held.inode == end.inode
-            && self
-                .socket_of(end.route, end.cookie)
-                .is_none_or(|inode| inode == end.inode)
+            && found.is_none_or(|found| found.inode == end.inode)
             && peer.is_alive()
-    }
-
-    /// Inode of the socket with these addresses and this cookie; 0 when no process holds it.
-    pub fn socket_of(&self, route: Route, cookie: u64) -> Option<u64> {
-        let diag = self.namespaces.diag(route.netns)?;
-        let found = diag.find(route.local, route.peer, cookie).ok()??;
-        Some(found.inode)
     }
 
     /// Does a tenant, which was found to hold this listening socket, still listen there, so that connections from
@@ -567,23 +632,6 @@ impl Rights {
 pub fn is_other_end(diag: &Diag, cookie: u64, (local, peer): (SocketAddr, SocketAddr)) -> bool {
     diag.find(peer, local, cookie)
         .is_ok_and(|found| found.is_some())
-}
-
-/// Why something is not handed out.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// As the tenant is told.
-    #[error("{}", .0.text())]
-    Because(Reason),
-    /// The kernel did not say.
-    #[error("the kernel does not tell of sockets (sock_diag): {0}")]
-    Silent(#[from] std::io::Error),
-}
-
-impl From<Reason> for Refused {
-    fn from(reason: Reason) -> Self {
-        Refused::Because(reason)
-    }
 }
 
 #[cfg(test)]
@@ -617,7 +665,7 @@ mod tests {
         let _alone = crate::own::alone();
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
         use std::net::{TcpListener, TcpStream};
-        let diag = Diag::new().unwrap();
+        let diag = Diag::of_home().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
@@ -675,6 +723,7 @@ mod tests {
             cookie: cookie_of(stream.as_fd()).unwrap(),
             inode: std::fs::metadata(link).unwrap().ino(),
             shared: false,
+            located: None,
         };
         let claim = Claim {
             conn: Conn {
@@ -692,12 +741,22 @@ mod tests {
         };
         let rights = Rights::new(Namespaces::new().unwrap());
         let own = crate::process::netns_inode(std::process::id() as i32).ok();
-        assert!(rights.announced(&claim, held, &passport, own).is_ok());
+        let names = (claim.local, claim.peer);
+        let ask = rights.ask_at(own, claim.netns_cookie, names).unwrap();
+        let located = ask.both(claim.cookie).unwrap();
+        let announced =
+            |claim: &Claim, held| Rights::announced(claim, held, located, &passport).is_some();
+        assert!(announced(&claim, held));
         let another = Held {
             cookie: held.cookie + 1,
             ..held
         };
-        assert!(rights.announced(&claim, another, &passport, own).is_err());
+        assert!(!announced(&claim, another));
+        let elsewhere = Claim {
+            peer: claim.local,
+            ..claim.clone()
+        };
+        assert!(!announced(&elsewhere, held));
     }
 
     /// Another user may have the port of the other family.

@@ -27,6 +27,7 @@ fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
             peer: peer.parse().unwrap(),
         },
         role,
+        other_end: None,
     }
 }
 

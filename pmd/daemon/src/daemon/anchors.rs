@@ -142,7 +142,7 @@ impl Daemon {
         let Some(to) = fabric.arrived_at(from) else {
             return;
         };
-        let diag = self.rights.namespaces.home_diag();
+        let diag = self.rights.namespaces.home_diag().map(|diag| &**diag);
         if Rights::is_between(diag, held, (from, to)) {
             fabric.attach_arrived(ticket, from);
             if let Some(carried) = fabric.carried.get_mut(&ticket) {

@@ -12,9 +12,9 @@ use crate::book::{Announced, Announcement, Conn, TenantId};
 use crate::fabric::Early;
 use crate::fabric::addresses;
 use crate::found::{Errand, Found};
-use crate::porters::Owner;
+use crate::porters::{NOBODY, Owner};
 use crate::process::netns_inode;
-use crate::rights::{Changed, Claim, Held, Look, NotHeld, Place, Refused, look};
+use crate::rights::{Ask, Changed, Claim, Held, Located, Look, NotHeld, Place, Rights, look};
 
 /// Who waits for looks at others for longer is looked at once more.
 const SEEN_LATELY: Duration = Duration::from_millis(50);
@@ -121,12 +121,24 @@ impl Daemon {
         if !self.config.policy.allows_ports(local, peer) {
             return self.turn_down(conn, Reason::Policy);
         }
-        let (fd, cookie, searched) = (claim.fd, claim.cookie, claim.maybe_shared);
-        let claim = Box::new(claim);
+        let ask = self.ask_for(&claim);
+        self.have_announced_looked_at(Box::new(claim), ticket, ask);
+        Ok(())
+    }
+
+    /// Where to ask for the socket that a tenant says it holds.
+    fn ask_for(&self, claim: &Claim) -> Option<Ask> {
+        let own = self.connections.tenant(claim.conn.tenant)?.netns;
+        let names = (claim.local, claim.peer);
+        self.rights.ask_at(own, claim.netns_cookie, names)
+    }
+
+    fn have_announced_looked_at(&mut self, claim: Box<Claim>, ticket: u64, ask: Option<Ask>) {
+        let (conn, socket) = (claim.conn, (claim.fd, claim.cookie));
+        let searched = claim.maybe_shared;
         self.announcements
             .expect(conn, Wanted::Match { claim, ticket });
-        self.have_looked_at(conn.tenant, Errand::Conn(conn), (fd, cookie), searched);
-        Ok(())
+        self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, searched, ask);
     }
 
     /// A process asks whether a socket that it inherited is a stream.
@@ -136,12 +148,13 @@ impl Daemon {
             number: lookup.conn,
             generation: lookup.generation,
         };
-        if self.streams.by_cookie(lookup.cookie).is_none() {
+        let Some((stream, end)) = self.streams.by_cookie(lookup.cookie) else {
             return self.not_found(conn);
-        }
+        };
+        let ask = self.ask_for_end(stream, end);
         self.announcements.expect(conn, Wanted::Lookup);
         let socket = (lookup.fd, lookup.cookie);
-        self.have_looked_at(id, Errand::Conn(conn), socket, false);
+        self.have_looked_at(id, Errand::Conn(conn), socket, false, ask);
         Ok(())
     }
 
@@ -153,20 +166,28 @@ impl Daemon {
             self.journal.counters.unverified += 1;
             return;
         };
+        let ask = self.ask_for_end(stream, end);
         self.announcements
             .expect(conn, Wanted::Hold { stream, end });
         let socket = (request.fd, cookie);
-        self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, false);
+        self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, false, ask);
+    }
+
+    /// Where to ask for the socket of an end.
+    fn ask_for_end(&self, stream: u64, end: usize) -> Option<Ask> {
+        let end = self.streams.get(stream)?.ends.get(end)?;
+        self.rights.ask_for(end.route)
     }
 
     /// Has a porter look whether a tenant holds a socket, as the descriptor and with the cookie given; `searched` for
-    /// other holders, too.
+    /// other holders, too; and at what the kernel says of its addresses.
     pub(super) fn have_looked_at(
         &mut self,
         tenant: TenantId,
         errand: Errand,
         (fd, cookie): (i32, u64),
         searched: bool,
+        ask: Option<Ask>,
     ) {
         let Some(entry) = self.connections.tenant_mut(tenant) else {
             return;
@@ -189,6 +210,7 @@ impl Daemon {
             cookie,
             search: searched.then(|| self.rights.searches_of(uid)),
             bound,
+            ask,
         };
         let owner = Owner {
             uid,
@@ -237,15 +259,25 @@ impl Daemon {
         match (self.announcements.take(conn), held) {
             (None, _) => Ok(()),
             (Some(Wanted::Match { claim, ticket }), Ok(held)) => {
+                if let Some(located) = held.located {
+                    return self.find(&claim, ticket, held, located);
+                }
                 match self.follow_netns(conn.tenant, claim.netns_cookie) {
-                    Followed::Known => self.find(&claim, ticket, held),
+                    Followed::Known => self.look_there(claim, ticket),
                     Followed::Opening(owner, pid) => {
                         self.announcements
                             .expect(conn, Wanted::Match { claim, ticket });
-                        self.have_namespace_opened(owner, pid, Some((conn, held)));
+                        self.have_namespace_opened(owner, pid, Some(conn));
                         Ok(())
                     }
                 }
+            }
+            (Some(Wanted::Match { .. }), Err(NotHeld::Silent(error))) => {
+                let uid = self.connections.get(conn.tenant).map(|one| one.peer.uid);
+                let what = "the kernel does not tell of sockets (sock_diag)";
+                self.journal
+                    .fault(what, uid.unwrap_or(NOBODY), &error.into());
+                self.not_verified(conn, Reason::Unverified)
             }
             (Some(Wanted::Match { claim, .. }), Err(error)) => {
                 debug!(?conn, fd = claim.fd, "not verified: {error}");
@@ -281,21 +313,34 @@ impl Daemon {
         self.send(conn.tenant, Self::verdict(conn, reason))
     }
 
+    /// Has a socket that was announced looked at once more: its network namespace was not known before.
+    fn look_there(&mut self, claim: Box<Claim>, ticket: u64) -> Result<(), End> {
+        match self.ask_for(&claim) {
+            Some(ask) => {
+                self.have_announced_looked_at(claim, ticket, Some(ask));
+                Ok(())
+            }
+            None => self.not_verified(claim.conn, Reason::OtherNamespace),
+        }
+    }
+
     /// A tenant holds the socket that it has announced. Is it the connection that it says it is, and where is the
     /// other end?
-    fn find(&mut self, claim: &Claim, ticket: u64, held: Held) -> Result<(), End> {
+    fn find(
+        &mut self,
+        claim: &Claim,
+        ticket: u64,
+        held: Held,
+        located: Located,
+    ) -> Result<(), End> {
         let conn = claim.conn;
         let Some(tenant) = self.connections.tenant(conn.tenant) else {
             return Ok(());
         };
         let passport = tenant.passport.clone();
-        let announced = match self.rights.announced(claim, held, &passport, tenant.netns) {
-            Ok(announced) => announced,
-            Err(refused) => {
-                debug!(?conn, fd = claim.fd, "not verified: {refused}");
-                let reason = self.reason_of(refused, passport.peer.uid);
-                return self.not_verified(conn, reason);
-            }
+        let Some(announced) = Rights::announced(claim, held, located, &passport) else {
+            debug!(?conn, fd = claim.fd, "not verified: it has other addresses");
+            return self.not_verified(conn, Reason::Unverified);
         };
         if ticket != 0 && !self.rights.may_be_anchored(announced.route) {
             return self.not_verified(conn, Reason::OtherNamespace);
@@ -322,17 +367,6 @@ impl Daemon {
         }
         self.announcements.fresh.push(conn);
         self.find_other_end(announced, announced.seen)
-    }
-
-    fn reason_of(&mut self, refused: Refused, uid: u32) -> Reason {
-        match refused {
-            Refused::Because(reason) => reason,
-            Refused::Silent(error) => {
-                let what = "the kernel does not tell of sockets (sock_diag)";
-                self.journal.fault(what, uid, &error);
-                Reason::Unverified
-            }
-        }
     }
 
     /// When a socket is in no namespace that is known, its process may have moved since it
@@ -371,7 +405,7 @@ impl Daemon {
     }
 
     /// The network namespace that an announcement has waited for is open, or can't be.
-    pub(super) fn on_followed(&mut self, conn: Conn, held: Held) {
+    pub(super) fn on_followed(&mut self, conn: Conn) {
         let id = conn.tenant;
         if let Some(tenant) = self.connections.tenant_mut(id) {
             tenant.looks = tenant.looks.saturating_sub(1);
@@ -379,22 +413,23 @@ impl Daemon {
         self.serve(id, |daemon| {
             daemon.move_to_netns(id);
             if let Some(Wanted::Match { claim, ticket }) = daemon.announcements.take(conn) {
-                daemon.find(&claim, ticket, held)?;
+                daemon.look_there(claim, ticket)?;
             }
             daemon.unthrottle(id);
             Ok(())
         });
     }
 
-    /// Has the process of one of two ends looked at that find each other: it may run another program by now.
-    /// False where its tenant has gone.
+    /// Has the process of one of two ends looked at that find each other: it may run another program by now, or have closed its
+    /// socket. False where its tenant has gone.
     fn have_program_looked_at(
         &mut self,
         announced: Announced,
         since: Instant,
-        whose: Conn,
+        end: Announced,
     ) -> bool {
-        let conn = announced.conn;
+        let (conn, whose) = (announced.conn, end.conn);
+        let ask = self.rights.ask_for(end.route);
         let Some(tenant) = self.connections.tenant_mut(whose.tenant) else {
             return false;
         };
@@ -411,14 +446,16 @@ impl Daemon {
             Some(Found::Program {
                 conn,
                 whose,
-                unchanged: passport.check_program(),
+                unchanged: passport
+                    .check_program()
+                    .map(|()| ask.is_some_and(|ask| ask.is_there(end.cookie, end.inode))),
             })
         });
         true
     }
 
     /// The process of one of two ends was looked at that find each other.
-    pub(super) fn on_program(&mut self, conn: Conn, whose: Conn, unchanged: Result<(), Changed>) {
+    pub(super) fn on_program(&mut self, conn: Conn, whose: Conn, unchanged: Result<bool, Changed>) {
         let now = Instant::now();
         if let Some(tenant) = self.connections.tenant_mut(whose.tenant) {
             tenant.looks = tenant.looks.saturating_sub(1);
@@ -426,8 +463,8 @@ impl Daemon {
         let pair = self.announcements.take_pair(conn);
         self.serve(whose.tenant, |daemon| {
             match unchanged {
-                Ok(()) => daemon.streams.note_seen(whose, now),
-                Err(Changed::Hidden) => {
+                Ok(true) => daemon.streams.note_seen(whose, now),
+                Ok(false) | Err(Changed::Hidden) => {
                     daemon.give_up(whose);
                     daemon.not_verified(whose, Reason::Unverified)?;
                 }
@@ -445,7 +482,7 @@ impl Daemon {
         if conn == whose {
             announced.seen = now;
         }
-        if conn != whose || unchanged.is_ok() {
+        if conn != whose || unchanged == Ok(true) {
             self.serve(conn.tenant, |daemon| {
                 daemon.find_other_end(announced, since)
             });
@@ -455,14 +492,14 @@ impl Daemon {
     /// Of the two ends of a connection, the one whose process has to be looked at before they are given their stream: the
     /// one that has waited, where it was last seen before the other one was found to hold its socket (`since`); and who
     /// was seen long ago.
-    fn to_be_seen(&self, announced: &Announced, since: Instant) -> Option<Conn> {
+    fn to_be_seen(&self, announced: &Announced, since: Instant) -> Option<Announced> {
         let other = self.streams.opposite(announced)?;
         let is_old = |end: &Announced| end.seen.elapsed() > SEEN_LATELY;
         let is_fresh = self.announcements.fresh.contains(&other.conn);
         if !is_fresh && (other.seen < since || is_old(&other)) {
-            return Some(other.conn);
+            return Some(other);
         }
-        is_old(announced).then_some(announced.conn)
+        is_old(announced).then_some(*announced)
     }
 
     /// `since`: when this end was found to hold its socket.
@@ -481,7 +518,7 @@ impl Daemon {
             };
             // It may have been closed, and its addresses used again by somebody else, since it
             // was announced.
-            if !self.still_there(conn, &other)? {
+            if !self.still_there(&announced, &other)? {
                 self.journal.counters.unverified += 1;
                 self.tell(other.conn, conn, Reason::Unverified)?;
                 continue;
@@ -499,20 +536,17 @@ impl Daemon {
     }
 
     /// May the tenant that announced the other end be given it now? One that is not who it was is detached.
-    fn still_there(&mut self, served: Conn, other: &Announced) -> Result<bool, End> {
+    fn still_there(&mut self, served: &Announced, other: &Announced) -> Result<bool, End> {
         let id = other.conn.tenant;
         let Some(tenant) = self.connections.tenant(id) else {
             return Ok(false);
         };
-        if self.announcements.fresh.contains(&other.conn) {
-            return Ok(true);
-        }
-        match self.rights.still_holds(other, &tenant.passport.clone()) {
+        match Rights::still_holds(other, served, &tenant.passport) {
             Ok(holds) => Ok(holds),
             Err(Changed::Hidden) => Ok(false),
             Err(changed) => {
                 self.journal.counters.changed += 1;
-                if id == served.tenant {
+                if id == served.conn.tenant {
                     return Err(changed.into());
                 }
                 self.serve(id, |_| Err(changed.into()));
@@ -561,7 +595,7 @@ impl Daemon {
             return false;
         };
         let (uid, pid) = (tenant.passport.peer.uid, tenant.passport.peer.pid);
-        if !self.rights.may_inherit(held, &tenant.passport, place) {
+        if !Rights::may_inherit(held, &tenant.passport, place) {
             return false;
         }
         let taken = self.take_seat(conn, stream, end);

@@ -290,7 +290,7 @@ impl Daemon {
     pub(super) fn on_reach(&mut self, id: TenantId, question: Between) -> Result<(), End> {
         self.journal.counters.reaches += 1;
         let socket = (question.fd, 0);
-        self.have_looked_at(id, Errand::Reach(question), socket, false);
+        self.have_looked_at(id, Errand::Reach(question), socket, false, None);
         Ok(())
     }
 
@@ -539,6 +539,7 @@ impl Daemon {
                 peer: local,
             },
             role: Role::Unknown,
+            other_end: None,
         };
         let ends = match stream.end {
             0 => [announced, ours],

@@ -22,7 +22,7 @@ use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
 use crate::porters::Owner;
 use crate::process::{Program, netns_inode};
-use crate::rights::{Changed, Held, Passport};
+use crate::rights::{Changed, Passport};
 
 /// Descriptors of a tenant's memory,
 const MEMORY_DESCRIPTORS: u64 = 1;
@@ -235,12 +235,12 @@ impl Daemon {
     }
 
     /// Has a porter open the network namespace that a process is in, for a caller that attaches, or for an announcement.
-    pub(super) fn have_namespace_opened(&self, owner: Owner, pid: i32, held: Option<(Conn, Held)>) {
+    pub(super) fn have_namespace_opened(&self, owner: Owner, pid: i32, announced: Option<Conn>) {
         self.porters.give(owner, move || {
             Some(Found::Namespace {
                 owner,
                 opened: namespaces::open(pid),
-                held,
+                announced,
             })
         });
     }
@@ -250,7 +250,7 @@ impl Daemon {
         &mut self,
         owner: Owner,
         opened: io::Result<Opened>,
-        held: Option<(Conn, Held)>,
+        announced: Option<Conn>,
     ) {
         let inode = opened.as_ref().map(|opened| opened.inode).ok();
         if let Ok(opened) = opened {
@@ -259,8 +259,8 @@ impl Daemon {
         // It stays open meanwhile.
         let is_open = inode.is_some_and(|inode| self.rights.namespaces.enter(inode));
         let id = owner.connection;
-        if let Some((conn, held)) = held {
-            self.on_followed(conn, held);
+        if let Some(conn) = announced {
+            self.on_followed(conn);
         } else if let Some(connection) = self.connections.get_mut(id)
             && let Some((passport, belongings)) = connection.end_entering()
         {

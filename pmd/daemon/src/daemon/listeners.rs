@@ -56,7 +56,7 @@ impl Daemon {
         if fabric.is_some_and(|fabric| fabric.listening.has_room(tenant)) {
             let (fd, cookie) = (request.fd, request.cookie);
             let errand = Errand::Listener(fd, cookie);
-            self.have_looked_at(tenant, errand, (fd, cookie), false);
+            self.have_looked_at(tenant, errand, (fd, cookie), false, None);
         }
     }
 
@@ -240,7 +240,7 @@ impl Daemon {
             searched,
         }) = early
         {
-            self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, searched);
+            self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, searched, None);
         }
     }
 
@@ -330,7 +330,7 @@ impl Daemon {
 
     /// The tenant that would get a connection to `destination` from `source`; `None` when that is no tenant.
     fn would_get(&mut self, destination: SocketAddr, source: SocketAddr) -> Option<WouldGet> {
-        let diag = self.rights.namespaces.home_diag()?;
+        let diag = self.rights.namespaces.home_diag()?.clone();
         let socket: Listener = match diag.listener(destination, source) {
             Ok(socket) => socket?,
             Err(error) => {
@@ -365,7 +365,7 @@ impl Daemon {
             return self.tell_who(id, question, Err(NotHeld::Socket));
         }
         let socket = (question.fd, 0);
-        self.have_looked_at(id, Errand::Whois(question), socket, false);
+        self.have_looked_at(id, Errand::Whois(question), socket, false, None);
         Ok(())
     }
 
@@ -385,7 +385,7 @@ impl Daemon {
         question: Between,
         held: Result<Held, NotHeld>,
     ) -> Result<(), End> {
-        let diag = self.rights.namespaces.home_diag();
+        let diag = self.rights.namespaces.home_diag().map(|diag| &**diag);
         let found = held.ok().zip(addresses(&question));
         let found = found.filter(|(held, names)| Rights::is_between(diag, *held, *names));
         let found = found.and_then(|(_, names)| {

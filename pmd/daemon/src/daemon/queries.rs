@@ -16,7 +16,7 @@ use crate::book::{Conn, Route, TenantId};
 use crate::connections::{Connection, Inbox, Tenant};
 use crate::found::Found;
 use crate::memory::{ConnView, DirectionView};
-use crate::porters::{Owner, READERS};
+use crate::porters::{IN_PLACE_OF_USERS, Owner, READERS};
 use crate::queries::{Answering, Fetched, Part, Wanted, datagrams, member};
 use crate::rights::Rights;
 
@@ -419,7 +419,8 @@ impl Daemon {
     /// What users have, and how often a limit was in their way.
     fn users_answer(&self, asker: u32) -> Vec<Value> {
         let statements = self.accounts.statements();
-        let seen = statements.filter(|user| user.uid < READERS && Rights::may_see(asker, user.uid));
+        let is_user = |uid: u32| !IN_PLACE_OF_USERS.contains(&uid);
+        let seen = statements.filter(|user| is_user(user.uid) && Rights::may_see(asker, user.uid));
         let answer = |user: Statement| {
             let mut answer = amounts(&user.has);
             answer.insert("uid".into(), user.uid.into());

@@ -1,5 +1,6 @@
 //! Streams: made, handed out, found again, given back.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +12,10 @@ use crate::accounts::{Over, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
 use crate::channel::Outgoing;
+use crate::found::{Found, Kept};
 use crate::memory::{HugePages, rounded};
-use crate::porters::Owner;
-use crate::rights::Rights;
+use crate::porters::{KEEPERS, Owner};
+use crate::rights::{Ask, Rights};
 use crate::streams::{Bells, Memory};
 
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
@@ -157,45 +159,80 @@ impl Daemon {
     /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
     /// that has not attached, a program between exec and attach) still holds one of its sockets.
     pub(super) fn check_stream(&mut self, id: u64) {
-        let (true, kept) = self.is_kept(id) else {
-            return;
-        };
-        if !kept {
-            self.close_stream(id);
-        } else if self.streams.look_after(id) {
-            self.agenda.after(FIRST_LOOK, Due::Stream(id, 1));
-        }
+        self.have_kept_looked_at(&[id], 0);
     }
 
-    /// An abandoned stream was kept: looks again, less and less often.
+    fn is_abandoned(&self, id: u64) -> bool {
+        let stream = self.streams.get(id);
+        stream.is_some_and(|stream| stream.is_abandoned())
+    }
+
+    /// It is due to look once more whether somebody holds a stream, which is asked for the so-manieth time.
     pub(super) fn look_again(&mut self, id: u64, times: u32) {
         self.streams.looked(id);
-        let (true, kept) = self.is_kept(id) else {
-            return;
-        };
-        if !kept {
-            return self.close_stream(id);
-        }
-        let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
-        self.streams.look_after(id);
-        self.agenda.after(wait, Due::Stream(id, times + 1));
+        self.have_kept_looked_at(&[id], times);
     }
 
-    /// Is this stream abandoned, and if so, does somebody hold one of its sockets?
-    fn is_kept(&self, id: u64) -> (bool, bool) {
-        match self.streams.get(id) {
-            Some(stream) if stream.is_abandoned() => {
-                let held = |end: &book::End| {
-                    self.rights.socket_of(end.route, end.cookie) == Some(end.inode)
-                };
-                let kept = match &stream.memory.elsewhere {
-                    // The other one is the daemon's.
-                    Some(elsewhere) => stream.ends.get(elsewhere.end).is_some_and(held),
-                    None => stream.ends.iter().any(held),
-                };
-                (true, kept)
+    /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned.
+    fn have_kept_looked_at(&mut self, streams: &[u64], times: u32) {
+        let mut questions: BTreeMap<u32, Vec<_>> = BTreeMap::new();
+        let abandoned = streams.iter().filter_map(|id| {
+            let stream = self.streams.get(*id)?;
+            stream.is_abandoned().then_some((*id, stream))
+        });
+        for (id, stream) in abandoned {
+            let question = (id, self.sockets_of(stream));
+            questions.entry(stream.payer).or_default().push(question);
+        }
+        for (payer, questions) in questions {
+            let owner = Owner {
+                uid: KEEPERS,
+                connection: payer.into(),
+            };
+            self.porters.give_quick(owner, move || {
+                let looked_at = questions.into_iter().map(|(stream, sockets)| {
+                    let mut sockets = sockets.into_iter();
+                    let kept = sockets.any(|(ask, cookie, inode)| {
+                        let found = ask.own(cookie).ok().flatten();
+                        found.is_some_and(|found| found.inode == inode)
+                    });
+                    Kept {
+                        stream,
+                        times,
+                        kept,
+                    }
+                });
+                Some(Found::Kept(looked_at.collect()))
+            });
+        }
+    }
+
+    /// Where to ask for the sockets of a stream's ends, with their cookies and inodes. Of one to another node, one end's is the daemon's.
+    fn sockets_of(&self, stream: &book::Stream<Memory>) -> Vec<(Ask, u64, u64)> {
+        let elsewhere = stream.memory.elsewhere.as_ref();
+        let ends = (0..).zip(&stream.ends);
+        let ends = ends.filter(|(at, _)| elsewhere.is_none_or(|elsewhere| elsewhere.end == *at));
+        let ask = |end: &book::End| Some((self.rights.ask_for(end.route)?, end.cookie, end.inode));
+        ends.filter_map(|(_, end)| ask(end)).collect()
+    }
+
+    /// It was looked at whether somebody holds these streams: one that is kept is looked at again, less and less often.
+    pub(super) fn on_kept(&mut self, looked_at: &[Kept]) {
+        for Kept {
+            stream,
+            times,
+            kept,
+        } in looked_at.iter().copied()
+        {
+            if !self.is_abandoned(stream) {
+                continue;
             }
-            _ => (false, false),
+            if !kept {
+                self.close_stream(stream);
+            } else if self.streams.look_after(stream) {
+                let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
+                self.agenda.after(wait, Due::Stream(stream, times + 1));
+            }
         }
     }
 
@@ -227,10 +264,12 @@ impl Daemon {
     /// Holders of these streams are gone. Many are looked at in portions, so that others have their turn between.
     pub(super) fn check_streams(&mut self, streams: &[u64]) {
         for (portion, streams) in (0..).zip(streams.chunks(PORTION)) {
+            if portion == 0 {
+                self.have_kept_looked_at(streams, 0);
+                continue;
+            }
             for stream in streams {
-                if portion == 0 {
-                    self.check_stream(*stream);
-                } else if self.streams.look_after(*stream) {
+                if self.streams.look_after(*stream) {
                     self.agenda
                         .after(PORTION_TIME * portion, Due::Stream(*stream, 0));
                 }

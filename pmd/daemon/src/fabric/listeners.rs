@@ -107,6 +107,7 @@ mod tests {
             cookie,
             inode: cookie,
             shared: false,
+            located: None,
         };
         Listening {
             tenant,

@@ -1,0 +1,221 @@
+//! The kernel finds a socket by walking a chain of others, as long as who has these likes it: to ask it for one may be much work. Others
+//! are served meanwhile.
+
+#[macro_use]
+mod tenant;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen as start_listening,
+    setsockopt, socket, sockopt,
+};
+use nix::unistd::{ForkResult, fork};
+use rdsock_shm::control::Request;
+use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
+use tenant::measure::{Bystander, Honest};
+use tenant::{Answer, Daemon, Tenant, announcement};
+
+const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
+/// Sockets in the chain, at most so many of one process.
+const CHAIN: usize = 120_000;
+const OF_ONE: usize = 15_000;
+/// Streams that end at once.
+const STREAMS: u32 = 64;
+/// A turn of the control thread, in microseconds of its processor's time, that is too long.
+const TURN: u64 = 25_000;
+/// How long an attack is watched.
+const WATCH: Duration = Duration::from_secs(5);
+
+fn play(part: &Part) {
+    match part.name.as_str() {
+        "ending" => be_ending(part),
+        "announcing" => be_announcing(part),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+scene!(streams_that_end_beside_very_many_who_listen, |test| {
+    attack(test, "ending");
+});
+
+scene!(announcements_beside_very_many_who_listen, |test| {
+    attack(test, "announcing");
+});
+
+/// An actor does something when it is told. Others are served meanwhile.
+fn attack(test: &str, part: &str) {
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    let bystander = Bystander::new(&daemon);
+    for _ in 0..20 {
+        honest.promotion();
+    }
+    let mut actor = Actor::start(test, part, &daemon.socket(), ATTACKER);
+    while actor
+        .next_line(Duration::from_secs(120))
+        .expect("it goes on")
+        != "ready"
+    {}
+    actor.say("go");
+    let end = Instant::now() + WATCH;
+    let (mut longest, mut slowest) = (Duration::ZERO, Duration::ZERO);
+    while Instant::now() < end {
+        longest = longest.max(bystander.asks(&daemon, part));
+        slowest = slowest.max(honest.promotion());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let turn = daemon.counter("longest_turn_cpu_us");
+    println!(
+        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us"
+    );
+    assert!(slowest < bystander.most, "{slowest:?} for a promotion");
+    assert!(turn < TURN, "a turn of {turn} us of processor time");
+}
+
+fn raise_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+/// Listens where others do. The kernel takes what the last one has said for what all have said: `previous` says later that it
+/// shares its port with nobody, and is none of a group any more that the kernel looks at as one.
+fn listen_as_well(port: u16, previous: &mut Option<OwnedFd>) -> bool {
+    let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+    let Ok(next) = socket(family, kind, SockFlag::SOCK_CLOEXEC, None) else {
+        return false;
+    };
+    setsockopt(&next, sockopt::ReusePort, &true).unwrap();
+    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+    bind(next.as_raw_fd(), &address).unwrap();
+    let listens = start_listening(&next, Backlog::new(1).unwrap());
+    // The group may be full: the next one begins another.
+    alone(std::mem::replace(previous, listens.is_ok().then_some(next)));
+    true
+}
+
+fn alone(socket: Option<OwnedFd>) {
+    if let Some(socket) = socket {
+        setsockopt(&socket, sockopt::ReusePort, &false).unwrap();
+        // It listens for as long as this process lives.
+        let _ = socket.into_raw_fd();
+    }
+}
+
+/// Children that have very many sockets listen beside a first one, when they are told. They live as long as this process.
+struct Crowd(Vec<UnixStream>);
+
+impl Crowd {
+    /// To be made before this process has anything that they shall not inherit.
+    fn beside(first: &TcpListener) -> Self {
+        let port = first.local_addr().unwrap().port();
+        let mut previous = Some(first.as_fd().try_clone_to_owned().unwrap());
+        let children = (0..CHAIN / OF_ONE).map(|_| {
+            let previous = previous.take();
+            let (own, parents) = UnixStream::pair().unwrap();
+            // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
+            match unsafe { fork() }.unwrap() {
+                ForkResult::Child => be_part_of_a_crowd(port, previous, own),
+                ForkResult::Parent { .. } => parents,
+            }
+        });
+        Crowd(children.collect())
+    }
+
+    fn listens(&mut self) {
+        for child in &mut self.0 {
+            child.write_all(b"go").unwrap();
+            child.read_exact(&mut [0; 2]).unwrap();
+        }
+    }
+}
+
+fn be_part_of_a_crowd(port: u16, mut previous: Option<OwnedFd>, mut told: UnixStream) -> ! {
+    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL);
+    let mut go = [0; 2];
+    told.read_exact(&mut go).unwrap();
+    let count = (0..OF_ONE).take_while(|_| listen_as_well(port, &mut previous));
+    let _ = count.count();
+    alone(previous);
+    told.write_all(&go).unwrap();
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// A listener whose port others may share.
+fn first_listener() -> TcpListener {
+    let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+    let first = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    setsockopt(&first, sockopt::ReusePort, &true).unwrap();
+    let any = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
+    bind(first.as_raw_fd(), &any).unwrap();
+    start_listening(&first, Backlog::new(1).unwrap()).unwrap();
+    first.into()
+}
+
+/// A connection to it, of which nothing is left when it is over.
+fn connection_to(listener: &TcpListener) -> (TcpStream, TcpStream) {
+    let connector = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    for socket in [&connector, &accepted] {
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        setsockopt(socket, sockopt::Linger, &linger).unwrap();
+    }
+    (connector, accepted)
+}
+
+/// Has streams to a port at which very many listen, and ends.
+fn be_ending(part: &Part) {
+    raise_descriptors();
+    let listener = first_listener();
+    let mut crowd = Crowd::beside(&listener);
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let mut pairs = Vec::new();
+    for number in 0..STREAMS {
+        let (connector, accepted) = connection_to(&listener);
+        tenant.announce(2 * number, 1, &connector, 1);
+        tenant.announce(2 * number + 1, 1, &accepted, 0);
+        tenant.promote();
+        tenant.promote();
+        pairs.push((connector, accepted));
+    }
+    crowd.listens();
+    say("ready");
+    listen();
+    drop(pairs);
+    drop(tenant);
+    listen();
+}
+
+/// Says of a connection of its own that it is one from a port at which very many listen.
+fn be_announcing(part: &Part) {
+    raise_descriptors();
+    let listener = first_listener();
+    let mut crowd = Crowd::beside(&listener);
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let (connector, _accepted) = connection_to(&listener);
+    let port = listener.local_addr().unwrap().port();
+    crowd.listens();
+    let lie = Request {
+        local_port: port.into(),
+        peer_port: 1,
+        ..announcement(1, 1, &connector, 1)
+    };
+    say("ready");
+    listen();
+    loop {
+        tenant.ask_for(&lie);
+        if !matches!(tenant.receive(), Answer::Message(..)) {
+            return say("closed");
+        }
+    }
+}
