@@ -40,6 +40,7 @@ use crate::endpoint::{Endpoint, EndpointError};
 use crate::fabric::Control;
 use crate::found::Found;
 use crate::journal::Journal;
+use crate::lines::Lines;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::own;
@@ -125,7 +126,7 @@ type Baton = Relay<Daemon, Result<(), DaemonError>>;
 
 impl Daemon {
     /// Makes the control socket; nobody is served before [`Daemon::run`].
-    pub fn new(args: Args, config: Config) -> Result<Self, DaemonError> {
+    pub fn new(args: Args, config: Config, log: &Lines) -> Result<Self, DaemonError> {
         if geteuid().as_raw() == NAMELESS {
             return Err(DaemonError::Nameless);
         }
@@ -149,6 +150,7 @@ impl Daemon {
         // Before there is another thread.
         let device = config.fabric.as_ref().map(|fabric| &fabric.device);
         let mut confinement = Confinement::begin(config.confine, device.into());
+        log.start_writer().map_err(system("log"))?;
         let starter = Starter::new().map_err(system("starter"))?;
         let of_users = endpoint
             .listeners()

@@ -25,6 +25,7 @@ mod fabric;
 pub mod found;
 pub mod heap;
 pub mod journal;
+pub mod lines;
 pub mod log;
 pub mod memory;
 pub mod namespaces;

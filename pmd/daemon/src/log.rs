@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{Config, LogFormat, LogLevel};
+use crate::lines::Lines;
 
-/// Starts logging.
-pub fn start(config: &Config) {
+/// Starts logging. What is said goes where these lines go.
+pub fn start(config: &Config) -> Lines {
+    let lines = Lines::default();
+    let writer = lines.clone();
     let level = match config.log_level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -19,8 +22,8 @@ pub fn start(config: &Config) {
     };
     let builder = tracing_subscriber::fmt()
         .with_max_level(level)
-        .with_writer(std::io::stderr)
-        // It would panic where standard error is full: a disk without space shall not end the daemon.
+        .with_writer(move || writer.clone())
+        // It would say so on standard error, and wait there.
         .log_internal_errors(false)
         .with_ansi(false)
         .with_target(false);
@@ -30,6 +33,7 @@ pub fn start(config: &Config) {
         (LogFormat::Text, true) => builder.without_time().init(),
         (LogFormat::Text, false) => builder.init(),
     }
+    lines
 }
 
 /// Each cause is logged once in this time for each user; the rest is counted.

@@ -50,12 +50,14 @@ fn main() -> ExitCode {
     let _ =
         unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
     rdsockd::heap::prepare();
-    rdsockd::log::start(&config);
-    match Daemon::new(args, config).and_then(Daemon::run) {
+    let lines = rdsockd::log::start(&config);
+    let status = match Daemon::new(args, config, &lines).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
         }
-    }
+    };
+    lines.finish();
+    status
 }
