@@ -18,14 +18,26 @@ use crate::rights::{Ask, Changed, Claim, Held, Located, Look, NotHeld, Place, Ri
 
 /// Who waits for looks at others for longer is looked at once more.
 const SEEN_LATELY: Duration = Duration::from_millis(50);
+/// After so many looks for a pair, one for each end, it is not asked how long they have taken: where each takes long, there would be no
+/// end.
+const LOOKS: u8 = 2;
+
+/// How far two ends that find each other have come.
+#[derive(Clone, Copy, Debug)]
+struct Pairing {
+    /// When the later one was found to hold its socket.
+    since: Instant,
+    /// Looks at their processes since.
+    looks: u8,
+}
 
 /// What a connection record is looked at for.
 #[derive(Debug)]
 enum Wanted {
     /// It was announced, maybe with the ticket of a stream to another node.
     Match { claim: Box<Claim>, ticket: u64 },
-    /// Its other end waits for it, since this moment, and one of the two processes is looked at once more.
-    Pair(Box<Announced>, Instant),
+    /// Its other end waits for it, and one of the two processes is looked at once more.
+    Pair(Box<Announced>, Pairing),
     /// Its process asks whether it is a stream that it has inherited.
     Lookup,
     /// Its process says that it has inherited this end.
@@ -66,9 +78,9 @@ impl Announcements {
     }
 
     /// The pair that this use of the record is of, if it is still wanted.
-    fn take_pair(&mut self, conn: Conn) -> Option<(Announced, Instant)> {
+    fn take_pair(&mut self, conn: Conn) -> Option<(Announced, Pairing)> {
         match self.take(conn)? {
-            Wanted::Pair(announced, since) => Some((*announced, since)),
+            Wanted::Pair(announced, pairing) => Some((*announced, pairing)),
             other => {
                 self.expect(conn, other);
                 None
@@ -366,7 +378,11 @@ impl Daemon {
             return self.turn_down(conn, Reason::Shared);
         }
         self.announcements.fresh.push(conn);
-        self.find_other_end(announced, announced.seen)
+        let pairing = Pairing {
+            since: announced.seen,
+            looks: 0,
+        };
+        self.find_other_end(announced, pairing)
     }
 
     /// When a socket is in no namespace that is known, its process may have moved since it
@@ -425,7 +441,7 @@ impl Daemon {
     fn have_program_looked_at(
         &mut self,
         announced: Announced,
-        since: Instant,
+        pairing: Pairing,
         end: Announced,
     ) -> bool {
         let (conn, whose) = (announced.conn, end.conn);
@@ -440,7 +456,11 @@ impl Daemon {
             uid: passport.peer.uid,
             connection: whose.tenant,
         };
-        let pair = Wanted::Pair(Box::new(announced), since);
+        let pairing = Pairing {
+            looks: pairing.looks.saturating_add(1),
+            ..pairing
+        };
+        let pair = Wanted::Pair(Box::new(announced), pairing);
         self.announcements.expect(conn, pair);
         self.porters.give_quick(owner, move || {
             Some(Found::Program {
@@ -476,7 +496,7 @@ impl Daemon {
             daemon.unthrottle(whose.tenant);
             Ok(())
         });
-        let Some((mut announced, since)) = pair else {
+        let Some((mut announced, pairing)) = pair else {
             return;
         };
         if conn == whose {
@@ -484,30 +504,28 @@ impl Daemon {
         }
         if conn != whose || unchanged == Ok(true) {
             self.serve(conn.tenant, |daemon| {
-                daemon.find_other_end(announced, since)
+                daemon.find_other_end(announced, pairing)
             });
         }
     }
 
     /// Of the two ends of a connection, the one whose process has to be looked at before they are given their stream: the
-    /// one that has waited, where it was last seen before the other one was found to hold its socket (`since`); and who
-    /// was seen long ago.
-    fn to_be_seen(&self, announced: &Announced, since: Instant) -> Option<Announced> {
+    /// one that has waited, where it was last seen before the other one was found to hold its socket; and who was seen long ago.
+    fn to_be_seen(&self, announced: &Announced, pairing: Pairing) -> Option<Announced> {
         let other = self.streams.opposite(announced)?;
-        let is_old = |end: &Announced| end.seen.elapsed() > SEEN_LATELY;
+        let is_old = |end: &Announced| pairing.looks < LOOKS && end.seen.elapsed() > SEEN_LATELY;
         let is_fresh = self.announcements.fresh.contains(&other.conn);
-        if !is_fresh && (other.seen < since || is_old(&other)) {
+        if !is_fresh && (other.seen < pairing.since || is_old(&other)) {
             return Some(other);
         }
         is_old(announced).then_some(*announced)
     }
 
-    /// `since`: when this end was found to hold its socket.
-    fn find_other_end(&mut self, announced: Announced, since: Instant) -> Result<(), End> {
+    fn find_other_end(&mut self, announced: Announced, pairing: Pairing) -> Result<(), End> {
         let conn = announced.conn;
         loop {
-            if let Some(whose) = self.to_be_seen(&announced, since)
-                && self.have_program_looked_at(announced, since, whose)
+            if let Some(whose) = self.to_be_seen(&announced, pairing)
+                && self.have_program_looked_at(announced, pairing, whose)
             {
                 return Ok(());
             }
