@@ -410,6 +410,10 @@ impl Daemon {
                 Some(listener.user.unwrap_or(NOBODY))
             }
             Token::Connection(id) => Some(self.connections.get(id)?.peer.uid),
+            Token::Process(id) => match self.watched.get(&id) {
+                Some(watched) => Some(watched.peer.uid),
+                None => Some(self.connections.get(id)?.peer.uid),
+            },
             _ => None,
         }
     }

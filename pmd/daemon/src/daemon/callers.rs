@@ -90,7 +90,7 @@ impl From<Over> for End {
 /// before it counts as ended), or runs another program now, or closed the socket.
 #[derive(Debug)]
 pub(super) struct Watched {
-    peer: Arc<Peer>,
+    pub peer: Arc<Peer>,
     /// What it still has on its user's account.
     _charge: Charge,
     /// Streams that nobody else holds: given back at once when it ends.
