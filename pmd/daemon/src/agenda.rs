@@ -25,8 +25,6 @@ pub enum Token {
     Anchors(u64),
     /// A control connection.
     Connection(u64),
-    /// The process of a control connection.
-    Process(u64),
     /// A connection to a program that listens, for this stream.
     Call(u64),
 }
@@ -43,8 +41,7 @@ impl Token {
             Token::WantedBack => (4, 0),
             Token::Anchors(listener) => (5, listener),
             Token::Connection(id) => (6, id),
-            Token::Process(id) => (7, id),
-            Token::Call(ticket) => (8, ticket),
+            Token::Call(ticket) => (7, ticket),
         };
         number << Self::BITS | kind
     }
@@ -59,8 +56,7 @@ impl Token {
             4 => Token::WantedBack,
             5 => Token::Anchors(number),
             6 => Token::Connection(number),
-            7 => Token::Process(number),
-            8 => Token::Call(number),
+            7 => Token::Call(number),
             _ => return None,
         })
     }
@@ -175,8 +171,7 @@ mod tests {
             Token::WantedBack,
             Token::Anchors(1),
             Token::Connection(77),
-            Token::Process(1 << 59),
-            Token::Call(123),
+            Token::Call(1 << 59),
         ];
         for token in tokens {
             assert_eq!(Token::from_word(token.to_word()), Some(token));

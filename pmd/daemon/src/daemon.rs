@@ -47,6 +47,7 @@ use crate::own;
 use crate::porters::{self, Here, IN_PLACE_OF_USERS, NOBODY, Porters};
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
+use crate::sentry::Sentry;
 use crate::shares::{Known, Shares, Turns};
 use crate::starter::Starter;
 use crate::streams::Streams;
@@ -96,6 +97,7 @@ pub struct Daemon {
     agenda: Agenda,
     starter: Starter,
     porters: Porters<Found>,
+    sentry: Sentry,
     rights: Rights,
     accounts: Accounts,
     journal: Journal,
@@ -159,6 +161,9 @@ impl Daemon {
         let known: Known = of_users.chain(IN_PLACE_OF_USERS).collect();
         let porters = Porters::new(starter.clone(), known.clone());
         let porters = porters.map_err(system("porters"))?;
+        let told = porters.clone();
+        let sentry = Sentry::start(move |id, peer| told.tell(peer.uid, Found::Ended(id)));
+        let sentry = sentry.map_err(system("sentry"))?;
         let watched = agenda.watch(&signals, Token::Signals);
         watched.map_err(system("epoll"))?;
         for (number, listener) in (0..).zip(endpoint.listeners()) {
@@ -185,6 +190,7 @@ impl Daemon {
             agenda,
             starter,
             porters,
+            sentry,
             rights: Rights::new(namespaces),
             journal: Journal::default(),
             connections: Connections::default(),
@@ -410,10 +416,6 @@ impl Daemon {
                 Some(listener.user.unwrap_or(NOBODY))
             }
             Token::Connection(id) => Some(self.connections.get(id)?.peer.uid),
-            Token::Process(id) => match self.watched.get(&id) {
-                Some(watched) => Some(watched.peer.uid),
-                None => Some(self.connections.get(id)?.peer.uid),
-            },
             _ => None,
         }
     }
@@ -432,12 +434,6 @@ impl Daemon {
             Token::WantedBack => self.on_wanted_back(),
             Token::Anchors(listener) => self.on_anchors(listener as usize),
             Token::Call(ticket) => self.on_call(ticket),
-            Token::Process(id) => {
-                if let Some(watched) = self.unwatch(id) {
-                    self.check_streams(&watched.streams);
-                }
-                self.serve(id, |_| Err(End::Exited));
-            }
             // Read already; and what porters have found waits with them.
             Token::Signals | Token::Found => {}
         }
@@ -503,6 +499,12 @@ impl Daemon {
                 whose,
                 unchanged,
             } => self.on_program(conn, whose, unchanged),
+            Found::Ended(id) => {
+                if let Some(streams) = self.unwatch(id) {
+                    self.check_streams(&streams);
+                }
+                self.serve(id, |_| Err(End::Exited));
+            }
             Found::Kept(looked_at) => self.on_kept(&looked_at),
             Found::Socket {
                 tenant,

@@ -90,6 +90,8 @@ pub enum Found {
         /// Does it run the program that it ran? If so, is its socket there still?
         unchanged: Result<bool, Changed>,
     },
+    /// The process of a connection has ended.
+    Ended(u64),
     /// Looks whether streams that nobody is known to hold are held by somebody.
     Kept(Vec<Kept>),
     /// A look at a socket that a tenant says it holds.

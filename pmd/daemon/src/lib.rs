@@ -39,6 +39,7 @@ pub mod relay;
 mod remains;
 pub mod rights;
 pub mod search;
+pub mod sentry;
 pub mod shares;
 pub mod starter;
 pub mod streams;

@@ -1,15 +1,16 @@
-//! The kernel finds a socket by walking a chain of others, as long as who has these likes it: to ask it for one may be much work. Others
-//! are served meanwhile.
+//! The kernel finds a socket by walking a chain of others, and tells of the end of a process by walking the line of those who wait for it: as
+//! long as somebody likes it. To ask it for one, or to leave the line meanwhile, may take long. Others are served meanwhile.
 
 #[macro_use]
 mod tenant;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen as start_listening,
@@ -25,10 +26,12 @@ const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 /// Sockets in the chain, at most so many of one process.
 const CHAIN: usize = 120_000;
 const OF_ONE: usize = 15_000;
+/// Places in which somebody waits for a process.
+const WAITERS: usize = 1_000_000;
 /// Streams that end at once.
 const STREAMS: u32 = 64;
 /// A turn of the control thread, in microseconds of its processor's time, that is too long.
-const TURN: u64 = 25_000;
+const TURN: u64 = 10_000;
 /// How long an attack is watched.
 const WATCH: Duration = Duration::from_secs(5);
 
@@ -36,6 +39,7 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "ending" => be_ending(part),
         "announcing" => be_announcing(part),
+        "watching" => be_watching(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -46,6 +50,10 @@ scene!(streams_that_end_beside_very_many_who_listen, |test| {
 
 scene!(announcements_beside_very_many_who_listen, |test| {
     attack(test, "announcing");
+});
+
+scene!(the_end_of_a_process_that_very_many_wait_for, |test| {
+    attack(test, "watching");
 });
 
 /// An actor does something when it is told. Others are served meanwhile.
@@ -71,8 +79,9 @@ fn attack(test: &str, part: &str) {
         std::thread::sleep(Duration::from_millis(2));
     }
     let turn = daemon.counter("longest_turn_cpu_us");
+    let whole = daemon.counter("longest_turn_us");
     println!(
-        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {turn} us"
+        "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {whole} us, of {turn} us of its processor"
     );
     assert!(slowest < bystander.most, "{slowest:?} for a promotion");
     assert!(turn < TURN, "a turn of {turn} us of processor time");
@@ -218,4 +227,54 @@ fn be_announcing(part: &Part) {
             return say("closed");
         }
     }
+}
+
+/// Waits in very many places for the end of a process that then attaches, and ends it. The kernel wakes all who wait, the latest first.
+fn be_watching(part: &Part) {
+    raise_descriptors();
+    let (mut own, mut its) = UnixStream::pair().unwrap();
+    // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
+    let child = match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            its.read_exact(&mut [0]).unwrap();
+            let _tenant = Tenant::attach_at(&part.socket);
+            // Its child has the socket, too, which so tells nothing of the end.
+            // SAFETY: as above.
+            if unsafe { fork() }.unwrap().is_child() {
+                nix::unistd::alarm::set(20);
+                nix::unistd::pause();
+            }
+            its.write_all(b"a").unwrap();
+            loop {
+                nix::unistd::pause();
+            }
+        }
+        ForkResult::Parent { child } => child,
+    };
+    // SAFETY: takes two integers, returns a new descriptor or -1.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.as_raw(), 0) } as i32;
+    // SAFETY: just made, and nothing else owns it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    let all: Vec<OwnedFd> = (0..1000).map(|_| pidfd.try_clone().unwrap()).collect();
+    let mut instances = Vec::new();
+    'full: for _ in 0..WAITERS / all.len() {
+        let instance = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        for pidfd in &all {
+            if instance
+                .add(pidfd, EpollEvent::new(EpollFlags::EPOLLIN, 0))
+                .is_err()
+            {
+                // It may wait in no more places.
+                break 'full;
+            }
+        }
+        instances.push(instance);
+    }
+    own.write_all(b"a").unwrap();
+    own.read_exact(&mut [0]).unwrap();
+    say("ready");
+    listen();
+    nix::sys::signal::kill(child, nix::sys::signal::SIGKILL).unwrap();
+    nix::sys::wait::waitpid(child, None).unwrap();
+    listen();
 }

@@ -1,7 +1,7 @@
 //! Control connections: who calls, what is received and sent, how it ends.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,9 +90,9 @@ impl From<Over> for End {
 /// before it counts as ended), or runs another program now, or closed the socket.
 #[derive(Debug)]
 pub(super) struct Watched {
-    pub peer: Arc<Peer>,
+    peer: Arc<Peer>,
     /// What it still has on its user's account.
-    _charge: Charge,
+    charge: Charge,
     /// Streams that nobody else holds: given back at once when it ends.
     pub streams: Vec<u64>,
 }
@@ -324,10 +324,6 @@ impl Daemon {
         let socket = borrowed(connection.channel.socket());
         self.agenda
             .watch(socket, Token::Connection(id))
-            .and_then(|()| {
-                let pidfd = &connection.peer.pidfd;
-                self.agenda.watch(pidfd, Token::Process(id))
-            })
             .map_err(|error| End::Failed(error.into()))
     }
 
@@ -609,6 +605,8 @@ impl Daemon {
         connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
         let mut streams = Vec::new();
+        // Its end is waited for since then.
+        let was_tenant = matches!(standing, Standing::Tenant(_));
         if !matches!(
             standing,
             Standing::Tenant(_) | Standing::Caller { answered: true }
@@ -627,19 +625,21 @@ impl Daemon {
             | Standing::LookedAt { .. }
             | Standing::Deciding => {}
         }
-        let peer = connection.peer;
+        let (peer, mut charge) = (connection.peer, connection.charge);
+        charge.keep_only(Thing::Descriptors, PEER_DESCRIPTORS);
         if alive && (!streams.is_empty() || self.waits_for(pid)) {
-            let mut charge = connection.charge;
-            charge.keep_only(Thing::Descriptors, PEER_DESCRIPTORS);
+            if !was_tenant {
+                self.sentry.watch(id, peer.clone());
+            }
             let watched = Watched {
                 peer,
-                _charge: charge,
+                charge,
                 streams,
             };
             self.watched.insert(id, watched);
             self.agenda.after(EXEC_GRACE, Due::Watch(id));
-        } else {
-            self.agenda.unwatch(&peer.pidfd);
+        } else if was_tenant {
+            self.sentry.leave(id, charge);
         }
     }
 
@@ -649,27 +649,26 @@ impl Daemon {
         waits && !self.watched.values().any(|watched| watched.peer.pid == pid)
     }
 
-    pub(super) fn unwatch(&mut self, id: u64) -> Option<Watched> {
+    /// A process that has hung up is waited for no longer. The streams that were kept for it.
+    pub(super) fn unwatch(&mut self, id: u64) -> Option<Vec<u64>> {
         let watched = self.watched.remove(&id)?;
-        self.agenda.unwatch(&watched.peer.pidfd);
+        self.sentry.leave(id, watched.charge);
         self.last_use = Instant::now();
-        Some(watched)
+        Some(watched.streams)
     }
 
     pub(super) fn on_watch_due(&mut self, id: u64) {
-        let Some(watched) = self.unwatch(id) else {
+        let Some(mut watched) = self.watched.remove(&id) else {
             return;
         };
-        self.check_streams(&watched.streams);
-        let pidfd = watched.peer.pidfd.as_fd();
-        if self.waits_for(watched.peer.pid) && self.agenda.watch(pidfd, Token::Process(id)).is_ok()
-        {
-            let watched = Watched {
-                streams: Vec::new(),
-                ..watched
-            };
+        let streams = std::mem::take(&mut watched.streams);
+        self.last_use = Instant::now();
+        if self.waits_for(watched.peer.pid) {
             self.watched.insert(id, watched);
+        } else {
+            self.sentry.leave(id, watched.charge);
         }
+        self.check_streams(&streams);
     }
 
     /// Sent before the connection is closed.

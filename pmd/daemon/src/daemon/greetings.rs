@@ -321,6 +321,7 @@ impl Daemon {
         tenant.map.start_sleep();
         // They may be others by now.
         self.tell_routes(&tenant.map);
+        self.sentry.watch(id, tenant.passport.peer.clone());
         self.connections.attach(id, tenant);
         if self.swept.is_none() {
             self.swept = Some(VecDeque::new());
