@@ -44,6 +44,16 @@ fn a_server_replaces_a_dead_socket_and_nothing_else() {
     assert!(at("dead").exists());
 }
 
+/// Whatever the mask of who starts it: who is the client has the node's place on the fabric.
+#[test]
+fn only_its_user_comes_to_a_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sock");
+    let _server = start(&path).unwrap();
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "{mode:o}");
+}
+
 #[test]
 fn a_server_that_ends_leaves_what_came_in_its_place() {
     let dir = tempfile::tempdir().unwrap();

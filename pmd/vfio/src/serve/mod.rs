@@ -99,7 +99,8 @@ impl Drop for Server {
 fn listen(path: &Path) -> std::io::Result<(UnixListener, SocketFile)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    let file = SocketFile::bind(&socket, path, None)?;
+    // Who comes has the place of a node. Somebody else is let in by whoever changes the file.
+    let file = SocketFile::bind(&socket, path, Some(0o600))?;
     socket::listen(&socket, Backlog::MAXALLOWABLE)?;
     Ok((socket.into(), file))
 }
