@@ -354,6 +354,9 @@ impl Stage {
 
     /// What the partner was promoted for.
     fn heard(&mut self) -> Vec<(Promote, File)> {
+        // What a look brings, which may take long, is answered later than a question.
+        let is_done = |stat: &serde_json::Value| stat["looks_now"] == 0;
+        self.daemon.wait_until("looks do not end", is_done);
         let mark = self.mark();
         let mut promotes = Vec::new();
         loop {
