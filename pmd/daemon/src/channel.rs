@@ -13,7 +13,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -29,9 +29,18 @@ use crate::found::Found;
 use crate::memory::{BadBoard, Bells};
 use crate::porters::{self, Owner, Porters};
 use crate::process::Peer;
+use crate::sentry::Awaited;
 
 /// A descriptor that a stranger has made.
 pub type Foreign = porters::Foreign<Found>;
+
+/// What comes there.
+impl Awaited for Arc<Foreign> {
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor stays open while `self` lives, which the borrow does not outlive.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
 
 /// Longest datagram that is a message; a longer one is cut off by the kernel and is none.
 const LONGEST: usize = 256;

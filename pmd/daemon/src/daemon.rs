@@ -21,6 +21,7 @@ mod vain;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
@@ -33,6 +34,7 @@ use tracing::{error, info, warn};
 use crate::accounts::Accounts;
 use crate::agenda::{Agenda, Due, Token};
 use crate::args::Args;
+use crate::channel::Foreign;
 use crate::config::{Config, ConfigError};
 use crate::confine::Confinement;
 use crate::connections::Connections;
@@ -45,6 +47,7 @@ use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::own;
 use crate::porters::{self, Here, IN_PLACE_OF_USERS, NOBODY, Porters};
+use crate::process::Peer;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
 use crate::sentry::Sentry;
@@ -97,7 +100,8 @@ pub struct Daemon {
     agenda: Agenda,
     starter: Starter,
     porters: Porters<Found>,
-    sentry: Sentry,
+    ends: Sentry<Arc<Peer>>,
+    handed_over: Sentry<Arc<Foreign>>,
     rights: Rights,
     accounts: Accounts,
     journal: Journal,
@@ -162,8 +166,15 @@ impl Daemon {
         let porters = Porters::new(starter.clone(), known.clone());
         let porters = porters.map_err(system("porters"))?;
         let told = porters.clone();
-        let sentry = Sentry::start(move |id, peer| told.tell(peer.uid, Found::Ended(id)));
-        let sentry = sentry.map_err(system("sentry"))?;
+        let ends = Sentry::start(move |id, peer: &Arc<Peer>, _| {
+            told.tell(peer.uid, Found::Ended(id));
+        });
+        let ends = ends.map_err(system("sentry"))?;
+        let told = porters.clone();
+        let handed_over = Sentry::start(move |id, socket: &Arc<Foreign>, flags| {
+            told.tell(socket.owner().uid, Found::Event(id, flags));
+        });
+        let handed_over = handed_over.map_err(system("sentry"))?;
         let watched = agenda.watch(&signals, Token::Signals);
         watched.map_err(system("epoll"))?;
         for (number, listener) in (0..).zip(endpoint.listeners()) {
@@ -190,7 +201,8 @@ impl Daemon {
             agenda,
             starter,
             porters,
-            sentry,
+            ends,
+            handed_over,
             rights: Rights::new(namespaces),
             journal: Journal::default(),
             connections: Connections::default(),
@@ -505,6 +517,7 @@ impl Daemon {
                 }
                 self.serve(id, |_| Err(End::Exited));
             }
+            Found::Event(id, flags) => self.on_event(Token::Connection(id), flags),
             Found::Kept(looked_at) => self.on_kept(&looked_at),
             Found::Socket {
                 tenant,

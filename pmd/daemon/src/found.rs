@@ -3,6 +3,7 @@
 use std::io;
 
 use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
@@ -92,6 +93,8 @@ pub enum Found {
     },
     /// The process of a connection has ended.
     Ended(u64),
+    /// Something has happened to a connection whose socket was handed over.
+    Event(u64, EpollFlags),
     /// Looks whether streams that nobody is known to hold are held by somebody.
     Kept(Vec<Kept>),
     /// A look at a socket that a tenant says it holds.

@@ -8,9 +8,11 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
+use crate::sentry::Awaited;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -258,6 +260,13 @@ impl Peer {
     /// What it is called. May wait.
     pub fn program(&self) -> Program {
         Program::of(self.pid)
+    }
+}
+
+/// That it ends.
+impl Awaited for Arc<Peer> {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 

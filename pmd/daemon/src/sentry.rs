@@ -1,11 +1,13 @@
-//! The sentry: a thread that waits for processes to end.
+//! Sentries: threads that wait for what strangers also wait for, a process to end, or a message on a socket that was handed over.
 //!
-//! Whoever waits for a process stands in a line with all who do, anybody's. When it ends the kernel wakes the whole line, and who comes
+//! Whoever waits stands in a line with all who do, anybody's. When it comes to pass the kernel wakes the whole line, and who comes
 //! or goes meanwhile waits: for half a second where millions stand there. So the control thread neither comes nor goes: it orders that
 //! here, and is told as porters tell it.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -13,36 +15,45 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::debug;
 
-use crate::accounts::Charge;
-use crate::process::Peer;
-
 /// In place of a connection: there are orders.
 const ORDERS: u64 = 0;
 
+/// What is waited for.
+pub trait Awaited: Send + 'static {
+    /// By this descriptor.
+    fn fd(&self) -> BorrowedFd<'_>;
+}
+
 /// What is to be done.
-#[derive(Debug)]
-enum Order {
-    /// Wait for the end of the process of this connection.
-    Watch(u64, Arc<Peer>),
+enum Order<T> {
+    /// Wait for what is there, for this connection. What is told once is not told again before this is ordered again.
+    Watch(u64, T, EpollFlags),
     /// No longer. Until then it is on an account.
-    Leave(u64, #[expect(dead_code, reason = "it is held")] Charge),
+    Leave(
+        u64,
+        #[expect(dead_code, reason = "it is held")] Box<dyn Any + Send>,
+    ),
 }
 
 /// See the module's text.
-#[derive(Debug)]
-pub struct Sentry(Arc<Shared>);
+pub struct Sentry<T>(Arc<Shared<T>>);
 
-#[derive(Debug)]
-struct Shared {
+struct Shared<T> {
     epoll: Epoll,
-    orders: Mutex<Vec<Order>>,
+    orders: Mutex<Vec<Order<T>>>,
     /// Written to when there are orders again.
     come: EventFd,
 }
 
-impl Sentry {
-    /// Starts it. It ends with the process. `tell` is told of each connection whose process has ended, and the process.
-    pub fn start(tell: impl Fn(u64, &Peer) + Send + 'static) -> io::Result<Self> {
+impl<T> std::fmt::Debug for Sentry<T> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Sentry").finish_non_exhaustive()
+    }
+}
+
+impl<T: Awaited> Sentry<T> {
+    /// Starts it. It ends with the process. `tell` is told of each connection for which something has come to pass.
+    pub fn start(tell: impl Fn(u64, &T, EpollFlags) + Send + 'static) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let shared = Arc::new(Shared {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
@@ -59,17 +70,17 @@ impl Sentry {
         Ok(Sentry(shared))
     }
 
-    /// Has it wait for the end of the process of a connection.
-    pub fn watch(&self, connection: u64, peer: Arc<Peer>) {
-        self.order(Order::Watch(connection, peer));
+    /// Has it wait for one of these flags, once.
+    pub fn watch(&self, connection: u64, awaited: T, flags: EpollFlags) {
+        self.order(Order::Watch(connection, awaited, flags));
     }
 
-    /// Has it wait no longer. The process's descriptors are on this account until then.
-    pub fn leave(&self, connection: u64, charge: Charge) {
-        self.order(Order::Leave(connection, charge));
+    /// Has it wait no longer. What is waited for is on this account until then.
+    pub fn leave(&self, connection: u64, charge: impl Any + Send) {
+        self.order(Order::Leave(connection, Box::new(charge)));
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: Order<T>) {
         let mut orders = self.0.lock();
         orders.push(order);
         let is_first = orders.len() == 1;
@@ -80,14 +91,14 @@ impl Sentry {
     }
 }
 
-impl Shared {
+impl<T: Awaited> Shared<T> {
     /// Never held while anything is waited for.
-    fn lock(&self) -> MutexGuard<'_, Vec<Order>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Order<T>>> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self, tell: impl Fn(u64, &Peer)) -> ! {
-        let mut watched: HashMap<u64, Arc<Peer>> = HashMap::new();
+    fn wait(&self, tell: impl Fn(u64, &T, EpollFlags)) -> ! {
+        let mut watched: HashMap<u64, T> = HashMap::new();
         loop {
             let mut events = [EpollEvent::empty(); 64];
             let told = self.epoll.wait(&mut events, EpollTimeout::NONE);
@@ -95,8 +106,8 @@ impl Shared {
                 match event.data() {
                     ORDERS => self.carry_out(&mut watched),
                     connection => {
-                        if let Some(peer) = watched.get(&connection) {
-                            tell(connection, peer);
+                        if let Some(awaited) = watched.get(&connection) {
+                            tell(connection, awaited, event.events());
                         }
                     }
                 }
@@ -104,21 +115,23 @@ impl Shared {
         }
     }
 
-    fn carry_out(&self, watched: &mut HashMap<u64, Arc<Peer>>) {
+    fn carry_out(&self, watched: &mut HashMap<u64, T>) {
         for order in std::mem::take(&mut *self.lock()) {
             match order {
-                Order::Watch(connection, peer) => {
-                    // Told once: whoever is told lets it leave, or knows why not.
-                    let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
-                    let event = EpollEvent::new(once, connection);
-                    if let Err(error) = self.epoll.add(&peer.pidfd, event) {
-                        debug!(connection, "its end is not waited for: {error}");
+                Order::Watch(connection, awaited, flags) => {
+                    let mut event = EpollEvent::new(flags | EpollFlags::EPOLLONESHOT, connection);
+                    let done = match watched.contains_key(&connection) {
+                        true => self.epoll.modify(awaited.fd(), &mut event),
+                        false => self.epoll.add(awaited.fd(), event),
+                    };
+                    if let Err(error) = done {
+                        debug!(connection, "it is not waited for: {error}");
                     }
-                    watched.insert(connection, peer);
+                    watched.insert(connection, awaited);
                 }
                 Order::Leave(connection, _) => {
-                    if let Some(peer) = watched.remove(&connection) {
-                        let _ = self.epoll.delete(&peer.pidfd);
+                    if let Some(awaited) = watched.remove(&connection) {
+                        let _ = self.epoll.delete(awaited.fd());
                     }
                 }
             }
@@ -129,6 +142,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::Peer;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::sync::mpsc::channel;
     use std::time::Duration;
@@ -152,24 +166,25 @@ mod tests {
     fn who_ends_is_told_of_once_unless_it_has_left() {
         let _alone = crate::own::alone();
         let (tell, told) = channel();
-        let sentry = Sentry::start(move |connection, peer| {
+        let sentry = Sentry::start(move |connection, peer: &Arc<Peer>, _| {
             tell.send((connection, peer.pid)).unwrap();
         });
         let sentry = sentry.unwrap();
         let ([first, second], mut its) = child();
-        sentry.watch(7, first.clone());
+        let end = EpollFlags::EPOLLIN;
+        sentry.watch(7, first.clone(), end);
         // It goes on.
         let kind = SockType::SeqPacket;
         let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
         let own = Arc::new(Peer::of(&pair.unwrap().0).unwrap());
-        sentry.watch(8, own);
-        sentry.watch(9, second);
-        sentry.leave(9, Charge::of_nothing());
+        sentry.watch(8, own, end);
+        sentry.watch(9, second, end);
+        sentry.leave(9, ());
         its.kill().unwrap();
         its.wait().unwrap();
         let patience = Duration::from_secs(60);
         assert_eq!(told.recv_timeout(patience), Ok((7, first.pid)));
         assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
-        sentry.leave(7, Charge::of_nothing());
+        sentry.leave(7, ());
     }
 }

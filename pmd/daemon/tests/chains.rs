@@ -17,7 +17,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 use nix::unistd::{ForkResult, fork};
-use rdsock_shm::control::Request;
+use rdsock_shm::control::{Message, Query, Request, kind, question};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::{Answer, Daemon, Tenant, announcement};
@@ -40,6 +40,7 @@ fn play(part: &Part) {
         "ending" => be_ending(part),
         "announcing" => be_announcing(part),
         "watching" => be_watching(part),
+        "keeping" => be_keeping(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -55,6 +56,13 @@ scene!(announcements_beside_very_many_who_listen, |test| {
 scene!(the_end_of_a_process_that_very_many_wait_for, |test| {
     attack(test, "watching");
 });
+
+scene!(
+    a_socket_that_is_handed_over_and_watched_very_often,
+    |test| {
+        attack(test, "keeping");
+    }
+);
 
 /// An actor does something when it is told. Others are served meanwhile.
 fn attack(test: &str, part: &str) {
@@ -255,13 +263,25 @@ fn be_watching(part: &Part) {
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.as_raw(), 0) } as i32;
     // SAFETY: just made, and nothing else owns it.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    let all: Vec<OwnedFd> = (0..1000).map(|_| pidfd.try_clone().unwrap()).collect();
+    let _waits = wait_often_for(&pidfd);
+    own.write_all(b"a").unwrap();
+    own.read_exact(&mut [0]).unwrap();
+    say("ready");
+    listen();
+    nix::sys::signal::kill(child, nix::sys::signal::SIGKILL).unwrap();
+    nix::sys::wait::waitpid(child, None).unwrap();
+    listen();
+}
+
+/// Waits for it in very many places.
+fn wait_often_for(file: &OwnedFd) -> (Vec<OwnedFd>, Vec<Epoll>) {
+    let all: Vec<OwnedFd> = (0..1000).map(|_| file.try_clone().unwrap()).collect();
     let mut instances = Vec::new();
     'full: for _ in 0..WAITERS / all.len() {
         let instance = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
-        for pidfd in &all {
+        for file in &all {
             if instance
-                .add(pidfd, EpollEvent::new(EpollFlags::EPOLLIN, 0))
+                .add(file, EpollEvent::new(EpollFlags::EPOLLIN, 0))
                 .is_err()
             {
                 // It may wait in no more places.
@@ -270,11 +290,24 @@ fn be_watching(part: &Part) {
         }
         instances.push(instance);
     }
-    own.write_all(b"a").unwrap();
-    own.read_exact(&mut [0]).unwrap();
+    (all, instances)
+}
+
+/// Hands a socket over, keeps it, and has very many wait for it; then sends there without end.
+fn be_keeping(part: &Part) {
+    raise_descriptors();
+    let tenant = Tenant::attach_at(&part.socket);
+    let (adopted, theirs) = Tenant::adopted(&tenant);
+    let _waits = wait_often_for(&theirs);
     say("ready");
     listen();
-    nix::sys::signal::kill(child, nix::sys::signal::SIGKILL).unwrap();
-    nix::sys::wait::waitpid(child, None).unwrap();
+    let query = Query {
+        what: question::WHY,
+        pid: 1,
+    };
+    let message = Message::new(kind::QUERY, &query);
+    // The answers are not read: they come to a process that has nothing.
+    while adopted.try_send(message.as_bytes(), &[]).is_ok() {}
+    say("over");
     listen();
 }

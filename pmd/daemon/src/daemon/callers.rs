@@ -321,6 +321,9 @@ impl Daemon {
         let Some(connection) = self.connections.get(id) else {
             return Ok(());
         };
+        if connection.adopted {
+            return self.rewatch(id);
+        }
         let socket = borrowed(connection.channel.socket());
         self.agenda
             .watch(socket, Token::Connection(id))
@@ -358,12 +361,17 @@ impl Daemon {
             }
             Inbox::Unpacked | Inbox::Answering(_) => return Ok(()),
         }
+        // Of a socket that was handed over nothing more is told for now, not even that the other side hangs up.
+        let is_told_no_more = connection.adopted && !connection.wants_write;
         if let Some(tenant) = connection.tenant_mut()
             && tenant.looks >= LOOKS
         {
             // It is read again when some of these are done.
             tenant.unread = true;
-            return self.rewatch(id);
+            return match is_told_no_more {
+                true => Ok(()),
+                false => self.rewatch(id),
+            };
         }
         if connection.adopted {
             self.have_unpacked(id);
@@ -453,6 +461,11 @@ impl Daemon {
         {
             let before = std::mem::replace(&mut connection.watched, true);
             let (flags, token) = (Self::flags(connection), Token::Connection(id));
+            if connection.adopted {
+                let socket = connection.channel.socket().clone();
+                self.handed_over.watch(id, socket, flags);
+                return Ok(());
+            }
             let socket = borrowed(connection.channel.socket());
             let watched = match before {
                 true => self.agenda.rewatch(socket, flags, token),
@@ -463,9 +476,11 @@ impl Daemon {
         Ok(())
     }
 
-    /// Nothing that happens to a connection is told, until it is watched again.
+    /// Nothing that happens to a connection is told, until it is watched again. Of one whose socket was handed over, one thing is told
+    /// at a time.
     fn stop_watching(&mut self, id: u64) {
         if let Some(connection) = self.connections.get_mut(id)
+            && !connection.adopted
             && std::mem::replace(&mut connection.watched, false)
         {
             self.agenda.unwatch(borrowed(connection.channel.socket()));
@@ -599,7 +614,11 @@ impl Daemon {
             return;
         };
         self.last_use = Instant::now();
-        self.agenda.unwatch(borrowed(connection.channel.socket()));
+        match connection.adopted {
+            // Its socket is paid for as long as it is there.
+            true => self.handed_over.leave(id, ()),
+            false => self.agenda.unwatch(borrowed(connection.channel.socket())),
+        }
         let owner = connection.channel.socket().owner();
         let standing = connection.end();
         connection.channel.dismiss(&self.porters);
@@ -629,7 +648,7 @@ impl Daemon {
         charge.keep_only(Thing::Descriptors, PEER_DESCRIPTORS);
         if alive && (!streams.is_empty() || self.waits_for(pid)) {
             if !was_tenant {
-                self.sentry.watch(id, peer.clone());
+                self.ends.watch(id, peer.clone(), EpollFlags::EPOLLIN);
             }
             let watched = Watched {
                 peer,
@@ -639,7 +658,7 @@ impl Daemon {
             self.watched.insert(id, watched);
             self.agenda.after(EXEC_GRACE, Due::Watch(id));
         } else if was_tenant {
-            self.sentry.leave(id, charge);
+            self.ends.leave(id, charge);
         }
     }
 
@@ -652,7 +671,7 @@ impl Daemon {
     /// A process that has hung up is waited for no longer. The streams that were kept for it.
     pub(super) fn unwatch(&mut self, id: u64) -> Option<Vec<u64>> {
         let watched = self.watched.remove(&id)?;
-        self.sentry.leave(id, watched.charge);
+        self.ends.leave(id, watched.charge);
         self.last_use = Instant::now();
         Some(watched.streams)
     }
@@ -666,7 +685,7 @@ impl Daemon {
         if self.waits_for(watched.peer.pid) {
             self.watched.insert(id, watched);
         } else {
-            self.sentry.leave(id, watched.charge);
+            self.ends.leave(id, watched.charge);
         }
         self.check_streams(&streams);
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use nix::sys::epoll::EpollFlags;
 use rdsock_shm::control::{Attached, Hello, Message, Welcome, kind, refusal};
 use rdsock_shm::layout::{BellBoard, TenantMemory};
 use tracing::debug;
@@ -321,7 +322,8 @@ impl Daemon {
         tenant.map.start_sleep();
         // They may be others by now.
         self.tell_routes(&tenant.map);
-        self.sentry.watch(id, tenant.passport.peer.clone());
+        let peer = tenant.passport.peer.clone();
+        self.ends.watch(id, peer, EpollFlags::EPOLLIN);
         self.connections.attach(id, tenant);
         if self.swept.is_none() {
             self.swept = Some(VecDeque::new());
