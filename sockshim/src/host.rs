@@ -34,6 +34,16 @@ pub static LIBC: Host = Host {
         // SAFETY: as above.
         unsafe { libc::clock_gettime(clock, now) };
     },
+    test_cancel: || {
+        static TEST_CANCEL: real::Symbol = real::Symbol::new(c"pthread_testcancel");
+        let address = TEST_CANCEL.address_now();
+        if !address.is_null() {
+            // SAFETY: the symbol of this name has this type in C.
+            let test: unsafe extern "C" fn() = unsafe { std::mem::transmute(address) };
+            // SAFETY: it takes nothing.
+            unsafe { test() };
+        }
+    },
     getcpu: || {
         // SAFETY: it takes nothing, and reads memory of this thread that the kernel keeps up to date.
         unsafe { libc::sched_getcpu() }

@@ -17,7 +17,7 @@ extern crate core as std;
 
 use rdsock_core::{
     address, clock, conn, deadline, demote, end, epoll, fds, hidden, identity, io, known, limits,
-    numbers, poll, rest, signals, stream, sys, tcp_info, tenant, wait,
+    nap, numbers, poll, rest, signals, stream, sys, tcp_info, tenant, wait,
 };
 
 #[macro_use]

@@ -3,7 +3,7 @@
 use crate::conn::{self, Kind, Use};
 use crate::end::{self, End};
 use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
-use crate::{calls, demote, identity, io, real, sys};
+use crate::{calls, demote, identity, io, nap, real, sys};
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -131,6 +131,9 @@ pub fn take_for_kernel(fd: c_int) {
 /// Moves where `MSG_PEEK` looks; not carried on rings, as in kernels before 6.9.
 const SO_PEEK_OFF: c_int = 42;
 
+/// `SO_RCVTIMEO` of 64 bits everywhere: from asm-generic/socket.h.
+const SO_RCVTIMEO_NEW: c_int = 66;
+
 /// The bit of an option that the anchor of a stream has a value of its own for.
 fn own_option(level: c_int, name: c_int) -> Option<u32> {
     match (level, name) {
@@ -203,6 +206,12 @@ pub unsafe fn setsockopt(
     }
     // SAFETY: arguments pass through.
     let result = unsafe { real::setsockopt(fd, level, name, value, len) };
+    if level == libc::SOL_SOCKET
+        && matches!(name, libc::SO_RCVTIMEO | SO_RCVTIMEO_NEW)
+        && let Some(held) = conn::of(fd)
+    {
+        nap::forget_limit(held.conn);
+    }
     if result == 0
         && (level, name) == (libc::IPPROTO_TCP, TCP_INQ)
         && let Some(held) = conn::of(fd)

@@ -29,7 +29,7 @@ pub enum Mode {
 /// Thresholds that are crossed all the time, for `RDSOCK_TEST_LIMITS`. Those of pieces do not divide one another, nor the
 /// ring.
 pub const LOWEST: &str = "few=0,on_stack=0,ask_kernel_us=0,look_every_us=0,peer_check_us=0,calls=1,bytes=1,piece=1000,\
-    chunk=700,file_piece=900,pipe_piece=600,give_way_turns=1,give_way_ms=1,slice_ms=1,step_ms=1,belled=1,probe_every=1,\
+    chunk=700,file_piece=900,pipe_piece=600,give_way_turns=1,give_way_ms=1,nap_us=50,slice_ms=1,step_ms=1,belled=1,probe_every=1,\
     yield_after_us=0,misses=1,hot_after=1,one_way_after=0,gather_steps=1,gather_probe=1,gathered=1";
 
 /// A folder, a daemon where one is needed, and programs started as the mode says.

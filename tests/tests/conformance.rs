@@ -170,6 +170,19 @@ fn b_spinning_for_long() {
     preloaded("--need-rings --swap", Some("2000"));
 }
 
+/// Each receive that sleeps naps first, for as long as a case takes: whatever may end one does.
+#[test]
+fn b_napping_for_long() {
+    let site = Site::new(Mode::Both);
+    let run = |more: &str| {
+        site.client(sockconf())
+            .args(&format!("--need-rings{more}"))
+            .env("RDSOCK_SPIN_US", "0")
+            .env("RDSOCK_TEST_LIMITS", "nap_us=200000")
+    };
+    check(run, KNOWN_DIFFERENCES);
+}
+
 /// With rings as small as the cases allow, which take a socket buffer for granted.
 #[test]
 fn b_rings_with_the_lowest_limits() {

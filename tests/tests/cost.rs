@@ -51,8 +51,77 @@ int main(int count, char **args)
 }
 "#;
 
-fn build(folder: &Folder) -> PathBuf {
-    let source = folder.write("cost.c", PROGRAM);
+/// A parent and its child answer each other, and both sleep for each message. Prints how many bytes of the kernel's connection that took.
+const SLEEPERS: &str = r#"
+#include <arpa/inet.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static unsigned long long acked(int fd)
+{
+    struct tcp_info info = {0};
+    socklen_t len = sizeof info;
+    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
+    return info.tcpi_bytes_acked;
+}
+int main(void)
+{
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof at;
+    char b[64] = "";
+    int l = socket(AF_INET, SOCK_STREAM, 0), fd;
+    if (bind(l, (void *)&at, sizeof at) || listen(l, 1) || getsockname(l, (void *)&at, &len))
+        return 1;
+    if (fork() == 0) {
+        if ((fd = accept(l, 0, 0)) < 0)
+            return 1;
+        while (recv(fd, b, 64, 0) == 64)
+            if (usleep(100), send(fd, b, 64, 0) != 64)
+                return 2;
+        return 0;
+    }
+    fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (connect(fd, (void *)&at, sizeof at))
+        return 3;
+    unsigned long long before = 0;
+    for (int i = 0; i < 1100; i++) {
+        if (i == 100)
+            before = acked(fd);
+        if (send(fd, b, 64, 0) != 64 || recv(fd, b, 64, 0) != 64)
+            return 4;
+        usleep(100);
+    }
+    printf("%llu\n", acked(fd) - before);
+    close(fd);
+    int status;
+    return wait(&status) < 0 || status;
+}
+"#;
+
+/// With as much time for a nap as a busy machine may take from it.
+#[test]
+fn a_message_to_a_sleeper_takes_no_byte_of_the_kernels() {
+    let (folder, daemon) = (Folder::new(), Daemon::start(""));
+    let program = build(&folder, SLEEPERS);
+    let bytes = |nap: &str| -> u64 {
+        let said = Program::new(&program, folder.path())
+            .preloaded(&daemon.socket())
+            .env("RDSOCK_SPIN_US", "0")
+            .env("RDSOCK_TEST_LIMITS", nap)
+            .run(LIMIT);
+        said.trim().parse().expect("a number")
+    };
+    let (with, without) = (bytes("nap_us=1000000"), bytes("nap_us=0"));
+    println!("{with} bytes for 1 000 messages to a program that naps, {without} where none does");
+    assert!(with < 20, "{with} bytes");
+    assert!((900..=1100).contains(&without), "{without} bytes");
+}
+
+fn build(folder: &Folder, program: &str) -> PathBuf {
+    let source = folder.write("cost.c", program);
     let program = source.with_extension("");
     let status = Command::new("gcc")
         .args(["-O1", "-o"])
@@ -69,7 +138,7 @@ fn collected(folder: &Folder, daemon: &Daemon, rounds: u64, room: u64) -> u64 {
     let report = Program::new("valgrind", folder.path())
         .args("--tool=callgrind --callgrind-out-file=/dev/null")
         .args("--toggle-collect=send --toggle-collect=recv --error-exitcode=9")
-        .arg(build(folder))
+        .arg(build(folder, PROGRAM))
         .args(&format!("{rounds} {room}"))
         .preloaded(&daemon.socket())
         .run(LIMIT);

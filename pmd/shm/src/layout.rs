@@ -8,7 +8,7 @@
 use crate::sync::{AtomicI32, AtomicU32, AtomicU64};
 
 /// Version of every layout in this file and of the control messages; both sides must agree.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// First word of a [`StreamHeader`].
 pub const STREAM_MAGIC: u64 = u64::from_le_bytes(*b"rdsockST");
@@ -54,6 +54,8 @@ pub mod want {
     pub const LEAVE: u32 = 32;
     /// The asker has shut both directions: it may read what is there, and takes nothing more. Sticky.
     pub const SHUT: u32 = 64;
+    /// Wake the thread that sleeps on this word (FUTEX_WAKE). Of requests for bytes alone.
+    pub const NAP: u32 = 128;
 }
 
 /// What the producer of a direction tells its consumer. One cache line, written by the producer.
@@ -96,7 +98,7 @@ pub struct Consumer {
 #[derive(Debug)]
 #[cfg_attr(loom, derive(Default))]
 pub struct Ask {
-    /// Bits of [`want`]. The asker sets; the asked end clears BELL and WAKE, and sets and clears
+    /// Bits of [`want`]. The asker sets; the asked end clears BELL, WAKE and NAP, and sets and clears
     /// RINGING.
     pub want: AtomicU32,
     /// The asker's bell number and bit, as made by [`crate::bell::Place::to_word`].
@@ -219,6 +221,8 @@ pub struct RxState {
     /// Who is counted in `waiters`, as far as there is room: process (upper half) and thread, or 0. So
     /// those are found who were killed or cancelled in their sleep.
     pub sleepers: [AtomicU64; SLEEPERS],
+    /// The thread that asks by NAP, named as in `sleepers`, or 0.
+    pub napper: AtomicU64,
 }
 
 /// Entries of [`RxState::sleepers`].
@@ -370,6 +374,8 @@ pub enum Counter {
     Bells = 5,
     /// Announcements that found the queue full.
     QueueFull = 6,
+    /// Times it slept on the word of a request.
+    Naps = 7,
 }
 
 /// Networks of other nodes that a tenant is told of.
@@ -506,6 +512,7 @@ mod assertions {
         assert!(size_of::<RxState>() == 128);
         assert!(offset_of!(RxState, phase) == 32);
         assert!(offset_of!(RxState, sleepers) == 72);
+        assert!(offset_of!(RxState, napper) == 120);
         assert!(size_of::<EndPage>() == 384);
         assert!(offset_of!(EndPage, holders) == 24);
         assert!(offset_of!(EndPage, held_by) == 40);

@@ -27,11 +27,12 @@ use crate::sync::{AtomicU32, Ordering, fence};
 /// sent behind the shim's back.
 pub static WAKE_BYTE: u8 = 0xA5;
 
-/// Asks: sets `bits`, and orders that before whatever the caller looks at next.
+/// Asks: sets `bits`, and orders that before whatever the caller looks at next. What the word is then.
 #[inline]
-pub fn ask(word: &AtomicU32, bits: u32) {
-    word.fetch_or(bits, Ordering::SeqCst);
+pub fn ask(word: &AtomicU32, bits: u32) -> u32 {
+    let before = word.fetch_or(bits, Ordering::SeqCst);
     fence(Ordering::SeqCst);
+    before | bits
 }
 
 /// Takes a request back. The bits that the other end had not taken.
@@ -68,22 +69,36 @@ fn full_fence() {
 /// An asker that gets no token: it would read it as data (DEMOTED), or its kernel would answer it with a reset.
 pub(crate) const NO_TOKEN: u32 = want::DEMOTED | want::CLOSED | want::SHUT;
 
-/// Takes the other end's request for a bell or a wake byte. Returns what it wanted; when that
-/// holds BELL or WAKE, the caller rings and then calls [`rung`]. A demoted, closed or shut asker gets
-/// neither.
+/// What an asker asks for once.
+const ASKS: u32 = want::BELL | want::WAKE | want::NAP;
+
+/// Takes the other end's request for a bell, a wake byte or the end of a nap. Returns what it wanted; when that
+/// holds BELL or WAKE, the caller rings and then calls [`rung`], when it holds NAP, it wakes who sleeps on the word. A demoted,
+/// closed or shut asker gets neither bell nor byte.
 pub fn take(word: &AtomicU32) -> u32 {
     let mut old = word.load(Ordering::Relaxed);
     loop {
-        let wants = old & (want::BELL | want::WAKE);
-        if wants == 0 || old & NO_TOKEN != 0 {
-            return old & !(want::BELL | want::WAKE);
+        let (withheld, ringing) = match old & (want::BELL | want::WAKE) {
+            wants if old & NO_TOKEN != 0 => (wants, 0),
+            0 => (0, 0),
+            _ => (0, want::RINGING),
+        };
+        let taken = old & ASKS & !withheld;
+        if taken == 0 {
+            return old & !withheld;
         }
-        let new = (old & !(want::BELL | want::WAKE)) | want::RINGING;
+        let new = old & !taken | ringing;
         match word.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
-            Ok(_) => return old,
+            Ok(_) => return old & !withheld,
             Err(now) => old = now,
         }
     }
+}
+
+/// Takes NAP alone; true when it was there. Whoever has changed what a nap waits for does this behind it: both write the word,
+/// so one of them is first, and either sees what the other one has done.
+pub fn take_nap(word: &AtomicU32) -> bool {
+    word.fetch_and(!want::NAP, Ordering::AcqRel) & want::NAP != 0
 }
 
 /// Ends what [`take`] began.
@@ -110,5 +125,23 @@ mod tests {
     fn a_demoted_asker_is_not_woken() {
         let word = AtomicU32::new(want::WAKE | want::DEMOTED);
         assert_eq!(take(&word), want::DEMOTED);
+    }
+
+    #[test]
+    fn a_nap_ends_without_a_token_also_where_none_may_be_sent() {
+        let word = AtomicU32::new(want::NAP);
+        assert_eq!(take(&word), want::NAP);
+        assert_eq!(word.load(Ordering::Relaxed), 0);
+        let word = AtomicU32::new(want::NAP | want::WAKE | want::SHUT);
+        assert_eq!(take(&word), want::NAP | want::SHUT);
+        assert_eq!(word.load(Ordering::Relaxed), want::WAKE | want::SHUT);
+    }
+
+    #[test]
+    fn a_nap_is_taken_once() {
+        let word = AtomicU32::new(want::NAP | want::WAKE);
+        assert!(take_nap(&word));
+        assert!(!take_nap(&word));
+        assert_eq!(word.load(Ordering::Relaxed), want::WAKE);
     }
 }

@@ -274,8 +274,10 @@ proptest! {
         let want = AtomicU32::new(word);
         let taken = wake::take(&want);
         let after = want.load(Relaxed);
-        let sticky = !(want::BELL | want::WAKE | want::RINGING);
+        let sticky = !(want::BELL | want::WAKE | want::RINGING | want::NAP);
         prop_assert_eq!(after & sticky, word & sticky);
+        prop_assert_eq!(taken & want::NAP, word & want::NAP);
+        prop_assert_eq!(after & want::NAP, 0);
         let gone = word & (want::DEMOTED | want::CLOSED | want::SHUT) != 0;
         if taken & (want::BELL | want::WAKE) != 0 {
             prop_assert!(!gone && after & want::RINGING != 0);
@@ -284,9 +286,9 @@ proptest! {
             prop_assert_eq!(want.load(Relaxed) & want::RINGING, 0);
         } else {
             prop_assert!(gone || word & (want::BELL | want::WAKE) == 0);
-            prop_assert_eq!(after, word);
+            prop_assert_eq!(after, word & !want::NAP);
         }
-        wake::ask(&want, asked);
+        prop_assert_eq!(wake::ask(&want, asked), want.load(Relaxed));
         prop_assert_eq!(want.load(Relaxed) & asked, asked);
     }
 

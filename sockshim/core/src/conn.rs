@@ -94,6 +94,10 @@ pub struct Conn {
     pub in_tx: AtomicU32,
     /// How well spinning has paid: see [`crate::wait`].
     pub spin_score: AtomicU32,
+    /// Short sleeps on the anchor before a receive naps: see [`crate::nap`].
+    pub until_nap: AtomicU32,
+    /// What is known of the program's time limit for receives: see [`crate::nap`].
+    pub limited: AtomicU32,
     /// 1 when `poll` or `epoll` has seen something on the anchor since it was last looked at.
     pub look: AtomicU32,
     /// Sends that found no room and did not wait: an edge for EPOLLET, in each instance, when space comes.
@@ -422,6 +426,7 @@ pub fn make(fd: c_int, born: u32) -> Option<usize> {
         &conn.one_way,
         &conn.gather,
         &conn.misses,
+        &conn.limited,
     ] {
         word.store(0, Relaxed);
     }
@@ -429,6 +434,7 @@ pub fn make(fd: c_int, born: u32) -> Option<usize> {
     conn.cookie.store(0, Relaxed);
     conn.names.forget();
     conn.spin_score.store(FULL_SCORE, Relaxed);
+    conn.until_nap.store(1, Relaxed);
     conn.generation.fetch_add(1, Relaxed);
     conn.phase.store(phase::KERNEL, Release);
     conn.tell(index, State::Kernel, Reason::Young);

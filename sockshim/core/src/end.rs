@@ -11,7 +11,7 @@ use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, 
 use rdsock_shm::layout::Counter;
 use rdsock_shm::lock::Owner;
 use rdsock_shm::reason::{Reason, State};
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 /// One end of a stream, for the length of a call.
 pub type End<'a> = end::End<'a, Socket<'a>>;
@@ -262,6 +262,10 @@ impl Process for Socket<'_> {
     #[inline]
     fn gather(&self, found: u64, now: impl FnOnce() -> u64) {
         gather::let_gather(self.held.conn, found, now);
+    }
+
+    fn wake(&self, word: &AtomicU32) {
+        sys::futex_wake(word);
     }
 
     fn count(&self, what: Counter) {

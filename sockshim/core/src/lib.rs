@@ -32,6 +32,7 @@ pub mod io;
 pub mod known;
 pub mod limits;
 pub mod names;
+pub mod nap;
 pub mod numbers;
 pub mod poll;
 pub mod ready;

@@ -140,6 +140,8 @@ limits! {
     GIVE_WAY_TURNS: Number = 20, 0..=1000;
     /// Milliseconds of one such turn.
     GIVE_WAY_MS: Number = 5, 0..=1000;
+    /// Microseconds of a nap, a sleep in which the anchor is not heard; 0 for none.
+    NAP_US: Number = 1000, 0..=1_000_000;
     /// Milliseconds that a sender of a process with threads sleeps at a time.
     SLICE_MS: Number = 50, 1..=10_000;
     /// Milliseconds of one wait where the process may have no more descriptors.

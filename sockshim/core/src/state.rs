@@ -7,6 +7,7 @@ use crate::conn::Connections;
 use crate::end::Waited;
 use crate::fds::Fds;
 use crate::identity::Identity;
+use crate::nap::Naps;
 use crate::signals::Watches;
 use crate::tenant::Tenant;
 
@@ -25,6 +26,8 @@ pub struct Process {
     pub tenant: Tenant,
     /// How long it has waited for others.
     pub waited: Waited,
+    /// Whether its receives may nap.
+    pub naps: Naps,
     /// Signals that its waits watch.
     pub watches: Watches,
 }
@@ -39,6 +42,7 @@ impl Process {
             connections: Connections::new(),
             tenant: Tenant::new(),
             waited: Waited::new(),
+            naps: Naps::new(),
             watches: Watches::new(),
         }
     }

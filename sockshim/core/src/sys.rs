@@ -42,11 +42,13 @@ macro_rules! syscall {
     }};
 }
 
+mod futex;
 mod host;
 mod peek;
 mod processes;
 mod thread_name;
 
+pub use futex::{futex_wait, futex_wake, is_unfiltered};
 pub use host::{Host, host, live_beside};
 pub use peek::peek_behind;
 pub use processes::{is_alive, may_have_open};

@@ -7,7 +7,7 @@ use crate::conn::{self, Conn, Kind, Use};
 use crate::deadline::Deadline;
 use crate::end::End;
 use crate::signals::{self, Ended};
-use crate::{limits, stream, sys, tenant};
+use crate::{limits, nap, stream, sys, tenant};
 use libc::c_int;
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
@@ -399,6 +399,16 @@ impl Sleep<'_> {
         tenant::stay_attached();
         let fd = end.socket.wait_fd();
         waits.begin(held, fd, what, partial);
+        let is_kernels = waits.held.is_none();
+        if is_kernels
+            && what == For::Bytes
+            && let Some(result) = nap::until(end, held, waits.began, &is_ready)
+        {
+            if result > 0 && !suffices() {
+                waits.hold(held, fd, what, is_ready());
+            }
+            return if result > 0 { Ok(()) } else { Err(result) };
+        }
         let Some(sleeper) = Sleeper::enter(end) else {
             // It waits, though it does not sleep.
             waits.hold(held, fd, what, partial);
@@ -413,6 +423,9 @@ impl Sleep<'_> {
             Some(_) => waits.sleep(fd, libc::POLLIN, waits.slice),
         };
         drop(sleeper);
+        if is_kernels && what == For::Bytes {
+            nap::learn(held.conn, waits.began);
+        }
         if result > 0 && !suffices() {
             waits.hold(held, fd, what, partial || is_ready());
         }
@@ -434,7 +447,10 @@ pub fn for_more(end: &End<'_>, held: &Use, waits: &mut Waits, position: u64) -> 
         partial: false,
     };
     let is_ready = || end.shared.has_bytes_after(position) || end.shared.has_ended();
-    sleep.until(end, || end.ask_for_bytes(want::WAKE), is_ready, is_ready)
+    let ask = || {
+        end.ask_for_bytes(want::WAKE);
+    };
+    sleep.until(end, ask, is_ready, is_ready)
 }
 
 /// Sleeps until bytes may be there, on the ring or before the switch on the anchor. `wanted`: the call goes on to wait until it has
@@ -461,7 +477,9 @@ pub fn for_bytes(
             .saturating_add(wanted.saturating_sub(1));
         stream.may_receive() && (wanted <= 1 || stream.has_bytes_after(last) || stream.has_ended())
     };
-    let ask = || end.ask_for_bytes(want::WAKE);
+    let ask = || {
+        end.ask_for_bytes(want::WAKE);
+    };
     sleep.until(end, ask, || stream.may_receive(), suffices)
 }
 

@@ -457,6 +457,7 @@ fn tenant_answer(id: TenantId, connection: &Connection, tenant: &Tenant) -> Valu
         "wakes": counter(Counter::Wakes),
         "sleeps": counter(Counter::Sleeps),
         "bells": counter(Counter::Bells),
+        "naps": counter(Counter::Naps),
         "queue_full": counter(Counter::QueueFull),
         "unread_messages": connection.channel.queued(),
     })

@@ -6,6 +6,7 @@ use super::Patience;
 use crate::layout::Counter;
 use crate::lock::Owner;
 use crate::reason::Reason;
+use crate::sync::AtomicU32;
 use crate::wake::WAKE_BYTE;
 
 /// What a call on the anchor gave.
@@ -251,6 +252,11 @@ pub trait Process {
     /// A receiver has found so few bytes: it may look away for a moment, and look again with `now`.
     fn gather(&self, found: u64, now: impl FnOnce() -> u64) {
         let _ = (found, now);
+    }
+
+    /// Wakes the thread that sleeps on this word (FUTEX_WAKE), if one does. In place nobody does.
+    fn wake(&self, word: &AtomicU32) {
+        let _ = word;
     }
 
     /// Adds one to a counter of the tenant.

@@ -2,7 +2,7 @@
 //!
 //! The other end tells of what *it* changes, if it is asked ([`crate::wake`]). Of a phase, an own shutdown, an end of the
 //! anchor that was noted, and of tokens that were taken off it, nobody tells: whoever waits for the connection elsewhere
-//! in this process must look, and that is said by [`Process::changed`], behind each of them.
+//! in this process must look, and that is said by [`Process::changed`], behind each of them. Whoever naps is woken.
 
 use super::{Anchor, End, Process, Shared};
 use crate::sync::Ordering::*;
@@ -11,32 +11,39 @@ impl<S: Anchor + Process> End<'_, S> {
     /// The receiving half goes on to another phase.
     pub(super) fn set_receiving(&self, phase: u32) {
         self.rx().phase.store(phase, Release);
-        self.socket.changed();
+        self.changed();
     }
 
     /// The sending half goes on to another phase.
     pub(super) fn set_sending(&self, phase: u32) {
         self.tx().phase.store(phase, Release);
-        self.socket.changed();
+        self.changed();
     }
 
     /// The program has ended what it sends.
     pub(super) fn set_sending_shut(&self) {
         self.tx().shut.store(1, Release);
-        self.socket.changed();
+        self.changed();
     }
 
     /// The program wants nothing more.
     pub(super) fn set_receiving_shut(&self) {
         self.rx().shut.store(1, Release);
-        self.socket.changed();
+        self.changed();
     }
 
     /// The anchor has told something of its end: bits of `anchor`.
     pub(super) fn add_anchor_bits(&self, bits: u32) {
         if self.rx().anchor.fetch_or(bits, AcqRel) & bits != bits {
-            self.socket.changed();
+            self.changed();
         }
+    }
+}
+
+impl<S: Anchor + Process> End<'_, S> {
+    fn changed(&self) {
+        self.end_own_nap();
+        self.socket.changed();
     }
 }
 

@@ -89,7 +89,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         }
     }
 
-    /// After exec: frees the locks of threads of the program that this process was.
+    /// After exec: frees the locks of threads of the program that this process was, and forgets that one napped.
     pub fn free_own_locks(&self, pid: u32) {
         for word in [&self.tx().lock, &self.rx().lock] {
             let owner = word.load(Relaxed);
@@ -97,6 +97,7 @@ impl<'a, S: Anchor + Process> End<'a, S> {
                 let _ = word.compare_exchange(owner, 0, AcqRel, Relaxed);
             }
         }
+        self.forget_nap_of(pid);
     }
 }
 

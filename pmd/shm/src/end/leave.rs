@@ -263,6 +263,8 @@ impl<'a, S: Anchor + Process> End<'a, S> {
         for request in self.requests() {
             request.fetch_or(want::CLOSED, SeqCst);
         }
+        // Who sleeps on the anchor hears of it from the kernel.
+        self.end_others_nap();
         // The kernel would answer a close with unread tokens with a reset as well, and one that
         // comes later; and would drop what it has not sent yet.
         self.settle_switch();
@@ -374,6 +376,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             // The other end is not ready, and sees LEAVE when it is; or it is the kernel's.
             producer.mark.fetch_or(mark::END, SeqCst);
         }
+        end.end_others_nap();
         self.hand_over();
     }
 

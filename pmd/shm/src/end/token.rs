@@ -109,22 +109,26 @@ impl<S: Anchor + Process> End<'_, S> {
         if token {
             self.send_token();
         }
+        if taken & want::NAP != 0 {
+            self.socket.wake(&ask.want);
+        }
         if taken & (want::BELL | want::WAKE) != 0 {
             wake::rung(&ask.want);
         }
         taken
     }
 
-    /// Asks the other end for a sign of bytes; the caller looks once more after this.
-    pub fn ask_for_bytes(&self, how: u32) {
+    /// Asks the other end for a sign of bytes; the caller looks once more after this. What the request is then.
+    pub fn ask_for_bytes(&self, how: u32) -> u32 {
         let ask = &self.incoming().bytes;
-        wake::ask(&ask.want, how);
+        let asked = wake::ask(&ask.want, how);
         if ask.hot.load(Acquire) != 0 {
             self.rx().quiet_calls.store(0, Relaxed);
             self.socket.barrier();
             // Only now, so that another thread that asks meanwhile runs its own barrier.
             ask.hot.store(0, Release);
         }
+        asked
     }
 
     /// Asks the other end for a sign of space, likewise.
@@ -176,6 +180,7 @@ impl<S: Anchor + Process> End<'_, S> {
         self.set_sending(phase::RESET);
         self.page().reason.store(reason as u32, Relaxed);
         self.out().producer.mark.fetch_or(mark::RESET, AcqRel);
+        self.end_others_nap();
         self.socket.count(Counter::Reset);
         self.socket.broken(reason);
         // A program that has not mapped the stream would read a token as data, and nobody else has this end's anchor.

@@ -3,7 +3,7 @@
 
 use crate::pair::{Program, RING, Wire};
 use proptest::prelude::*;
-use rdsock_shm::end::{How, Kernel, Sleeper, State};
+use rdsock_shm::end::{How, Kernel, Nap, Sleeper, State};
 use rdsock_shm::layout::{Direction, want};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -20,6 +20,7 @@ enum Step {
     Poll,
     Ask,
     Sleep,
+    Nap,
     Look,
     Leave,
     Abandon,
@@ -45,6 +46,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::Poll),
         2 => Just(Step::Ask),
         2 => Just(Step::Sleep),
+        2 => Just(Step::Nap),
         2 => Just(Step::Look),
         1 => Just(Step::Leave),
         1 => Just(Step::Abandon),
@@ -104,6 +106,7 @@ proptest! {
                     end.ask_for_space(want::WAKE);
                 }
                 Step::Sleep => drop(Sleeper::enter(&end)),
+                Step::Nap => drop(Nap::enter(&end)),
                 Step::Look => end.look(),
                 Step::Leave => end.leave(),
                 Step::Abandon => {

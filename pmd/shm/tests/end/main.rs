@@ -6,6 +6,7 @@ mod holders;
 mod hostile;
 mod in_place;
 mod leaving;
+mod nap;
 mod operations;
 mod pair;
 mod random;

@@ -13,7 +13,7 @@ use rdsock_shm::ring::RingMemory;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// Bytes of each ring.
 pub const RING: usize = MIN_RING as usize;
@@ -86,6 +86,8 @@ pub struct Side<'a> {
     changes: Cell<u32>,
     /// and that with what it was about, when it was last compared.
     noted: Cell<(u32, [u32; 6])>,
+    /// How often it has woken who naps, at either end.
+    naps_ended: Cell<u32>,
 }
 
 /// A value made of zeroes.
@@ -159,6 +161,7 @@ impl Wire {
             looks: Cell::new(0),
             gone: RefCell::default(),
             changes: Cell::new(0),
+            naps_ended: Cell::new(0),
             noted: Cell::default(),
         })
     }
@@ -346,6 +349,10 @@ impl Process for &Side<'_> {
         false
     }
 
+    fn wake(&self, _: &AtomicU32) {
+        self.naps_ended.set(self.naps_ended.get() + 1);
+    }
+
     fn count(&self, _: Counter) {}
 
     fn changed(&self) {
@@ -470,6 +477,11 @@ impl Side<'_> {
     /// Bytes that came to this end's anchor past everybody.
     pub fn slip(&self, bytes: &[u8]) {
         self.incoming().send(bytes);
+    }
+
+    /// How often this end has woken a thread that naps, at either end.
+    pub fn naps_ended(&self) -> u32 {
+        self.naps_ended.get()
     }
 
     /// Bytes on this end's side of the anchor, tokens among them.

@@ -3,7 +3,7 @@
 
 use crate::pair::{Gave, Program, RING, Wire};
 use proptest::prelude::*;
-use rdsock_shm::end::{How, Limits, Sleeper};
+use rdsock_shm::end::{How, Limits, Nap, Sleeper};
 use rdsock_shm::layout::{phase, want};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
@@ -17,6 +17,7 @@ enum Step {
     Poll,
     Ask,
     Sleep,
+    Nap,
     Look,
     Leave,
     Abandon,
@@ -32,6 +33,7 @@ fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
         3 => Just(Step::Poll),
         3 => Just(Step::Ask),
         3 => Just(Step::Sleep),
+        3 => Just(Step::Nap),
         1 => Just(Step::Look),
         1 => Just(Step::Leave),
         1 => Just(Step::Abandon),
@@ -147,6 +149,7 @@ fn step(
             program.end().ask_for_space(want::WAKE);
         }
         Step::Sleep if on_rings => drop(Sleeper::enter(&program.end())),
+        Step::Nap if on_rings => drop(Nap::enter(&program.end())),
         Step::Look if on_rings => program.end().look(),
         Step::Leave if on_rings => program.end().leave(),
         Step::Abandon if on_rings => {

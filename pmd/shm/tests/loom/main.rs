@@ -8,6 +8,7 @@ mod demote;
 mod instance;
 mod lock;
 mod model;
+mod nap;
 mod promote;
 mod queue;
 mod ring;

@@ -20,6 +20,8 @@ pub struct Host {
     pub recv: unsafe fn(c_int, *mut u8, size_t, c_int) -> isize,
     /// As `clock_gettime(2)`.
     pub clock_gettime: unsafe fn(clockid_t, *mut timespec),
+    /// As `pthread_testcancel(3)`.
+    pub test_cancel: fn(),
     /// The core that this thread runs on, or a number below 0.
     pub getcpu: fn() -> c_int,
     /// A word of the calling thread's own, zero at first; null where there is none.
@@ -78,6 +80,7 @@ impl Host {
                 )
             };
         },
+        test_cancel: || {},
         getcpu: || {
             let mut core: u32 = 0;
             // SAFETY: one word is written.

@@ -76,6 +76,8 @@ struct Tenant {
     wakes: u64,
     sleeps: u64,
     bells: u64,
+    #[serde(default)]
+    naps: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -198,6 +200,7 @@ fn counts(counts: &Map<String, Value>) -> String {
 fn print_tenants(tenants: &[Tenant]) -> Result<(), OutputError> {
     let mut table = table([
         "PID", "USER", "PROGRAM", "PROMOTED", "DEMOTED", "RESET", "WAKES", "SLEEPS", "BELLS",
+        "NAPS",
     ]);
     for tenant in tenants {
         table.add_row([
@@ -210,6 +213,7 @@ fn print_tenants(tenants: &[Tenant]) -> Result<(), OutputError> {
             tenant.wakes.to_string(),
             tenant.sleeps.to_string(),
             tenant.bells.to_string(),
+            tenant.naps.to_string(),
         ]);
     }
     line!("\n{table}")

@@ -2,11 +2,11 @@
 //!
 //! A reset is a panic here: two honest ends never reset each other, but in `abandon`, which tells its caller.
 
-use super::{Given, Memory, Pipe, direction};
+use super::{Futex, Given, Memory, Pipe, direction};
 use loom::sync::atomic::{AtomicU32, Ordering::*, fence};
 use loom::thread::yield_now;
 use rdsock_shm::end::{
-    self, Anchor, Buffers, Got, How, Limits, Patience, Process, Received, Sent, Shared, Shut,
+    self, Anchor, Buffers, Got, How, Limits, Nap, Patience, Process, Received, Sent, Shared, Shut,
     Sleeper, Take, Until,
 };
 use rdsock_shm::layout::{Counter, Direction, EndPage, RxState, TxState, phase, want};
@@ -20,6 +20,8 @@ pub struct Wire {
     directions: [Direction; 2],
     memory: [Memory; 2],
     anchors: [Pipe; 2],
+    /// For each direction, those who sleep on the word of its consumer.
+    naps: [Futex; 2],
 }
 
 /// What the processes of an end have for themselves: `conn::Conn`.
@@ -44,6 +46,8 @@ pub struct End {
     number: usize,
     /// Which thread.
     thread: u64,
+    /// It naps before it sleeps for bytes.
+    naps: bool,
 }
 
 /// Both ends of a connection: mapped by nobody yet, both directions on the anchor.
@@ -56,6 +60,7 @@ fn connection_over(ring_size: usize, anchors: [Pipe; 2]) -> [End; 2] {
         directions: [direction(), direction()],
         memory: [Memory::new(ring_size), Memory::new(ring_size)],
         anchors,
+        naps: Default::default(),
     });
     [0, 1].map(|number| {
         let page = Arc::new(EndPage::default());
@@ -79,6 +84,7 @@ fn connection_over(ring_size: usize, anchors: [Pipe; 2]) -> [End; 2] {
             shared: Arc::new(shared),
             number,
             thread: 1,
+            naps: false,
         }
     })
 }
@@ -233,6 +239,15 @@ impl Process for &End {
         false
     }
 
+    fn wake(&self, word: &AtomicU32) {
+        let directions = self.wire.directions.iter();
+        for (direction, naps) in directions.zip(&self.wire.naps) {
+            if std::ptr::eq(word, &direction.bytes.want) {
+                naps.wake();
+            }
+        }
+    }
+
     fn count(&self, _: Counter) {}
 
     fn look_later(&self) {}
@@ -269,6 +284,19 @@ impl End {
             thread: number + 1,
             ..self.clone()
         }
+    }
+
+    /// The same thread, when it naps before it sleeps.
+    pub fn napping(&self) -> End {
+        End {
+            naps: true,
+            ..self.clone()
+        }
+    }
+
+    /// The time of this end's nap is over, if a thread naps.
+    pub fn end_nap(&self) {
+        self.wire.naps[1 - self.number].wake();
     }
 
     /// The production end.
@@ -508,9 +536,27 @@ impl End {
         }
     }
 
+    /// `nap::until`.
+    fn nap(&self) {
+        if let Some(nap) = Nap::enter(&self.at())
+            && !self.shared.may_receive()
+        {
+            let (word, value) = nap.place();
+            self.wire.naps[1 - self.number].sleep(word, value);
+        }
+    }
+
     /// `wait::for_bytes`.
     fn for_bytes(&self) {
-        let ask = || self.at().ask_for_bytes(want::WAKE);
+        if self.naps {
+            self.nap();
+            if self.shared.may_receive() {
+                return;
+            }
+        }
+        let ask = || {
+            self.at().ask_for_bytes(want::WAKE);
+        };
         self.sleep(ask, || self.shared.may_receive());
     }
 

@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use loom::cell::UnsafeCell;
-use loom::sync::atomic::AtomicU64;
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use loom::sync::{Condvar, Mutex};
 use rdsock_shm::layout::{Direction, NOT_SWITCHED};
 use rdsock_shm::lock::{self, Owner, Taken};
@@ -198,6 +198,29 @@ impl Pipe {
             state = self.arrived.wait(state).unwrap();
         }
         !state.bytes.is_empty()
+    }
+}
+
+/// Where threads sleep on words.
+#[derive(Default)]
+pub struct Futex {
+    bucket: Mutex<()>,
+    woken: Condvar,
+}
+
+impl Futex {
+    /// FUTEX_WAIT, without an end of time.
+    pub fn sleep(&self, word: &AtomicU32, value: u32) {
+        let bucket = self.bucket.lock().unwrap();
+        if word.load(Ordering::SeqCst) == value {
+            drop(self.woken.wait(bucket).unwrap());
+        }
+    }
+
+    /// FUTEX_WAKE; or the end of the time.
+    pub fn wake(&self) {
+        drop(self.bucket.lock().unwrap());
+        self.woken.notify_all();
     }
 }
 
