@@ -15,7 +15,7 @@
 //! row of its own: such a registration can't be modified, and is not revived.
 //!
 //! **Marks** are the instance's (a bit for each registration, see `news.rs`), and what they mean is stated here: one that is not
-//! marked has asked ([`Registration::needs`]) for all that it names, or a sign is on its way.
+//! marked has asked ([`needs`]) for all that it names, or a sign is on its way.
 
 use libc::{EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP};
 

@@ -399,8 +399,8 @@ pub(super) fn must_move(state: &mut State, bit: usize) -> bool {
     }
 }
 
-/// As [`has_event`], for a caller that has locked nothing: what has left, of which the instance can't tell, moves first. `None`
-/// where that may not be done now (`may_follow`).
+/// Has the descriptor of an instance an event? For a caller that has locked nothing: what has left, of which the instance can't
+/// tell, moves first. `None` where that may not be done now (`may_follow`).
 pub fn has_event_after_leavers(epoll: &Epoll, fd: c_int, may_follow: bool) -> Option<bool> {
     let found = has_event(epoll, fd);
     if found || !take_leaver(epoll) {
