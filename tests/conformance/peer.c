@@ -528,12 +528,14 @@ void sleep_ms(int ms)
         ;
 }
 
-size_t fill(int fd)
+size_t fill(int fd) { return fill_on(fd, 0); }
+
+size_t fill_on(int fd, size_t from)
 {
     static char block[16384];
     size_t total = 0;
     for (int refused = 0;;) {
-        pattern(0, total, block, sizeof block);
+        pattern(0, from + total, block, sizeof block);
         ssize_t n = send(fd, block, sizeof block, MSG_DONTWAIT | MSG_NOSIGNAL);
         CHECK(n > 0 || errno == EAGAIN, "expected to fill the buffer, saw %s", strerror(errno));
         total += n > 0 ? (size_t)n : 0;

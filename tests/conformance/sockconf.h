@@ -203,6 +203,7 @@ int64_t now_ms(void);
 void sleep_ms(int ms);
 int listen_on(int flags, struct sockaddr_storage *at, socklen_t *len); /* a listener on a free loopback port */
 size_t fill(int fd); /* sends pattern bytes, without waiting, until nothing more fits; the count */
+size_t fill_on(int fd, size_t from); /* the same, from this position of the pattern on */
 
 long raw_call(long number, long a, long b, long c, long d, long e, long f); /* past every library */
 uint64_t kernel_bytes(int fd); /* what the kernel's socket itself has moved */

@@ -52,26 +52,31 @@ pub struct Diag {
     netns_cookie: u64,
 }
 
-/// Sockets that are kept for the next questions.
+/// Sockets that are there for the next questions, from the start on: what the daemon holds says what is left of others.
 const SPARE: usize = 4;
 
 impl Diag {
     /// For the network namespace of the daemon.
     pub fn of_home() -> io::Result<Self> {
-        Self::of(true)
+        Self::of(true, SPARE)
     }
 
     /// For the network namespace of the calling thread.
     pub fn of_this_thread() -> io::Result<Self> {
-        Self::of(false)
+        Self::of(false, 1)
     }
 
-    fn of(is_home: bool) -> io::Result<Self> {
-        let socket = new_socket()?;
+    fn of(is_home: bool, count: usize) -> io::Result<Self> {
+        let sockets: Vec<OwnedFd> = (0..count)
+            .map(|_| new_socket())
+            .collect::<io::Result<_>>()?;
+        let netns_cookie = sockets
+            .first()
+            .and_then(|socket| netns_cookie_of(socket.as_fd()));
         Ok(Diag {
             is_home,
-            netns_cookie: netns_cookie_of(socket.as_fd()).unwrap_or(0),
-            spare: Mutex::new(vec![socket]),
+            netns_cookie: netns_cookie.unwrap_or(0),
+            spare: Mutex::new(sockets),
         })
     }
 
@@ -344,7 +349,7 @@ mod tests {
             "127.0.0.1:0".parse().unwrap(),
         );
         assert!(diag.listener(to, from).unwrap().is_some());
-        let fd = diag.lock()[0].as_raw_fd();
+        let fd = diag.lock()[SPARE - 1].as_raw_fd();
         let name = getsockname::<NetlinkAddr>(fd).unwrap();
         let forger = new_socket().unwrap();
         let forgery = question(to, from, NO_COOKIE).unwrap();

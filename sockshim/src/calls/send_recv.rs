@@ -10,7 +10,7 @@ use crate::{demote, handing_over, io, numbers, real, sys};
 use libc::{
     c_int, c_uint, c_void, mmsghdr, msghdr, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
-use rdsock_shm::layout::mark;
+use rdsock_shm::layout::{anchor, mark};
 use rdsock_shm::reason::Reason;
 use std::cell::Cell;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -125,7 +125,9 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
             header.msg_namelen = 0;
             header.msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
             let room = std::mem::take(&mut header.msg_controllen);
-            if let Some(unread) = unread_to_tell(fd) {
+            let has_room = (0..header.msg_iovlen).any(|i| (*header.msg_iov.add(i)).iov_len != 0);
+            let is_at_end = result == 0 && has_room;
+            if let Some(unread) = unread_to_tell(fd, is_at_end) {
                 put_unread(header, room, unread);
             }
         }
@@ -134,8 +136,8 @@ pub unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
 }
 
 /// What `TCP_INQ` tells with each message, where the program has set it: the bytes that are left, and one more for the
-/// end.
-fn unread_to_tell(fd: c_int) -> Option<c_int> {
+/// end. `is_at_end`: the message was the end.
+fn unread_to_tell(fd: c_int, is_at_end: bool) -> Option<c_int> {
     let held = conn::of(fd)?;
     if held.conn.options.load(Relaxed) & conn::TELLS_UNREAD == 0 {
         return None;
@@ -143,9 +145,19 @@ fn unread_to_tell(fd: c_int) -> Option<c_int> {
     let stream = held.conn.stream()?;
     let unread =
         io::unread(&stream.at(&held, fd)).or_else(|| sys::ioctl_int(fd, libc::FIONREAD))?;
+    let rx = stream.rx();
     let ended = stream.incoming().producer.mark.load(Acquire) & mark::FIN != 0
         || !stream.is_all_on_rings()
-            && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE_WAIT);
+            && match TcpInfo::of(fd)?.state {
+                TcpInfo::CLOSE_WAIT => true,
+                // A break came behind the end; or there was no end, and it was told as an error before.
+                TcpInfo::CLOSE => {
+                    is_at_end
+                        && rx.anchor.load(Acquire) & anchor::BROKEN == 0
+                        && rx.shut.load(Acquire) == 0
+                }
+                _ => false,
+            };
     Some(unread + c_int::from(ended))
 }
 
