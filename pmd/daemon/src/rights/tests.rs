@@ -1,0 +1,201 @@
+use super::*;
+use crate::process::Standing;
+use std::ffi::OsString;
+
+fn glance(executable: &str, owner: (u32, u32), user_namespace: u64) -> Glance {
+    Glance {
+        standing: Standing {
+            owner,
+            user_namespace,
+        },
+        executable: OsString::from(executable),
+    }
+}
+
+#[test]
+fn users_see_their_own_and_root_sees_all() {
+    let own = geteuid().as_raw();
+    assert!(Rights::may_see(0, 7) && Rights::may_see(own, 7));
+    let (one, other) = (own.wrapping_add(1000), own.wrapping_add(1001));
+    assert!(Rights::may_see(one, one) && !Rights::may_see(one, other));
+    assert!(!Rights::may_see(one, 0) && !Rights::sees_all(one));
+}
+
+#[test]
+fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
+    // A child of another test's would keep the sockets that are closed here.
+    let _alone = crate::own::alone();
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
+    use std::net::{TcpListener, TcpStream};
+    let diag = Diag::of_home().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap();
+    let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
+    let connect_from = |from: SocketAddr| {
+        let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+        let socket = socket(AddressFamily::Inet, kind, flags, None).unwrap();
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(from)).unwrap();
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+        TcpStream::from(socket)
+    };
+    // Of this address, nobody else has the port.
+    let ours = connect_from("127.83.12.7:0".parse().unwrap());
+    let (accepted, from) = listener.accept().unwrap();
+    let names = (to, from);
+    let cookie_of_ours = cookie(&ours);
+    assert!(is_other_end(&diag, cookie_of_ours, names));
+    assert!(!is_other_end(&diag, cookie(&accepted), names));
+    // Broken on either side, so that nothing is left of it.
+    for socket in [&ours, &accepted] {
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    }
+    drop((ours, accepted));
+    assert!(!is_other_end(&diag, cookie_of_ours, names));
+    let _other = connect_from(from);
+    assert_eq!(listener.accept().unwrap().1, from);
+    assert!(!is_other_end(&diag, cookie_of_ours, names));
+}
+
+/// Inodes come again, and a look may be of an earlier use of the record.
+#[test]
+fn an_announcement_is_of_the_very_socket_that_was_found() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::fs::MetadataExt;
+    let pair = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    );
+    let passport = Passport {
+        peer: Arc::new(Peer::of(&pair.unwrap().0).unwrap()),
+        program: Program::default(),
+        seen: None,
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let link = format!("/proc/self/fd/{}", stream.as_raw_fd());
+    let held = Held {
+        cookie: cookie_of(stream.as_fd()).unwrap(),
+        inode: std::fs::metadata(link).unwrap().ino(),
+        shared: false,
+        located: None,
+    };
+    let claim = Claim {
+        conn: Conn {
+            tenant: 1,
+            number: 2,
+            generation: 3,
+        },
+        fd: stream.as_raw_fd(),
+        cookie: held.cookie,
+        netns_cookie: netns_cookie_of(stream.as_fd()).unwrap_or(0),
+        local: stream.local_addr().unwrap(),
+        peer: stream.peer_addr().unwrap(),
+        role: Role::Active,
+        maybe_shared: false,
+    };
+    let rights = Rights::new(Namespaces::new().unwrap());
+    let own = crate::process::netns_inode(std::process::id() as i32).ok();
+    let names = (claim.local, claim.peer);
+    let ask = rights.ask_at(own, claim.netns_cookie, names).unwrap();
+    let located = ask.both(claim.cookie).unwrap();
+    let announced =
+        |claim: &Claim, held| Rights::announced(claim, held, located, &passport).is_some();
+    assert!(announced(&claim, held));
+    let another = Held {
+        cookie: held.cookie + 1,
+        ..held
+    };
+    assert!(!announced(&claim, another));
+    let elsewhere = Claim {
+        peer: claim.local,
+        ..claim.clone()
+    };
+    assert!(!announced(&elsewhere, held));
+}
+
+/// Another user may have the port of the other family.
+#[test]
+fn a_socket_is_of_its_own_family() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket};
+    let made = |family| {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        socket(family, SockType::Stream, flags, None).unwrap()
+    };
+    let [four, six] = ["0.0.0.0", "::"].map(|text| text.parse::<IpAddr>().unwrap());
+    let of_four = made(AddressFamily::Inet);
+    assert!(has_family(&of_four, four, four) && !has_family(&of_four, four, six));
+    let of_six = made(AddressFamily::Inet6);
+    setsockopt(&of_six, sockopt::Ipv6V6Only, &false).unwrap();
+    assert!(has_family(&of_six, six, four) && has_family(&of_six, six, six));
+    setsockopt(&of_six, sockopt::Ipv6V6Only, &true).unwrap();
+    assert!(!has_family(&of_six, six, four) && has_family(&of_six, six, six));
+}
+
+#[test]
+fn what_was_promised_is_for_the_same_user_alone() {
+    assert!(Rights::may_have_promised(7, 7));
+    assert!(!Rights::may_have_promised(7, 8) && !Rights::may_have_promised(0, 7));
+}
+
+#[test]
+fn what_gives_a_process_more_shows_at_a_glance() {
+    let before = glance("/bin/a", (1000, 1000), 1);
+    let changed = |now: &Glance| same_glance(&before, now);
+    assert_eq!(changed(&before), Ok(()));
+    // It was replaced on disk.
+    assert_eq!(
+        changed(&glance("/bin/a (deleted)", (1000, 1000), 1)),
+        Ok(())
+    );
+    let program = Err(Changed::Program);
+    assert_eq!(changed(&glance("/bin/b", (1000, 1000), 1)), program);
+    for rights in [
+        // Set-user-id, set-group-id; capabilities, or memory that is hidden: then root owns its files.
+        glance("/bin/a", (0, 1000), 1),
+        glance("/bin/a", (1000, 5), 1),
+        glance("/bin/a", (0, 0), 1),
+        glance("/bin/a", (1000, 1000), 2),
+    ] {
+        assert_eq!(changed(&rights), Err(Changed::Rights));
+    }
+}
+
+#[test]
+fn a_claim_has_its_numbers_in_range() {
+    let conn = Conn {
+        tenant: 1,
+        number: 2,
+        generation: 3,
+    };
+    let honest = Request {
+        active: 2,
+        local_port: 80,
+        peer_port: 65_535,
+        ..rdsock_shm::control::from_bytes(&[0; size_of::<Request>()]).unwrap()
+    };
+    let claim = Claim::parse(conn, &honest).unwrap();
+    assert_eq!((claim.role, claim.peer.port()), (Role::Unknown, 65_535));
+    for lie in [
+        Request {
+            local_port: 65_536,
+            ..honest
+        },
+        Request {
+            peer_port: u32::MAX,
+            ..honest
+        },
+        Request {
+            active: 3,
+            ..honest
+        },
+    ] {
+        assert!(Claim::parse(conn, &lie).is_none(), "{lie:?}");
+    }
+}
