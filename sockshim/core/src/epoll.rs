@@ -120,10 +120,12 @@ struct State {
     cursor: usize,
     bell: Option<(usize, &'static Bell)>,
     asked_at: u64,
-    /// What the kernel had to tell filled the room, when it was asked last.
-    kernel_had_all: bool,
+    /// What the rings had to tell filled the room, when the kernel was to be asked last.
+    rings_had_all: bool,
     /// A look has come to a stream that has left, or whose other end has.
     has_leaver: bool,
+    /// A look at one stream has taken edges, which have marked others.
+    has_edges: bool,
 }
 
 // SAFETY: `state` is used under `lock`, which nested code on the same thread does not enter.
@@ -279,8 +281,9 @@ pub fn make(fd: c_int) -> Kind {
             cursor: 0,
             bell: None,
             asked_at: 0,
-            kernel_had_all: false,
+            rings_had_all: false,
             has_leaver: false,
+            has_edges: false,
         });
     }
     Kind::Epoll(index)

@@ -341,10 +341,10 @@ impl Work<'_> {
         for (to, from) in self.copy.iter_mut().zip(self.fds.iter()) {
             let may_end = from.revents & !ready::OUT == 0
                 && (from.revents == 0 || from.events & (ready::IN | POLLRDHUP) != 0);
-            let held = on_rings(from.fd).filter(|held| may_end && io::look_is_due(held));
-            due |= held.is_some();
+            let is_due = may_end && on_rings(from.fd).is_some_and(|held| io::look_is_due(&held));
+            due |= is_due;
             *to = pollfd {
-                fd: if held.is_some() { from.fd } else { -1 },
+                fd: if is_due { from.fd } else { -1 },
                 events: POLLIN | POLLRDHUP,
                 revents: 0,
             };

@@ -20,6 +20,10 @@ pub const OUT: i16 = bit::OUT;
 /// The readiness of a connection, or `None` when it is the kernel's to tell. A peer that has left
 /// is followed if the caller holds no lock that this needs (`may_follow`).
 pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool) -> Option<i16> {
+    let usual = as_usual(held, stream, events);
+    if usual.is_some() {
+        return usual;
+    }
     let end = stream.at(held, fd);
     let look = settle(&end, held, may_follow);
     if !stream.is_on_rings() {
@@ -28,11 +32,24 @@ pub fn of(held: &Use, stream: &Stream, fd: c_int, events: i16, may_follow: bool)
         }
         return None;
     }
-    // First: the anchor ends after the marks were set.
-    let bits = ask_kernel(&end, events, look);
-    let state = State::of(stream);
+    let mut state = State::of(stream);
+    let mut bits = 0;
+    if let Some(ask) = state.asks_kernel(events, look) {
+        bits = ask_kernel(&end, ask);
+        // Behind the question: the anchor ends after the marks were set.
+        state = State::of(stream);
+    }
     let kernel = ask_behind(&end, &state, bits);
     Some(state.readiness(&kernel, stream.ring_size(), events))
+}
+
+/// The readiness of a stream of which nothing is due: most are, most of the time.
+#[inline]
+pub fn as_usual(held: &Use, stream: &Stream, events: i16) -> Option<i16> {
+    if held.conn.look.load(Relaxed) != 0 {
+        return None;
+    }
+    stream.usual(events)
 }
 
 /// Does what is due before a question; true when the anchor was looked at.
@@ -58,11 +75,8 @@ pub fn settle(end: &End<'_>, held: &Use, may_follow: bool) -> bool {
 
 /// What the kernel says, where one direction is still (or again) on the anchor. What it says of the connection's end is judged
 /// by the ring, and noted.
-fn ask_kernel(end: &End<'_>, events: i16, look: bool) -> i16 {
+fn ask_kernel(end: &End<'_>, ask: i16) -> i16 {
     let stream = end.shared;
-    let Some(ask) = State::of(stream).asks_kernel(events, look) else {
-        return 0;
-    };
     let mut got = sys::poll_one(end.socket.wait_fd(), ask, 0).max(0) as i16;
     if got & (POLLERR | POLLHUP) != 0 && stream.judges_end() {
         if stream.rx().anchor.load(Acquire) == 0 {

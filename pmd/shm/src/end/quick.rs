@@ -2,11 +2,48 @@
 //! nothing, and take no lock. The whole is [`super::State`].
 
 use super::shut::DEAF;
+use super::state::bit::{IN, OUT};
 use super::{Peer, Shared};
 use crate::layout::{mark, phase, want};
 use crate::sync::Ordering::*;
+use libc::{POLLPRI, POLLRDHUP};
 
 impl Shared {
+    /// What `poll` says of `events` where all goes on as usual: what comes is on the ring, and so is what goes, if it is asked
+    /// for; nobody has ended or left; the anchor has told of nothing, and need not be asked. `None`: [`super::State`] knows.
+    ///
+    /// In the same order as there: what was published before the anchor's end, or a mark, is seen then.
+    #[inline]
+    pub fn usual(&self, events: i16) -> Option<i16> {
+        let (rx, tx) = (self.rx(), self.tx());
+        let sends = tx.phase.load(Acquire);
+        let is_usual = rx.anchor.load(Acquire) == 0
+            && self.incoming().producer.mark.load(Acquire) == 0
+            && rx.phase.load(Relaxed) == phase::RING
+            && (sends == phase::RING || sends == phase::ANCHOR && events & OUT == 0)
+            && rx.shut.load(Relaxed) | tx.shut.load(Relaxed) == 0
+            && self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE | DEAF) == 0
+            && events & POLLPRI == 0
+            && events & (IN | OUT | POLLRDHUP) != 0;
+        if !is_usual {
+            return None;
+        }
+        let bytes = if events & IN == 0 {
+            0
+        } else {
+            let head = self.incoming().producer.head.load(Acquire);
+            head.wrapping_sub(rx.tail.load(Relaxed))
+        };
+        if bytes > self.ring_size() {
+            return None;
+        }
+        let readable = if bytes == 0 { 0 } else { IN };
+        // As Linux: a third of the buffer is free.
+        let has_room = events & OUT != 0 && self.space() >= self.ring_size() / 3;
+        let writable = if has_room { OUT } else { 0 };
+        Some((readable | writable) & events)
+    }
+
     /// A look at the incoming ring without its lock: bytes, or a violation.
     #[inline]
     pub fn has_bytes(&self) -> bool {

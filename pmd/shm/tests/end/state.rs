@@ -1,7 +1,7 @@
 //! Questions: the whole answer is what the words say, and the quick ones never contradict it.
 
 use crate::pair::{Program, RING, Wire};
-use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP};
+use libc::{POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP};
 use proptest::prelude::*;
 use rdsock_shm::end::{Incoming, Kernel, Outgoing, State, Then, Told};
 use rdsock_shm::layout::{anchor, mark, phase};
@@ -139,6 +139,7 @@ proptest! {
         bits in (any::<u32>(), 0_u32..8, 0_u32..16),
         shut in (0_u32..2, 0_u32..2),
         kernel in any::<i16>(),
+        asked in any::<i16>(),
     ) {
         let (state, _) = of(|_| {});
         prop_assert_ne!(state.outgoing, Outgoing::Broken);
@@ -162,6 +163,13 @@ proptest! {
         let kernel = Kernel { bits: kernel, ..NOTHING };
         let ready = state.readiness(&kernel, RING as u64, ALL);
         prop_assert_eq!(ready & !(ALL | POLLHUP | POLLERR), 0);
+        for asked in [ALL, POLLIN, POLLOUT, asked] {
+            if let Some(usual) = shared.usual(asked) {
+                prop_assert_eq!(state.asks_kernel(asked, false), None);
+                prop_assert!(!state.asks_behind_ring());
+                prop_assert_eq!(usual, state.readiness(&NOTHING, RING as u64, asked));
+            }
+        }
         if let Incoming::Ring { bytes, then } = state.incoming {
             prop_assert!(bytes <= RING as u64);
             // Where there is something to read, a receiver that spins sees it, and the other way round, but for what is on
@@ -176,6 +184,39 @@ proptest! {
             // A hang-up of the kernel's says nothing of the ring.
             let broken = state.readiness(&NOTHING, RING as u64, ALL) & POLLHUP != 0;
             prop_assert_eq!(ready & POLLOUT != 0, writable || broken);
+        }
+    }
+
+    /// Where all is as usual but for one word, the same: and nothing is missed that is asked for.
+    #[test]
+    fn the_usual_answer_is_that_of_the_whole(
+        word in 0_usize..9,
+        value in prop_oneof![0_u32..8, any::<u32>()],
+        bytes in 0_u64..RING as u64 + 2,
+        room in 0_u64..RING as u64 + 2,
+        asked in prop_oneof![Just(POLLIN), Just(POLLOUT), Just(POLLIN | POLLRDHUP), Just(ALL), any::<i16>()],
+    ) {
+        let mut usual = None;
+        let (state, _) = of(|program| {
+            let shared = &program.shared;
+            let words = [
+                &shared.rx().phase, &shared.tx().phase, &shared.rx().anchor, &shared.rx().shut, &shared.tx().shut,
+                &shared.incoming().producer.mark, &shared.out().bytes.want,
+            ];
+            shared.rx().phase.store(phase::RING, Relaxed);
+            shared.tx().phase.store(phase::RING, Relaxed);
+            shared.incoming().producer.head.store(bytes, Relaxed);
+            shared.tx().head.store(room, Relaxed);
+            if let Some(word) = words.get(word) {
+                word.store(value, Relaxed);
+            }
+            usual = shared.usual(asked);
+        });
+        if let Some(usual) = usual {
+            prop_assert_eq!(state.asks_kernel(asked, false), None);
+            prop_assert_eq!(usual, state.readiness(&NOTHING, RING as u64, asked));
+        } else if bytes <= RING as u64 && asked & ALL != 0 && asked & POLLPRI == 0 {
+            prop_assert!(word < 7, "all was as usual, and it does not say so");
         }
     }
 }

@@ -5,6 +5,7 @@ use super::news::{kick, take_mark, take_marks};
 use super::register;
 use super::*;
 use crate::conn::Use;
+use crate::end::End;
 use crate::registration::{Brought, Snapshot};
 use crate::stream::Stream;
 use crate::tcp_info::TcpInfo;
@@ -12,11 +13,14 @@ use crate::{demote, ready};
 use libc::{EPOLLERR, EPOLLHUP, EPOLLONESHOT, EPOLLOUT, EPOLLPRI, EPOLLRDHUP};
 use rdsock_shm::layout::{NOT_SWITCHED, anchor, mark, phase};
 
+/// Where a snapshot's state has the number of the program's own shutdowns.
+const SHUTS: u32 = 48;
+
 /// What EPOLLET compares, now: what wakes a program on Linux. Where bytes go, and what the anchor says of an end that the ring or
 /// the program itself has told of, does not. Without `edges` nobody compares, and the kernel is asked nothing.
 pub(super) fn snapshot(held: &Use, stream: &Stream, edges: bool) -> Snapshot {
     let refused = held.conn.refused.load(SeqCst);
-    let shuts = u64::from(held.conn.shuts.load(SeqCst)) << 48;
+    let shuts = u64::from(held.conn.shuts.load(SeqCst)) << SHUTS;
     let marks = stream.marks();
     if stream.is_reset() || marks & mark::RESET != 0 {
         // Whatever a call has found out since: it has been told.
@@ -212,6 +216,7 @@ pub(super) fn harvest_held(epoll: &Epoll, state: &mut State) {
     loop {
         let got = take_edges(epoll, &mut events);
         mark_edges(epoll, state, events.get(..got).unwrap_or(&[]));
+        state.has_edges |= got != 0;
         if got < 64 {
             return;
         }
@@ -367,21 +372,6 @@ pub(super) fn has_some(epoll: &Epoll, state: &mut State) -> bool {
     })
 }
 
-/// True when whoever takes what the rings have would find something now, or one that must move.
-pub(super) fn rings_have_some(epoll: &Epoll) -> bool {
-    take(epoll).is_some_and(|guard| {
-        let state = guard.state();
-        take_marks(epoll, state);
-        let look = Look {
-            peek: true,
-            ..Look::to_take(epoll, false)
-        };
-        state.any(look.few, |state, bit| {
-            report(epoll, state, bit, look).is_some() || state.has_leaver
-        })
-    })
-}
-
 /// True when this registration has an event now. That it must move, or one of the instance behind it, is noted, and is none.
 fn has_report(epoll: &Epoll, state: &mut State, bit: usize) -> bool {
     let found = report(epoll, state, bit, Look::FOR_OTHERS).is_some();
@@ -493,40 +483,23 @@ fn of_instance(state: &mut State, bit: usize, inner: &Epoll, look: Look) -> Opti
 
 /// The event of a stream, in the way in which it is registered.
 fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Look) -> Option<u32> {
-    let slot = *state.slot(bit)?;
     let fd = held.conn.fd.load(Relaxed);
     let stream = held.conn.stream()?;
+    let interest = (state.slot(bit)?.events as i16)
+        & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
     let end = stream.at(held, fd);
-    // Which may be the last that kept it on rings.
-    end.send_rest();
-    if has_left(stream) {
-        // Following it changes this very registration: done without the lock, see `follow_leavers`.
-        held.conn.look.store(1, Relaxed);
-        state.has_leaver = true;
-        state.mark(bit);
+    if ready::as_usual(held, stream, interest).is_none()
+        && !settle(epoll, state, bit, held, &end, interest, look)
+    {
         return None;
     }
-    register::watch_space(epoll, state, bit, stream);
-    if !look.peek && slot.events & EPOLLET as u32 != 0 && is_between(stream) {
-        // What the anchor has told is a part of what is reported now, and no edge of its own later.
-        harvest_held(epoll, state);
-    }
-    let slot = *state.slot(bit)?;
-    let interest =
-        (slot.events as i16) & (ready::IN | ready::OUT | libc::POLLRDHUP | libc::POLLPRI);
-    // First what is due is done, which marks it. What that finds out is a part of the snapshot, and no edge of its own.
-    if held.conn.look.load(Relaxed) != 0 {
-        // With the question to the kernel that a look brings.
-        ready::of(held, stream, fd, interest, false);
-    } else {
-        ready::settle(&end, held, false);
-    }
     take_mark(epoll, bit);
+    let slot = *state.slot(bit)?;
+    let edges = slot.events & EPOLLET as u32 != 0;
     // Another process that has the connection takes tokens off the anchor, and tells nobody: then it is looked at each time.
     let alone = stream.page().holders.load(Relaxed) <= 1;
     let question = || {
-        let now = snapshot(held, stream, slot.events & EPOLLET as u32 != 0);
-        let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+        let (now, seen) = seen(held, stream, interest, edges);
         (slot.event(seen, &now), seen, now)
     };
     let (mut event, mut seen, mut now) = question();
@@ -561,6 +534,63 @@ fn of_stream(epoll: &Epoll, state: &mut State, bit: usize, held: &Use, look: Loo
         }
     }
     Some(event)
+}
+
+/// Does what is due at a stream before it is asked, which marks it: what that finds out is a part of the snapshot, and no edge of its
+/// own. False where the stream, or its other end, has left: its registrations must move.
+fn settle(
+    epoll: &Epoll,
+    state: &mut State,
+    bit: usize,
+    held: &Use,
+    end: &End<'_>,
+    interest: i16,
+    look: Look,
+) -> bool {
+    let stream = held.conn.stream();
+    // Which may be the last that kept it on rings.
+    end.send_rest();
+    let Some(stream) = stream.filter(|stream| !has_left(stream)) else {
+        // Following it changes this very registration: done without the lock, see `follow_leavers`.
+        held.conn.look.store(1, Relaxed);
+        state.has_leaver = true;
+        state.mark(bit);
+        return false;
+    };
+    register::watch_space(epoll, state, bit, stream);
+    let has_edges = |slot: &mut Slot| slot.events & EPOLLET as u32 != 0;
+    if !look.peek && state.slot(bit).is_some_and(has_edges) && is_between(stream) {
+        // What the anchor has told is a part of what is reported now, and no edge of its own later.
+        harvest_held(epoll, state);
+    }
+    if held.conn.look.load(Relaxed) != 0 {
+        // With the question to the kernel that a look brings.
+        ready::of(held, stream, held.conn.fd.load(Relaxed), interest, false);
+    } else {
+        ready::settle(end, held, false);
+    }
+    true
+}
+
+/// What a stream is ready for, and as of when. First the snapshot: what comes behind it is news.
+#[inline]
+fn seen(held: &Use, stream: &Stream, interest: i16, edges: bool) -> (Snapshot, i16) {
+    let usual = Snapshot {
+        head: if edges {
+            stream.incoming().producer.head.load(Acquire)
+        } else {
+            0
+        },
+        state: u64::from(held.conn.shuts.load(SeqCst)) << SHUTS,
+        refused: held.conn.refused.load(SeqCst),
+    };
+    if let Some(seen) = ready::as_usual(held, stream, interest) {
+        return (usual, seen);
+    }
+    let now = snapshot(held, stream, edges);
+    let fd = held.conn.fd.load(Relaxed);
+    let seen = ready::of(held, stream, fd, interest, false).unwrap_or(0);
+    (now, seen)
 }
 
 /// A registration that reports nothing any more keeps what the other end has left in the ring from nowhere: that goes out as
@@ -648,31 +678,32 @@ fn follow(held: &Use) -> bool {
     !has_left(stream) || !demote::is_on_rings(stream)
 }
 
-/// Asks the kernel, without waiting, where there is room; how many events of its own.
-pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
+/// Asks the kernel, without waiting, where there is room: how many events of its own there are, and whether what it has told of anchors
+/// has marked something, which is then to be collected.
+pub(super) fn ask_kernel(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> (usize, bool) {
     if events.is_empty() {
-        return 0;
+        return (0, false);
     }
     let got = sys::epoll_now(epfd, events);
     if got <= 0 {
-        return 0;
+        return (0, false);
     }
     let (kept, ours) = strip(epoll, events, got as usize);
     if ours {
         harvest(epoll);
     }
-    kept
+    (kept, ours)
 }
 
-/// Asks the kernel once more, behind the first `found` events: how many there are then.
+/// Asks the kernel once more, behind the first `found` events: how many there are then, and as above.
 pub(super) fn ask_again(
     epoll: &Epoll,
     epfd: c_int,
     events: &mut [epoll_event],
     found: usize,
-) -> usize {
-    let got = ask_kernel(epoll, epfd, events.get_mut(found..).unwrap_or(&mut []));
-    merge(events, found, found + got)
+) -> (usize, bool) {
+    let (got, ours) = ask_kernel(epoll, epfd, events.get_mut(found..).unwrap_or(&mut []));
+    (merge(events, found, found + got), ours)
 }
 
 /// How many events there are when those behind the first `given`, up to `all`, are made one with those that have the same data: what

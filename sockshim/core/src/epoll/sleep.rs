@@ -2,8 +2,7 @@
 
 use super::news::{is_marked, leave};
 use super::report::{
-    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, merge, must_move,
-    rings_have_some, strip,
+    Look, ask_again, ask_kernel, collect, follow_leavers, harvest, merge, must_move, strip,
 };
 use super::*;
 use crate::deadline::Deadline;
@@ -114,15 +113,11 @@ impl wait::Many for Wait<'_> {
     }
 
     fn first_look(&mut self, deadline: Deadline) -> usize {
-        // Else the sleep asks the kernel.
-        match deadline.is_now() || rings_have_some(self.epoll) {
-            true => self.look(),
-            false => 0,
-        }
+        gather(self.epoll, self.epfd, self.events, !deadline.is_now())
     }
 
     fn look(&mut self) -> usize {
-        gather(self.epoll, self.epfd, self.events)
+        gather(self.epoll, self.epfd, self.events, false)
     }
 
     fn hold(&mut self) {
@@ -140,7 +135,7 @@ impl wait::Many for Wait<'_> {
         follow_leavers(epoll);
         let mut found = 0;
         if !mask.is_given() {
-            found = ask_kernel(epoll, *epfd, events);
+            found = ask_kernel(epoll, *epfd, events).0;
         } else {
             let got = kernel_wait(*epfd, events, Deadline::after(Some(0)), mask);
             if got < 0 {
@@ -159,35 +154,45 @@ impl wait::Many for Wait<'_> {
     }
 }
 
-/// What the rings have, and now and then what the kernel has. Where the kernel has filled the room, the rings come first next time.
-fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event]) -> usize {
+/// What the rings have, and now and then what the kernel has. Where the rings have filled the room, the kernel comes first next time.
+/// Where they have nothing, and a sleep may follow (`may_sleep`), that asks the kernel.
+fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], may_sleep: bool) -> usize {
     let Some(guard) = take(epoll) else { return 0 };
     let state = guard.state();
     let now = clock::ticks();
-    if now.wrapping_sub(state.asked_at) <= clock::ticks_of(limits::ASK_KERNEL_US.get()) {
-        return of_rings(epoll, epfd, guard, events, 0);
+    let is_due = now.wrapping_sub(state.asked_at) > clock::ticks_of(limits::ASK_KERNEL_US.get());
+    if is_due && std::mem::take(&mut state.rings_had_all) {
+        state.asked_at = now;
+        drop(guard);
+        // First: what has left is the kernel's to tell.
+        follow_leavers(epoll);
+        let (found, _) = ask_kernel(epoll, epfd, events);
+        return take(epoll).map_or(found, |guard| of_rings(epoll, epfd, guard, events, found));
     }
-    state.asked_at = now;
-    let rings_first = std::mem::take(&mut state.kernel_had_all);
-    drop(guard);
-    // First: what has left is the kernel's to tell.
-    follow_leavers(epoll);
-    if rings_first && let Some(guard) = take(epoll) {
-        let found = of_rings(epoll, epfd, guard, events, 0);
-        if found != 0 {
-            return ask_again(epoll, epfd, events, found);
-        }
-    }
-    let found = ask_kernel(epoll, epfd, events);
-    let Some(guard) = take(epoll) else {
+    let found = of_rings(epoll, epfd, guard, events, 0);
+    if !is_due || found == 0 && may_sleep {
         return found;
-    };
-    guard.state().kernel_had_all = found == events.len();
-    of_rings(epoll, epfd, guard, events, found)
+    }
+    if let Some(guard) = take(epoll) {
+        let state = guard.state();
+        (state.asked_at, state.rings_had_all) = (now, found == events.len());
+    }
+    match ask_again(epoll, epfd, events, found) {
+        (found, true) => collect_more(epoll, events, found),
+        (found, false) => found,
+    }
+}
+
+/// What the rings have now, behind the first `found` events: how many there are then.
+fn collect_more(epoll: &Epoll, events: &mut [epoll_event], found: usize) -> usize {
+    take(epoll).map_or(found, |guard| {
+        let all = collect(epoll, &guard, events, found, Look::to_take(epoll, false));
+        merge(events, found, all)
+    })
 }
 
 /// What the rings have, behind the first `kept` events, which the kernel gave. What turns out to have left is followed, and told of in
-/// the same call: by the kernel, or by the ring that it has not read to the end.
+/// the same call: by the kernel, or by the ring that it has not read to the end. So is what an edge has marked that was taken on the way.
 fn of_rings(
     epoll: &Epoll,
     epfd: c_int,
@@ -197,16 +202,15 @@ fn of_rings(
 ) -> usize {
     let look = Look::to_take(epoll, false);
     let mut found = collect(epoll, &guard, events, kept, look);
-    let has_leaver = std::mem::take(&mut guard.state().has_leaver);
+    let state = guard.state();
+    let has_leaver = std::mem::take(&mut state.has_leaver);
+    let has_more = has_leaver | std::mem::take(&mut state.has_edges);
     drop(guard);
-    if has_leaver {
-        if follow_leavers(epoll) {
-            found = ask_again(epoll, epfd, events, found);
-        }
-        if let Some(guard) = take(epoll) {
-            let all = collect(epoll, &guard, events, found, look);
-            found = merge(events, found, all);
-        }
+    if has_leaver && follow_leavers(epoll) {
+        (found, _) = ask_again(epoll, epfd, events, found);
+    }
+    if has_more {
+        found = collect_more(epoll, events, found);
     }
     found
 }
