@@ -581,6 +581,14 @@ impl Rights {
         self.namespaces.is_home_inode(route.netns)
     }
 
+    /// Does what was announced lead to the daemon's socket with this cookie? When a program has closed its anchor, anybody may
+    /// come from where it came from, and the stream may not be over yet. (A socket that the daemon has not accepted yet has no inode.)
+    pub fn leads_to(announced: &Announced, cookie: u64) -> bool {
+        announced
+            .other_end
+            .is_some_and(|(other, _)| other == cookie)
+    }
+
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? Its socket is the one that was at the
     /// other end of `later`, when that was there, and the process is whose it was, with something open as that descriptor. That
     /// it runs the same program was seen lately ([`Announced::seen`]).

@@ -4,9 +4,11 @@
 #[macro_use]
 mod tenant;
 
+use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -14,7 +16,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::SockType;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{SockType, setsockopt, sockopt};
+use nix::sys::stat::fstat;
 use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
 use rdsock_shm::reason::Reason;
@@ -22,10 +26,17 @@ use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::Bystander;
 use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
 use tenant::victim::{Program, Rights};
-use tenant::{Answer, Tenant, hello_message, request};
+use tenant::{Answer, Tenant, announcement, hello_message, request};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// What a victim sends.
+const PASSWORD: &str = "the victim's password";
+/// A close leaves nothing behind.
+const AT_ONCE: libc::linger = libc::linger {
+    l_onoff: 1,
+    l_linger: 0,
+};
 
 fn play(part: &Part) {
     match part.name.as_str() {
@@ -33,6 +44,7 @@ fn play(part: &Part) {
         "asker" => be_asker(part),
         "many holders" => be_many_holders(part),
         "owner" => be_owner(part),
+        "follower" => be_follower(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -204,6 +216,44 @@ fn be_owner(part: &Part) {
     std::process::abort();
 }
 
+/// Comes to the anchors' port from where another one's anchor came, which is closed, and announces that with its ticket.
+fn be_follower(part: &Part) {
+    let mut tenant = Tenant::attach_at(&part.socket);
+    say("ready");
+    let numbers = listen().unwrap();
+    let numbers = numbers.split(' ').map(|n| n.parse().unwrap());
+    let [ticket, port, anchor] = numbers.collect::<Vec<u64>>().try_into().unwrap();
+    // What nobody has asked for is closed soon.
+    for generation in 1..300 {
+        let Ok(stream) = Bound::new(port as u16).and_then(|from| from.connect(anchor as u32))
+        else {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        setsockopt(&stream, sockopt::Linger, &AT_ONCE).unwrap();
+        // It may be closed already.
+        if stream.peer_addr().is_err() {
+            continue;
+        }
+        tenant.ask_for(&Request {
+            stream_id: ticket,
+            ..announcement(1, generation, &stream, 1)
+        });
+        if let Answer::Message(kind::PROMOTE, _, fds) = tenant.receive() {
+            let mut memory = vec![0; fstat(&fds[0]).unwrap().st_size as usize];
+            File::from(fds.into_iter().next().unwrap())
+                .read_exact_at(&mut memory, 0)
+                .unwrap();
+            let password = memory
+                .windows(PASSWORD.len())
+                .any(|bytes| bytes == PASSWORD.as_bytes());
+            return say(&format!("got the stream, and the password: {password}"));
+        }
+    }
+    say("got nothing");
+    listen();
+}
+
 /// When the attacker asks for the victim's port.
 #[derive(Clone, Copy, Debug)]
 enum When {
@@ -326,6 +376,28 @@ scene!(a_promise_is_not_for_who_takes_the_port, |test| {
             "bytes of another user go over a stream that was promised to the victim"
         );
     }
+});
+
+// The stream is there until the other node has taken its last word, and what has gone over the anchor lies in its rings.
+scene!(who_takes_the_place_of_an_anchor_gets_no_stream, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let path = nodes.client().socket();
+    let mut attacker = Actor::start(test, "follower", &path, ATTACKER);
+    attacker.hear("ready");
+    let mut victim = Client::at(&path);
+    let (bound, reached) = victim.reach_at_last(server.address());
+    let (ticket, port, anchor) = (reached.ticket, bound.port, reached.anchor_port);
+    // Its program has not announced it yet.
+    let mut stream = bound.connect(anchor).unwrap();
+    stream.write_all(PASSWORD.as_bytes()).unwrap();
+    assert!(server.receives(PASSWORD, PATIENCE));
+    nodes.server().signal(Signal::SIGSTOP);
+    setsockopt(&stream, sockopt::Linger, &AT_ONCE).unwrap();
+    drop(stream);
+    attacker.say(&format!("{ticket} {port} {anchor}"));
+    assert_eq!(attacker.hear("got"), "nothing");
+    nodes.server().signal(Signal::SIGCONT);
 });
 
 // A poll core carries the streams of all users, and waits where a hole is being made in one.

@@ -504,7 +504,7 @@ impl Daemon {
                 names,
                 cookie,
                 inode,
-            } if names == (local, peer) => (cookie, inode),
+            } if names == (local, peer) && Rights::leads_to(&announced, cookie) => (cookie, inode),
             _ => return Err(Reason::Unverified),
         };
         let fds = carried.fds.take();
