@@ -14,7 +14,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, socket,
+    sockopt,
+};
 use nix::unistd::geteuid;
 use rdsock_shm::control::{NAMELESS, Request};
 
@@ -365,10 +368,26 @@ fn is_bound(socket: &OwnedFd, place: Place) -> bool {
         // At the other devices the port may be another's.
         && device_of(socket.as_fd()).is_none_or(|device| device == 0)
         && own.is_some_and(|own| {
-            own.port() == said.port()
+            // One that is not bound has port 0.
+            own.port() != 0
+                && own.port() == said.port()
                 && same(own.ip().to_canonical(), said.ip())
                 && has_family(socket, own.ip(), place.to)
+                && is_of_this_host(said.ip())
         })
+}
+
+/// Does this host have an address? A socket may be bound to any (`IP_FREEBIND`): the kernel then connects it to nobody.
+fn is_of_this_host(ip: IpAddr) -> bool {
+    let family = match ip {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let at = SockaddrStorage::from(SocketAddr::new(ip, 0));
+    ip.is_unspecified()
+        || socket(family, SockType::Stream, flags, None)
+            .is_ok_and(|socket| bind(socket.as_raw_fd(), &at).is_ok())
 }
 
 /// Is a socket that is bound to this address one of the family of another one? Of IPv6, it is one of IPv4 as well, unless it was told not to be.

@@ -342,6 +342,15 @@ scene!(
             );
             assert_eq!(client.answer().reason, Reason::Unverified as u32);
         }
+        // Of an address that no device of this host has, the kernel connects nobody.
+        let nowhere = Ipv4Addr::new(192, 0, 2, 7);
+        let of_nowhere = Bound::anywhere(nowhere).unwrap();
+        client.ask_as(&of_nowhere, (nowhere, of_nowhere.port), server.address());
+        assert_eq!(client.answer().reason, Reason::Unverified as u32);
+        // Nor is one bound that has no port yet.
+        let unbound = Bound::not_yet().unwrap();
+        client.ask_as(&unbound, (Ipv4Addr::UNSPECIFIED, 0), server.address());
+        assert_eq!(client.answer().reason, Reason::Unverified as u32);
         // A port of TCP is nobody's who has it of another protocol.
         let port = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = port.local_addr().unwrap().port();

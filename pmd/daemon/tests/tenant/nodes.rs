@@ -215,6 +215,24 @@ impl Bound {
         Ok(bound)
     }
 
+    /// To no port yet.
+    pub fn not_yet() -> nix::Result<Self> {
+        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        Ok(Bound { socket, port: 0 })
+    }
+
+    /// At any address, also one that this host does not have.
+    pub fn anywhere(ip: Ipv4Addr) -> nix::Result<Self> {
+        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::IpFreebind, &true)?;
+        let name = SockaddrIn::from(SocketAddrV4::new(ip, 0));
+        bind(socket.as_raw_fd(), &name)?;
+        let port = getsockname::<SockaddrIn>(socket.as_raw_fd())?.port();
+        Ok(Bound { socket, port })
+    }
+
     /// To the anchors' port of the daemon.
     pub fn connect(self, anchor: u32) -> nix::Result<TcpStream> {
         let port = anchor.try_into().map_err(|_| Errno::EINVAL)?;
