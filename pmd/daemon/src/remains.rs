@@ -10,14 +10,16 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, SockFlag, SockType, accept4, getsockopt, shutdown, sockopt};
-use nix::sys::stat::{major, minor};
+use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
+use nix::sys::stat::{fstat, major, minor};
+use nix::unistd::geteuid;
 
+use crate::diag::{is_seqpacket, is_tcp};
 use crate::process;
 
 /// A process that holds a lock.
@@ -82,6 +84,8 @@ fn own(file: &File) -> PathBuf {
 
 /// A thread whose descriptors can be taken.
 struct Thread {
+    /// Its process.
+    pid: i32,
     pidfd: OwnedFd,
     folder: PathBuf,
 }
@@ -92,7 +96,7 @@ impl Thread {
         let folder = PathBuf::from(format!("/proc/{pid}/task/{tid}/fd"));
         let pidfd = process::pidfd_of_thread(tid)?;
         match fs::read_dir(&folder)?.next() {
-            Some(_) => Ok(Thread { pidfd, folder }),
+            Some(_) => Ok(Thread { pid, pidfd, folder }),
             None => Err(Errno::ESRCH.into()),
         }
     }
@@ -117,7 +121,7 @@ impl Thread {
                 Ok(lock) if !is_socket => unlock(&lock)?,
                 Ok(socket) => {
                     if is_daemons(&socket) {
-                        strangers.extend(end(&socket));
+                        strangers.extend(end(&socket, self.pid));
                     }
                     strangers.push(socket);
                 }
@@ -131,20 +135,26 @@ impl Thread {
     }
 }
 
-/// Whether callers or programs of a daemon's are at the other end: a control socket, or one that listens. Waits for nobody.
+/// Whether callers or programs of a daemon's are at the other end: a local control socket, or a socket that it listens on. A stranger may have
+/// sent it any other one, whose lock he holds for as long as he likes, or at which a shutdown ends nothing.
 fn is_daemons(socket: &OwnedFd) -> bool {
-    let control = getsockopt(socket, sockopt::SockType) == Ok(SockType::SeqPacket);
-    control || getsockopt(socket, sockopt::AcceptConn) == Ok(true)
+    let is_own = || fstat(socket).is_ok_and(|found| found.st_uid == geteuid().as_raw());
+    is_seqpacket(socket.as_fd()) || is_tcp(socket.as_fd()) && listens(socket) && is_own()
+}
+
+fn listens(socket: &OwnedFd) -> bool {
+    getsockopt(socket, sockopt::AcceptConn) == Ok(true)
 }
 
 /// Whoever is at the other end is told as if the process had ended. Waits for nobody. Returns the sockets of callers that nobody has
-/// heard yet, who have been told, too.
-fn end(socket: &OwnedFd) -> Vec<OwnedFd> {
+/// heard yet, who have been told, too: of a local socket on which the process `pid` listens, which is the daemon's own.
+fn end(socket: &OwnedFd, pid: i32) -> Vec<OwnedFd> {
     // It may have been shut down before.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     let mut callers = Vec::new();
-    // There are none where it does not listen; nobody else comes.
-    if getsockopt(socket, sockopt::AcceptConn) == Ok(true) {
+    let listener = getsockopt(socket, sockopt::PeerCredentials).map(|peer| peer.pid());
+    // Nobody else comes.
+    if is_seqpacket(socket.as_fd()) && listens(socket) && listener == Ok(pid) {
         while let Ok(caller) = accept4(socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
             let _ = shutdown(caller, Shutdown::Both);
             // SAFETY: it was made by the call above, and nothing else owns it.

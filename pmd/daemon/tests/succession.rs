@@ -5,11 +5,12 @@ mod tenant;
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, socket};
 use rdsock_shm::control::{Message, kind};
 use tenant::actor::{Actor, Part, is_root, listen, say};
 use tenant::measure::Honest;
@@ -32,13 +33,26 @@ fn wait_for_held_thread(daemon: &Daemon) {
     }
 }
 
+/// A socket that listens, at which a shutdown ends nothing: who accepts there waits for ever. `None` where the kernel has no such.
+fn endless_listener() -> Option<OwnedFd> {
+    let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+    let socket = socket(AddressFamily::Vsock, kind, flags, None).ok()?;
+    let anywhere = VsockAddr::new(libc::VMADDR_CID_ANY, libc::VMADDR_PORT_ANY);
+    bind(socket.as_raw_fd(), &anywhere).ok()?;
+    nix::sys::socket::listen(&socket, Backlog::new(1).unwrap()).ok()?;
+    Some(socket)
+}
+
 /// The part of who holds the daemon up: no process that has the file can be ended or can start another one.
 fn be_sender(part: &Part) {
     let file = File::open(listen().unwrap()).unwrap();
+    let listener = endless_listener();
     say("opened");
     assert_eq!(listen().as_deref(), Some("send"));
     let tenant = Tenant::attach_at(&part.socket);
-    tenant.send(Message::empty(kind::KICK).as_bytes(), &[file.as_raw_fd()]);
+    let listener = listener.iter().map(|listener| listener.as_raw_fd());
+    let fds: Vec<RawFd> = [file.as_raw_fd()].into_iter().chain(listener).collect();
+    tenant.send(Message::empty(kind::KICK).as_bytes(), &fds);
     std::mem::forget((file, tenant));
     say("sent");
     let _ = listen();
