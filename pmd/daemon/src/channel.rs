@@ -344,6 +344,9 @@ enum Taken {
 type Control = [u64; 144];
 const _: () = assert!(size_of::<Control>() >= 32 + 16 + 4 * MAX_FDS);
 
+/// A pidfd of the sender. The kernel adds it to each message where whoever has the socket, too, has asked for that (`SO_PASSPIDFD`).
+const SCM_PIDFD: i32 = 4;
+
 /// Receives a datagram with room for `fds` descriptors.
 fn take(socket: &Foreign, flags: MsgFlags, fds: usize) -> io::Result<Taken> {
     let (mut bytes, mut control) = ([0u8; LONGEST], [0u64; size_of::<Control>() / 8]);
@@ -402,10 +405,13 @@ fn unpack_control(message: &libc::msghdr) -> (Option<i32>, Vec<OwnedFd>) {
             let data = libc::CMSG_DATA(at);
             let bytes = ((*at).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
             match ((*at).cmsg_level, (*at).cmsg_type) {
-                (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                (libc::SOL_SOCKET, libc::SCM_RIGHTS | SCM_PIDFD) => {
                     for number in 0..bytes / size_of::<RawFd>() {
                         let fd = data.cast::<RawFd>().add(number).read_unaligned();
-                        fds.push(OwnedFd::from_raw_fd(fd));
+                        // In place of a pidfd that can't be had there is an error.
+                        if fd >= 0 {
+                            fds.push(OwnedFd::from_raw_fd(fd));
+                        }
                     }
                 }
                 (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if bytes >= size_of::<libc::ucred>() => {

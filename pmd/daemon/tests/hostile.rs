@@ -272,6 +272,52 @@ fn floods_of_descriptors_leave_none_behind() {
     still_serves(&daemon);
 }
 
+/// Whoever has made a socket that is handed over may have the kernel add a descriptor to each message that comes there.
+#[test]
+fn what_the_kernel_adds_to_messages_is_not_left_behind() {
+    const MESSAGES: usize = 100;
+    let daemon = Daemon::start(SMALL);
+    let parent = Tenant::attach(&daemon);
+    let before = daemon.descriptors();
+    for text in [&b"rubbish"[..], Message::empty(kind::ADOPT).as_bytes()] {
+        let (child, theirs) = Tenant::adopted(&parent);
+        let on = 1_i32;
+        // SAFETY: the option reads an integer of this size.
+        let result = unsafe {
+            libc::setsockopt(
+                theirs.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PASSPIDFD,
+                (&raw const on).cast(),
+                size_of_val(&on) as u32,
+            )
+        };
+        if result != 0 {
+            return tenant::actor::skipped("needs Linux 6.5");
+        }
+        // It is not the child's word, so nobody is refused for it.
+        let mut command = Command::new("true");
+        let (child_end, text) = (child.socket.as_raw_fd(), text.to_vec());
+        // SAFETY: only system calls between fork and exec; the message is made before.
+        unsafe {
+            command.pre_exec(move || {
+                let flags = nix::sys::socket::MsgFlags::empty();
+                for _ in 0..MESSAGES {
+                    nix::sys::socket::send(child_end, &text, flags)?;
+                }
+                Ok(())
+            })
+        };
+        assert!(command.status().unwrap().success());
+    }
+    let all = 2 * MESSAGES as u64;
+    daemon.wait_until("all are read", |stat| {
+        stat["counters"]["stray"].as_u64() >= Some(all)
+    });
+    daemon.wait_until("all are gone", |_| daemon.descriptors() <= before);
+    still_serves(&daemon);
+}
+
 #[test]
 fn nonsense_in_the_queue_is_ignored() {
     let daemon = Daemon::start(SMALL);
