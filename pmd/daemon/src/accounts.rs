@@ -42,11 +42,13 @@ pub enum Thing {
     Listeners,
     /// Ends of streams that attached processes have inherited.
     Inherited,
+    /// Connections that were announced and whose other end was not.
+    Waiting,
 }
 
 impl Thing {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Thing; 11] = [
+    pub const ALL: [Thing; 12] = [
         Thing::Descriptors,
         Thing::Callers,
         Thing::Tenants,
@@ -58,6 +60,7 @@ impl Thing {
         Thing::Unread,
         Thing::Listeners,
         Thing::Inherited,
+        Thing::Waiting,
     ];
 
     /// As `rdsock stat` shows it.
@@ -74,6 +77,7 @@ impl Thing {
             Thing::Unread => "unread",
             Thing::Listeners => "listeners",
             Thing::Inherited => "inherited",
+            Thing::Waiting => "waiting",
         }
     }
 }
@@ -133,6 +137,9 @@ impl Over {
             }
             (Thing::Inherited, _) => {
                 "its user's programs have inherited as many streams as may be (4 times max_streams_per_user)"
+            }
+            (Thing::Waiting, _) => {
+                "its user has its share of the connections whose other end is waited for: further ones stay on the kernel"
             }
             (Thing::Streams, true) => "too many streams: they stay on the kernel",
         }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use rdsock_shm::reason::Reason;
 
-use crate::accounts::Charge;
+use crate::accounts::{Charge, Over};
 
 /// The daemon's number of a tenant.
 pub type TenantId = u64;
@@ -26,7 +26,7 @@ pub struct Conn {
 }
 
 /// A connection as one of its ends sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
     /// Inode of the network namespace in which the socket was found.
     pub netns: u64,
@@ -92,6 +92,16 @@ pub enum Announcement {
     Matches(Announced),
     /// Not for now.
     Refused(Reason),
+    /// It has to wait, and its user has too many that do.
+    Over(Over),
+}
+
+/// An announcement that waits for the other end.
+#[derive(Debug)]
+struct Waiter {
+    announced: Announced,
+    /// Its user may close the socket, and say nothing of it.
+    _charge: Charge,
 }
 
 /// A tenant that holds an end.
@@ -152,7 +162,8 @@ enum Seat {
 /// The book. See the module's text.
 #[derive(Debug)]
 pub struct Book<M> {
-    waiting: HashMap<Route, Announced>,
+    /// A hash table that grows moves all that is in it, and here may be very many.
+    waiting: BTreeMap<Route, Waiter>,
     seats: HashMap<TenantId, HashMap<u32, (u32, Seat)>>,
     streams: HashMap<u64, Stream<M>>,
     cookies: HashMap<u64, (u64, usize)>,
@@ -161,7 +172,7 @@ pub struct Book<M> {
 impl<M> Default for Book<M> {
     fn default() -> Self {
         Book {
-            waiting: HashMap::new(),
+            waiting: BTreeMap::new(),
             seats: HashMap::new(),
             streams: HashMap::new(),
             cookies: HashMap::new(),
@@ -185,8 +196,12 @@ pub fn order(a: Announced, b: Announced) -> Option<[Announced; 2]> {
 
 impl<M> Book<M> {
     /// A tenant announces a connection that it was found to hold. The caller has released the
-    /// connection record's earlier use ([`Book::release`]).
-    pub fn announce(&mut self, announced: Announced) -> Announcement {
+    /// connection record's earlier use ([`Book::release`]). Where it has to wait for the other end, `pay` pays for that.
+    pub fn announce(
+        &mut self,
+        announced: Announced,
+        pay: impl FnOnce() -> Result<Charge, Over>,
+    ) -> Announcement {
         let conn = announced.conn;
         if let Some((stream, end)) = self.cookies.get(&announced.cookie).copied()
             && let Some(stream) = self.streams.get(&stream)
@@ -198,7 +213,7 @@ impl<M> Book<M> {
             // Somebody has the stream of this very socket: two streams would split its bytes.
             return Announcement::Refused(Reason::Shared);
         }
-        if let Some(earlier) = self.waiting.get(&announced.route).copied() {
+        if let Some(earlier) = self.waiting_at(&announced.route) {
             if earlier.cookie == announced.cookie && earlier.conn.tenant != conn.tenant {
                 return Announcement::Refused(Reason::Shared);
             }
@@ -209,14 +224,25 @@ impl<M> Book<M> {
         {
             return Announcement::Matches(other);
         }
-        self.waiting.insert(announced.route, announced);
+        let waiter = match pay() {
+            Ok(charge) => Waiter {
+                announced,
+                _charge: charge,
+            },
+            Err(over) => return Announcement::Over(over),
+        };
+        self.waiting.insert(announced.route, waiter);
         self.sit(conn, Seat::Waiting(announced.route));
         Announcement::Waits
     }
 
+    fn waiting_at(&self, route: &Route) -> Option<Announced> {
+        self.waiting.get(route).map(|waiter| waiter.announced)
+    }
+
     /// The announcement that waits for this one.
     pub fn opposite(&self, announced: &Announced) -> Option<Announced> {
-        let other = self.waiting.get(&announced.route.reversed()).copied();
+        let other = self.waiting_at(&announced.route.reversed());
         other.filter(|other| other.cookie != announced.cookie)
     }
 
@@ -229,7 +255,7 @@ impl<M> Book<M> {
             && *generation == conn.generation
             && let Some(waiting) = self.waiting.get_mut(route)
         {
-            waiting.seen = now;
+            waiting.announced.seen = now;
         }
     }
 
@@ -239,7 +265,7 @@ impl<M> Book<M> {
     }
 
     fn remove_waiting(&mut self, route: &Route) -> Option<Announced> {
-        let announced = self.waiting.remove(route)?;
+        let Waiter { announced, .. } = self.waiting.remove(route)?;
         self.stand(announced.conn);
         Some(announced)
     }

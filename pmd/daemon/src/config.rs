@@ -176,6 +176,8 @@ const CALLERS: u64 = 512;
 const LISTENERS: u64 = 4096;
 /// So many processes may have inherited each stream of a user that has all it may.
 const HEIRS: u64 = 4;
+/// Connections whose other end is waited for. A connection to a program that is not attached is one for as long as it is there.
+const WAITING: u64 = 262_144;
 /// Descriptors kept back for the daemon itself.
 const RESERVE: u64 = 64;
 impl Config {
@@ -205,6 +207,7 @@ impl Config {
                     let most = self.max_streams_per_user.saturating_mul(HEIRS);
                     (u64::MAX, most, false)
                 }
+                (Thing::Waiting, _) => (WAITING, WAITING, several),
             }
         };
         Limits {

@@ -11,7 +11,7 @@ use rdsock_shm::control::{
     Between, Message, Query, Refused, Request, from_bytes, kind, question, refusal, request as what,
 };
 use rdsock_shm::layout::CONN_RECORDS;
-use serde_json::json;
+use serde_json::{Value, json};
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::nodes::{Client, Nodes, Server};
@@ -452,6 +452,32 @@ fn what_a_tenant_leaves_behind_stays_on_its_account() {
             .iter()
             .all(|user| user["descriptors"].as_u64().unwrap_or(0) < 6)
     });
+}
+
+/// The daemon is not told when its socket is closed.
+#[test]
+fn what_waits_for_its_other_end_is_on_an_account() {
+    let daemon = Daemon::start(SMALL);
+    let waiting = |stat: &Value| -> u64 {
+        let users = stat["users"].as_array().unwrap().iter();
+        users.filter_map(|user| user["waiting"].as_u64()).sum()
+    };
+    let (mut client, mut server) = (Tenant::attach(&daemon), Tenant::attach(&daemon));
+    let pairs: Vec<_> = (1..4).map(|number| (number, tcp_pair())).collect();
+    for (number, (connector, _)) in &pairs {
+        client.announce(*number, 1, connector, 1);
+    }
+    let (connector, accepted) = tcp_pair();
+    client.announce(4, 1, &connector, 1);
+    daemon.wait_until("they wait", |stat| waiting(stat) == 4);
+    drop(pairs);
+    server.announce(1, 1, &accepted, 0);
+    server.promote();
+    client.promote();
+    client.ask_for(&request(what::CLOSED, 1, 1));
+    daemon.wait_until("two are left", |stat| waiting(stat) == 2);
+    drop(client);
+    daemon.wait_until("none is left", |stat| waiting(stat) == 0);
 }
 
 #[test]

@@ -1,4 +1,10 @@
 use super::*;
+use crate::accounts::{Accounts, Limits, Thing};
+use crate::shares::Known;
+
+fn free() -> Result<Charge, Over> {
+    Ok(Charge::of_nothing())
+}
 
 const CLIENT: TenantId = 1;
 const SERVER: TenantId = 2;
@@ -36,8 +42,8 @@ fn open(book: &mut Book<()>) {
         announced(CLIENT, 7, Role::Active),
         announced(SERVER, 9, Role::Passive),
     );
-    assert!(matches!(book.announce(server), Announcement::Waits));
-    let Announcement::Matches(other) = book.announce(client) else {
+    assert!(matches!(book.announce(server, free), Announcement::Waits));
+    let Announcement::Matches(other) = book.announce(client, free) else {
         panic!("the other end waits");
     };
     assert_eq!(other.conn, server.conn);
@@ -68,8 +74,8 @@ fn both_ends_in_one_process() {
         cookie: 7,
         ..announced(1, 2, Role::Passive)
     };
-    assert!(matches!(book.announce(a), Announcement::Waits));
-    let Announcement::Matches(other) = book.announce(b) else {
+    assert!(matches!(book.announce(a, free), Announcement::Waits));
+    let Announcement::Matches(other) = book.announce(b, free) else {
         panic!("the other end waits");
     };
     book.open(1, order(other, b).unwrap(), 1, ());
@@ -86,7 +92,7 @@ fn a_socket_that_is_held_elsewhere_gets_no_second_stream() {
         ..announced(3, 0, Role::Passive)
     };
     assert!(matches!(
-        book.announce(child),
+        book.announce(child, free),
         Announcement::Refused(Reason::Shared)
     ));
     book.hold(5, 1, child.conn, None);
@@ -102,16 +108,16 @@ fn a_socket_that_is_held_elsewhere_gets_no_second_stream() {
 fn an_announcement_that_waits_is_replaced_or_taken_back() {
     let mut book = Book::<()>::default();
     let first = announced(CLIENT, 7, Role::Active);
-    assert!(matches!(book.announce(first), Announcement::Waits));
+    assert!(matches!(book.announce(first, free), Announcement::Waits));
     assert_eq!(book.release(first.conn), None);
     assert_eq!(book.waiting(), 0);
     // The same addresses, but a new socket: the earlier one can't exist any more.
-    assert!(matches!(book.announce(first), Announcement::Waits));
+    assert!(matches!(book.announce(first, free), Announcement::Waits));
     let later = Announced {
         cookie: 999,
         ..announced(3, 0, Role::Active)
     };
-    assert!(matches!(book.announce(later), Announcement::Waits));
+    assert!(matches!(book.announce(later, free), Announcement::Waits));
     assert_eq!(book.waiting(), 1);
     assert!(!book.seats.contains_key(&CLIENT));
     let of = |generation| Conn {
@@ -158,4 +164,41 @@ fn a_tenant_holds_an_end_once_by_its_latest_record() {
     assert!(book.stream(5).unwrap().is_abandoned());
     book.close(5);
     assert!(book.seats.is_empty());
+}
+
+/// Its user may close the socket of each, and never say so.
+#[test]
+fn who_waits_does_so_on_an_account() {
+    let limits = Limits {
+        user: [2; Thing::ALL.len()],
+        all: [u64::MAX; Thing::ALL.len()],
+        shared: [false; Thing::ALL.len()],
+    };
+    let mut accounts = Accounts::new(limits, Known::default());
+    let mut book = Book::<()>::default();
+    let mut announce = |book: &mut Book<()>, number: u32| {
+        let mut announced = announced(CLIENT, number, Role::Active);
+        announced.cookie += 10 * u64::from(number);
+        announced.route.local.set_port(1000 + number as u16);
+        book.announce(announced, || accounts.charge(7, &[(Thing::Waiting, 1)]))
+    };
+    for number in 0..2 {
+        let waits = announce(&mut book, number);
+        assert!(matches!(waits, Announcement::Waits));
+    }
+    let third = announce(&mut book, 2);
+    assert!(matches!(third, Announcement::Over(over) if over.thing == Thing::Waiting));
+    assert_eq!(book.waiting(), 2);
+    // Who finds the other end there does not wait.
+    let mut other = announced(SERVER, 9, Role::Passive);
+    other.route.peer.set_port(1001);
+    let refuse = || panic!("it pays for a wait");
+    assert!(matches!(
+        book.announce(other, refuse),
+        Announcement::Matches(_)
+    ));
+    let waits = announce(&mut book, 3);
+    assert!(matches!(waits, Announcement::Waits));
+    book.tenant_gone(CLIENT);
+    assert_eq!(accounts.of_all(Thing::Waiting), 0);
 }

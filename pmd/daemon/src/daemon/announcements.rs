@@ -8,6 +8,7 @@ use rdsock_shm::reason::Reason;
 use tracing::debug;
 
 use super::{Daemon, End};
+use crate::accounts::Thing;
 use crate::book::{Announced, Announcement, Conn, TenantId};
 use crate::fabric::Early;
 use crate::fabric::addresses;
@@ -529,9 +530,14 @@ impl Daemon {
             {
                 return Ok(());
             }
-            let other = match self.streams.announce(announced) {
+            let pay = || self.accounts.charge(announced.uid, &[(Thing::Waiting, 1)]);
+            let other = match self.streams.announce(announced, pay) {
                 Announcement::Waits => return Ok(()),
                 Announcement::Refused(reason) => return self.turn_down(conn, reason),
+                Announcement::Over(over) => {
+                    self.log_over(over, announced.uid, announced.pid);
+                    return self.turn_down(conn, Reason::Limit);
+                }
                 Announcement::Matches(other) => other,
             };
             // It may have been closed, and its addresses used again by somebody else, since it
