@@ -203,7 +203,7 @@ impl Daemon {
             porters,
             ends,
             handed_over,
-            rights: Rights::new(namespaces),
+            rights: Rights::new(namespaces, known.clone()),
             journal: Journal::default(),
             connections: Connections::default(),
             announcements: Announcements::default(),

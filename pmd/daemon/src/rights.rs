@@ -26,8 +26,10 @@ use crate::diag::{Diag, Found, Listener, cookie_of, device_of, is_tcp, netns_coo
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
+use crate::porters::NOBODY;
 use crate::process::{FileId, Glance, Identity, Peer, Program};
 use crate::search::{OtherHolder, Searches};
+use crate::shares::Known;
 
 /// Who a tenant was when it attached: this process, with these rights, running the program that has mapped the tenant's
 /// memory.
@@ -468,15 +470,18 @@ pub struct Rights {
     pub namespaces: Namespaces,
     /// Each user has a number of its own in the daemon's user namespace.
     all_have_numbers: bool,
+    known: Known,
+    /// Of each user who is known, and of all others together: each has time for them, and memory.
     searches: HashMap<u32, Arc<Searches>>,
 }
 
 impl Rights {
     /// Decides by what the kernel says in these namespaces.
-    pub fn new(namespaces: Namespaces) -> Self {
+    pub fn new(namespaces: Namespaces, known: Known) -> Self {
         Rights {
             namespaces,
             all_have_numbers: all_users_have_numbers(),
+            known,
             searches: HashMap::new(),
         }
     }
@@ -534,13 +539,10 @@ impl Rights {
         asker == 0 || asker == geteuid().as_raw()
     }
 
-    /// The searches of a user.
+    /// The searches of a user. Those who are not known may be one attacker, and share theirs.
     pub fn searches_of(&mut self, uid: u32) -> Arc<Searches> {
-        if self.searches.len() >= 4096 {
-            self.searches
-                .retain(|_, searches| Arc::strong_count(searches) > 1);
-        }
-        self.searches.entry(uid).or_default().clone()
+        let whose = if self.known.has(uid) { uid } else { NOBODY };
+        self.searches.entry(whose).or_default().clone()
     }
 
     /// Where to ask for a socket of a tenant whose network namespace is `own`, which says that it is in the one with this cookie, with these

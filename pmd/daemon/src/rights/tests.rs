@@ -100,7 +100,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         role: Role::Active,
         maybe_shared: false,
     };
-    let rights = Rights::new(Namespaces::new().unwrap());
+    let rights = Rights::new(Namespaces::new().unwrap(), Known::default());
     let own = crate::process::netns_inode(std::process::id() as i32).ok();
     let names = (claim.local, claim.peer);
     let ask = rights.ask_at(own, claim.netns_cookie, names).unwrap();
@@ -198,4 +198,18 @@ fn a_claim_has_its_numbers_in_range() {
     ] {
         assert!(Claim::parse(conn, &lie).is_none(), "{lie:?}");
     }
+}
+
+#[test]
+fn very_many_users_search_as_one_beside_those_who_are_known() {
+    let known = [7, 8].into_iter().collect();
+    let mut rights = Rights::new(Namespaces::new().unwrap(), known);
+    let mut of = |uid| rights.searches_of(uid);
+    let (one, other, of_crowd) = (of(7), of(8), of(100_000));
+    assert!(!Arc::ptr_eq(&one, &other) && !Arc::ptr_eq(&one, &of_crowd));
+    assert!(Arc::ptr_eq(&one, &of(7)));
+    for uid in 100_001..100_100 {
+        assert!(Arc::ptr_eq(&of_crowd, &of(uid)));
+    }
+    assert_eq!(rights.searches.len(), 3);
 }
