@@ -276,9 +276,7 @@ impl Core {
         }
         if taken != 0 {
             self.stuck_checks = 0;
-            for blocked in self.blocked.drain(..) {
-                self.node.handle_room(NodeId(blocked));
-            }
+            self.make_room();
         }
         Ok(taken != 0)
     }

@@ -334,14 +334,17 @@ impl Live {
         what
     }
 
-    /// The pieces of memory that hold `len` bytes from `position` on.
+    /// The pieces of memory that hold `len` bytes from `position` on: two of each area at most.
     pub fn pieces(&self, position: u64, len: u32, pieces: &mut Vec<Piece>) -> bool {
         let (mut at, end) = (position, position + u64::from(len));
         pieces.clear();
+        // Where the program keeps its ring's bytes. It moves its origin only while the ring is empty, so never while there is
+        // something to send. It is read once: one that moves it all the same makes no more pieces by that.
+        let origin = self.stream.out().producer.origin.load(Ordering::Relaxed);
         let ring = Area::Ring(self.stream.end);
         while at < end {
             let (area, offset, until) = if self.ring.contains(&at) {
-                (ring, self.in_ring(at), self.ring.end)
+                (ring, at.wrapping_sub(origin), self.ring.end)
             } else if at < self.ring.start {
                 (Area::Staging, at, self.ring.start)
             } else {
@@ -376,12 +379,5 @@ impl Live {
     /// True when what the program has done waits for credit, so that it has to be looked at after that.
     pub fn is_behind(&self) -> bool {
         self.behind
-    }
-
-    /// Where the program keeps a position in its ring. It moves its origin only while the ring is empty, so
-    /// never while there is something to send.
-    fn in_ring(&self, position: u64) -> u64 {
-        let origin = self.stream.out().producer.origin.load(Ordering::Relaxed);
-        position.wrapping_sub(origin)
     }
 }

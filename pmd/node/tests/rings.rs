@@ -7,7 +7,10 @@ use rdsock_node::{Command, Notice};
 use rdsock_shm::layout::mark;
 use site::program::Program;
 use site::*;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
@@ -259,4 +262,43 @@ fn nobody_is_told_of_a_break_behind_both_ends() {
     // Beside the end, a break means nothing.
     let marks = a.incoming().producer.mark.load(Acquire);
     assert_ne!(marks & mark::FIN, 0, "marks {marks}");
+}
+
+/// Where bytes lie in the ring its program says. One that says something else each time that the poll core looks makes pieces
+/// without end of what is to be sent at once, more than a device moves: that is no lack of room, for which all streams to the node
+/// would wait.
+#[test]
+fn a_program_that_moves_its_origin_meanwhile_harms_its_own_stream_alone() {
+    let mut sites = pair();
+    let ([mut liar, mut reader], _connection) = programs(&mut sites);
+    let ([mut a, mut b], _other) = programs(&mut sites);
+    for program in [&mut liar, &mut reader, &mut a, &mut b] {
+        program.switch();
+    }
+    let origin = &raw const liar.out().producer.origin as usize;
+    let lies = Arc::new(AtomicBool::new(true));
+    let still = lies.clone();
+    let liars = std::thread::spawn(move || {
+        while still.load(Relaxed) {
+            // SAFETY: the word lies in the mapping of `liar`, which is leaked.
+            unsafe { (*(origin as *const AtomicU64)).fetch_add(3, Relaxed) };
+        }
+    });
+    // Both are in the way of their own nonsense, and may wait for ever.
+    std::thread::spawn(move || {
+        let mut liar = ManuallyDrop::new(liar);
+        loop {
+            liar.send(&[1; 20_000]);
+        }
+    });
+    std::thread::spawn(move || while !reader.receive(1 << 20).is_empty() {});
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        a.send(b"question");
+        assert_eq!(b.receive_awake(8), b"question");
+        b.send(b"answer");
+        assert_eq!(a.receive_awake(6), b"answer");
+    }
+    lies.store(false, Relaxed);
+    liars.join().unwrap();
 }

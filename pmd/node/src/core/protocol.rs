@@ -43,6 +43,7 @@ impl Core {
     pub(super) fn carry_out(&mut self) -> Result<(), DeviceFailed> {
         let batch = std::mem::take(&mut self.batch);
         let blocked_before = self.blocked.len();
+        let mut at_fault = Vec::new();
         for (at, action) in batch.iter().enumerate() {
             let posted = match action {
                 Action::Event(event) => {
@@ -72,14 +73,40 @@ impl Core {
             match result {
                 Ok(()) => {}
                 Err(NotPosted::Failed(failed)) => return Err(failed),
-                Err(_) => {
+                Err(error) => {
                     self.node.handle_rejected(node, seq);
                     self.blocked.push(node.0);
+                    if let (NotPosted::Invalid(why), Action::Write { write, .. }) = (error, action)
+                    {
+                        at_fault.push((write.stream, why));
+                    }
                 }
             }
         }
+        if self.set.outstanding() == 0 || !at_fault.is_empty() {
+            // No completion would tell of room: there is some.
+            self.make_room();
+        }
+        for (stream, why) in at_fault {
+            self.give_up(stream, why);
+        }
         self.batch = batch;
         Ok(())
+    }
+
+    /// What waited for room may be posted again.
+    pub(super) fn make_room(&mut self) {
+        for blocked in self.blocked.drain(..) {
+            self.node.handle_room(NodeId(blocked));
+        }
+    }
+
+    /// The device can't do what a stream's write takes, and no room helps: that stream is at fault, and all others go on.
+    #[cold]
+    fn give_up(&mut self, stream: StreamId, why: &str) {
+        tracing::debug!(?stream, why, "broken, since it can't be sent");
+        self.with(stream, |live, node| live.break_it(node));
+        self.end(stream);
     }
 
     pub(super) fn post(&mut self, action: &Action, report: bool) -> Result<(), NotPosted> {

@@ -7,6 +7,9 @@ use crate::reason::Reason;
 use crate::sync::{AtomicU32, Ordering::*};
 use crate::wake;
 
+/// Calls on the anchor that one look makes to take tokens, each for as many as [`Anchor::drain`] has room for.
+const MOST_TAKES: u32 = if cfg!(loom) { 2 } else { 64 };
+
 /// The tokens that come to an end: counted by the other end before each is sent, and by this one when it is taken. Only
 /// as many are taken as were counted, since behind them may come data.
 #[derive(Clone, Copy, Debug)]
@@ -33,11 +36,16 @@ impl<'a> Tokens<'a> {
             .wrapping_sub(self.taken.load(Relaxed))
     }
 
-    /// Takes off the anchor what was counted and has arrived. What ended that: `Nothing` where all is well.
+    /// Takes off the anchor what was counted and has arrived. What ended that: `Nothing` where all is well, and `Tokens` where more
+    /// may have arrived: how many were counted is the other end's word, who could send them faster than they are taken.
     fn take(&self, anchor: &impl Anchor) -> Drained {
         let mut most = self.outstanding();
-        while most != 0 && most <= i32::MAX as u32 {
-            let drained = anchor.drain(most);
+        let mut drained = Drained::Nothing;
+        for _ in 0..MOST_TAKES {
+            if most == 0 || most > i32::MAX as u32 {
+                return Drained::Nothing;
+            }
+            drained = anchor.drain(most);
             match drained {
                 Drained::Tokens(count) => {
                     self.taken.fetch_add(count, Relaxed);
@@ -50,7 +58,7 @@ impl<'a> Tokens<'a> {
                 ended => return ended,
             }
         }
-        Drained::Nothing
+        drained
     }
 }
 

@@ -1,10 +1,11 @@
 //! The other end writes what it likes into every word that it can reach, at any time: this end neither panics nor hangs, and
 //! a look at readiness has an answer. What the program is given is the other end's own affair.
 
-use crate::pair::{Program, RING, Wire};
+use crate::pair::{Program, RING, Wire, stream};
 use proptest::prelude::*;
 use rdsock_shm::end::{How, Kernel, Nap, Sleeper, State};
 use rdsock_shm::layout::{Direction, want};
+use rdsock_shm::wake::WAKE_BYTE;
 use std::sync::atomic::Ordering::Relaxed;
 
 #[derive(Clone, Copy, Debug)]
@@ -121,4 +122,23 @@ proptest! {
             State::of(&victim.shared).readiness(&kernel, RING as u64, -1);
         }
     }
+}
+
+/// How many tokens there are is the other end's word, and it may send them faster than they are taken: a look takes some, so that
+/// the call that looks comes to an end.
+#[test]
+fn a_look_takes_no_tokens_without_end() {
+    const ALL: usize = 100_000;
+    stream(true, |a, b| {
+        a.side.set_room(2 * ALL);
+        a.shared.out().producer.wakes.fetch_add(ALL as u32, Relaxed);
+        assert_eq!(a.send_on_anchor(&[WAKE_BYTE; ALL]), ALL);
+        b.end().look();
+        let left = b.side.on_anchor();
+        assert!((ALL - 10_000..ALL).contains(&left), "{left} are left");
+        assert_eq!(b.end().outstanding() as usize, left);
+        (0..100).for_each(|_| b.end().look());
+        assert_eq!((b.side.on_anchor(), b.end().outstanding()), (0, 0));
+        assert!(!b.shared.is_reset());
+    });
 }
