@@ -177,10 +177,13 @@ fn gather(epoll: &Epoll, epfd: c_int, events: &mut [epoll_event], may_sleep: boo
         let state = guard.state();
         (state.asked_at, state.rings_had_all) = (now, found == events.len());
     }
-    match ask_again(epoll, epfd, events, found) {
-        (found, true) => collect_more(epoll, events, found),
-        (found, false) => found,
+    let (found, has_edges) = ask_again(epoll, epfd, events, found);
+    if !has_edges {
+        return found;
     }
+    // What an edge has marked may have left.
+    let all = take(epoll).map_or(found, |guard| of_rings(epoll, epfd, guard, events, found));
+    merge(events, found, all)
 }
 
 /// What the rings have now, behind the first `found` events: how many there are then.
