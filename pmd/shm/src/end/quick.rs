@@ -1,7 +1,7 @@
 //! Quick questions: single words of a stream, for a caller that spins, and for a step that is about to act. They change
 //! nothing, and take no lock. The whole is [`super::State`].
 
-use super::shut::DEAF;
+use super::shut::{DEAF, GONE};
 use super::state::bit::{IN, OUT};
 use super::{Peer, Shared};
 use crate::layout::{mark, phase, want};
@@ -22,7 +22,7 @@ impl Shared {
             && rx.phase.load(Relaxed) == phase::RING
             && (sends == phase::RING || sends == phase::ANCHOR && events & OUT == 0)
             && rx.shut.load(Relaxed) | tx.shut.load(Relaxed) == 0
-            && self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE | DEAF) == 0
+            && self.out().bytes.want.load(Relaxed) & (GONE | want::LEAVE) == 0
             && events & POLLPRI == 0
             && events & (IN | OUT | POLLRDHUP) != 0;
         if !is_usual {
@@ -157,7 +157,7 @@ impl Shared {
     #[inline]
     pub fn is_sendable(&self, enough: u64) -> bool {
         self.space() >= enough
-            || self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE | DEAF) != 0
+            || self.out().bytes.want.load(Relaxed) & (GONE | want::LEAVE) != 0
             || self.tx().shut.load(Relaxed) != 0
             || self.rx().anchor.load(Relaxed) != 0
             || self.tx().phase.load(Relaxed) != phase::RING

@@ -1,6 +1,6 @@
 //! Sending: which way the bytes go, and onto the ring as many as fit.
 
-use super::shut::DEAF;
+use super::shut::GONE;
 use super::{Anchor, Buffers, End, Process, Sending};
 use crate::layout::{anchor, mark, phase, want};
 use crate::reason::Reason;
@@ -153,8 +153,9 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         if tx.shut.load(Relaxed) != 0 {
             return self.way_when_shut();
         }
-        // Before anything is copied: an end that takes nothing more is to be heard of by the first send.
-        let is_heard = self.end.out().bytes.want.load(Relaxed) & DEAF == 0;
+        // Before anything is copied: an end that takes nothing more is to be heard of by the first send, all of which goes one way.
+        // The kernel may answer a first part with a reset.
+        let is_heard = self.end.out().bytes.want.load(Relaxed) & GONE == 0;
         match tx.phase.load(Acquire) {
             phase::RING if is_heard => Way::Ring,
             _ => self.way_off_the_ring(),

@@ -12,6 +12,8 @@ use crate::sync::Ordering::*;
 
 /// Words of the other end that say that it takes nothing more.
 pub(super) const DEAF: u32 = want::CLOSED | want::SHUT;
+/// Words of the other end that say that it takes nothing more off the ring.
+pub(super) const GONE: u32 = DEAF | want::DEMOTED;
 
 /// Turns that others get to send the token that they have decided on.
 const TURNS: u32 = if cfg!(loom) { 1 } else { 100 };

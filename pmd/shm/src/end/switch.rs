@@ -1,6 +1,6 @@
 //! From the anchor to the rings: an end is promoted, then each direction switches at an exact position.
 
-use super::shut::DEAF;
+use super::shut::GONE;
 use super::{Anchor, End, Process, Sending};
 use crate::layout::{phase, want};
 use crate::ring::Receiver;
@@ -64,7 +64,7 @@ impl<S: Anchor + Process> Sending<'_, '_, S> {
             || self.is_nested()
             || end.socket.is_sending()
             || end.tx().in_kernel.load(SeqCst) != 0
-            || end.out().bytes.want.load(Acquire) & (want::DEMOTED | DEAF) != 0
+            || end.out().bytes.want.load(Acquire) & GONE != 0
         {
             return false;
         }
