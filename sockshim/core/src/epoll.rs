@@ -7,7 +7,7 @@
 //! Which streams have something is told by the instance's bell ([`rdsock_shm::bell`]).
 //!
 //! An instance that is registered in another one moves to that one's inner instance as soon as it
-//! holds streams, and is asked there as a stream is.
+//! has an inner one of its own, and is asked there as a stream is.
 //!
 //! Locks: the tenant's, then an instance's, then that of an instance nested in it, then a stream's
 //! half, or the links of the registrations.
@@ -198,6 +198,11 @@ impl Epoll {
         if slot.registration.arrived() {
             self.moved.fetch_sub(1, SeqCst);
         }
+    }
+
+    /// True once it has held a stream.
+    fn has_inner(&self) -> bool {
+        self.inner.load(Acquire) >= 0
     }
 
     fn is_few(&self) -> bool {
@@ -435,11 +440,12 @@ pub fn followed(epfd: c_int) -> Option<&'static Epoll> {
     }
 }
 
-/// The instance behind an fd, if it holds streams.
-pub fn with_streams(epfd: c_int) -> Option<&'static Epoll> {
+/// The instance behind an fd, if it has an inner one: what it has, the kernel alone can't tell. Also where no stream is left, since
+/// what rests in the inner one makes edges that are nobody's.
+pub fn with_inner(epfd: c_int) -> Option<&'static Epoll> {
     let Kind::Epoll(index) = conn::kind(epfd) else {
         return None;
     };
     tenant::look();
-    at(index).filter(|epoll| epoll.streams.load(Relaxed) != 0)
+    at(index).filter(|epoll| epoll.has_inner())
 }

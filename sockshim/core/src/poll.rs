@@ -35,11 +35,11 @@ fn on_rings(fd: c_int) -> Option<Use> {
 }
 
 /// True when the kernel alone can't tell what an fd has: it is on rings, or an epoll instance that
-/// holds streams.
+/// has held streams.
 fn is_ours(fd: c_int) -> bool {
     match conn::kind(fd) {
         Kind::Conn(_) => on_rings(fd).is_some(),
-        Kind::Epoll(_) => epoll::with_streams(fd).is_some(),
+        Kind::Epoll(_) => epoll::with_inner(fd).is_some(),
         _ => false,
     }
 }
@@ -98,7 +98,7 @@ fn look(fds: &mut [pollfd], counted: bool) -> (usize, bool) {
             entry.revents = ready;
             let changes = epoll::has_left(stream) || !stream.is_on_rings();
             found += usize::from(ready != 0 || counted && changes);
-        } else if let Some(epoll) = epoll::with_streams(entry.fd) {
+        } else if let Some(epoll) = epoll::with_inner(entry.fd) {
             if entry.events & ready::IN != 0 {
                 match epoll::has_event_after_leavers(epoll, entry.fd, !counted) {
                     Some(false) => {}

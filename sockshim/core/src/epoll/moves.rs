@@ -10,6 +10,7 @@ use crate::demote;
 use crate::registration::Snapshot;
 use libc::{EPOLLET, EPOLLONESHOT, EPOLLOUT};
 use rdsock_shm::reason::Reason;
+use std::sync::atomic::fence;
 
 /// True when a connection is on rings, or may yet go there.
 pub(super) fn is_on_rings(held: &Use) -> bool {
@@ -161,10 +162,12 @@ pub fn demoted(held: &Use, _fd: c_int) {
     });
 }
 
-/// An instance that holds streams is asked through the inner instances of those it is in.
+/// An instance that has an inner one is asked through the inner instances of those it is in.
 pub(super) fn lift(index: usize) {
     let Some(epoll) = at(index) else { return };
-    if epoll.registrations.load(Acquire) == 0 || epoll.streams.load(SeqCst) == 0 {
+    // Who registers it elsewhere comes here as well, behind that: one of both sees what the other one has done.
+    fence(SeqCst);
+    if epoll.registrations.load(Acquire) == 0 || !epoll.has_inner() {
         return;
     }
     each(&epoll.registrations, |outer, number, bit| {

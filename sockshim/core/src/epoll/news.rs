@@ -108,7 +108,7 @@ pub(super) fn kick(epoll: &Epoll) {
 
 /// What a thread owes to those that sleep on the instance, when it leaves it: see above.
 pub(super) fn hand_on(epoll: &Epoll, state: &mut State) {
-    if epoll.inner.load(Acquire) >= 0 && has_sleepers(epoll) {
+    if epoll.has_inner() && has_sleepers(epoll) {
         take_marks(epoll, state);
         if has_some(epoll, state) {
             kick(epoll);
@@ -119,7 +119,7 @@ pub(super) fn hand_on(epoll: &Epoll, state: &mut State) {
 /// As [`hand_on`], for a thread that has not locked the instance.
 pub(super) fn leave(epoll: &Epoll) {
     check(epoll);
-    if epoll.inner.load(Acquire) >= 0
+    if epoll.has_inner()
         && has_sleepers(epoll)
         && let Some(guard) = take(epoll)
     {
@@ -129,7 +129,7 @@ pub(super) fn leave(epoll: &Epoll) {
 
 /// In builds with assertions: the rule holds. A sign may just be on its way, so it gets some time.
 pub(super) fn check(epoll: &Epoll) {
-    if !cfg!(debug_assertions) || epoll.inner.load(Acquire) < 0 {
+    if !cfg!(debug_assertions) || !epoll.has_inner() {
         return;
     }
     const MILLISECONDS: u32 = 2000;
