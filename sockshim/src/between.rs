@@ -60,7 +60,7 @@ fn keep_on_kernel(held: &Use, reason: Reason) {
     match reason {
         Reason::None => {}
         Reason::NoDaemon => held.conn.tell(held.index, State::Kernel, reason),
-        _ => held.conn.keep_on_kernel(held.index, reason),
+        _ => tenant::keep_on_kernel(held.index, held.conn, reason),
     }
     real::set_errno(error);
 }

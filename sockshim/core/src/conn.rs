@@ -8,15 +8,15 @@ pub use crate::identity::is_single_threaded;
 
 use crate::fds;
 use crate::names::Names;
-use crate::state::PROCESS;
-use crate::stream::Stream;
+use crate::state::{PROCESS, TOLD};
+use crate::stream::{Offer, Stream};
 use crate::sys;
-use crate::tenant::Offer;
 use libc::c_int;
+use rdsock_shm::layout::ConnRecord;
 use rdsock_shm::reason::{Reason, State};
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*, fence};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*, fence};
 
 /// Connections at once.
 pub const CONNS: usize = rdsock_shm::layout::CONN_RECORDS;
@@ -196,8 +196,9 @@ impl Conn {
         Some(unsafe { (*self.offer.get()).assume_init_read() })
     }
 
-    /// Keeps the connection on the kernel for ever.
-    pub fn keep_on_kernel(&self, index: usize, reason: Reason) {
+    /// Keeps the connection on the kernel for ever. True where the daemon was told of it, and has to be told that too.
+    #[must_use]
+    pub fn keep_on_kernel(&self, index: usize, reason: Reason) -> bool {
         // Short, and with signals blocked: never further up this thread's stack.
         while self.phase.load(Acquire) == phase::INSTALLING {
             sys::sched_yield();
@@ -209,12 +210,10 @@ impl Conn {
                 .is_ok()
             {
                 self.tell(index, State::Kernel, reason);
-                if from == phase::ANNOUNCED {
-                    crate::tenant::withdraw(index, self);
-                }
-                return;
+                return from == phase::ANNOUNCED;
             }
         }
+        false
     }
 
     /// Records state and reason, for `rdsock why`.
@@ -240,7 +239,7 @@ impl Conn {
             ]
         };
         for _ in 0..TIMES {
-            let Some(record) = crate::tenant::record(index) else {
+            let Some(record) = record(index) else {
                 return;
             };
             let now = words();
@@ -255,6 +254,24 @@ impl Conn {
             }
         }
     }
+}
+
+/// Who is told of what becomes of a connection: those above, of whom nobody here and in between knows. The process's own is
+/// [`TOLD`].
+#[derive(Clone, Copy, Debug)]
+pub struct Told {
+    /// Something has changed at this end, of which the other end tells nobody. Halves of the stream may be held.
+    pub changed: fn(&Conn),
+    /// Both directions are the kernel's again.
+    pub left: fn(&Use),
+    /// Must it stay on the kernel, because of who waits for it?
+    pub declines: fn(&Conn) -> bool,
+    /// A stream is about to be mapped: `mapped` follows.
+    pub mapping: fn(),
+    /// It is.
+    pub mapped: fn(&Use),
+    /// It is closed, of which the daemon knew, and has had this stream. False where that must be said once more.
+    pub closed: fn(usize, &Conn, Option<&Stream>) -> bool,
 }
 
 /// Connections of one piece of the pool.
@@ -274,6 +291,8 @@ pub struct Connections {
     forgotten: AtomicU32,
     /// Places that are [`place::UNTOLD`].
     untold: AtomicU32,
+    /// Their records, null where there are none.
+    records: AtomicPtr<[ConnRecord; CONNS]>,
 }
 
 impl Connections {
@@ -286,6 +305,7 @@ impl Connections {
             high: AtomicU32::new(0),
             forgotten: AtomicU32::new(0),
             untold: AtomicU32::new(0),
+            records: AtomicPtr::new(std::ptr::null_mut()),
         }
     }
 
@@ -501,14 +521,14 @@ fn free(index: usize, conn: &Conn) {
             let stream = unsafe { (*conn.stream.get()).assume_init_read() };
             conn.closed_stream.store(stream.id, Relaxed);
             conn.closed_end.store(stream.end_number(), Relaxed);
-            let is_told = crate::tenant::stream_closed(index, conn, &stream);
+            let is_told = (TOLD.closed)(index, conn, Some(&stream));
             stream.unmap();
             is_told
         }
         // Whatever it is here: who kept it on the kernel may have been a `vfork` child, which tells the daemon nothing.
         _ if conn.cookie.load(Relaxed) != 0 => {
             conn.closed_stream.store(0, Relaxed);
-            crate::tenant::withdraw(index, conn)
+            (TOLD.closed)(index, conn, None)
         }
         _ => true,
     };
@@ -535,6 +555,20 @@ pub fn tell_untold(tell: impl FnMut(usize, &Conn, Option<(u64, u32)>) -> bool) {
 /// One more than the highest connection number ever used.
 pub fn high() -> usize {
     PROCESS.connections.high()
+}
+
+/// The records, which the daemon sees, lie here from now on.
+pub fn show_in(records: Option<&'static [ConnRecord; CONNS]>) {
+    let at = records.map_or(std::ptr::null_mut(), |records| {
+        std::ptr::from_ref(records).cast_mut()
+    });
+    PROCESS.connections.records.store(at, Release);
+}
+
+/// The record of a connection, where there are any.
+pub fn record(index: usize) -> Option<&'static ConnRecord> {
+    // SAFETY: null, or a reference that `show_in` was given; all that changes in a record is atomic.
+    unsafe { PROCESS.connections.records.load(Acquire).as_ref() }?.get(index)
 }
 
 /// Writes all records again: the memory that they lie in has just been exchanged.

@@ -2,9 +2,10 @@
 //! themselves are `rdsock_shm::end`.
 
 use crate::conn::{self, Use};
+use crate::state::TOLD;
 use crate::stream::{self, Stream};
 use crate::tcp_info::TcpInfo;
-use crate::{end, epoll, sys};
+use crate::{end, sys, tenant};
 use libc::c_int;
 use rdsock_shm::end::Anchor;
 use rdsock_shm::layout::{anchor, mark, phase};
@@ -35,7 +36,7 @@ pub fn settle_incoming(held: &Use, stream: &Stream, fd: c_int) {
 /// does so once the other end has followed.
 #[cold]
 pub fn leave(held: &Use, fd: c_int, reason: Reason) {
-    held.conn.keep_on_kernel(held.index, reason);
+    tenant::keep_on_kernel(held.index, held.conn, reason);
     let Some(stream) = held.conn.stream() else {
         return;
     };
@@ -50,7 +51,7 @@ pub fn leave(held: &Use, fd: c_int, reason: Reason) {
 /// ring and not read comes with the next calls of the other end.
 #[cold]
 pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
-    held.conn.keep_on_kernel(held.index, reason);
+    tenant::keep_on_kernel(held.index, held.conn, reason);
     let Some(stream) = held.conn.stream() else {
         return;
     };
@@ -115,7 +116,7 @@ pub fn shutdown(held: &Use, fd: c_int, how: c_int) -> Option<c_int> {
     }
     // Linux wakes whoever waits for the connection, also where the call changes nothing or fails: an edge each time.
     held.conn.shuts.fetch_add(1, SeqCst);
-    epoll::changed(held.conn);
+    (TOLD.changed)(held.conn);
     if stream.is_reset() {
         return None;
     }

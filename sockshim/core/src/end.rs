@@ -2,7 +2,7 @@
 //! system calls on the program's own descriptor.
 
 use crate::conn::{self, Use};
-use crate::state::PROCESS;
+use crate::state::{PROCESS, TOLD};
 use crate::stream::{self, Stream};
 use crate::tcp_info::TcpInfo;
 use crate::{clock, demote, gather, limits, sys, tenant};
@@ -273,7 +273,7 @@ impl Process for Socket<'_> {
     }
 
     fn changed(&self) {
-        crate::epoll::changed(self.held.conn);
+        (TOLD.changed)(self.held.conn);
     }
 
     fn look_later(&self) {
@@ -296,6 +296,6 @@ impl Process for Socket<'_> {
     fn left(&self, reason: Reason) {
         tenant::stream_left(self.fd, self.stream, State::Demoted, reason);
         demote::restore_options(self.held, self.fd);
-        crate::epoll::demoted(self.held, self.fd);
+        (TOLD.left)(self.held);
     }
 }

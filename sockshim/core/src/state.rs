@@ -1,15 +1,17 @@
 //! All that the core knows of its process: one structure, each part of which belongs to the module that declares it, and is changed
-//! there alone. It calls nobody. The thresholds (`limits.rs`) and what the libc beside it gives (`sys/host.rs`) are no part of it: they stay as
-//! they are from the constructor on.
+//! there alone; and who is told of what becomes of its connections ([`TOLD`]). Layers above are named here alone, and nobody is called. The
+//! thresholds (`limits.rs`) and what the libc beside it gives (`sys/host.rs`) are no part of it: they stay as they are from the
+//! constructor on.
 
 use crate::clock::Clock;
-use crate::conn::Connections;
+use crate::conn::{Connections, Told};
 use crate::end::Waited;
+use crate::epoll;
 use crate::fds::Fds;
 use crate::identity::Identity;
 use crate::nap::Naps;
 use crate::signals::Watches;
-use crate::tenant::Tenant;
+use crate::tenant::{self, Tenant};
 
 /// What is known of a process. A test makes its own.
 #[derive(Debug)]
@@ -50,3 +52,13 @@ impl Process {
 
 /// Of the process that this is loaded into.
 pub static PROCESS: Process = Process::new();
+
+/// Who is told: those that wait, and the daemon.
+pub static TOLD: Told = Told {
+    changed: epoll::changed,
+    left: epoll::demoted,
+    declines: epoll::declines,
+    mapping: epoll::begin_mapping,
+    mapped: epoll::mapped,
+    closed: tenant::closed,
+};

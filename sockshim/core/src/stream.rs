@@ -1,13 +1,34 @@
 //! The memory of a stream, mapped as the daemon has sent it. What an end does with it is `rdsock_shm::end`.
 
+use crate::hidden::close_hidden;
 use crate::sys;
 use libc::c_int;
+use rdsock_shm::control::Promote;
 use rdsock_shm::end::Shared;
 use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, MAX_RING, MIN_RING, StreamHeader};
 use rdsock_shm::ring::RingMemory;
 use std::mem::offset_of;
 
 pub use crate::identity::{has_barriers, pid};
+
+/// What the daemon offers for a connection: the fds of a stream's memory, of the end page, and of the peer's bell board, which is
+/// -1 where the daemon keeps that from this end.
+#[derive(Debug)]
+pub struct Offer {
+    /// What it is.
+    pub promote: Promote,
+    /// See above.
+    pub fds: [c_int; 3],
+}
+
+impl Offer {
+    /// It is not followed, or it was: its descriptors are of no use any more.
+    pub fn close(self) {
+        for fd in self.fds.into_iter().filter(|fd| *fd >= 0) {
+            close_hidden(fd);
+        }
+    }
+}
 
 /// One end of a stream.
 #[derive(Debug)]

@@ -27,10 +27,9 @@ pub use inherit::{
     after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,
 };
 pub use listeners::listens;
-pub use memory::{count, record, return_bell, take_bell};
+pub use memory::{count, return_bell, take_bell};
 pub use messages::look;
-pub use offer::Offer;
-pub use requests::{stream_closed, stream_left, withdraw};
+pub use requests::{closed, keep_on_kernel, stream_left};
 pub use routes::{lead_to, may_lead_away};
 
 use std::sync::atomic::AtomicU64;

@@ -102,7 +102,7 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     if let Some(index) = numbers::track(fd, born::NOT_YET)
         && let Some(conn) = conn::at(index)
     {
-        conn.keep_on_kernel(index, Reason::Call);
+        tenant::keep_on_kernel(index, conn, Reason::Call);
     }
     result
 }
@@ -210,7 +210,7 @@ pub unsafe fn shutdown(fd: c_int, how: c_int) -> c_int {
             None => {}
         }
         if held.conn.stream().is_none() {
-            held.conn.keep_on_kernel(held.index, Reason::Call);
+            tenant::keep_on_kernel(held.index, held.conn, Reason::Call);
         }
     }
     // SAFETY: arguments pass through.

@@ -144,7 +144,7 @@ fn move_out(epoll: &Epoll, state: &mut State, bit: usize) -> c_int {
 
 /// A stream was left: its registrations move back to the program's own instances. Both processes
 /// that share an instance by fork do this: the second one finds it done.
-pub fn demoted(held: &Use, _fd: c_int) {
+pub fn demoted(held: &Use) {
     each(&held.conn.registrations, |epoll, _, bit| {
         let Some(guard) = take(epoll) else { return };
         let state = guard.state();

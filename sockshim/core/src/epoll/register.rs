@@ -77,7 +77,7 @@ pub unsafe fn ctl(epfd: c_int, op: c_int, fd: c_int, event: *const epoll_event) 
             // A stream may have come or gone meanwhile.
             match (on_rings, is_on_rings(held)) {
                 (false, true) => promoted(held),
-                (true, false) => demoted(held, fd),
+                (true, false) => demoted(held),
                 _ => {}
             }
         }

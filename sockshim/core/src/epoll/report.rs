@@ -673,7 +673,7 @@ fn follow(held: &Use) -> bool {
     }
     demote::settle_incoming(held, stream, fd);
     if !demote::is_on_rings(stream) {
-        demoted(held, fd);
+        demoted(held);
     }
     !has_left(stream) || !demote::is_on_rings(stream)
 }

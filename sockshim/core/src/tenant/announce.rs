@@ -6,7 +6,7 @@ use super::lock::Guard;
 use super::memory::make_memory;
 use super::messages::look;
 use super::offer::follow;
-use super::requests::{blank, put};
+use super::requests::{blank, keep_on_kernel, put};
 use crate::address::Address;
 use crate::conn::{Conn, born, phase};
 use crate::fds::STDERR;
@@ -61,7 +61,7 @@ pub fn announce_now(index: usize, conn: &'static Conn, fd: c_int) {
 #[cold]
 fn announce(index: usize, conn: &'static Conn, fd: c_int) {
     if is_disabled() {
-        conn.keep_on_kernel(index, link().why_disabled());
+        keep_on_kernel(index, conn, link().why_disabled());
         return;
     }
     if fd <= STDERR || are_few() {
@@ -70,7 +70,7 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
         } else {
             Reason::FewDescriptors
         };
-        conn.keep_on_kernel(index, reason);
+        keep_on_kernel(index, conn, reason);
         return;
     }
     // Tried again with growing distance.
@@ -84,7 +84,7 @@ fn announce(index: usize, conn: &'static Conn, fd: c_int) {
         return;
     };
     let (Some(local), Some(peer)) = (Address::of(&local), Address::of(&peer)) else {
-        conn.keep_on_kernel(index, Reason::Call);
+        keep_on_kernel(index, conn, Reason::Call);
         return;
     };
     let Some(cookie) = sys::cookie(fd) else {

@@ -4,7 +4,7 @@
 use super::attach::{await_greeting, ensure};
 use super::link::link;
 use super::lock::Guard;
-use super::memory::{self, record};
+use super::memory;
 use super::messages::{await_message, read_messages, send_with};
 use super::requests::{blank, forget_untold, put};
 use super::{ask, listeners};
@@ -128,7 +128,7 @@ fn hold_inherited() {
             conn.tell(index, State::Rings, Reason::None);
             // The control connection came from the parent's, so it is the same daemon.
             conn.epoch.store(link().epoch.load(Relaxed), Relaxed);
-            if let Some(record) = record(index) {
+            if let Some(record) = conn::record(index) {
                 record.stream_id.store(stream.id, Relaxed);
             }
             if let Some(guard) = Guard::take() {

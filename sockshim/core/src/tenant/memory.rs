@@ -108,6 +108,7 @@ pub(super) fn moved(old: c_int, new: c_int) {
 /// place of its memory comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
 pub(super) fn after_fork_in_child() {
     let (memory, board) = own().forget_in_child();
+    conn::show_in(None);
     if board >= 0 {
         close_hidden(board);
     }
@@ -122,11 +123,6 @@ pub(super) fn memory() -> Option<&'static TenantMemory> {
     let at = own().at.load(Acquire);
     // SAFETY: there is always something mapped at this place; all that changes in it is atomic.
     (!at.is_null()).then(|| unsafe { &*at })
-}
-
-/// The record of a connection, where this tenant has memory.
-pub fn record(index: usize) -> Option<&'static ConnRecord> {
-    memory()?.conns.get(index)
 }
 
 /// Counts an event.
@@ -159,6 +155,7 @@ pub(super) fn make_memory() {
     }
     if let Some(memory) = sys::map(-1, size_of::<TenantMemory>()) {
         own().at.store(memory.cast(), Release);
+        conn::show_in(self::memory().map(|memory| &memory.conns));
     }
 }
 

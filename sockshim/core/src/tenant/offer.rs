@@ -3,35 +3,20 @@
 
 use super::link::link;
 use super::lock::Guard;
-use super::memory::{count, record};
+use super::memory::count;
 use super::requests::{blank, put};
 use crate::address::Address;
 use crate::conn::{self, Conn, born, phase};
-use crate::hidden::{close_hidden, hide};
+use crate::hidden::hide;
 use crate::known::{Need, TCP_INQ, need_of};
-use crate::stream::{self, Stream};
+use crate::state::TOLD;
+use crate::stream::{self, Offer, Stream};
 use crate::sys;
 use libc::c_int;
 use rdsock_shm::control::{Promote, Request, request};
 use rdsock_shm::layout::Counter;
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
-
-/// What the daemon offers for a connection: the fds of a stream's memory, of the end page, and of the peer's bell board, which is
-/// -1 where the daemon keeps that from this end.
-#[derive(Debug)]
-pub struct Offer {
-    pub(super) promote: Promote,
-    pub(super) fds: [c_int; 3],
-}
-
-impl Offer {
-    pub(super) fn close(self) {
-        for fd in self.fds.into_iter().filter(|fd| *fd >= 0) {
-            close_hidden(fd);
-        }
-    }
-}
 
 /// Maps an offered stream, or keeps the offer until the kernel calls under way have ended.
 pub(super) fn follow(guard: &Guard, offer: Offer) {
@@ -56,7 +41,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
         generation,
         ..blank(request::DECLINED, index, conn)
     };
-    if crate::epoll::declines(conn)
+    if (TOLD.declines)(conn)
         || conn.generation.load(Relaxed) != generation
         || conn
             .phase
@@ -80,14 +65,14 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
     }
     match install(held, &offer.promote, offer.fds) {
         Ok(stream) => {
-            crate::epoll::begin_mapping();
+            (TOLD.mapping)();
             // SAFETY: the phase is INSTALLING, set above.
             unsafe { conn.set_stream(stream) };
             conn.epoch.store(link().epoch.load(Relaxed), Relaxed);
             take_names(conn, &offer.promote);
             conn.phase.store(phase::MAPPED, SeqCst);
             conn.tell(index, State::Rings, Reason::None);
-            if let Some(record) = record(index) {
+            if let Some(record) = conn::record(index) {
                 record.stream_id.store(stream_id, Relaxed);
             }
             count(Counter::Promoted);
@@ -99,7 +84,7 @@ fn follow_with_signals_blocked(guard: &Guard, offer: Offer, held: &conn::Use) {
                     ..blank(request::MAPPED, index, conn)
                 },
             );
-            crate::epoll::mapped(held);
+            (TOLD.mapped)(held);
         }
         Err(reason) => {
             conn.phase.store(phase::NEVER, SeqCst);

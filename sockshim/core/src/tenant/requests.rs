@@ -166,15 +166,20 @@ pub(super) fn blank(what: u32, index: usize, conn: &Conn) -> Request {
     }
 }
 
-/// The connection is closed, or may no longer be promoted. False where the daemon has to be told later.
-pub fn withdraw(index: usize, conn: &Conn) -> bool {
-    tell_or_owe(index, conn, None)
+/// Keeps a connection on the kernel for ever.
+pub fn keep_on_kernel(index: usize, conn: &Conn, reason: Reason) {
+    if conn.keep_on_kernel(index, reason) {
+        tell_or_owe(index, conn, None);
+    }
 }
 
-/// This process no longer holds a stream. False where the daemon has to be told later.
-pub fn stream_closed(index: usize, conn: &Conn, stream: &Stream) -> bool {
-    stream.let_go(stream::pid());
-    tell_or_owe(index, conn, Some((stream.id, stream.end_number())))
+/// See [`conn::Told`]. False where the daemon has to be told later.
+pub fn closed(index: usize, conn: &Conn, stream: Option<&Stream>) -> bool {
+    let had = stream.map(|stream| {
+        stream.let_go(stream::pid());
+        (stream.id, stream.end_number())
+    });
+    tell_or_owe(index, conn, had)
 }
 
 fn tell_or_owe(index: usize, conn: &Conn, stream: Option<(u64, u32)>) -> bool {
