@@ -8,7 +8,7 @@ use crate::deadline::Deadline;
 use crate::end::End;
 use crate::signals::{self, Ended};
 use crate::{limits, nap, stream, sys, tenant};
-use libc::c_int;
+use libc::{POLLIN, POLLOUT, POLLRDHUP, c_int};
 pub use rdsock_shm::end::Sleeper;
 use rdsock_shm::end::{Anchor, Process, Shared};
 use rdsock_shm::layout::{Counter, want};
@@ -256,8 +256,10 @@ pub struct Waits {
 
 /// What a call waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum For {
+pub enum For {
+    /// To receive some.
     Bytes,
+    /// Room for what is sent.
     Space,
 }
 
@@ -274,18 +276,9 @@ impl Waits {
 
     /// Begins a sleep: with signals held back where the kernel's own receive will not do. `partial`: the call has moved a part.
     fn begin(&mut self, held: &Use, fd: c_int, what: For, partial: bool) {
-        let is_first = self.began == 0;
-        if is_first {
-            self.began = clock::nanoseconds().max(1);
-        }
-        if let Some(signals) = &mut self.held {
-            if partial {
-                signals.end_by_any();
-            }
-            return;
-        }
+        let is_first = self.note_begin();
         let own_sleep = match what {
-            _ if partial || !is_first => false,
+            _ if self.held.is_some() || partial || !is_first => false,
             For::Bytes => true,
             For::Space => {
                 self.ask_limits(held, fd, what);
@@ -296,6 +289,15 @@ impl Waits {
         if !own_sleep {
             self.hold(held, fd, what, partial);
         }
+    }
+
+    /// Notes when the call first sleeps. True where it has not slept before.
+    fn note_begin(&mut self) -> bool {
+        let is_first = self.began == 0;
+        if is_first {
+            self.began = clock::nanoseconds().max(1);
+        }
+        is_first
     }
 
     fn ask_limits(&mut self, held: &Use, fd: c_int, what: For) {
@@ -311,16 +313,20 @@ impl Waits {
 
     /// Holds signals back from now on.
     fn hold(&mut self, held: &Use, fd: c_int, what: For, partial: bool) {
-        if self.held.is_none() {
-            self.ask_limits(held, fd, what);
-            // With a limit, a handler interrupts the call whether it restarts others or not; with a part moved, that is the result.
-            let ended = if partial || self.limit.is_some() {
-                Ended::ByAny
-            } else {
-                Ended::ByInterrupting
-            };
-            self.held = Some(signals::Held::hold(ended));
+        if let Some(signals) = &mut self.held {
+            if partial {
+                signals.end_by_any();
+            }
+            return;
         }
+        self.ask_limits(held, fd, what);
+        // With a limit, a handler interrupts the call whether it restarts others or not; with a part moved, that is the result.
+        let ended = if partial || self.limit.is_some() {
+            Ended::ByAny
+        } else {
+            Ended::ByInterrupting
+        };
+        self.held = Some(signals::Held::hold(ended));
     }
 
     /// Sleeps until `fd` (or -1: the time alone) has what `events` names, at most `ns` nanoseconds. A result as the kernel's
@@ -420,7 +426,7 @@ impl Sleep<'_> {
         let result = match &waits.held {
             _ if is_ready() => 1,
             None => peek(fd),
-            Some(_) => waits.sleep(fd, libc::POLLIN, waits.slice),
+            Some(_) => waits.sleep(fd, POLLIN, waits.slice),
         };
         drop(sleeper);
         if is_kernels && what == For::Bytes {
@@ -487,7 +493,7 @@ pub fn for_bytes(
 pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) -> Result<(), isize> {
     let stream = end.shared;
     end.settle_switch();
-    if stream.is_switching() && sys::poll_one(end.socket.wait_fd(), libc::POLLIN, 0) > 0 {
+    if stream.is_switching() && sys::poll_one(end.socket.wait_fd(), POLLIN, 0) > 0 {
         // Unread bytes are still on the anchor, so it cannot be slept on.
         tenant::stay_attached();
         waits.begin(held, end.socket.wait_fd(), For::Space, partial);
@@ -504,6 +510,38 @@ pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) ->
     sleep.until(end, || end.ask_for_space(want::WAKE), is_ready, is_ready)
 }
 
+/// Sleeps while what the other end has left in the ring goes out on the anchor: until there is room for more of it, or bytes for who
+/// waits for these; until it is out; or until the program has ended the direction.
+pub fn for_rest(
+    end: &End<'_>,
+    held: &Use,
+    waits: &mut Waits,
+    what: For,
+    partial: bool,
+) -> Result<(), isize> {
+    let (fd, stream) = (end.socket.wait_fd(), end.shared);
+    let (events, shut) = match what {
+        For::Bytes => (POLLIN | POLLRDHUP | POLLOUT, &stream.rx().shut),
+        For::Space => (POLLOUT, &stream.tx().shut),
+    };
+    tenant::stay_attached();
+    waits.note_begin();
+    waits.hold(held, fd, what, partial);
+    loop {
+        let result = waits.sleep(fd, events, slice(held));
+        if result < 0 {
+            return Err(result);
+        }
+        if !is_still(held, fd) {
+            return Err(-(libc::EBADF as isize));
+        }
+        let is_over = shut.load(Acquire) != 0 || !stream.has_rest();
+        if is_over || sys::poll_one(fd, events, 0) != 0 {
+            return Ok(());
+        }
+    }
+}
+
 /// Before an `accept`, which sleeps in the kernel: as long as the daemon's greeting is awaited, sleeps until that or a connection has
 /// come. Where the call does not sleep for good, it is followed by others, which look for it.
 pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
@@ -515,11 +553,11 @@ pub fn for_connection(listener: c_int) -> Result<(), signals::Interrupted> {
     }
     let mut signals = signals::Held::hold(Ended::ByInterrupting);
     while let Some(greeting) = tenant::greeting() {
-        (signals, _) = signals.wait_for_either(listener, libc::POLLIN, greeting, None)?;
-        if sys::poll_one(listener, libc::POLLIN, 0) != 0 {
+        (signals, _) = signals.wait_for_either(listener, POLLIN, greeting, None)?;
+        if sys::poll_one(listener, POLLIN, 0) != 0 {
             break;
         }
-        if sys::poll_one(greeting, libc::POLLIN, 0) != 0 {
+        if sys::poll_one(greeting, POLLIN, 0) != 0 {
             tenant::take_greeting();
         }
     }
@@ -535,7 +573,7 @@ pub fn for_signal(mask: *const libc::sigset_t) -> c_int {
         let greeting = tenant::greeting();
         let mut fds = [libc::pollfd {
             fd: greeting.unwrap_or(-1),
-            events: libc::POLLIN,
+            events: POLLIN,
             revents: 0,
         }];
         // SAFETY: a valid entry; the caller vouches for the mask.

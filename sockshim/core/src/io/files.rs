@@ -87,8 +87,7 @@ fn read_in<'a>(
             Way::Ring => {}
             Way::Behind => {
                 drop(half);
-                waits.end();
-                match rest::for_room(&end, held, 0, done != 0) {
+                match rest::for_room(&end, held, &mut waits, 0, done != 0) {
                     Ok(()) => continue,
                     Err(error) => {
                         return Outcome::Done(if done == 0 { error } else { done as isize });

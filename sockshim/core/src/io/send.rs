@@ -59,14 +59,11 @@ fn go_on<'a>(
 ) -> Option<Outcome<'a>> {
     Some(match sent {
         Sent::All => Outcome::Done(done as isize),
-        Sent::Behind => {
-            going.waits.end();
-            match rest::for_room(end, held, flags, done != 0) {
-                Ok(()) => return None,
-                Err(error) if done == 0 => Outcome::Done(error),
-                Err(_) => Outcome::Done(done as isize),
-            }
-        }
+        Sent::Behind => match rest::for_room(end, held, &mut going.waits, flags, done != 0) {
+            Ok(()) => return None,
+            Err(error) if done == 0 => Outcome::Done(error),
+            Err(_) => Outcome::Done(done as isize),
+        },
         Sent::Kernel(counted) if done == 0 => {
             end.finished(Reason::PeerDemoted);
             Outcome::Kernel(counted)
