@@ -2,12 +2,12 @@
 //! program's socket is connected to it over loopback, and from then on it is a peer like any other
 //! with a shim. Only the addresses differ, and the program is told the true ones.
 
-use crate::address::{self, Address};
+use crate::address::Address;
 use crate::conn::{Use, born, phase};
 use crate::tcp_info::TcpInfo;
 use crate::{clock, identity, real, sys, tenant};
 use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
-use rdsock_shm::control::{Between, FABRIC_SOURCE_V4, Reached};
+use rdsock_shm::control::{Between, FABRIC_CLASS_V6, Reached};
 use rdsock_shm::reason::{Reason, State};
 use std::sync::atomic::Ordering::*;
 
@@ -167,43 +167,50 @@ pub enum Origin {
     Unknown,
 }
 
-/// Nanoseconds to wait for the daemon, where it has made the connection for certain.
-const CERTAIN: u64 = 1_000_000_000;
-/// The same where it may have.
-const POSSIBLE: u64 = 100_000_000;
+/// Nanoseconds to wait for the daemon, which has made the connection.
+const PATIENCE: u64 = 1_000_000_000;
 
-/// A connection was accepted: where the daemon made it on behalf of a program on another node, the
-/// program is told that one's address from now on.
-pub fn accepted(held: &Use, fd: c_int) -> Origin {
-    let peer = sys::name_of(fd, true).and_then(|name| Address::of(&name));
-    let Some(peer) = peer.filter(|_| tenant::may_lead_away()) else {
-        return Origin::Kernel;
-    };
-    let certain = address::v4(&peer.ip) == Some(FABRIC_SOURCE_V4);
-    if !certain && !peer.is_v6_loopback() {
+/// Has the daemon made this connection, from `peer`, on behalf of a program on another node?
+fn is_daemons(fd: c_int, peer: &Address) -> bool {
+    /// Bits that TCP itself uses.
+    const CONGESTION: u8 = 0b11;
+    let is_marked =
+        || sys::traffic_class(fd).map(|class| class & !CONGESTION) == Some(FABRIC_CLASS_V6);
+    peer.may_be_daemons() && (!peer.is_v6_loopback() || tenant::may_be_reached() && is_marked())
+}
+
+/// A connection was accepted, which comes from `peer` as far as the kernel has said: where the daemon made it on behalf of a program on another
+/// node, the program is told that one's address from now on. `held` is `None` where this process does not follow it.
+pub fn accepted(held: Option<&Use>, fd: c_int, peer: Option<Address>) -> Origin {
+    let peer = peer.or_else(|| Address::of(&sys::name_of(fd, true)?));
+    if !peer.is_some_and(|peer| is_daemons(fd, &peer)) {
         return Origin::Kernel;
     }
-    match learn_names(held, fd, certain) {
+    match held.and_then(|held| learn_names(held, fd)) {
         Some(peer) => Origin::Far(peer),
-        // One that is over by now has no names any more.
-        None if certain || TcpInfo::of(fd).is_none_or(|info| info.state == TcpInfo::CLOSE) => {
-            Origin::Unknown
-        }
-        None => Origin::Kernel,
+        None => Origin::Unknown,
     }
+}
+
+/// Does a connection that the program has not made itself, and whose `peer` the kernel says, come from another node, of which nobody has said
+/// which? The program would take that for a connection of this host.
+pub fn is_nameless(held: &Use, fd: c_int, peer: Option<Address>) -> bool {
+    held.conn.born.load(Relaxed) != born::ACTIVE
+        && !held.conn.names.are_told()
+        && peer.is_some_and(|peer| is_daemons(fd, &peer))
 }
 
 /// A connection was got from another program, by exec, and has no stream (yet).
 pub fn inherited(held: &Use, fd: c_int) {
     let peer = sys::name_of(fd, true).and_then(|name| Address::of(&name));
     if tenant::may_lead_away() && peer.is_some_and(|peer| peer.is_loopback()) {
-        learn_names(held, fd, true);
+        learn_names(held, fd);
     }
 }
 
 /// Asks the daemon whose connection this is, and keeps the answer; the peer. `None` when it is not
 /// the daemon's, or that does not answer.
-fn learn_names(held: &Use, fd: c_int, certain: bool) -> Option<Address> {
+fn learn_names(held: &Use, fd: c_int) -> Option<Address> {
     let name = sys::name_of(fd, true)?;
     let peer = Address::of(&name)?;
     let local = Address::of(&sys::name_of(fd, false)?)?;
@@ -217,8 +224,7 @@ fn learn_names(held: &Use, fd: c_int, certain: bool) -> Option<Address> {
         fd,
         reserved: 0,
     };
-    let within = if certain { CERTAIN } else { POSSIBLE };
-    let caller = tenant::who_is(question, clock::nanoseconds() + within, certain)?;
+    let caller = tenant::who_is(question, clock::nanoseconds() + PATIENCE)?;
     let address = |ip, port: u32| {
         let port = u16::try_from(port).ok()?;
         Some(Address { ip, port })

@@ -44,8 +44,11 @@ pub const fn believer([real, effective, saved]: [u32; 3]) -> u32 {
 
 /// The IPv4 address that the daemon connects from, to a program that listens on this host, on behalf
 /// of a program on another node: by it a tenant knows of which accepted connections to ask (WHOIS).
-/// Of IPv6 there is one loopback address only, so it asks of each connection from that.
 pub const FABRIC_SOURCE_V4: [u8; 4] = [127, 82, 68, 83];
+
+/// The same for IPv6, of which there is one loopback address only: the traffic class of what the daemon sends there, which a socket that is
+/// accepted keeps. Anybody may use it: who does is asked about as well.
+pub const FABRIC_CLASS_V6: u8 = 0b1010_1100;
 
 /// Kinds of message. The direction is in the name's comment: T tenant, D daemon, C tool.
 pub mod kind {

@@ -3,6 +3,7 @@
 
 use crate::sys;
 use libc::{c_int, sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t};
+use rdsock_shm::control::FABRIC_SOURCE_V4;
 
 /// Bytes of a `sockaddr_in6` without its scope, which a program may leave out.
 const WITHOUT_SCOPE: usize = 24;
@@ -125,6 +126,12 @@ impl Address {
     /// True for `::1`.
     pub fn is_v6_loopback(&self) -> bool {
         u128::from_be_bytes(self.ip) == 1
+    }
+
+    /// True for the one that the daemon connects from, on behalf of a program on another node, and for that of IPv6, from which others come
+    /// as well.
+    pub fn may_be_daemons(&self) -> bool {
+        v4(&self.ip) == Some(FABRIC_SOURCE_V4) || self.is_v6_loopback()
     }
 
     /// True for `0.0.0.0` and `::`.

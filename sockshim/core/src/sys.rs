@@ -236,6 +236,37 @@ pub fn name_of(fd: c_int, peer: bool) -> Option<libc::sockaddr_storage> {
     (result == 0).then(|| unsafe { name.assume_init() })
 }
 
+/// Traffic class of what came from the other end when a socket of IPv6 was accepted.
+pub fn traffic_class(fd: c_int) -> Option<u8> {
+    /// Room for all that a program can have asked for.
+    const ROOM: usize = 64;
+    /// Length, level and type.
+    const HEAD: usize = 16;
+    let asked = getsockopt::<c_int>(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS)?;
+    if asked == 0 {
+        setsockopt(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, &1i32);
+    }
+    let told = getsockopt::<[u64; ROOM]>(fd, libc::IPPROTO_IPV6, libc::IPV6_2292PKTOPTIONS);
+    if asked == 0 {
+        setsockopt(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, &0i32);
+    }
+    let told = told?;
+    let mut rest = told.as_slice();
+    // Control messages, each of whole words.
+    while let [len, kind, value, ..] = rest
+        && *len as usize > HEAD
+    {
+        let [level, kind] = [*kind as u32 as c_int, (*kind >> 32) as c_int];
+        if cfg!(target_endian = "little")
+            && (level, kind) == (libc::IPPROTO_IPV6, libc::IPV6_TCLASS)
+        {
+            return Some(*value as u8);
+        }
+        rest = rest.get((*len as usize).div_ceil(8)..)?;
+    }
+    None
+}
+
 /// An `ioctl` that stores an int.
 pub fn ioctl_int(fd: c_int, request: u64) -> Option<c_int> {
     let mut value: c_int = 0;

@@ -30,7 +30,7 @@ pub use listeners::listens;
 pub use memory::{count, return_bell, take_bell};
 pub use messages::look;
 pub use requests::{closed, keep_on_kernel, stream_left};
-pub use routes::{lead_to, may_lead_away};
+pub use routes::{lead_to, may_be_reached, may_lead_away};
 
 use std::sync::atomic::AtomicU64;
 

@@ -1,7 +1,7 @@
 //! The life of a socket, from `socket` to `shutdown`: here it is seen that a TCP connection comes
 //! to be.
 
-use crate::address::family_of;
+use crate::address::{Address, family_of};
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
 use crate::{demote, handing_over, identity, numbers, process, real, sys, tenant, wait};
@@ -141,22 +141,35 @@ unsafe fn accept_by(
             return -1;
         }
     }
-    let may_be_far = tenant::may_lead_away();
-    // Looked at where it may matter only: what is wrong with it is the kernel's to say.
-    let room = if may_be_far && !sys::is_bad_pointer(len.cast()) {
+    // What is wrong with it is the kernel's to say.
+    let room = if address.is_null() || sys::is_bad_pointer(len.cast()) {
+        0
+    } else {
         // SAFETY: the program's own length.
         unsafe { *len }
-    } else {
-        0
     };
     loop {
         let fd = in_kernel();
-        let Some(held) = accepted(listener, fd).filter(|_| may_be_far || address.is_null()) else {
+        let held = accepted(listener, fd);
+        if fd < 0 {
             return fd;
+        }
+        let peer = match room {
+            0 => None,
+            // SAFETY: the kernel has written the peer's address there, as much as there is room for.
+            _ => unsafe { Address::given(address, room.min(*len)) }.map(|(_, peer)| peer),
         };
-        match between::accepted(&held, fd) {
+        // Who is not told now asks later, or never.
+        let may_be_far = match peer {
+            Some(peer) => peer.may_be_daemons(),
+            None => held.is_some() && tenant::may_lead_away(),
+        };
+        if !may_be_far {
+            return fd;
+        }
+        match between::accepted(held.as_ref(), fd, peer) {
             Origin::Far(peer) if !address.is_null() => {
-                // SAFETY: the kernel has written the peer's address there, as much as there is room for.
+                // SAFETY: as above.
                 unsafe { peer.put(address, room, family_of(*len)) };
             }
             Origin::Unknown => {

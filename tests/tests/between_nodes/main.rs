@@ -171,6 +171,21 @@ fn call(port: u16) -> std::net::TcpStream {
     fd.into()
 }
 
+/// The same over IPv6.
+fn call_over_v6(port: u16) -> std::net::TcpStream {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn6, connect, setsockopt, socket, sockopt,
+    };
+    use std::os::fd::AsRawFd;
+    let (family, kind) = (AddressFamily::Inet6, SockType::Stream);
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let class = rdsock_shm::control::FABRIC_CLASS_V6.into();
+    setsockopt(&fd, sockopt::Ipv6TClass, &class).unwrap();
+    let target = std::net::SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, port, 0, 0);
+    connect(fd.as_raw_fd(), &SockaddrIn6::from(target)).unwrap();
+    fd.into()
+}
+
 /// The other side of `echo`.
 fn echo_back(mut stream: std::net::TcpStream) {
     std::io::copy(&mut stream.try_clone().unwrap(), &mut stream).unwrap();
@@ -347,6 +362,111 @@ echo(s)
         assert_says_both(&server.finish(LIMIT));
         assert_eq!(ground.stand_in.questions_who().len(), 1);
     }
+}
+
+/// It reaches nobody to ask, and may be the one to whom the daemon's connections come.
+#[test]
+fn a_worker_without_a_daemon_takes_nobody_on_another_node_for_one_of_this_host() {
+    let ground = Ground::new(Manners {
+        caller: Some("10.97.0.3:999".parse().unwrap()),
+        room: 1,
+        ..Manners::default()
+    });
+    let mut server = ground.start(
+        r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+worker = os.fork()
+if worker == 0:
+    s, peer = listener.accept()
+    assert peer[0] == "127.0.0.1" and s.getpeername() == peer, peer
+    echo(s)
+    s.close()
+    # Who is not told when it is accepted is not told later.
+    s = socket.socket(fileno=libc.accept(listener.fileno(), None, None))
+    try:
+        assert False, s.getpeername()
+    except OSError as error:
+        assert error.errno == errno.ENOTCONN, error
+    echo(s)
+    os._exit(0)
+assert os.waitpid(worker, 0)[1] == 0
+"#,
+    );
+    let port = port_of(&mut server);
+    for _ in 0..3 {
+        let end = std::io::Read::read(&mut call(port), &mut [0]);
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    }
+    echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+    echo_back(call(port));
+    server.finish(LIMIT);
+}
+
+/// Of IPv6 others come from the same address.
+#[test]
+fn over_ipv6_the_daemons_connections_are_told_by_their_mark() {
+    let ground = Ground::new(Manners {
+        knows_callers: false,
+        ..Manners::default()
+    });
+    let mut server = ground.start(
+        r#"
+listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+print("port", listener.getsockname()[1], flush=True)
+for _ in range(2):
+    s, peer = listener.accept()
+    assert peer[0] == "::1" and s.getpeername() == peer, peer
+    echo(s)
+    s.close()
+"#,
+    );
+    let port = port_of(&mut server);
+    let connect = || std::net::TcpStream::connect(("::1", port)).unwrap();
+    echo_back(connect());
+    let end = std::io::Read::read(&mut call_over_v6(port), &mut [0]);
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    echo_back(connect());
+    server.finish(LIMIT);
+    assert_eq!(ground.stand_in.questions_who().len(), 1);
+}
+
+/// What is accepted there is not seen.
+#[test]
+fn who_uses_a_ring_of_the_kernels_listens_for_no_other_node() {
+    let ground = Ground::new(Manners::default());
+    let go = ground.folder.at("go");
+    let mut server = ground.start(&format!(
+        r#"
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+while not os.path.exists("{}"):
+    select.select([listener], [], [], 0.01)
+IO_URING_SETUP = 425
+libc.syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
+time.sleep(1.1)
+s, peer = listener.accept()
+echo(s)
+"#,
+        go.display()
+    ));
+    let port = port_of(&mut server);
+    assert_eq!(ground.stand_in.requests(request::LISTENS, 1).len(), 1);
+    let hung_up = || {
+        let heard = ground.stand_in.heard();
+        let hung_up = heard.iter().filter(|heard| matches!(heard, Heard::HungUp));
+        hung_up.count()
+    };
+    let before = hung_up();
+    std::fs::write(&go, "").unwrap();
+    let end = Instant::now() + LIMIT;
+    while hung_up() == before {
+        assert!(Instant::now() < end, "{:?}", ground.stand_in.heard());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+    server.finish(LIMIT);
+    assert_eq!(ground.stand_in.requests(request::LISTENS, 1).len(), 1);
 }
 
 /// The daemon has forgotten whose it was, and the warning does not blame it.

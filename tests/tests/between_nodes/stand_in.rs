@@ -13,14 +13,15 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-    UnixAddr, accept, bind, listen, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag,
+    SockType, UnixAddr, accept, bind, listen, recvmsg, sendmsg, setsockopt, shutdown, socket,
+    sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::ftruncate;
 use rdsock_shm::control::{
-    Between, Caller, Lookup, Message, NotFound, Pod, Reached, Request, Welcome, from_bytes, kind,
-    parse,
+    Between, Caller, Lookup, Message, NotFound, Pod, Reached, Refused, Request, Welcome,
+    from_bytes, kind, parse, refusal,
 };
 use rdsock_shm::layout::TenantMemory;
 use rdsock_shm::queue::Taker;
@@ -57,6 +58,8 @@ pub struct Manners {
     pub caller: Option<SocketAddr>,
     /// Whether it answers WHOIS at all.
     pub knows_callers: bool,
+    /// How many programs it has room for: each further one is refused.
+    pub room: usize,
     /// When it answers a LOOKUP: `None`, at once; else the first one when the second one comes, and that after this time.
     pub late: Option<Duration>,
 }
@@ -70,6 +73,7 @@ impl Default for Manners {
             local: ["10.98.0.1".parse().unwrap(), "fd00:98::1".parse().unwrap()],
             caller: None,
             knows_callers: true,
+            room: usize::MAX,
             late: None,
         }
     }
@@ -102,6 +106,8 @@ pub enum Heard {
     /// The second LOOKUP was answered.
     Answered,
     Request(Request),
+    /// A program has hung up, or has ended.
+    HungUp,
 }
 
 #[derive(Debug)]
@@ -319,6 +325,7 @@ impl Attended {
         };
         if length == 0 {
             self.take_requests();
+            self.hear(Heard::HungUp);
             return false;
         }
         let (kind, body) = parse(&bytes[..length]).unwrap();
@@ -329,6 +336,11 @@ impl Attended {
     fn handle(&mut self, kind: u16, body: &[u8], mut fds: Vec<OwnedFd>) {
         let manners = self.shared.manners.lock().unwrap().clone();
         match kind {
+            kind::HELLO if self.greeted() >= manners.room => {
+                let (code, expected) = (refusal::LIMIT, manners.room as u32);
+                self.send(kind::REFUSED, &Refused { code, expected });
+                let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+            }
             kind::HELLO => {
                 let (memory, file) = Memory::make();
                 memory.get().routes.set(&manners.routes);
@@ -446,6 +458,13 @@ impl Attended {
             taken.push(Heard::Request(request));
         }
         self.shared.heard.lock().unwrap().extend(taken);
+    }
+
+    /// How many programs it has greeted.
+    fn greeted(&self) -> usize {
+        let heard = self.shared.heard.lock().unwrap();
+        let hellos = heard.iter().filter(|heard| matches!(heard, Heard::Hello));
+        hellos.count()
     }
 
     fn hear(&self, heard: Heard) {

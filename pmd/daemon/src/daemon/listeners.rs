@@ -9,11 +9,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockname, getsockopt,
-    socket, sockopt,
+    setsockopt, socket, sockopt,
 };
 use rdsock_node::{Asked, Command, Opening};
 use rdsock_proto::{Addresses, Refusal};
-use rdsock_shm::control::{Between, Caller, FABRIC_SOURCE_V4, Message, Request, kind};
+use rdsock_shm::control::{
+    Between, Caller, FABRIC_CLASS_V6, FABRIC_SOURCE_V4, Message, Request, kind,
+};
 use tracing::debug;
 
 use super::callers::borrowed;
@@ -439,6 +441,9 @@ fn caller(destination: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
     };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(family, SockType::Stream, flags, None)?;
+    if destination.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6TClass, &FABRIC_CLASS_V6.into())?;
+    }
     bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
     let local = socket_address(&getsockname(socket.as_raw_fd())?).ok_or(Errno::EINVAL)?;
     Ok((socket, local))

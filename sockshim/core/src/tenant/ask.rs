@@ -166,10 +166,10 @@ pub fn reach(question: Between, end: u64) -> Option<Reached> {
     }
 }
 
-/// Asks for whom the daemon opened an accepted connection. `None` as for [`reach`]. What the daemon has
-/// `certain`ly opened is asked for even when it was silent a moment ago: it has just shown that it runs.
-pub fn who_is(question: Between, end: u64, certain: bool) -> Option<Caller> {
-    match ask(kind::WHOIS, question, end, certain)? {
+/// Asks for whom the daemon opened an accepted connection. `None` as for [`reach`]. That is asked for even when it was silent a moment ago:
+/// it has just shown that it runs.
+pub fn who_is(question: Between, end: u64) -> Option<Caller> {
+    match ask(kind::WHOIS, question, end, true)? {
         Answer::Caller(caller) => Some(caller),
         Answer::Reached(_) => None,
     }

@@ -2,7 +2,7 @@
 //! connections when it is gone.
 
 use super::link::{PATH_ROOM, link};
-use super::listeners::tell_all;
+use super::listeners::{is_any_told, tell_all};
 use super::lock::Guard;
 use super::memory::{self, make_memory, may_write};
 use super::messages::{await_message, read_messages, send_with};
@@ -40,9 +40,16 @@ pub(super) fn is_disabled() -> bool {
     link().is_disabled()
 }
 
-/// No connection may be promoted from now on.
+/// No connection may be promoted from now on. The daemon makes none to what listens here any more: what is done there may not be
+/// seen, and a program on another node would be taken for one of this host.
 pub fn disable(reason: Reason) {
     link().disable(reason);
+    if link().control.load(Relaxed) >= 0
+        && is_any_told()
+        && let Some(_guard) = Guard::take()
+    {
+        detach();
+    }
 }
 
 /// Makes room for the tenant's memory and tries to reach the daemon when the first TCP socket of the process

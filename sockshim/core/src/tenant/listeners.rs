@@ -57,9 +57,17 @@ pub(super) fn tell_all(guard: &Guard) {
     });
 }
 
+/// Does the daemon know of something that this process listens on?
+pub(super) fn is_any_told() -> bool {
+    let mut is_told = false;
+    conn::each(|_, conn| is_told |= conn.listens.load(Relaxed) != 0);
+    is_told
+}
+
 fn tell(guard: &Guard, index: usize, conn: &Conn) {
     let epoch = link().epoch.load(Relaxed);
-    if conn.epoch.load(Relaxed) == epoch || link().control.load(Relaxed) < 0 || !is_as_attached() {
+    let is_known = conn.epoch.load(Relaxed) == epoch;
+    if is_known || link().control.load(Relaxed) < 0 || !is_as_attached() || is_disabled() {
         return;
     }
     let fd = conn.fd.load(Relaxed);

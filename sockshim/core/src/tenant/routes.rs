@@ -16,6 +16,11 @@ pub fn may_lead_away() -> bool {
     is_awaited() || memory().is_some_and(|memory| !memory.routes.is_empty())
 }
 
+/// True unless a daemon has said that there are no other nodes, from which connections may come.
+pub fn may_be_reached() -> bool {
+    may_lead_away() || link().control.load(Relaxed) < 0
+}
+
 /// True while the daemon has not greeted this process, whose routes are written by then.
 #[inline]
 fn is_awaited() -> bool {
