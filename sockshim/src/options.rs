@@ -3,7 +3,7 @@
 use crate::conn::{self, Kind, Use};
 use crate::end::{self, End};
 use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
-use crate::{calls, demote, identity, io, nap, real, sys};
+use crate::{calls, demote, identity, io, nap, real, sys, tenant};
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -177,7 +177,10 @@ pub unsafe fn setsockopt(
             && !identity::is_foreign()
         {
             match need {
-                Need::KernelAlone => demote::abandon(&held, fd, Reason::Option),
+                Need::KernelAlone => {
+                    demote::abandon(&held, fd, Reason::Option);
+                    tenant::listens_for_kernel(&held);
+                }
                 _ => demote::leave(&held, fd, Reason::Option),
             }
         }

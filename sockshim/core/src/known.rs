@@ -74,6 +74,9 @@ pub fn need_of(level: c_int, name: c_int, value: c_int) -> Need {
             1..=13 | 15..=18 | 23..=28 | 30 | 33 | 34 | TCP_INQ | 37 | 44 => Need::Nothing,
             _ => Need::KernelAlone,
         },
+        // What the kernel encrypts (IP_IPSEC_POLICY, IP_XFRM_POLICY, and those of IPv6).
+        libc::IPPROTO_IP if matches!(name, 16 | 17) => Need::KernelAlone,
+        libc::IPPROTO_IPV6 if matches!(name, 34 | 35) => Need::KernelAlone,
         // Headers and routes.
         libc::IPPROTO_IP | libc::IPPROTO_IPV6 => Need::Nothing,
         _ => Need::KernelAlone,

@@ -431,19 +431,21 @@ for _ in range(2):
     assert_eq!(ground.stand_in.questions_who().len(), 1);
 }
 
-/// What is accepted there is not seen.
-#[test]
-fn who_uses_a_ring_of_the_kernels_listens_for_no_other_node() {
+/// Listens where the daemon is told that, does something, and then nothing of it is for other nodes any more.
+fn listens_no_more(act: &str) {
     let ground = Ground::new(Manners::default());
     let go = ground.folder.at("go");
     let mut server = ground.start(&format!(
         r#"
-listener = socket.create_server(("127.0.0.1", 0))
+def act(s):
+    {act}
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen()
 print("port", listener.getsockname()[1], flush=True)
 while not os.path.exists("{}"):
     select.select([listener], [], [], 0.01)
-IO_URING_SETUP = 425
-libc.syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
+act(listener)
 time.sleep(1.1)
 s, peer = listener.accept()
 echo(s)
@@ -467,6 +469,20 @@ echo(s)
     echo_back(std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
     server.finish(LIMIT);
     assert_eq!(ground.stand_in.requests(request::LISTENS, 1).len(), 1);
+}
+
+/// What is accepted there is not seen.
+#[test]
+fn who_uses_a_ring_of_the_kernels_listens_for_no_other_node() {
+    // io_uring_setup
+    listens_no_more("libc.syscall(425, 1, ctypes.create_string_buffer(120))");
+}
+
+/// The kernel asks it of who comes from the other node, and would ask it of the daemon.
+#[test]
+fn a_socket_that_the_kernel_guards_listens_for_no_other_node() {
+    // TCP_MD5SIG, of no key: the kernel says no.
+    listens_no_more("libc.setsockopt(s.fileno(), socket.IPPROTO_TCP, 14, None, 0)");
 }
 
 /// The daemon has forgotten whose it was, and the warning does not blame it.

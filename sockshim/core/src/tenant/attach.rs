@@ -44,8 +44,14 @@ pub(super) fn is_disabled() -> bool {
 /// seen, and a program on another node would be taken for one of this host.
 pub fn disable(reason: Reason) {
     link().disable(reason);
+    if is_any_told() {
+        hang_up();
+    }
+}
+
+/// The daemon forgets what it knows of this process, which attaches anew.
+pub(super) fn hang_up() {
     if link().control.load(Relaxed) >= 0
-        && is_any_told()
         && let Some(_guard) = Guard::take()
     {
         detach();

@@ -1,7 +1,7 @@
 //! Which sockets this process listens on: told to the daemon, so that connections from other nodes
 //! can be given to it.
 
-use super::attach::{attach, is_as_attached, is_disabled, note_hang_up};
+use super::attach::{attach, hang_up, is_as_attached, is_disabled, note_hang_up};
 use super::link::link;
 use super::lock::Guard;
 use super::memory::make_memory;
@@ -13,13 +13,30 @@ use crate::{clock, sys};
 use rdsock_shm::control::{Request, request};
 use std::sync::atomic::Ordering::*;
 
+/// In [`Conn::listens`]: the daemon is to know of it.
+const LISTENS: u32 = 1;
+/// Likewise: connections from other nodes do not come to it.
+const NOT_FOR_OTHERS: u32 = 2;
+
+/// The kernel alone lets connections in there, by an option of the socket's (a signature, a filter): the daemon makes none, from now on.
+pub fn listens_for_kernel(held: &Use) {
+    let before = held.conn.listens.swap(NOT_FOR_OTHERS, Relaxed);
+    if before == LISTENS {
+        hang_up();
+    }
+}
+
 /// The program listens on a socket, or is about to accept from it: the daemon is told once, and
 /// again after it was started anew.
 pub fn listens(held: &Use) {
     let conn = held.conn;
-    if conn.listens.load(Relaxed) == 0 {
-        conn.epoch.store(0, Relaxed);
-        conn.listens.store(1, Relaxed);
+    match conn.listens.load(Relaxed) {
+        0 => {
+            conn.epoch.store(0, Relaxed);
+            conn.listens.store(LISTENS, Relaxed);
+        }
+        NOT_FOR_OTHERS => return,
+        _ => {}
     }
     let is_told = conn.epoch.load(Relaxed) == link().epoch.load(Relaxed);
     let (now, looked_at) = (
@@ -51,7 +68,7 @@ fn make_known(index: usize, conn: &Conn) {
 /// Tells a daemon that this process has just attached to.
 pub(super) fn tell_all(guard: &Guard) {
     conn::each(|index, conn| {
-        if conn.listens.load(Relaxed) != 0 {
+        if conn.listens.load(Relaxed) == LISTENS {
             tell(guard, index, conn);
         }
     });
@@ -60,7 +77,7 @@ pub(super) fn tell_all(guard: &Guard) {
 /// Does the daemon know of something that this process listens on?
 pub(super) fn is_any_told() -> bool {
     let mut is_told = false;
-    conn::each(|_, conn| is_told |= conn.listens.load(Relaxed) != 0);
+    conn::each(|_, conn| is_told |= conn.listens.load(Relaxed) == LISTENS);
     is_told
 }
 
@@ -93,5 +110,7 @@ fn tell(guard: &Guard, index: usize, conn: &Conn) {
 
 /// After fork, in the child: it says that it listens once it accepts, which it may never do.
 pub(super) fn after_fork_in_child() {
-    conn::each(|_, conn| conn.listens.store(0, Relaxed));
+    conn::each(|_, conn| {
+        let _ = conn.listens.compare_exchange(LISTENS, 0, Relaxed, Relaxed);
+    });
 }
