@@ -211,7 +211,12 @@ fn lock(socket: &Path) -> Result<Flock<File>, EndpointError> {
     let start = Instant::now();
     loop {
         file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
+            Ok(lock) => {
+                if let Err(error) = Holder::say(&lock) {
+                    debug!("no other daemon will see that this one holds the lock: {error}");
+                }
+                return Ok(lock);
+            }
             Err((file, Errno::EWOULDBLOCK)) => file,
             Err((_, error)) => return Err(failed("can't lock", &path)(error.into())),
         };

@@ -11,38 +11,55 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
-use nix::sys::stat::{fstat, major, minor};
+use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
 
 use crate::diag::{is_seqpacket, is_tcp};
 use crate::process;
 
-/// A process that holds a lock.
+/// A process that has said that it serves by a lock ([`Holder::say`]).
 #[derive(Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Its id.
     pub pid: i32,
+    /// The byte of the file by which it says so.
+    at: i64,
 }
 
 impl Holder {
-    /// Who has locked a file by `flock`; `None` where that can't be seen (another process id namespace, a file system with
-    /// numbers of its own), or nobody has.
+    /// Who has locked a file by `flock`, as it has said; `None` where that can't be seen (another process id namespace), or nobody has.
+    ///
+    /// (The kernel lists the locks of all, too, in `/proc/locks`: anybody can have so many that to read them takes minutes.)
     pub fn of(file: &File) -> io::Result<Option<Self>> {
-        let found = file.metadata()?;
-        let locks = fs::read_to_string("/proc/locks")?;
-        let id = (
-            major(found.dev()) as u32,
-            minor(found.dev()) as u32,
-            found.ino(),
-        );
-        let mut holders = locks.lines().filter_map(parse_lock);
-        let holder = holders.find(|(_, file)| *file == id);
-        Ok(holder.map(|(pid, _)| Holder { pid }))
+        Ok(Self::last(file)?.filter(|holder| holder.pid > 0))
+    }
+
+    /// Who has locked the latest byte, if that is another process. The kernel keeps that for as long as it has any thread.
+    fn last(file: &File) -> io::Result<Option<Self>> {
+        let (mut last, mut from) = (None, 0);
+        loop {
+            let mut lock = bytes(from, 0);
+            fcntl(file, FcntlArg::F_GETLK(&mut lock))?;
+            if i32::from(lock.l_type) == libc::F_UNLCK {
+                return Ok(last);
+            }
+            let (pid, at) = (lock.l_pid, lock.l_start);
+            last = Some(Holder { pid, at });
+            from = at + 1;
+        }
+    }
+
+    /// Says that this process has locked the file, by the byte behind those of the ones before. It does so until it closes any descriptor
+    /// of that file. Fails where the file system knows no such locks.
+    pub fn say(file: &File) -> io::Result<()> {
+        let at = Self::last(file)?.map_or(0, |before| before.at + 1);
+        fcntl(file, FcntlArg::F_SETLK(&bytes(at, 1)))?;
+        Ok(())
     }
 
     /// Whether it has been killed: then its first thread has ended, or is about to.
@@ -62,18 +79,27 @@ impl Holder {
             // All of its threads have the same descriptors: one that still has them is enough.
             match Thread::open(self.pid, tid) {
                 Ok(thread) => {
-                    // Another process may have got the number: not one that holds this lock.
+                    // Another process may have got the number: not one that has said so.
                     if Holder::of(file)?.as_ref() != Some(self) {
                         return Ok(());
                     }
-                    thread.take_away(&lock)?;
-                    taken = Ok(());
+                    return thread.take_away(&lock);
                 }
-                Err(error) if taken.is_err() => taken = Err(error),
-                Err(_) => {}
+                Err(error) => taken = taken.and(Err(error)),
             }
         }
         taken
+    }
+}
+
+/// So many bytes from this one on, or all for 0, to be locked for oneself.
+fn bytes(from: i64, len: i64) -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: from,
+        l_len: len,
+        l_pid: 0,
     }
 }
 
@@ -172,21 +198,6 @@ fn unlock(lock: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// A line of `/proc/locks` about a lock by `flock` that is held: by whom, on which file (major, minor, inode).
-fn parse_lock(line: &str) -> Option<(i32, (u32, u32, u64))> {
-    // "1: FLOCK  ADVISORY  WRITE 708 00:17:14578 0 EOF"; one who waits has "->" behind the number.
-    let mut words = line.split_whitespace().skip(1);
-    if words.next() != Some("FLOCK") {
-        return None;
-    }
-    let mut words = words.skip(2);
-    let pid = words.next()?.parse().ok().filter(|pid| *pid > 0)?;
-    let mut file = words.next()?.split(':');
-    let mut hex = || u32::from_str_radix(file.next()?, 16).ok();
-    let (major, minor) = (hex()?, hex()?);
-    Some((pid, (major, minor, file.next()?.parse().ok()?)))
-}
-
 /// By `status` of its first thread: it has ended (the process stays a zombie until all have), or a SIGKILL is under way to it.
 fn is_dying(status: &str) -> bool {
     let line = |name| {
@@ -203,35 +214,38 @@ fn is_dying(status: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::fcntl::{Flock, FlockArg};
 
-    #[test]
-    fn who_holds_a_lock_is_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let open = || File::create(dir.path().join("lock")).unwrap();
-        assert_eq!(Holder::of(&open()).unwrap(), None);
-        let _held = Flock::lock(open(), FlockArg::LockExclusive).unwrap();
-        let pid = std::process::id() as i32;
-        let holder = Holder::of(&open()).unwrap();
-        assert_eq!(holder, Some(Holder { pid }));
-        assert!(!holder.unwrap().is_dying());
+    /// A process that has locked this byte of a file.
+    fn locker(path: &Path, at: i64) -> std::process::Child {
+        use std::io::BufRead;
+        let script = "import fcntl,sys\nf=open(sys.argv[1],'w')\nfcntl.lockf(f,fcntl.LOCK_EX,1,int(sys.argv[2]))\nprint(flush=True)\nsys.stdin.read()";
+        let mut command = std::process::Command::new("python3");
+        let command = command.args(["-c", script]).arg(path).arg(at.to_string());
+        let piped = || std::process::Stdio::piped();
+        let mut child = command.stdin(piped()).stdout(piped()).spawn().unwrap();
+        let said = io::BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut String::new());
+        assert_eq!(said.unwrap(), 1);
+        child
     }
 
     #[test]
-    fn lines_of_locks_are_understood() {
-        let line = "12: FLOCK  ADVISORY  WRITE 708 fd:1a:14578 0 EOF";
-        assert_eq!(parse_lock(line), Some((708, (0xfd, 0x1a, 14578))));
-        for none in [
-            "12: -> FLOCK  ADVISORY  WRITE 709 fd:1a:14578 0 EOF",
-            "13: POSIX  ADVISORY  WRITE 708 fd:1a:14578 0 EOF",
-            // A process that can't be seen from here.
-            "14: FLOCK  ADVISORY  WRITE -1 fd:1a:14578 0 EOF",
-            "15: FLOCK  ADVISORY  WRITE 0 fd:1a:14578 0 EOF",
-            "16: FLOCK  ADVISORY  WRITE 708 <none>:0 0 EOF",
-            "",
-        ] {
-            assert_eq!(parse_lock(none), None, "{none}");
+    fn who_has_said_last_that_it_holds_a_lock_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let file = File::create(&path).unwrap();
+        assert_eq!(Holder::of(&file).unwrap(), None);
+        // What this process says is for others.
+        Holder::say(&file).unwrap();
+        assert_eq!(Holder::of(&file).unwrap(), None);
+        let mut lockers = [1, 2].map(|at| (at, locker(&path, at)));
+        for (at, locker) in lockers.iter_mut().rev() {
+            let holder = Holder::of(&file).unwrap().unwrap();
+            assert_eq!((holder.pid, holder.at), (locker.id() as i32, *at));
+            assert!(!holder.is_dying());
+            locker.kill().unwrap();
+            locker.wait().unwrap();
         }
+        assert_eq!(Holder::of(&file).unwrap(), None);
     }
 
     #[test]

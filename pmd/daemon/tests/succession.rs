@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, socket};
 use rdsock_shm::control::{Message, kind};
-use tenant::actor::{Actor, Part, is_root, listen, say};
+use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::Honest;
 use tenant::silent::{FileSystem, be_file_system, with_file};
 use tenant::{Answer, Daemon, Tenant};
@@ -58,18 +58,49 @@ fn be_sender(part: &Part) {
     let _ = listen();
 }
 
+/// Files, and locks of parts of each, of somebody who wants the kernel to have very many.
+const LOCKED: usize = 200;
+const LOCKS: i64 = 500;
+/// No successor takes longer than this, however many there are.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The part of who has these.
+fn be_locker() {
+    let files: Vec<File> = (0..LOCKED)
+        .map(|_| tenant::memfd(0, nix::fcntl::SealFlag::empty()))
+        .collect();
+    for (file, at) in files
+        .iter()
+        .flat_map(|file| (0..LOCKS).map(move |at| (file, at)))
+    {
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 2 * at,
+            l_len: 1,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_SETLK(&lock)).unwrap();
+    }
+    say("locked");
+    let _ = listen();
+}
+
 #[test]
 fn a_killed_daemon_that_can_not_end_is_succeeded() {
     let test = "a_killed_daemon_that_can_not_end_is_succeeded";
     if let Some(part) = Part::of_this() {
         return match part.name.as_str() {
             "sender" => be_sender(&part),
+            "locker" => be_locker(),
             _ => be_file_system(&part),
         };
     }
     if !is_root() {
         return;
     }
+    let locker = Actor::start(test, "locker", std::path::Path::new("/"), ATTACKER);
+    locker.hear("locked");
     let mut daemon = Daemon::start("ring_size = 65536\nhuge_pages = \"never\"\n");
     let mut attached = Tenant::attach(&daemon);
     let mut sender = Actor::start_with(test, "sender", &daemon.socket(), |_| {});
@@ -85,7 +116,9 @@ fn a_killed_daemon_that_can_not_end_is_succeeded() {
     // What ends a look after some milliseconds does not end this.
     wait_for_held_thread(&daemon);
     daemon.signal(Signal::SIGKILL);
+    let start = Instant::now();
     let mut lingers = daemon.succeed();
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
     assert_eq!(lingers.try_wait().unwrap(), None);
     // As if the process had ended.
     assert!(matches!(attached.receive(), Answer::Closed));
