@@ -1,12 +1,14 @@
 //! What porters bring to the control thread.
 
 use std::io;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, TenantId};
+use crate::cgroups::Cgroup;
 use crate::channel::{Foreign, Receive, Sent};
 use crate::memory::{Bells, TenantMap};
 use crate::namespaces::Opened;
@@ -47,6 +49,8 @@ pub enum Found {
         owner: Owner,
         /// Who it is.
         passport: Result<Passport, Changed>,
+        /// The control group that it is in.
+        cgroup: Option<Arc<Cgroup>>,
         /// The memory. Nobody makes the daemon wait for it, unless this says so.
         map: (TenantMap, io::Result<()>),
     },
@@ -81,6 +85,8 @@ pub enum Found {
         tenant: TenantId,
         /// Is it who it was when it attached?
         unchanged: Result<(), Changed>,
+        /// The control group that it is in now.
+        cgroup: Option<Arc<Cgroup>>,
     },
     /// A look at the process of one end of a connection, before both ends are given their stream.
     Program {
@@ -115,8 +121,8 @@ pub struct Kept {
     pub stream: u64,
     /// For the so-manieth time.
     pub times: u32,
-    /// Somebody has one of its sockets.
-    pub kept: bool,
+    /// Somebody has one of its sockets; `None` when that could not be told.
+    pub kept: Option<bool>,
 }
 
 /// What a socket is looked at for.

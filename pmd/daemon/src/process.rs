@@ -141,6 +141,13 @@ impl Peer {
         String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
+    /// What says in which control groups it is. To read that may wait.
+    pub fn cgroup(&self) -> io::Result<File> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let file = openat(self.folder()?, "cgroup", flags, Mode::empty())?;
+        Ok(file.into())
+    }
+
     /// Whose it is now. Quick.
     pub fn standing(&self) -> io::Result<Standing> {
         let folder = self.folder()?;

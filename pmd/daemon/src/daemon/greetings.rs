@@ -16,8 +16,9 @@ use super::{Daemon, End};
 use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
+use crate::cgroups::Cgroup;
 use crate::channel::Outgoing;
-use crate::connections::{Belongings, Connection, Inbox, Standing, Tenant};
+use crate::connections::{Belongings, Connection, Entering, Inbox, Standing, Tenant};
 use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
@@ -165,13 +166,15 @@ impl Daemon {
         connection.inbox = Inbox::Receiving;
         let peer = connection.peer.clone();
         let owner = connection.channel.socket().owner();
+        let cgroups = self.cgroups.clone();
         // All of its groups are read, of which there may be very many: that is no quick look.
         self.porters.give(owner, move || {
-            let passport = Passport::new(peer, map.file(), attached.address);
+            let passport = Passport::new(peer.clone(), map.file(), attached.address);
             let kept = map.keep_whole();
             Some(Found::Attached {
                 owner,
                 passport,
+                cgroup: cgroups.of(&peer),
                 map: (map, kept),
             })
         });
@@ -183,6 +186,7 @@ impl Daemon {
         &mut self,
         owner: Owner,
         passport: Result<Passport, Changed>,
+        cgroup: Option<Arc<Cgroup>>,
         (map, kept): (TenantMap, io::Result<()>),
     ) {
         let id = owner.connection;
@@ -198,7 +202,14 @@ impl Daemon {
         self.serve(id, |daemon| {
             daemon.read_again(id)?;
             let refused = match passport {
-                Ok(passport) if kept.is_ok() => return daemon.attach(owner, passport, belongings),
+                Ok(passport) if kept.is_ok() => {
+                    let entering = Entering {
+                        passport,
+                        cgroup,
+                        belongings,
+                    };
+                    return daemon.attach(owner, entering);
+                }
                 Ok(_) => {
                     daemon.journal.counters.bad_memory += 1;
                     SEALED
@@ -214,22 +225,17 @@ impl Daemon {
     }
 
     /// A caller is to be a tenant. A network namespace that is not known yet is opened first.
-    fn attach(
-        &mut self,
-        owner: Owner,
-        passport: Passport,
-        belongings: Belongings,
-    ) -> Result<(), End> {
-        let pid = passport.peer.pid;
+    fn attach(&mut self, owner: Owner, entering: Entering) -> Result<(), End> {
+        let pid = entering.passport.peer.pid;
         let is_new = netns_inode(pid).is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
         let Some(connection) = self.connections.get_mut(owner.connection) else {
-            self.unmap(owner, belongings.map);
+            self.unmap(owner, entering.belongings.map);
             return Ok(());
         };
         if !is_new {
-            return self.become_tenant(owner, passport, belongings);
+            return self.become_tenant(owner, entering);
         }
-        connection.begin_entering(passport, belongings);
+        connection.begin_entering(entering);
         connection.inbox = Inbox::Receiving;
         self.have_namespace_opened(owner, pid, None);
         Ok(())
@@ -263,11 +269,11 @@ impl Daemon {
         if let Some(conn) = announced {
             self.on_followed(conn);
         } else if let Some(connection) = self.connections.get_mut(id)
-            && let Some((passport, belongings)) = connection.end_entering()
+            && let Some(entering) = connection.end_entering()
         {
             self.serve(id, |daemon| {
                 daemon.read_again(id)?;
-                daemon.become_tenant(owner, passport, belongings)
+                daemon.become_tenant(owner, entering)
             });
         }
         // Whoever it was opened for is there by now, or has gone.
@@ -277,12 +283,12 @@ impl Daemon {
     }
 
     /// A caller is a tenant from now on.
-    fn become_tenant(
-        &mut self,
-        owner: Owner,
-        passport: Passport,
-        belongings: Belongings,
-    ) -> Result<(), End> {
+    fn become_tenant(&mut self, owner: Owner, entering: Entering) -> Result<(), End> {
+        let Entering {
+            passport,
+            cgroup,
+            belongings,
+        } = entering;
         let Belongings {
             map,
             bells,
@@ -314,6 +320,7 @@ impl Daemon {
             bells,
             may_be_rung,
             passport: Arc::new(passport),
+            cgroup,
             netns,
             looks: 0,
             throttled: false,

@@ -1,5 +1,6 @@
 //! What the messages on a control connection mean, and what a tenant asks through its queue.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdsock_shm::control::{
@@ -13,6 +14,7 @@ use super::{Daemon, End};
 use crate::accounts::Thing;
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
+use crate::cgroups::Cgroup;
 use crate::channel::{Luggage, Outgoing, Received, sender};
 use crate::connections::{Connection, Tenant};
 use crate::found::Found;
@@ -224,23 +226,33 @@ impl Daemon {
         }
     }
 
-    /// Has a porter look whether a tenant is who it was.
+    /// Has a porter look whether a tenant is who it was, and in which control group it is by now.
     fn have_process_looked_at(&mut self, tenant: TenantId) {
         let Some(entry) = self.connections.tenant(tenant) else {
             return;
         };
         let passport = entry.passport.clone();
         let owner = Self::owner_of(tenant, entry);
+        let cgroups = self.cgroups.clone();
         self.porters.give(owner, move || {
             Some(Found::Process {
                 tenant,
                 unchanged: passport.check(),
+                cgroup: cgroups.of(&passport.peer),
             })
         });
     }
 
     /// A porter has looked at a tenant's process.
-    pub(super) fn on_process(&mut self, id: TenantId, unchanged: Result<(), Changed>) {
+    pub(super) fn on_process(
+        &mut self,
+        id: TenantId,
+        unchanged: Result<(), Changed>,
+        cgroup: Option<Arc<Cgroup>>,
+    ) {
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.cgroup = cgroup;
+        }
         if let Err(changed) = unchanged
             && changed != Changed::Hidden
         {
