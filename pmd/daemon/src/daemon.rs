@@ -47,7 +47,7 @@ use crate::lines::Lines;
 use crate::namespaces::Namespaces;
 use crate::notify::notify;
 use crate::own;
-use crate::porters::{self, Here, IN_PLACE_OF_USERS, NOBODY, Porters};
+use crate::porters::{self, Here, IN_PLACE_OF_USERS, KEEPERS, NOBODY, Porters};
 use crate::process::Peer;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
@@ -352,9 +352,9 @@ impl Daemon {
         }
     }
 
-    /// What may be done now.
+    /// What may be done now. Looks whether streams are held are for those whose streams have just ended: nobody else comes with them.
     fn portion(&self) -> Portion {
-        Portion::new(self.shares.users() > 1)
+        Portion::new(self.shares.users_beside(KEEPERS) > 1)
     }
 
     /// What is due, the longest due first. What is left is due in the next turn, which does not wait.

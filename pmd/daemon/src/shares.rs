@@ -76,9 +76,9 @@ impl Shares {
         *self.used.entry(uid).or_default() += time;
     }
 
-    /// How many users have used some of it lately.
-    pub fn users(&self) -> usize {
-        self.used.len()
+    /// How many users have used some of it lately, beside this one.
+    pub fn users_beside(&self, uid: u32) -> usize {
+        self.used.len() - usize::from(self.used.contains_key(&uid))
     }
 
     /// What a user has used lately.
@@ -209,7 +209,7 @@ mod tests {
         let of = |shares: &Shares, uid| shares.of(uid).0;
         assert_eq!(of(&shares, 7), Duration::from_micros(400));
         assert_eq!(of(&shares, 9), Duration::ZERO);
-        assert_eq!(shares.users(), 2);
+        assert_eq!((shares.users_beside(9), shares.users_beside(8)), (2, 1));
         shares.charge(9, Duration::from_micros(1), start + 2 * HALVED);
         assert_eq!(of(&shares, 7), Duration::from_micros(100));
         assert_eq!(of(&shares, 8), Duration::ZERO);
