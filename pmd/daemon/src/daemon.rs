@@ -302,7 +302,7 @@ impl Daemon {
                 Work::Here(Here::Found(found)) => self.on_find(found),
                 Work::Here(Here::Look(owner, look)) => {
                     let yard = self.porters.clone();
-                    match relay.risk(self, || porters::carry(look)) {
+                    match relay.risk(self, |used| porters::carry(look, used)) {
                         Back::Held(daemon, (found, pace)) => {
                             self = daemon;
                             yard.carried(pace);

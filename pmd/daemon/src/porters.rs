@@ -537,9 +537,10 @@ pub enum Pace {
     Late,
 }
 
-/// Carries a quick load, and nothing else: what the daemon's threads wait for among themselves is nobody's fault.
-pub fn carry<D>(load: Load<D>) -> (Option<D>, Pace) {
-    let (since, before, used) = (Instant::now(), waits(), processor_time());
+/// Carries a quick load, and nothing else: what the daemon's threads wait for among themselves is nobody's fault. This thread has `used`
+/// so much of its processor so far.
+pub fn carry<D>(load: Load<D>, used: Duration) -> (Option<D>, Pace) {
+    let (since, before) = (Instant::now(), waits());
     let found = load();
     // A thread that had no core for a while has not waited for anybody, nor worked.
     let waited = || waits() != before;

@@ -21,6 +21,7 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::gettid;
 
 use crate::heap;
+use crate::own::processor_time;
 use crate::starter::Starter;
 
 /// The stand-in looks after each such time. What it finds lying twice, it picks up.
@@ -73,10 +74,10 @@ struct Place<B> {
     baton: Option<Box<B>>,
     /// How often it was laid down.
     times: u64,
-    /// The thread that laid it down.
+    /// The control thread, which lays it down.
     thread: i32,
     /// The processor time that this thread had used by then.
-    used: Option<Duration>,
+    used: Duration,
     /// A stand-in looks now and then.
     watched: bool,
     /// A stand-in has its place: another one waits until it is free.
@@ -104,7 +105,7 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
             baton: None,
             times: 0,
             thread: 0,
-            used: None,
+            used: Duration::ZERO,
             watched: false,
             taken: false,
             spare: 0,
@@ -135,15 +136,18 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
     }
 
     fn run(&self, baton: Box<B>) {
+        self.shared.lock().thread = gettid().as_raw();
         if let Some(end) = (self.leg)(baton, self) {
             let _ = self.ended.send(end);
         }
     }
 
-    /// Does something that may have to wait, with the baton laid down meanwhile.
-    pub fn risk<R>(&self, baton: Box<B>, work: impl FnOnce() -> R) -> Back<B, R> {
-        let times = self.shared.lay_down(baton);
-        let result = work();
+    /// Does something that may have to wait, with the baton laid down meanwhile. It is told what this thread has used of its
+    /// processor so far: to ask the kernel for that twice would be a good part of a look.
+    pub fn risk<R>(&self, baton: Box<B>, work: impl FnOnce(Duration) -> R) -> Back<B, R> {
+        let used = processor_time();
+        let times = self.shared.lay_down(baton, used);
+        let result = work(used);
         match self.shared.pick_up(times) {
             Some(baton) => Back::Held(baton, result),
             None => {
@@ -180,12 +184,11 @@ impl<B> Shared<B> {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lay_down(&self, baton: Box<B>) -> u64 {
+    fn lay_down(&self, baton: Box<B>, used: Duration) -> u64 {
         let mut place = self.lock();
         place.baton = Some(baton);
+        place.used = used;
         place.times += 1;
-        place.thread = gettid().as_raw();
-        place.used = used_by(place.thread);
         let times = place.times;
         let watched = std::mem::replace(&mut place.watched, true);
         drop(place);
@@ -294,11 +297,8 @@ fn used_by(thread: i32) -> Option<Duration> {
 }
 
 /// Has a thread used much processor time since it had used that much? To have no core costs none.
-fn is_busy(thread: i32, since: Option<Duration>) -> bool {
-    match (used_by(thread), since) {
-        (Some(now), Some(since)) => now.saturating_sub(since) >= BUSY,
-        _ => false,
-    }
+fn is_busy(thread: i32, since: Duration) -> bool {
+    used_by(thread).is_some_and(|now| now.saturating_sub(since) >= BUSY)
 }
 
 #[cfg(test)]
@@ -324,7 +324,7 @@ mod tests {
         baton.legs.push(thread::current().id());
         let late = baton.late.clone();
         while let Some(wait) = baton.waits.pop() {
-            match relay.risk(baton, move || wait.recv().is_ok()) {
+            match relay.risk(baton, move |_| wait.recv().is_ok()) {
                 Back::Held(back, _) => baton = back,
                 Back::Lost(_) => {
                     late.send(thread::current().id()).unwrap();
@@ -366,7 +366,7 @@ mod tests {
     fn who_computes_for_a_moment_keeps_the_baton() {
         fn leg(mut baton: Box<u32>, relay: &Relay<u32, u32>) -> Option<u32> {
             for _ in 0..20 {
-                match relay.risk(baton, || compute(BUSY / 4)) {
+                match relay.risk(baton, |_| compute(BUSY / 4)) {
                     Back::Held(back, ()) => baton = back,
                     Back::Lost(()) => return Some(0),
                 }
@@ -386,7 +386,7 @@ mod tests {
             }
             let mut baton = baton;
             *baton = true;
-            match relay.risk(baton, || compute(100 * BUSY)) {
+            match relay.risk(baton, |_| compute(100 * BUSY)) {
                 Back::Held(..) => Some(false),
                 Back::Lost(()) => None,
             }
@@ -404,7 +404,7 @@ mod tests {
                 return Some(true);
             }
             thread::sleep(4 * IDLE * PATIENCE);
-            match relay.risk(baton, move || held.recv_timeout(Duration::from_secs(20))) {
+            match relay.risk(baton, move |_| held.recv_timeout(Duration::from_secs(20))) {
                 Back::Held(..) => Some(false),
                 Back::Lost(_) => {
                     drop(hold);
@@ -430,7 +430,7 @@ mod tests {
             let legs = baton.0.len();
             // The second one is not relieved, so it keeps the baton.
             let patience = if legs == 1 { 600 } else { 1 };
-            match relay.risk(baton, move || {
+            match relay.risk(baton, move |_| {
                 held.recv_timeout(Duration::from_secs(patience))
             }) {
                 Back::Held(..) => Some(legs),

@@ -38,7 +38,7 @@ fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
     assert_eq!(porters.load(), (1, 1));
     let (who, load) = look(&porters);
     assert_eq!(who.connection, 1);
-    assert_eq!(carry(load), (Some(1), Pace::InTime));
+    assert_eq!(carry(load, processor_time()), (Some(1), Pace::InTime));
     porters.carried(Pace::InTime);
     assert_eq!(fetch(&porters), 1);
     // This one has to wait: another thread goes on, and trusts its user no more, but others.
@@ -69,14 +69,23 @@ fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
         thread::sleep(3 * Trust::QUICK);
         Some(1)
     };
-    assert_eq!(carry(Box::new(nap)), (Some(1), Pace::Late));
+    assert_eq!(
+        carry(Box::new(nap), processor_time()),
+        (Some(1), Pace::Late)
+    );
     let work = || {
         let start = processor_time();
         while processor_time() - start < 2 * Trust::QUICK {}
         Some(2)
     };
-    assert_eq!(carry(Box::new(work)), (Some(2), Pace::Late));
-    assert_eq!(carry(Box::new(|| Some(3))), (Some(3), Pace::InTime));
+    assert_eq!(
+        carry(Box::new(work), processor_time()),
+        (Some(2), Pace::Late)
+    );
+    assert_eq!(
+        carry(Box::new(|| Some(3)), processor_time()),
+        (Some(3), Pace::InTime)
+    );
 }
 
 #[test]
