@@ -79,8 +79,27 @@ pub struct Announced {
     pub route: Route,
     /// Which end it is.
     pub role: Role,
-    /// Cookie and inode of the socket at the other end, at a moment when this one was there.
-    pub other_end: Option<(u64, u64)>,
+    /// The socket at the other end, at a moment when this one was there; `None` where that was not asked.
+    pub other_end: Option<Socket>,
+}
+
+/// Which socket it is, by the kernel's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+    /// Inode of the socket.
+    pub inode: u64,
+}
+
+impl Announced {
+    /// Its socket.
+    pub fn socket(&self) -> Socket {
+        Socket {
+            cookie: self.cookie,
+            inode: self.inode,
+        }
+    }
 }
 
 /// What becomes of an announcement.
@@ -242,8 +261,13 @@ impl<M> Book<M> {
 
     /// The announcement that waits for this one.
     pub fn opposite(&self, announced: &Announced) -> Option<Announced> {
-        let other = self.waiting_at(&announced.route.reversed());
-        other.filter(|other| other.cookie != announced.cookie)
+        self.opposite_to(announced.route, announced.cookie)
+    }
+
+    /// The announcement that waits for one with this route, of the socket with this cookie.
+    pub fn opposite_to(&self, route: Route, cookie: u64) -> Option<Announced> {
+        let other = self.waiting_at(&route.reversed());
+        other.filter(|other| other.cookie != cookie)
     }
 
     /// The process of an announcement that waits was seen again to run its program.

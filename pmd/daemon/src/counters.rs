@@ -36,6 +36,10 @@ pub struct Counters {
     pub long_turns: u64,
     /// Control threads that had to wait for a stranger, and were replaced by another one.
     pub held_up: u64,
+    /// Looks that the control thread has taken.
+    pub looks: u64,
+    /// Messages in which the kernel was asked for sockets.
+    pub asked: u64,
     /// Connections announced.
     pub announced: u64,
     /// Announcements that the kernel did not confirm.

@@ -301,6 +301,7 @@ impl Daemon {
                 Work::Requests(id) => self.serve(id, |daemon| daemon.go_on(id)),
                 Work::Here(Here::Found(found)) => self.on_find(found),
                 Work::Here(Here::Look(owner, look)) => {
+                    self.journal.counters.looks += 1;
                     let yard = self.porters.clone();
                     match relay.risk(self, |used| porters::carry(look, used)) {
                         Back::Held(daemon, (found, pace)) => {
@@ -513,11 +514,12 @@ impl Daemon {
                 unchanged,
                 cgroup,
             } => self.on_process(tenant, unchanged, cgroup),
-            Found::Program {
+            Found::Pair {
                 conn,
                 whose,
-                unchanged,
-            } => self.on_program(conn, whose, unchanged),
+                other,
+                meeting,
+            } => self.on_pair(conn, whose, other, meeting),
             Found::Ended(id) => {
                 if let Some(streams) = self.unwatch(id) {
                     self.check_streams(&streams);

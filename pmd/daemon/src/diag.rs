@@ -2,11 +2,13 @@
 //! namespace that the netlink socket was made in.
 //!
 //! An answer takes some microseconds, where there is such a connection. Where there is none, the kernel walks a chain of sockets that
-//! listen, as long as whoever has these likes it: many milliseconds. So it is asked in looks, or by porters.
+//! listen, as long as whoever has these likes it: many milliseconds. So it is asked in looks, or by porters. Several questions go in one
+//! message: the kernel answers them one after the other, with nothing between.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -31,6 +33,17 @@ pub struct Found {
     pub inode: u64,
     /// The connection is established, in both directions.
     pub established: bool,
+}
+
+/// A TCP socket that is looked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Sought {
+    /// Its own address.
+    pub local: SocketAddr,
+    /// Its peer's.
+    pub peer: SocketAddr,
+    /// `SO_COOKIE`; `None` for any.
+    pub cookie: Option<u64>,
 }
 
 /// A socket that listens.
@@ -92,21 +105,41 @@ impl Diag {
         peer: SocketAddr,
         cookie: u64,
     ) -> io::Result<Option<Found>> {
-        let Some(question) = question(local, peer, cookie) else {
-            return Ok(None);
+        let sought = Sought {
+            local,
+            peer,
+            cookie: Some(cookie),
         };
-        // All ones stand for any cookie (`INET_DIAG_NOCOOKIE`): what was found has to have this one.
-        let found = self.ask(&question)?;
-        let found = found.filter(|found| join_cookie(found.header.socket_id.cookie) == cookie);
-        Ok(found.as_ref().map(Found::of))
+        let [found] = self.find_each([sought])?;
+        Ok(found)
+    }
+
+    /// These sockets, asked for one after the other with nothing between. One may be asked for twice.
+    pub fn find_each<const N: usize>(&self, sought: [Sought; N]) -> io::Result<[Option<Found>; N]> {
+        let mut questions = Vec::with_capacity(N * QUESTION);
+        for Sought {
+            local,
+            peer,
+            cookie,
+        } in sought
+        {
+            if !ask_for(local, peer, cookie.unwrap_or(NO_COOKIE), &mut questions) {
+                return Ok([None; N]);
+            }
+        }
+        let mut found = [None; N];
+        let answers: [_; N] = self.ask(&questions)?;
+        for ((found, answer), sought) in found.iter_mut().zip(&answers).zip(&sought) {
+            // All ones stand for any cookie (`INET_DIAG_NOCOOKIE`): what was found has to have this one.
+            let answer = answer.as_ref().map(Found::of);
+            *found = answer.filter(|answer| sought.cookie.is_none_or(|it| it == answer.cookie));
+        }
+        Ok(found)
     }
 
     /// The TCP socket with exactly this pair of addresses, whatever its cookie is.
     pub fn find_any(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<Found>> {
-        let Some(question) = question(local, peer, NO_COOKIE) else {
-            return Ok(None);
-        };
-        Ok(self.ask(&question)?.as_ref().map(Found::of))
+        Ok(self.ask_one(local, peer)?.as_ref().map(Found::of))
     }
 
     /// The TCP socket that would get a connection to `destination` from `source`, if one listens there. Of several that
@@ -116,10 +149,7 @@ impl Diag {
         destination: SocketAddr,
         source: SocketAddr,
     ) -> io::Result<Option<Listener>> {
-        let Some(question) = question(destination, source, NO_COOKIE) else {
-            return Ok(None);
-        };
-        let found = self.ask(&question)?;
+        let found = self.ask_one(destination, source)?;
         let is_over = |found: &InetResponse| found.header.state == TCP_TIME_WAIT;
         if source.port() != 0 && found.as_ref().is_some_and(is_over) {
             // What is left of an earlier connection between them, which keeps no new one away. No connection has port 0.
@@ -133,16 +163,26 @@ impl Diag {
             }))
     }
 
-    fn ask(&self, question: &[u8]) -> io::Result<Option<InetResponse>> {
+    /// Asks for any socket with these addresses.
+    fn ask_one(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<InetResponse>> {
+        let mut question = Vec::with_capacity(QUESTION);
+        if !ask_for(local, peer, NO_COOKIE, &mut question) {
+            return Ok(None);
+        }
+        let [found] = self.ask(&question)?;
+        Ok(found)
+    }
+
+    fn ask<const N: usize>(&self, questions: &[u8]) -> io::Result<[Option<InetResponse>; N]> {
         let mut spare = self.lock();
         if !self.is_home {
             let socket = spare.first().ok_or(io::ErrorKind::NotConnected)?;
-            return ask_by(socket, question);
+            return ask_by(socket, questions);
         }
         let socket = spare.pop();
         drop(spare);
         let socket = socket.map_or_else(new_socket, Ok)?;
-        let found = ask_by(&socket, question)?;
+        let found = ask_by(&socket, questions)?;
         let mut spare = self.lock();
         if spare.len() < SPARE {
             spare.push(socket);
@@ -165,6 +205,14 @@ impl Found {
     }
 }
 
+/// Messages with questions so far, of all threads.
+static ASKED: AtomicU64 = AtomicU64::new(0);
+
+/// How many messages with questions there were so far.
+pub fn asked() -> u64 {
+    ASKED.load(Ordering::Relaxed)
+}
+
 fn new_socket() -> io::Result<OwnedFd> {
     let socket = socket(
         AddressFamily::Netlink,
@@ -177,10 +225,24 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn ask_by(socket: &OwnedFd, question: &[u8]) -> io::Result<Option<InetResponse>> {
+/// Asks so many questions. Each answer is taken, also behind one that says that something is wrong: none is left for the next questions.
+fn ask_by<const N: usize>(
+    socket: &OwnedFd,
+    questions: &[u8],
+) -> io::Result<[Option<InetResponse>; N]> {
     let fd = socket.as_raw_fd();
-    send(fd, question, MsgFlags::empty())?;
+    ASKED.fetch_add(1, Ordering::Relaxed);
+    send(fd, questions, MsgFlags::empty())?;
     // The kernel answers within the send.
+    let answers: [_; N] = std::array::from_fn(|_| take_answer(fd));
+    let mut found = [const { None }; N];
+    for (found, answer) in found.iter_mut().zip(answers) {
+        *found = answer?;
+    }
+    Ok(found)
+}
+
+fn take_answer(fd: RawFd) -> io::Result<Option<InetResponse>> {
     let mut bytes = [0; 4096];
     let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
     let answer = bytes.get(..len).unwrap_or(&[]);
@@ -200,14 +262,17 @@ fn ask_by(socket: &OwnedFd, question: &[u8]) -> io::Result<Option<InetResponse>>
 /// In place of a cookie: any socket's.
 const NO_COOKIE: u64 = u64::MAX;
 
-/// Asks for the socket with these addresses; `None` where there can be none.
-fn question(local: SocketAddr, peer: SocketAddr, cookie: u64) -> Option<Vec<u8>> {
+/// Bytes of a question.
+const QUESTION: usize = 72;
+
+/// Puts the question for the socket with these addresses behind others; false where there can be none.
+fn ask_for(local: SocketAddr, peer: SocketAddr, cookie: u64, questions: &mut Vec<u8>) -> bool {
     // A v4-mapped IPv6 socket is found by its IPv4 addresses.
     let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let family = match (local_ip, peer_ip) {
         (IpAddr::V4(_), IpAddr::V4(_)) => AF_INET,
         (IpAddr::V6(_), IpAddr::V6(_)) => AF_INET6,
-        _ => return None,
+        _ => return false,
     };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST;
@@ -227,9 +292,10 @@ fn question(local: SocketAddr, peer: SocketAddr, cookie: u64) -> Option<Vec<u8>>
     };
     let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
     packet.finalize();
-    let mut bytes = vec![0; packet.buffer_len()];
-    packet.serialize(&mut bytes);
-    Some(bytes)
+    let start = questions.len();
+    questions.resize(start + packet.buffer_len(), 0);
+    packet.serialize(&mut questions[start..]);
+    true
 }
 
 /// The kernel keeps a cookie as two 32-bit words, low word first, each in host order.
@@ -321,6 +387,21 @@ mod tests {
             assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
             assert_eq!(diag.find(local, peer, NO_COOKIE).unwrap(), None);
             assert_eq!(diag.find(peer, peer, cookie).unwrap(), None);
+            let sought = |local, peer, cookie| Sought {
+                local,
+                peer,
+                cookie,
+            };
+            // What is behind an answer that there is none is there as well, and nothing is left for the next question.
+            let each = [
+                sought(local, peer, Some(cookie)),
+                sought(peer, peer, Some(cookie)),
+                sought(local, peer, Some(cookie + 1)),
+                sought(local, peer, None),
+            ];
+            let expected = [Some(found), None, None, Some(found)];
+            assert_eq!(diag.find_each(each).unwrap(), expected);
+            assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
         }
         // Who would get the next connection is asked without a connection.
         let here = stream.local_addr().unwrap();
@@ -352,7 +433,8 @@ mod tests {
         let fd = diag.lock()[SPARE - 1].as_raw_fd();
         let name = getsockname::<NetlinkAddr>(fd).unwrap();
         let forger = new_socket().unwrap();
-        let forgery = question(to, from, NO_COOKIE).unwrap();
+        let mut forgery = Vec::new();
+        assert!(ask_for(to, from, NO_COOKIE, &mut forgery));
         let sent = sendto(forger.as_raw_fd(), &forgery, &name, MsgFlags::empty());
         assert!(
             matches!(sent, Err(Errno::ECONNREFUSED | Errno::EPERM)),

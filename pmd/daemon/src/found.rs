@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use rdsock_shm::control::Between;
 
-use crate::book::{Conn, TenantId};
+use crate::book::{Conn, Socket, TenantId};
 use crate::cgroups::Cgroup;
 use crate::channel::{Foreign, Receive, Sent};
 use crate::memory::{Bells, TenantMap};
@@ -15,7 +15,7 @@ use crate::namespaces::Opened;
 use crate::porters::Owner;
 use crate::process::Program;
 use crate::queries::Fetched;
-use crate::rights::{Changed, Held, NotHeld, Passport};
+use crate::rights::{Changed, Held, Meeting, NotHeld, Passport};
 
 /// What a load has found.
 #[derive(Debug)]
@@ -88,14 +88,16 @@ pub enum Found {
         /// The control group that it is in now.
         cgroup: Option<Arc<Cgroup>>,
     },
-    /// A look at the process of one end of a connection, before both ends are given their stream.
-    Program {
+    /// A look at two ends that find each other, and at the process of one of them, before both are given their stream.
+    Pair {
         /// The end that was announced last.
         conn: Conn,
         /// The end whose process was looked at: that one, or the one that has waited for it.
         whose: Conn,
-        /// Does it run the program that it ran? If so, is its socket there still?
-        unchanged: Result<bool, Changed>,
+        /// The socket of the one that has waited.
+        other: Socket,
+        /// Does that process run the program that it ran? If so, do the two sockets meet?
+        meeting: Result<Meeting, Changed>,
     },
     /// The process of a connection has ended.
     Ended(u64),

@@ -21,8 +21,8 @@ use nix::sys::socket::{
 use nix::unistd::geteuid;
 use rdsock_shm::control::{NAMELESS, Request};
 
-use crate::book::{Announced, Conn, End, Role, Route};
-use crate::diag::{Diag, Found, Listener, cookie_of, device_of, is_tcp, netns_cookie_of};
+use crate::book::{Announced, Conn, End, Role, Route, Socket};
+use crate::diag::{Diag, Found, Listener, Sought, cookie_of, device_of, is_tcp, netns_cookie_of};
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
@@ -224,6 +224,8 @@ pub struct Ask {
     pub route: Route,
     /// What knows the sockets of their network namespace.
     pub diag: Arc<Diag>,
+    /// The socket at the other end is asked for as well.
+    pub both: bool,
 }
 
 impl Ask {
@@ -232,30 +234,57 @@ impl Ask {
         self.diag.find(self.route.local, self.route.peer, cookie)
     }
 
-    /// Is that socket there, with this inode, and established?
-    pub fn is_there(&self, cookie: u64, inode: u64) -> bool {
-        let found = self.own(cookie).ok().flatten();
-        found.is_some_and(|found| found.established && found.inode == inode)
-    }
-
-    /// The same, and the one at its other end, if both were there at one moment.
-    fn both(&self, cookie: u64) -> std::io::Result<Located> {
-        let Route { local, peer, .. } = self.route;
-        let is_there = |found: &Found| found.established;
-        let before = self.own(cookie)?.filter(is_there);
-        let other = match before {
-            Some(_) => self.diag.find_any(peer, local)?.filter(is_there),
-            None => None,
+    /// The same, and the one at its other end where that is asked for, if both were there at one moment.
+    fn locate(&self, cookie: u64) -> std::io::Result<Located> {
+        let route = self.route;
+        if !self.both {
+            return Ok(Located {
+                route,
+                own: self.own(cookie)?,
+                other_end: None,
+            });
+        }
+        let sought = |Route { local, peer, .. }: Route, cookie| Sought {
+            local,
+            peer,
+            cookie,
         };
+        let own = sought(route, Some(cookie));
+        let questions = [own, sought(route.reversed(), None), own];
+        let [before, other, own] = self.diag.find_each(questions)?;
         // While this end is there no other connection has its addresses.
-        let own = self.own(cookie)?;
-        let other = other.filter(|_| own.as_ref().is_some_and(is_there));
+        let is_there = |found: &Option<Found>| found.is_some_and(|found| found.established);
+        let met = [before, other, own].iter().all(is_there);
         Ok(Located {
-            route: self.route,
+            route,
             own,
-            other_end: other.map(|other| (other.cookie, other.inode)),
+            other_end: other.filter(|_| met).map(|other| Socket {
+                cookie: other.cookie,
+                inode: other.inode,
+            }),
         })
     }
+
+    /// Is a socket there, and does it meet the other one?
+    pub fn meet(&self, own: Socket, other: Socket) -> Meeting {
+        let located = self.locate(own.cookie).ok();
+        match located.filter(|located| located.is(own.inode)) {
+            None => Meeting::None,
+            Some(located) if located.other_end == Some(other) => Meeting::Both,
+            Some(_) => Meeting::One,
+        }
+    }
+}
+
+/// Which of two sockets are there, that may be the ends of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// They meet.
+    Both,
+    /// The one that was asked for, and not the other one.
+    One,
+    /// Not the one that was asked for, or the kernel does not say.
+    None,
 }
 
 /// What the kernel has said of a socket by its addresses.
@@ -265,8 +294,16 @@ pub struct Located {
     route: Route,
     /// The socket, if it has these.
     own: Option<Found>,
-    /// Cookie and inode of the one at its other end.
-    other_end: Option<(u64, u64)>,
+    /// The one at its other end.
+    other_end: Option<Socket>,
+}
+
+impl Located {
+    /// Is it there, with this inode, and established?
+    fn is(&self, inode: u64) -> bool {
+        let own = self.own;
+        own.is_some_and(|own| own.established && own.inode == inode)
+    }
 }
 
 /// Where a socket says that it is bound. In a network namespace of one's own anybody has any port and address.
@@ -346,7 +383,7 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     let searched = (look.search.as_ref()).map(|searches| searches.other_holder(peer.pid, inode));
     // When in doubt, it is shared: the shim asks again.
     let shared = searched.is_some_and(|found| found != OtherHolder::Nobody);
-    let located = look.ask.as_ref().map(|ask| ask.both(look.cookie));
+    let located = look.ask.as_ref().map(|ask| ask.locate(look.cookie));
     let located = located.transpose().map_err(|error| {
         NotHeld::Silent(Errno::from_raw(error.raw_os_error().unwrap_or_default()))
     })?;
@@ -565,13 +602,17 @@ impl Rights {
         Some(Ask {
             route,
             diag: diag.clone(),
+            both: false,
         })
     }
 
     /// Where to ask for a socket again.
     pub fn ask_for(&self, route: Route) -> Option<Ask> {
-        let diag = self.namespaces.diag(route.netns)?.clone();
-        Some(Ask { route, diag })
+        Some(Ask {
+            route,
+            diag: self.namespaces.diag(route.netns)?.clone(),
+            both: false,
+        })
     }
 
     /// May this connection be matched for this tenant? Its process was found to hold the socket ([`look`]); the kernel
@@ -587,9 +628,7 @@ impl Rights {
         if held.cookie != claim.cookie || asked != (claim.local, claim.peer) {
             return None;
         }
-        let found = located.own?;
-        let is_it = found.inode == held.inode && found.established;
-        is_it.then(|| Announced {
+        located.is(held.inode).then(|| Announced {
             conn: claim.conn,
             fd: claim.fd,
             pid: passport.peer.pid,
@@ -614,7 +653,7 @@ impl Rights {
     pub fn leads_to(announced: &Announced, cookie: u64) -> bool {
         announced
             .other_end
-            .is_some_and(|(other, _)| other == cookie)
+            .is_some_and(|other| other.cookie == cookie)
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? Its socket is the one that was at the
@@ -627,8 +666,7 @@ impl Rights {
         passport: &Passport,
     ) -> Result<bool, Changed> {
         passport.check_quickly()?;
-        Ok(later.other_end == Some((announced.cookie, announced.inode))
-            && passport.peer.has_open(announced.fd))
+        Ok(later.other_end == Some(announced.socket()) && passport.peer.has_open(announced.fd))
     }
 
     /// May a tenant have this end, since its process holds the end's socket? That process is the one that the end was

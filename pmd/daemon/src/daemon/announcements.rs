@@ -9,13 +9,15 @@ use tracing::debug;
 
 use super::{Daemon, End};
 use crate::accounts::Thing;
-use crate::book::{Announced, Announcement, Conn, TenantId};
+use crate::book::{Announced, Announcement, Conn, Route, Socket, TenantId};
 use crate::fabric::Early;
 use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::{NOBODY, Owner};
 use crate::process::netns_inode;
-use crate::rights::{Ask, Changed, Claim, Held, Located, Look, NotHeld, Place, Rights, look};
+use crate::rights::{
+    Ask, Changed, Claim, Held, Located, Look, Meeting, NotHeld, Place, Rights, look,
+};
 
 /// Who waits for looks at others for longer is looked at once more.
 const SEEN_LATELY: Duration = Duration::from_millis(50);
@@ -30,6 +32,14 @@ struct Pairing {
     since: Instant,
     /// Looks at their processes since.
     looks: u8,
+}
+
+/// What is to be looked at of two ends that find each other.
+struct Doubt {
+    /// The end whose process is looked at.
+    whose: Conn,
+    /// The socket of the one that has waited.
+    other: Socket,
 }
 
 /// What a connection record is looked at for.
@@ -149,9 +159,19 @@ impl Daemon {
     fn have_announced_looked_at(&mut self, claim: Box<Claim>, ticket: u64, ask: Option<Ask>) {
         let (conn, socket) = (claim.conn, (claim.fd, claim.cookie));
         let searched = claim.maybe_shared;
+        let ask = ask.map(|ask| Ask {
+            both: ticket != 0 || self.is_fresh_at(ask.route, claim.cookie),
+            ..ask
+        });
         self.announcements
             .expect(conn, Wanted::Match { claim, ticket });
         self.have_looked_at(conn.tenant, Errand::Conn(conn), socket, searched, ask);
+    }
+
+    /// Was the other end just looked at? Then nothing else is asked before both are given their stream.
+    fn is_fresh_at(&self, route: Route, cookie: u64) -> bool {
+        let waits = self.streams.opposite_to(route, cookie);
+        waits.is_some_and(|waits| self.announcements.fresh.contains(&waits.conn))
     }
 
     /// A process asks whether a socket that it inherited is a stream.
@@ -437,16 +457,19 @@ impl Daemon {
         });
     }
 
-    /// Has the process of one of two ends looked at that find each other: it may run another program by now, or have closed its
-    /// socket. False where its tenant has gone.
-    fn have_program_looked_at(
+    /// Has two ends looked at that find each other, and the process of one of them: it may run another program by now. False where
+    /// its tenant has gone.
+    fn have_pair_looked_at(
         &mut self,
         announced: Announced,
         pairing: Pairing,
-        end: Announced,
+        Doubt { whose, other }: Doubt,
     ) -> bool {
-        let (conn, whose) = (announced.conn, end.conn);
-        let ask = self.rights.ask_for(end.route);
+        let (conn, own) = (announced.conn, announced.socket());
+        let Some(mut ask) = self.rights.ask_for(announced.route) else {
+            return false;
+        };
+        ask.both = true;
         let Some(tenant) = self.connections.tenant_mut(whose.tenant) else {
             return false;
         };
@@ -464,28 +487,38 @@ impl Daemon {
         let pair = Wanted::Pair(Box::new(announced), pairing);
         self.announcements.expect(conn, pair);
         self.porters.give_quick(owner, move || {
-            Some(Found::Program {
+            Some(Found::Pair {
                 conn,
                 whose,
-                unchanged: passport
-                    .check_program()
-                    .map(|()| ask.is_some_and(|ask| ask.is_there(end.cookie, end.inode))),
+                other,
+                meeting: passport.check_program().map(|()| ask.meet(own, other)),
             })
         });
         true
     }
 
-    /// The process of one of two ends was looked at that find each other.
-    pub(super) fn on_program(&mut self, conn: Conn, whose: Conn, unchanged: Result<bool, Changed>) {
+    /// Two ends were looked at that find each other, and the process of one of them.
+    pub(super) fn on_pair(
+        &mut self,
+        conn: Conn,
+        whose: Conn,
+        other: Socket,
+        meeting: Result<Meeting, Changed>,
+    ) {
         let now = Instant::now();
         if let Some(tenant) = self.connections.tenant_mut(whose.tenant) {
             tenant.looks = tenant.looks.saturating_sub(1);
         }
         let pair = self.announcements.take_pair(conn);
+        // Of the one that has waited nothing is known where the other one has gone.
+        let gone = match conn == whose {
+            true => Meeting::None,
+            false => Meeting::One,
+        };
         self.serve(whose.tenant, |daemon| {
-            match unchanged {
-                Ok(true) => daemon.streams.note_seen(whose, now),
-                Ok(false) | Err(Changed::Hidden) => {
+            match meeting {
+                Ok(meeting) if meeting != gone => daemon.streams.note_seen(whose, now),
+                Ok(_) | Err(Changed::Hidden) => {
                     daemon.give_up(whose);
                     daemon.not_verified(whose, Reason::Unverified)?;
                 }
@@ -503,30 +536,42 @@ impl Daemon {
         if conn == whose {
             announced.seen = now;
         }
-        if conn != whose || unchanged == Ok(true) {
-            self.serve(conn.tenant, |daemon| {
-                daemon.find_other_end(announced, pairing)
-            });
+        if let Ok(meeting) = meeting {
+            announced.other_end = (meeting == Meeting::Both).then_some(other);
         }
+        self.serve(conn.tenant, |daemon| match meeting {
+            // It was told so above.
+            Ok(Meeting::None) | Err(_) if conn == whose => Ok(()),
+            Ok(Meeting::None) => daemon.not_verified(conn, Reason::Unverified),
+            _ => daemon.find_other_end(announced, pairing),
+        });
     }
 
-    /// Of the two ends of a connection, the one whose process has to be looked at before they are given their stream: the
-    /// one that has waited, where it was last seen before the other one was found to hold its socket; and who was seen long ago.
-    fn to_be_seen(&self, announced: &Announced, pairing: Pairing) -> Option<Announced> {
-        let other = self.streams.opposite(announced)?;
-        let is_old = |end: &Announced| pairing.looks < LOOKS && end.seen.elapsed() > SEEN_LATELY;
-        let is_fresh = self.announcements.fresh.contains(&other.conn);
-        if !is_fresh && (other.seen < pairing.since || is_old(&other)) {
-            return Some(other);
+    /// What has to be looked at of two ends of a connection before they are given their stream: the
+    /// one that has waited, where it was last seen before the other one was found to hold its socket; whether they meet; and who was
+    /// seen long ago.
+    fn in_doubt(&self, announced: &Announced, pairing: Pairing) -> Option<Doubt> {
+        let waits = self.streams.opposite(announced)?;
+        let doubt = |end: &Announced| Doubt {
+            whose: end.conn,
+            other: waits.socket(),
+        };
+        let has_looks = pairing.looks < LOOKS;
+        let is_old = |end: &Announced| has_looks && end.seen.elapsed() > SEEN_LATELY;
+        let is_fresh = self.announcements.fresh.contains(&waits.conn);
+        let is_due = !is_fresh && (waits.seen < pairing.since || is_old(&waits));
+        let was_met = announced.other_end == Some(waits.socket());
+        if is_due || (has_looks && !was_met) {
+            return Some(doubt(&waits));
         }
-        is_old(announced).then_some(*announced)
+        is_old(announced).then(|| doubt(announced))
     }
 
     fn find_other_end(&mut self, announced: Announced, pairing: Pairing) -> Result<(), End> {
         let conn = announced.conn;
         loop {
-            if let Some(whose) = self.to_be_seen(&announced, pairing)
-                && self.have_program_looked_at(announced, pairing, whose)
+            if let Some(doubt) = self.in_doubt(&announced, pairing)
+                && self.have_pair_looked_at(announced, pairing, doubt)
             {
                 return Ok(());
             }

@@ -16,6 +16,8 @@ use crate::accounts::{Statement, Thing};
 use crate::book::{Conn, Route, TenantId};
 use crate::cgroups::{Cgroup, View};
 use crate::connections::{Connection, Inbox, Tenant};
+use crate::counters::Counters;
+use crate::diag;
 use crate::found::Found;
 use crate::memory::{ConnView, DirectionView};
 use crate::porters::{IN_PLACE_OF_USERS, Owner, READERS};
@@ -333,7 +335,11 @@ impl Daemon {
             Part::Start => {
                 text.push('{');
                 member(text, "daemon", &self.daemon_answer());
-                member(text, "counters", &self.journal.counters);
+                let counters = Counters {
+                    asked: diag::asked(),
+                    ..self.journal.counters
+                };
+                member(text, "counters", &counters);
                 member(text, "tenants_now", &self.connections.tenants());
                 member(text, "streams_now", &self.streams.streams().count());
                 member(text, "streams_in_stock", &self.streams.in_stock());

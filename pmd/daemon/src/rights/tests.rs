@@ -104,7 +104,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
     let own = crate::process::netns_inode(std::process::id() as i32).ok();
     let names = (claim.local, claim.peer);
     let ask = rights.ask_at(own, claim.netns_cookie, names).unwrap();
-    let located = ask.both(claim.cookie).unwrap();
+    let located = ask.locate(claim.cookie).unwrap();
     let announced =
         |claim: &Claim, held| Rights::announced(claim, held, located, &passport).is_some();
     assert!(announced(&claim, held));
@@ -118,6 +118,51 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         ..claim.clone()
     };
     assert!(!announced(&elsewhere, held));
+}
+
+/// Only the two ends of a connection meet, and only while both are there.
+#[test]
+fn the_two_ends_of_a_connection_meet() {
+    // A child of another test's would keep the sockets that are closed here.
+    let _alone = crate::own::alone();
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::fs::MetadataExt;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pair = || {
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (stream, listener.accept().unwrap().0)
+    };
+    let socket = |stream: &TcpStream| {
+        let link = format!("/proc/self/fd/{}", stream.as_raw_fd());
+        Socket {
+            cookie: cookie_of(stream.as_fd()).unwrap(),
+            inode: std::fs::metadata(link).unwrap().ino(),
+        }
+    };
+    let ((one, other), (third, fourth)) = (pair(), pair());
+    let route = Route {
+        netns: 0,
+        local: one.local_addr().unwrap(),
+        peer: one.peer_addr().unwrap(),
+    };
+    let diag = Arc::new(Diag::of_home().unwrap());
+    let both = true;
+    let ask = Ask { route, diag, both };
+    let (own, its) = (socket(&one), socket(&other));
+    let meet = |own, other| ask.meet(own, other);
+    let other_end = || ask.locate(own.cookie).unwrap().other_end;
+    assert_eq!(meet(own, its), Meeting::Both);
+    assert_eq!(other_end(), Some(its));
+    let of_another = |socket: Socket| Socket { inode: 1, ..socket };
+    for stranger in [own, socket(&third), socket(&fourth), of_another(its)] {
+        assert_eq!(meet(own, stranger), Meeting::One, "{stranger:?}");
+    }
+    for stranger in [its, socket(&third), socket(&fourth), of_another(own)] {
+        assert_eq!(meet(stranger, its), Meeting::None, "{stranger:?}");
+    }
+    drop(other);
+    assert_ne!(meet(own, its), Meeting::Both);
+    assert_eq!(other_end(), None);
 }
 
 /// Another user may have the port of the other family.
