@@ -184,7 +184,7 @@ pub struct Book<M> {
     /// A hash table that grows moves all that is in it, and here may be very many.
     waiting: BTreeMap<Route, Waiter>,
     seats: HashMap<TenantId, HashMap<u32, (u32, Seat)>>,
-    streams: HashMap<u64, Stream<M>>,
+    streams: BTreeMap<u64, Stream<M>>,
     cookies: HashMap<u64, (u64, usize)>,
 }
 
@@ -193,7 +193,7 @@ impl<M> Default for Book<M> {
         Book {
             waiting: BTreeMap::new(),
             seats: HashMap::new(),
-            streams: HashMap::new(),
+            streams: BTreeMap::new(),
             cookies: HashMap::new(),
         }
     }
@@ -472,9 +472,14 @@ impl<M> Book<M> {
         self.streams.get(&id)
     }
 
-    /// All streams.
-    pub fn streams(&self) -> impl Iterator<Item = (u64, &Stream<M>)> {
-        self.streams.iter().map(|(id, stream)| (*id, stream))
+    /// How many streams there are.
+    pub fn streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Streams from this number on, in order.
+    pub fn streams_from(&self, id: u64) -> impl Iterator<Item = u64> {
+        self.streams.range(id..).map(|(id, _)| *id)
     }
 
     /// Announcements that wait for their other end.

@@ -24,8 +24,8 @@ pub enum Part {
     Tenants,
     /// The connections of a tenant, from this place in its memory on.
     Connections(TenantId, u64),
-    /// The next streams.
-    Streams,
+    /// The next streams, from this number on.
+    Streams(u64),
     /// What stands behind the lists.
     End,
 }
@@ -41,8 +41,8 @@ pub struct Answering {
     pub part: Part,
     /// Tenants that are still to come.
     pub tenants: VecDeque<TenantId>,
-    /// Streams that are still to come.
-    pub streams: VecDeque<u64>,
+    /// Streams of the next part.
+    pub streams: Vec<u64>,
     /// What was read for the next part.
     pub fetched: Option<Fetched>,
     /// That is being read.

@@ -74,10 +74,7 @@ impl Daemon {
                 .filter(|(_, connection, _)| sees(uid, query.pid, connection))
                 .map(|(id, ..)| id)
                 .collect(),
-            streams: match query.what {
-                question::STAT => self.streams.streams().map(|(id, _)| id).collect(),
-                _ => Default::default(),
-            },
+            streams: Vec::new(),
             fetched: None,
             fetching: false,
             follows: false,
@@ -185,8 +182,8 @@ impl Daemon {
                 let streams = fetched.records.0.iter().filter_map(stream);
                 Some(Wanted::Directions(streams.collect()))
             }
-            (Part::Streams, _) => {
-                let streams = answering.streams.iter().take(ELEMENTS);
+            (Part::Streams(_), _) => {
+                let streams = answering.streams.iter();
                 let streams = streams.filter_map(|id| file(*id));
                 Some(Wanted::Directions(streams.collect()))
             }
@@ -265,7 +262,7 @@ impl Daemon {
                     }
                 };
             }
-            Part::Streams | Part::End => text.push_str("]}"),
+            Part::Streams(_) | Part::End => text.push_str("]}"),
         }
     }
 
@@ -341,7 +338,7 @@ impl Daemon {
                 };
                 member(text, "counters", &counters);
                 member(text, "tenants_now", &self.connections.tenants());
-                member(text, "streams_now", &self.streams.streams().count());
+                member(text, "streams_now", &self.streams.streams());
                 member(text, "streams_in_stock", &self.streams.in_stock());
                 member(text, "waiting_now", &self.streams.waiting());
                 let looks = self.connections.attached().map(|(.., tenant)| tenant.looks);
@@ -370,26 +367,32 @@ impl Daemon {
                 if answering.tenants.is_empty() {
                     text.push_str("],");
                     answering.open(text, "streams");
-                    answering.part = Part::Streams;
+                    self.go_to_streams(answering, 0);
                 }
             }
-            Part::Streams => {
-                let count = answering.streams.len().min(ELEMENTS);
-                let ids: Vec<u64> = answering.streams.drain(..count).collect();
+            Part::Streams(next) => {
                 let fetched = answering.fetched.take().unwrap_or_default();
                 let directions = fetched.directions.unwrap_or_default();
-                for id in ids {
+                for id in std::mem::take(&mut answering.streams) {
                     let directions = directions.get(&id).copied();
                     if let Some(answer) = self.stream_answer(answering, id, directions) {
                         answering.element(text, &answer);
                     }
                 }
-                if answering.streams.is_empty() {
-                    answering.part = Part::End;
-                }
+                self.go_to_streams(answering, next);
             }
             Part::Connections(..) | Part::End => text.push_str("]}"),
         }
+    }
+
+    /// The next part is of the next streams from this number on, if there are any: their numbers are collected now. However many there
+    /// are, that is a part's worth of work.
+    fn go_to_streams(&self, answering: &mut Answering, from: u64) {
+        answering.streams = self.streams.streams_from(from).take(ELEMENTS).collect();
+        answering.part = match answering.streams.last() {
+            Some(last) => Part::Streams(last + 1),
+            None => Part::End,
+        };
     }
 
     fn stream_answer(
