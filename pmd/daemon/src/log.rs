@@ -38,6 +38,8 @@ pub fn start(config: &Config) -> Lines {
 
 /// Each cause is logged once in this time for each user; the rest is counted.
 const QUIET: Duration = Duration::from_secs(30);
+/// When there are too many to remember, those that are old are looked for no more often.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Causes and users remembered.
 const MOST: usize = 4096;
 
@@ -45,12 +47,16 @@ const MOST: usize = 4096;
 #[derive(Debug, Default)]
 pub struct Throttle {
     seen: HashMap<(&'static str, u32), (Instant, u64)>,
+    /// When it was last looked through for what is old.
+    swept: Option<Instant>,
 }
 
 impl Throttle {
     /// `Some(n)`: log it, and say that `n` more were not logged since the last line.
     pub fn pass(&mut self, cause: &'static str, uid: u32, now: Instant) -> Option<u64> {
-        if self.seen.len() >= MOST {
+        let swept_lately = |swept: Instant| now.duration_since(swept) < PAUSE;
+        if self.seen.len() >= MOST && !self.swept.is_some_and(swept_lately) {
+            self.swept = Some(now);
             self.seen
                 .retain(|_, (at, _)| now.duration_since(*at) < QUIET);
         }
@@ -91,5 +97,22 @@ mod tests {
             throttle.pass("many", uid, now);
         }
         assert!(throttle.seen.len() <= MOST);
+    }
+
+    /// Each line would look through all that are remembered, and wait for that.
+    #[test]
+    fn what_is_old_is_looked_for_once_in_a_while() {
+        let mut throttle = Throttle::default();
+        let start = Instant::now();
+        for uid in 0..MOST as u32 {
+            throttle.pass("many", uid, start);
+        }
+        assert_eq!(throttle.pass("one more", 1, start), None);
+        let swept = throttle.swept;
+        assert_eq!(throttle.pass("one more", 1, start + PAUSE / 2), None);
+        assert_eq!(throttle.swept, swept);
+        // By then all are old.
+        assert_eq!(throttle.pass("one more", 1, start + QUIET), Some(0));
+        assert_eq!(throttle.seen.len(), 1);
     }
 }
