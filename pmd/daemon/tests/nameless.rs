@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use nix::sched::{CloneFlags, unshare};
 use rdsock_shm::control::{NAMELESS, refusal};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
-use tenant::{Daemon, Tenant};
+use tenant::{Answer, Daemon, Tenant};
 
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 
@@ -18,6 +18,7 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "nameless" => be_nameless(part),
         "served" => be_served(part),
+        "unheard" => be_unheard(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -32,6 +33,14 @@ fn be_nameless(part: &Part) {
 fn be_served(part: &Part) {
     let _tenant = Tenant::attach_at(&part.socket);
     say("attached");
+    listen();
+}
+
+fn be_unheard(part: &Part) {
+    let mut tenant = Tenant::at(&part.socket).unwrap();
+    tenant.hello();
+    let heard = !matches!(tenant.receive(), Answer::Closed);
+    say(&format!("heard {}", u32::from(heard)));
     listen();
 }
 
@@ -75,6 +84,21 @@ scene!(nobody_is_a_user_where_each_has_a_number, |test| {
         eprintln!("SKIPPED, NOTHING WAS CHECKED: not each user has a number here");
     }
 });
+
+// The daemon calls work of its own by these numbers.
+scene!(
+    a_user_with_a_number_of_the_daemons_own_is_not_heard,
+    |test| {
+        let daemon = Daemon::start(SMALL);
+        for uid in u32::MAX - 3..u32::MAX {
+            let actor = Actor::start(test, "unheard", &daemon.socket(), uid);
+            assert_eq!(actor.hear_numbers("heard"), [0], "user {uid}");
+        }
+        let actor = Actor::start(test, "served", &daemon.socket(), u32::MAX - 4);
+        actor.hear("attached");
+        assert_eq!(daemon.counter("refused"), 3);
+    }
+);
 
 #[test]
 fn a_daemon_without_a_number_does_not_start() {

@@ -19,7 +19,7 @@ use crate::channel::{
 };
 use crate::connections::{Connection, Inbox, Standing};
 use crate::found::Found;
-use crate::porters::{NOBODY, Owner};
+use crate::porters::{IN_PLACE_OF_USERS, NOBODY, Owner};
 use crate::process::Peer;
 
 /// Time for a new connection to say who it is.
@@ -181,6 +181,10 @@ impl Daemon {
                     let mut socket = self.porters.foreign(left_by(uid), socket);
                     socket.charge_to(advance);
                     match peer {
+                        Some(peer) if IN_PLACE_OF_USERS.contains(&uid) => {
+                            self.refuse_number(uid, peer.pid());
+                            unheard.push(self.left(NOBODY, socket));
+                        }
                         Some(peer) if self.in_vain.are_too_many(uid, now) => {
                             self.refuse_unheard(uid, peer.pid());
                             unheard.push(self.left(uid, socket));
@@ -220,6 +224,13 @@ impl Daemon {
             socket.charge_to(charge);
         }
         socket
+    }
+
+    /// These numbers stand for work that is nobody's in particular.
+    fn refuse_number(&mut self, uid: u32, pid: i32) {
+        self.journal.counters.refused += 1;
+        let cause = "its user has one of the last numbers, which the daemon uses itself: run it as another user";
+        self.journal.refusal(cause, uid, pid);
     }
 
     fn refuse_unheard(&mut self, uid: u32, pid: i32) {
