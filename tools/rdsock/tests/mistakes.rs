@@ -320,6 +320,34 @@ fn a_daemon_that_takes_no_caller_is_named_in_bounded_time() {
     );
 }
 
+/// One that root has named may be a stranger's.
+#[test]
+fn an_answer_without_end_is_ended() {
+    use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr};
+    use nix::sys::socket::{accept, bind, listen, recv, send, socket};
+    use rdsock_shm::control::{bytes_of, head, kind};
+    use std::os::fd::AsRawFd;
+    let place = Place::new();
+    fs::create_dir(place.at("run")).unwrap();
+    let address = UnixAddr::new(&place.at("run/rdsockd.sock")).unwrap();
+    let (family, seqpacket) = (AddressFamily::Unix, SockType::SeqPacket);
+    let listener = socket(family, seqpacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(listener.as_raw_fd(), &address).unwrap();
+    listen(&listener, Backlog::new(1).unwrap()).unwrap();
+    let daemon = std::thread::spawn(move || {
+        let caller = accept(listener.as_raw_fd()).unwrap();
+        recv(caller, &mut [0; 64], MsgFlags::empty()).unwrap();
+        let piece = [bytes_of(&head(kind::ANSWER)), &[b' '; 60_000]].concat();
+        let pieces = (0..).take_while(|_| send(caller, &piece, MsgFlags::MSG_NOSIGNAL).is_ok());
+        pieces.count() * 60_000
+    });
+    let output = place.rdsock().arg("stat").output().unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains("longer than 64 MB"), "{said}");
+    let sent = daemon.join().unwrap();
+    assert!(sent < 80 << 20, "{sent} bytes");
+}
+
 /// The C library, which every program has anyway.
 fn harmless_library() -> PathBuf {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();

@@ -14,6 +14,8 @@ use super::find::{For, PATIENCE, Silent, listener_of, reach};
 
 /// Longest datagram of an answer.
 const PIECE: usize = 65536;
+/// Longest answer: some hundred thousand streams. It may be a stranger's daemon that is asked.
+const MOST: usize = 64 << 20;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +32,9 @@ pub enum AskError {
     /// It hung up.
     #[error("the daemon at {} hung up: {}; see its log", .0.display(), .1.desc())]
     Gone(PathBuf, Errno),
+    /// Its answer is longer than any is.
+    #[error("the daemon's answer is longer than {} MB", MOST >> 20)]
+    Endless,
     /// It answered with something else.
     #[error("the daemon's answer can't be read: {0}")]
     Unreadable(String),
@@ -83,6 +88,7 @@ impl Daemon {
                 .map_err(|error| unreadable(&format!("{error:?}")))?;
             match message {
                 kind::ANSWER if body.is_empty() => break,
+                kind::ANSWER if text.len() + body.len() > MOST => return Err(AskError::Endless),
                 kind::ANSWER => text.extend_from_slice(body),
                 kind::REFUSED => {
                     let refused: Refused = from_bytes(body).ok_or(unreadable("a short refusal"))?;
