@@ -3,21 +3,22 @@
 //! What is called *quick* here waits for nobody, whatever the process does, and may be asked on the control thread. All
 //! else may wait for the process (one in the middle of `exec` holds a lock that `pidfd_getfd` wants) or do its work
 //! (the last to look at a process that ends takes its memory apart; the last to read the link to an executable closes that, which
-//! waits for a file system in user space), and is asked in a look.
+//! waits for a file system in user space), and is asked in a look. So is whatever has a name in `/proc`: anybody can have the kernel keep
+//! the lock of a folder there, for whose names it has to look, for as long as he likes.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::sentry::Awaited;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
-use nix::sys::stat::{Mode, fstatat};
+use nix::sys::stat::{Mode, fstat, fstatat};
 
 /// A process on the other side of a control connection, as the kernel names it. Stays with this very process: when it
 /// has ended, nothing here names another one that got its id.
@@ -31,17 +32,30 @@ pub struct Peer {
     pub gid: u32,
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
-    /// Its folder in `/proc`; `None` when there is none to be seen.
-    folder: Option<OwnedFd>,
+    /// Its folder in `/proc`, once a look has opened it.
+    folder: OnceLock<OwnedFd>,
 }
 
-/// Whose a process is, as far as can be seen quickly. What gives a process more than it had (a set-id program, file
+/// Whose a process is, as its files in `/proc` tell. What gives a process more than it had (a set-id program, file
 /// capabilities) shows in one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
     /// Owner and group of its files in `/proc`: its effective user and group while it is dumpable, else root. The kernel
     /// takes "dumpable" from a process that gains ids or capabilities by `exec`, or asks for that.
     pub owner: (u32, u32),
+    /// Inode of its user namespace.
+    pub user_namespace: u64,
+}
+
+/// Whose a process is, as the kernel tells without a look at its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    /// As in [`Identity`].
+    pub users: [u32; 4],
+    /// As in [`Identity`].
+    pub groups: [u32; 4],
+    /// As in [`Identity`].
+    pub capabilities: [u64; 3],
     /// Inode of its user namespace.
     pub user_namespace: u64,
 }
@@ -94,23 +108,17 @@ impl Peer {
             Err(Errno::ENOPROTOOPT) => pidfd_open(pid)?,
             Err(error) => return Err(error.into()),
         };
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let folder = match pid {
-            0 => None,
-            pid => open(format!("/proc/{pid}").as_str(), flags, Mode::empty()).ok(),
-        };
         let peer = Peer {
             pid,
             uid: credentials.uid(),
             gid: credentials.gid(),
             pidfd,
-            folder,
+            folder: OnceLock::new(),
         };
-        // While it lives, its id has named nobody else.
-        if !peer.is_alive() {
-            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        match peer.is_alive() {
+            true => Ok(peer),
+            false => Err(Errno::ESRCH.into()),
         }
-        Ok(peer)
     }
 
     /// True while the process runs. Quick.
@@ -118,8 +126,21 @@ impl Peer {
         is_alive(&self.pidfd)
     }
 
+    /// Its folder in `/proc`. May wait.
     fn folder(&self) -> io::Result<&OwnedFd> {
-        self.folder.as_ref().ok_or(io::ErrorKind::NotFound.into())
+        if let Some(folder) = self.folder.get() {
+            return Ok(folder);
+        }
+        if self.pid == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let folder = open(format!("/proc/{}", self.pid).as_str(), flags, Mode::empty())?;
+        // While it lives, its id has named nobody else.
+        match self.is_alive() {
+            true => Ok(self.folder.get_or_init(|| folder)),
+            false => Err(Errno::ESRCH.into()),
+        }
     }
 
     /// What `/proc/PID/status` says. One read gets all of it, unless the process has hundreds of groups.
@@ -148,7 +169,27 @@ impl Peer {
         Ok(file.into())
     }
 
-    /// Whose it is now. Quick.
+    /// Whose it is now, as its pidfd tells; `None` where the kernel does not (before Linux 6.13), and where this process may not know. Quick.
+    pub fn credentials(&self) -> Option<Credentials> {
+        let [users, groups] = ids(&self.pidfd)?;
+        Some(Credentials {
+            users,
+            groups,
+            capabilities: capabilities(self.pid)?,
+            user_namespace: namespace(&self.pidfd, PIDFD_GET_USER_NAMESPACE).ok()?,
+        })
+    }
+
+    /// Inode of its network namespace. Quick, from Linux 6.11 on.
+    pub fn netns(&self) -> io::Result<u64> {
+        match namespace(&self.pidfd, PIDFD_GET_NET_NAMESPACE) {
+            // This kernel does not know the question.
+            Err(Errno::ENOTTY | Errno::EINVAL) => netns_inode(self.pid),
+            found => Ok(found?),
+        }
+    }
+
+    /// Whose it is now, as its files in `/proc` tell. May wait.
     pub fn standing(&self) -> io::Result<Standing> {
         let folder = self.folder()?;
         Ok(Standing {
@@ -245,22 +286,10 @@ impl Peer {
         duplicate(&self.pidfd, fd)
     }
 
-    /// Whether it has something open as `fd`, to be read and written as a socket is. What that is can't be told quickly:
-    /// the kernel takes a reference to a file while it reads the link to it, and who gives the last one back closes the
-    /// file (a socket that lingers, say). Quick.
-    pub fn has_open(&self, fd: i32) -> bool {
-        let both = Mode::S_IRUSR | Mode::S_IWUSR;
-        let found = self.folder().ok().and_then(|folder| {
-            let name = format!("fd/{fd}");
-            fstatat(folder, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).ok()
-        });
-        found.is_some_and(|found| Mode::from_bits_truncate(found.st_mode).contains(both))
-    }
-
     /// Inode of the socket that it holds as `fd`; `None` when it holds none there, or may not be looked at. May wait.
     /// Inodes of sockets have 32 bits: another socket gets the same one after some hours of work.
     pub fn socket_inode(&self, fd: i32) -> Option<u64> {
-        let link = readlinkat(self.folder.as_ref()?, format!("fd/{fd}").as_str()).ok()?;
+        let link = readlinkat(self.folder().ok()?, format!("fd/{fd}").as_str()).ok()?;
         parse_socket(link.to_str()?)
     }
 
@@ -287,7 +316,7 @@ pub struct FileId {
 impl FileId {
     /// Of an open file.
     pub fn of(file: &impl AsFd) -> io::Result<Self> {
-        let stat = nix::sys::stat::fstat(file)?;
+        let stat = fstat(file)?;
         let (major, minor) = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
         Ok(FileId {
             device: (major.into(), minor.into()),
@@ -354,6 +383,11 @@ fn mapping_at(maps: &OwnedFd, address: u64) -> nix::Result<FileId> {
 /// Asks who a process is (`include/uapi/linux/pidfd.h`).
 pub const PIDFD_GET_INFO: u64 = nix::request_code_readwrite!(0xff, 11, size_of::<PidfdInfo>());
 
+/// Asks for a descriptor of a process's network namespace (`include/uapi/linux/pidfd.h`).
+pub const PIDFD_GET_NET_NAMESPACE: u64 = nix::request_code_none!(0xff, 4);
+/// Likewise of its user namespace.
+pub const PIDFD_GET_USER_NAMESPACE: u64 = nix::request_code_none!(0xff, 9);
+
 /// A pidfd of a thread (`include/uapi/linux/pidfd.h`).
 const PIDFD_THREAD: i32 = libc::O_EXCL;
 
@@ -388,6 +422,15 @@ fn ids(pidfd: &OwnedFd) -> Option<[[u32; 4]; 2]> {
     }
     let [ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid] = asked.owners;
     Some([[ruid, euid, suid, fsuid], [rgid, egid, sgid, fsgid]])
+}
+
+/// Inode of a namespace of a process, asked for by one of the `PIDFD_GET_..._NAMESPACE`.
+fn namespace(pidfd: &OwnedFd, which: u64) -> nix::Result<u64> {
+    // SAFETY: these take no argument, and return a new fd or -1.
+    let fd = Errno::result(unsafe { libc::ioctl(pidfd.as_raw_fd(), which as _, 0) })?;
+    // SAFETY: the call made it just now, and nothing else owns it.
+    let namespace = unsafe { OwnedFd::from_raw_fd(fd) };
+    Ok(fstat(&namespace)?.st_ino)
 }
 
 /// Inheritable, permitted and effective capabilities of a process (`include/uapi/linux/capability.h`).
@@ -511,7 +554,7 @@ fn user_namespace(folder: &OwnedFd) -> io::Result<u64> {
     inode.ok_or(io::ErrorKind::InvalidData.into())
 }
 
-/// Inode of a process's network namespace.
+/// Inode of a process's network namespace. May wait.
 pub fn netns_inode(pid: i32) -> io::Result<u64> {
     Ok(fs::metadata(format!("/proc/{pid}/ns/net"))?.ino())
 }

@@ -10,8 +10,9 @@
 //!
 //! Only `daemon.rs` calls this. It knows nothing of what the baton is, nor of looks.
 
-use std::fs;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -28,6 +29,10 @@ use crate::starter::Starter;
 const PATIENCE: Duration = Duration::from_millis(2);
 /// What has used so much processor time is as good as held up: what a stranger owns much of is much work.
 const BUSY: Duration = Duration::from_millis(4);
+/// Where nobody knows whether its thread waits, so many looks find it lying first.
+const UNKNOWN: u32 = 10;
+/// To open what tells that may take so long.
+const OPENING: Duration = Duration::from_millis(20);
 /// After so many looks at an idle relay it sleeps until it is called.
 const IDLE: u32 = 16;
 
@@ -76,6 +81,8 @@ struct Place<B> {
     times: u64,
     /// The control thread, which lays it down.
     thread: i32,
+    /// What says whether that waits, where it could be opened.
+    stat: Option<Arc<File>>,
     /// The processor time that this thread had used by then.
     used: Duration,
     /// A stand-in looks now and then.
@@ -105,6 +112,7 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
             baton: None,
             times: 0,
             thread: 0,
+            stat: None,
             used: Duration::ZERO,
             watched: false,
             taken: false,
@@ -130,13 +138,16 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
         let control = thread::Builder::new().name("control".into());
         control.spawn(move || {
             heap::grow();
-            relay.run(baton);
+            relay.run(baton, open_stat());
         })?;
         Ok(end)
     }
 
-    fn run(&self, baton: Box<B>) {
-        self.shared.lock().thread = gettid().as_raw();
+    /// From now on this is the control thread.
+    fn run(&self, baton: Box<B>, stat: Option<File>) {
+        let mut place = self.shared.lock();
+        (place.thread, place.stat) = (gettid().as_raw(), stat.map(Arc::new));
+        drop(place);
         if let Some(end) = (self.leg)(baton, self) {
             let _ = self.ended.send(end);
         }
@@ -160,9 +171,10 @@ impl<B: Send + 'static, E: Send + 'static> Relay<B, E> {
     /// Takes a stand-in's place when that is free, and picks the baton up there when that lies for long.
     fn stand_in(&self) {
         heap::grow();
+        let stat = open_stat();
         let baton = self.shared.watch();
         self.order_stand_in();
-        self.run(baton);
+        self.run(baton, stat);
     }
 
     /// Has another stand-in started. While there is none to relieve it, a stand-in leaves the baton where it lies.
@@ -248,7 +260,7 @@ impl<B> Shared<B> {
     /// Takes a stand-in's place, and looks now and then, until a baton has lain for long.
     fn watch(&self) -> Box<B> {
         self.take_place();
-        let (mut idle, mut seen) = (0, 0);
+        let (mut idle, mut seen, mut lain) = (0, 0, 0);
         loop {
             let mut place = self.lock();
             if idle >= IDLE && place.away.is_empty() {
@@ -260,13 +272,14 @@ impl<B> Shared<B> {
                 place = called.unwrap_or_else(PoisonError::into_inner);
             }
             let (times, lies, thread) = (place.times, place.baton.is_some(), place.thread);
-            let used = place.used;
+            let (used, stat) = (place.used, place.stat.clone());
             drop(place);
+            lain = if lies && times == seen { lain + 1 } else { 0 };
             idle = if times == seen && !lies { idle + 1 } else { 0 };
             // A thread that only has to wait for a core will have one before this one has learnt anything.
-            if lies
-                && times == seen
-                && (!is_running(thread) || is_busy(thread, used))
+            let waits = || stat.map_or(lain >= UNKNOWN, |stat| !is_running(&stat));
+            if lain != 0
+                && (waits() || is_busy(thread, used))
                 && let Some(baton) = self.take_over(times)
             {
                 return baton;
@@ -278,15 +291,25 @@ impl<B> Shared<B> {
     }
 }
 
-/// Does a thread of this process run, or wait for nothing but a core?
-fn is_running(thread: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
+/// What says whether this thread runs, opened before it has anything to do. Anybody can keep the lock of its folder in `/proc`, so
+/// another thread looks for the name, and this one does without where it does not come.
+fn open_stat() -> Option<File> {
+    let path = format!("/proc/self/task/{}/stat", gettid());
+    let (found, opened) = channel();
+    let opener = thread::Builder::new().name("stat".into());
+    let started = opener.spawn(move || found.send(File::open(path)));
+    let file = started.ok().and_then(|_| opened.recv_timeout(OPENING).ok());
+    file.and_then(Result::ok)
+}
+
+/// Does a thread run, or wait for nothing but a core?
+fn is_running(stat: &File) -> bool {
+    let mut text = [0; 512];
+    let length = stat.read_at(&mut text, 0).unwrap_or(0);
+    let text = text.get(..length).unwrap_or_default();
     // The name in parentheses may hold any characters.
-    stat.is_ok_and(|stat| {
-        stat.rsplit(')')
-            .next()
-            .is_some_and(|rest| rest.trim_start().starts_with('R'))
-    })
+    let mut behind = text.rsplit(|byte| *byte == b')');
+    behind.next().is_some_and(|rest| rest.starts_with(b" R"))
 }
 
 /// The processor time that a thread of this process has used.

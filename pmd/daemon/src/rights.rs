@@ -140,15 +140,26 @@ impl Passport {
         self.is_alive()
     }
 
-    /// Is the process whose it was? Quick.
+    /// Is the process whose it was? Quick, from Linux 6.13 on.
     pub fn check_quickly(&self) -> Result<(), Changed> {
-        let seen = self.seen.as_ref().ok_or(Changed::Hidden)?;
-        let now = self.peer.standing();
-        let now = now.map_err(|_| self.gone_or(Changed::Hidden))?;
-        if seen.identity.glance.standing != now {
-            return Err(Changed::Rights);
+        let seen = &self.seen.as_ref().ok_or(Changed::Hidden)?.identity;
+        let standing = seen.glance.standing;
+        let is_same = match self.peer.credentials() {
+            Some(now) => {
+                let gains = gains(seen.capabilities, now.capabilities);
+                let ids = (seen.users, seen.groups) == (now.users, now.groups);
+                ids && !gains && standing.user_namespace == now.user_namespace
+            }
+            None => {
+                self.is_alive()?;
+                let now = self.peer.standing();
+                standing == now.map_err(|_| self.gone_or(Changed::Hidden))?
+            }
+        };
+        match is_same {
+            true => self.is_alive(),
+            false => Err(Changed::Rights),
         }
-        self.is_alive()
     }
 
     fn is_alive(&self) -> Result<(), Changed> {
@@ -174,15 +185,19 @@ fn is_hidden(error: &std::io::Error) -> bool {
 
 /// Has a process more than it had, or other ids? What it gives up, it may.
 fn has_other_rights(before: &Identity, now: &Identity) -> bool {
-    let gained = |before: u64, now: u64| now & !before != 0;
-    let mut capabilities = before.capabilities.into_iter().zip(now.capabilities);
     let groups = &before.further_groups;
     (before.users, before.groups) != (now.users, now.groups)
-        || capabilities.any(|(before, now)| gained(before, now))
+        || gains(before.capabilities, now.capabilities)
         || now
             .further_groups
             .iter()
             .any(|group| groups.binary_search(group).is_err())
+}
+
+/// Is there a capability now that was not there before?
+fn gains(before: [u64; 3], now: [u64; 3]) -> bool {
+    let mut sets = before.into_iter().zip(now);
+    sets.any(|(before, now)| now & !before != 0)
 }
 
 fn same_glance(before: &Glance, now: &Glance) -> Result<(), Changed> {
@@ -657,7 +672,7 @@ impl Rights {
     }
 
     /// Does what was found of an announcement still hold, so that its tenant may be given an end? Its socket is the one that was at the
-    /// other end of `later`, when that was there, and the process is whose it was, with something open as that descriptor. That
+    /// other end of `later`, when that was there, and the process is whose it was. That
     /// it runs the same program was seen lately ([`Announced::seen`]).
     /// (Who has handed the socket on and closed it has had it all the same, and could have kept it.)
     pub fn still_holds(
@@ -666,7 +681,7 @@ impl Rights {
         passport: &Passport,
     ) -> Result<bool, Changed> {
         passport.check_quickly()?;
-        Ok(later.other_end == Some(announced.socket()) && passport.peer.has_open(announced.fd))
+        Ok(later.other_end == Some(announced.socket()))
     }
 
     /// May a tenant have this end, since its process holds the end's socket? That process is the one that the end was
@@ -683,10 +698,9 @@ impl Rights {
 
     /// Does a tenant, which was found to hold this listening socket, still listen there, so that connections from
     /// other nodes may be given to it?
-    pub fn still_listens(held: Held, fd: i32, passport: &Passport, socket: &Listener) -> bool {
+    pub fn still_listens(held: Held, passport: &Passport, socket: &Listener) -> bool {
         held.cookie == socket.cookie
             && held.inode == socket.inode
-            && passport.peer.has_open(fd)
             && passport.check_quickly().is_ok()
     }
 

@@ -14,7 +14,6 @@ use crate::fabric::Early;
 use crate::fabric::addresses;
 use crate::found::{Errand, Found};
 use crate::porters::{NOBODY, Owner};
-use crate::process::netns_inode;
 use crate::rights::{
     Ask, Changed, Claim, Held, Located, Look, Meeting, NotHeld, Place, Rights, look,
 };
@@ -418,7 +417,7 @@ impl Daemon {
             return Followed::Known;
         }
         let peer = &tenant.passport.peer;
-        if netns_inode(peer.pid).is_ok_and(|now| !namespaces.is_open(now)) {
+        if peer.netns().is_ok_and(|now| !namespaces.is_open(now)) {
             let (uid, connection) = (peer.uid, id);
             // As a look at its socket, it is waited for.
             tenant.looks += 1;

@@ -23,7 +23,7 @@ use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
 use crate::porters::Owner;
-use crate::process::{Program, netns_inode};
+use crate::process::Program;
 use crate::rights::{Changed, Passport};
 
 /// Descriptors of a tenant's memory,
@@ -226,8 +226,11 @@ impl Daemon {
 
     /// A caller is to be a tenant. A network namespace that is not known yet is opened first.
     fn attach(&mut self, owner: Owner, entering: Entering) -> Result<(), End> {
-        let pid = entering.passport.peer.pid;
-        let is_new = netns_inode(pid).is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
+        let peer = &entering.passport.peer;
+        let pid = peer.pid;
+        let is_new = peer
+            .netns()
+            .is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
         let Some(connection) = self.connections.get_mut(owner.connection) else {
             self.unmap(owner, entering.belongings.map);
             return Ok(());

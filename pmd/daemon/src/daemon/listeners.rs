@@ -71,7 +71,7 @@ impl Daemon {
         held: Result<Held, NotHeld>,
     ) {
         match held {
-            Ok(held) => self.enter_listener(Listening { tenant, fd, held }),
+            Ok(held) => self.enter_listener(Listening { tenant, held }),
             Err(error) => {
                 debug!(tenant, fd, cookie, "does not listen: {error}");
                 self.journal.counters.unverified += 1;
@@ -345,7 +345,7 @@ impl Daemon {
             let holder = self.fabric.as_ref()?.listening.latest(socket.cookie)?;
             let tenant = self.connections.tenant(holder.tenant);
             if let Some(tenant) = tenant
-                && Rights::still_listens(holder.held, holder.fd, &tenant.passport, &socket)
+                && Rights::still_listens(holder.held, &tenant.passport, &socket)
             {
                 return Some(WouldGet {
                     uid: tenant.passport.peer.uid,

@@ -19,7 +19,6 @@ use crate::channel::{Luggage, Outgoing, Received, sender};
 use crate::connections::{Connection, Tenant};
 use crate::found::Found;
 use crate::porters::Owner;
-use crate::process::netns_inode;
 use crate::rights::{Changed, Rights};
 
 /// Time between two looks whether tenants are who they were, and the tenants looked at in one.
@@ -181,7 +180,7 @@ impl Daemon {
     pub(super) fn enter_netns(&mut self, id: TenantId) -> Option<u64> {
         let connection = self.connections.get_mut(id)?;
         let (pid, uid) = (connection.peer.pid, connection.peer.uid);
-        let netns = netns_inode(pid).ok()?;
+        let netns = connection.peer.netns().ok()?;
         if !self.rights.namespaces.enter(netns) {
             return None;
         }

@@ -14,8 +14,6 @@ const OF_TENANT: usize = 1024;
 pub struct Listening {
     /// Whose.
     pub tenant: TenantId,
-    /// Its descriptor.
-    pub fd: i32,
     /// What was found.
     pub held: Held,
 }
@@ -109,11 +107,7 @@ mod tests {
             shared: false,
             located: None,
         };
-        Listening {
-            tenant,
-            fd: 3,
-            held,
-        }
+        Listening { tenant, held }
     }
 
     #[test]

@@ -27,6 +27,16 @@ fn a_process_is_who_it_was() {
         println!("SKIPPED, NOTHING WAS CHECKED: this kernel does not tell a pidfd's ids");
     }
     assert_eq!(capabilities(own.pid), Some(before.capabilities));
+    if let Some(credentials) = own.credentials() {
+        let expected = Credentials {
+            users: before.users,
+            groups: before.groups,
+            capabilities: before.capabilities,
+            user_namespace: before.glance.standing.user_namespace,
+        };
+        assert_eq!(credentials, expected);
+    }
+    assert_eq!(own.netns().unwrap(), netns_inode(own.pid).unwrap());
     let executable = std::env::current_exe().unwrap();
     assert_eq!(before.glance.executable, executable.as_os_str());
     let file = FileId::of(&File::open(executable).unwrap()).unwrap();
@@ -99,14 +109,12 @@ fn a_process_that_executes_is_another_one() {
         .spawn()
         .unwrap();
     let pid = child.id() as i32;
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
-    let folder = open(format!("/proc/{pid}").as_str(), flags, Mode::empty());
     let peer = Peer {
         pid,
         uid: 0,
         gid: 0,
         pidfd: pidfd_open(pid).unwrap(),
-        folder: folder.ok(),
+        folder: OnceLock::new(),
     };
     while peer.glance().unwrap().executable == own().glance().unwrap().executable {
         std::thread::yield_now();
@@ -137,8 +145,6 @@ fn sockets_are_found_by_their_inode() {
     let inode = own.socket_inode(listener.as_raw_fd()).unwrap();
     assert_eq!(inode, nix::sys::stat::fstat(&listener).unwrap().st_ino);
     assert_eq!(own.socket_inode(0x7fff_0000), None);
-    assert!(own.has_open(listener.as_raw_fd()) && !own.has_open(0x7fff_0000));
-    assert!(!own.has_open(File::open("/dev/null").unwrap().as_raw_fd()));
     let duplicate = own.duplicate(listener.as_raw_fd()).unwrap();
     let duplicate = TcpListener::from(duplicate);
     assert_eq!(
