@@ -50,7 +50,11 @@ fn main() -> ExitCode {
     let _ =
         unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
     rdsockd::heap::prepare();
+    let own_proc = rdsockd::proc::mount_own();
     let lines = rdsockd::log::start(&config);
+    if let Err(error) = own_proc {
+        tracing::debug!("no /proc of its own ({error}): whoever locks a folder there holds up looks");
+    }
     let status = match Daemon::new(args, config, &lines).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
