@@ -504,6 +504,14 @@ impl Daemon {
             } => self.on_namespace(owner, opened, announced),
             Found::Sent { connection, sent } => self.on_sent(connection, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
+            Found::Listener(incoming, answer) => self.on_listener_found(*incoming, answer),
+            Found::MadeTo { ticket, listener } => self.on_made_to(ticket, listener),
+            Found::Anchor {
+                ticket,
+                cookie,
+                is_its,
+                early,
+            } => self.on_anchor_looked_at(ticket, cookie, is_its, early),
             Found::Called {
                 ticket,
                 socket,

@@ -2,7 +2,7 @@
 //! namespace that the netlink socket was made in.
 //!
 //! An answer takes some microseconds, where there is such a connection. Where there is none, the kernel walks a chain of sockets that
-//! listen, as long as whoever has these likes it: many milliseconds. So it is asked in looks, or by porters. Several questions go in one
+//! listen, as long as whoever has these likes it: many milliseconds. So only who carries a load can ask: a [`Carrier`]. Several questions go in one
 //! message: the kernel answers them one after the other, with nothing between.
 
 use std::io;
@@ -23,6 +23,8 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
     socket,
 };
+
+use crate::porters::Carrier;
 
 /// A socket that the kernel knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +103,7 @@ impl Diag {
     /// The TCP socket with exactly this pair of addresses and this `SO_COOKIE`.
     pub fn find(
         &self,
+        carrier: &Carrier,
         local: SocketAddr,
         peer: SocketAddr,
         cookie: u64,
@@ -110,12 +113,17 @@ impl Diag {
             peer,
             cookie: Some(cookie),
         };
-        let [found] = self.find_each([sought])?;
+        let [found] = self.find_each(carrier, [sought])?;
         Ok(found)
     }
 
     /// These sockets, asked for one after the other with nothing between. One may be asked for twice.
-    pub fn find_each<const N: usize>(&self, sought: [Sought; N]) -> io::Result<[Option<Found>; N]> {
+    pub fn find_each<const N: usize>(
+        &self,
+        _: &Carrier,
+        sought: [Sought; N],
+    ) -> io::Result<[Option<Found>; N]> {
+        let number = next_number();
         let mut questions = Vec::with_capacity(N * QUESTION);
         for Sought {
             local,
@@ -123,12 +131,13 @@ impl Diag {
             cookie,
         } in sought
         {
-            if !ask_for(local, peer, cookie.unwrap_or(NO_COOKIE), &mut questions) {
+            let cookie = cookie.unwrap_or(NO_COOKIE);
+            if !ask_for(number, local, peer, cookie, &mut questions) {
                 return Ok([None; N]);
             }
         }
         let mut found = [None; N];
-        let answers: [_; N] = self.ask(&questions)?;
+        let answers: [_; N] = self.ask(number, &questions)?;
         for ((found, answer), sought) in found.iter_mut().zip(&answers).zip(&sought) {
             // All ones stand for any cookie (`INET_DIAG_NOCOOKIE`): what was found has to have this one.
             let answer = answer.as_ref().map(Found::of);
@@ -138,7 +147,12 @@ impl Diag {
     }
 
     /// The TCP socket with exactly this pair of addresses, whatever its cookie is.
-    pub fn find_any(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<Found>> {
+    pub fn find_any(
+        &self,
+        _: &Carrier,
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> io::Result<Option<Found>> {
         Ok(self.ask_one(local, peer)?.as_ref().map(Found::of))
     }
 
@@ -146,14 +160,15 @@ impl Diag {
     /// share the port (`SO_REUSEPORT`), the one that the kernel would choose for this very pair.
     pub fn listener(
         &self,
+        _: &Carrier,
         destination: SocketAddr,
         source: SocketAddr,
     ) -> io::Result<Option<Listener>> {
-        let found = self.ask_one(destination, source)?;
         let is_over = |found: &InetResponse| found.header.state == TCP_TIME_WAIT;
-        if source.port() != 0 && found.as_ref().is_some_and(is_over) {
+        let mut found = self.ask_one(destination, source)?;
+        if found.as_ref().is_some_and(is_over) {
             // What is left of an earlier connection between them, which keeps no new one away. No connection has port 0.
-            return self.listener(destination, SocketAddr::new(source.ip(), 0));
+            found = self.ask_one(destination, SocketAddr::new(source.ip(), 0))?;
         }
         Ok(found
             .filter(|found| found.header.state == TCP_LISTEN)
@@ -165,24 +180,29 @@ impl Diag {
 
     /// Asks for any socket with these addresses.
     fn ask_one(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<InetResponse>> {
+        let number = next_number();
         let mut question = Vec::with_capacity(QUESTION);
-        if !ask_for(local, peer, NO_COOKIE, &mut question) {
+        if !ask_for(number, local, peer, NO_COOKIE, &mut question) {
             return Ok(None);
         }
-        let [found] = self.ask(&question)?;
+        let [found] = self.ask(number, &question)?;
         Ok(found)
     }
 
-    fn ask<const N: usize>(&self, questions: &[u8]) -> io::Result<[Option<InetResponse>; N]> {
+    fn ask<const N: usize>(
+        &self,
+        number: u32,
+        questions: &[u8],
+    ) -> io::Result<[Option<InetResponse>; N]> {
         let mut spare = self.lock();
         if !self.is_home {
             let socket = spare.first().ok_or(io::ErrorKind::NotConnected)?;
-            return ask_by(socket, questions);
+            return ask_by(socket, number, questions);
         }
         let socket = spare.pop();
         drop(spare);
         let socket = socket.map_or_else(new_socket, Ok)?;
-        let found = ask_by(&socket, questions)?;
+        let found = ask_by(&socket, number, questions)?;
         let mut spare = self.lock();
         if spare.len() < SPARE {
             spare.push(socket);
@@ -213,6 +233,11 @@ pub fn asked() -> u64 {
     ASKED.load(Ordering::Relaxed)
 }
 
+/// The number of the next message, which its answers have. It wraps.
+fn next_number() -> u32 {
+    ASKED.fetch_add(1, Ordering::Relaxed) as u32
+}
+
 fn new_socket() -> io::Result<OwnedFd> {
     let socket = socket(
         AddressFamily::Netlink,
@@ -228,13 +253,13 @@ fn new_socket() -> io::Result<OwnedFd> {
 /// Asks so many questions. Each answer is taken, also behind one that says that something is wrong: none is left for the next questions.
 fn ask_by<const N: usize>(
     socket: &OwnedFd,
+    number: u32,
     questions: &[u8],
 ) -> io::Result<[Option<InetResponse>; N]> {
     let fd = socket.as_raw_fd();
-    ASKED.fetch_add(1, Ordering::Relaxed);
     send(fd, questions, MsgFlags::empty())?;
     // The kernel answers within the send.
-    let answers: [_; N] = std::array::from_fn(|_| take_answer(fd));
+    let answers: [_; N] = std::array::from_fn(|_| take_answer(fd, number));
     let mut found = [const { None }; N];
     for (found, answer) in found.iter_mut().zip(answers) {
         *found = answer?;
@@ -242,12 +267,18 @@ fn ask_by<const N: usize>(
     Ok(found)
 }
 
-fn take_answer(fd: RawFd) -> io::Result<Option<InetResponse>> {
+/// What is left of questions that failed comes before: each time it is taken away.
+fn take_answer(fd: RawFd, number: u32) -> io::Result<Option<InetResponse>> {
     let mut bytes = [0; 4096];
-    let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
-    let answer = bytes.get(..len).unwrap_or(&[]);
-    let answer = NetlinkMessage::<SockDiagMessage>::deserialize(answer)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    let answer = loop {
+        let len = recv(fd, &mut bytes, MsgFlags::MSG_DONTWAIT)?;
+        let answer = bytes.get(..len).unwrap_or(&[]);
+        let answer = NetlinkMessage::<SockDiagMessage>::deserialize(answer)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        if answer.header.sequence_number == number {
+            break answer;
+        }
+    };
     match answer.payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => Ok(Some(*found)),
         NetlinkPayload::Error(error) => match -error.raw_code() {
@@ -266,7 +297,13 @@ const NO_COOKIE: u64 = u64::MAX;
 const QUESTION: usize = 72;
 
 /// Puts the question for the socket with these addresses behind others; false where there can be none.
-fn ask_for(local: SocketAddr, peer: SocketAddr, cookie: u64, questions: &mut Vec<u8>) -> bool {
+fn ask_for(
+    number: u32,
+    local: SocketAddr,
+    peer: SocketAddr,
+    cookie: u64,
+    questions: &mut Vec<u8>,
+) -> bool {
     // A v4-mapped IPv6 socket is found by its IPv4 addresses.
     let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
     let family = match (local_ip, peer_ip) {
@@ -276,6 +313,7 @@ fn ask_for(local: SocketAddr, peer: SocketAddr, cookie: u64, questions: &mut Vec
     };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST;
+    header.sequence_number = number;
     let request = InetRequest {
         family,
         protocol: IPPROTO_TCP,
@@ -372,7 +410,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let stream = TcpStream::connect((connect, port)).unwrap();
         let (accepted, _) = listener.accept().unwrap();
-        let diag = Diag::of_home().unwrap();
+        let (diag, carrier) = (Diag::of_home().unwrap(), Carrier::of_test());
         for socket in [&stream, &accepted] {
             let (local, peer) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
             let cookie = cookie_of(socket.as_fd()).unwrap();
@@ -383,10 +421,13 @@ mod tests {
                 inode,
                 established: true,
             };
-            assert_eq!(diag.find(local, peer, cookie).unwrap(), Some(found));
-            assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
-            assert_eq!(diag.find(local, peer, NO_COOKIE).unwrap(), None);
-            assert_eq!(diag.find(peer, peer, cookie).unwrap(), None);
+            assert_eq!(
+                diag.find(&carrier, local, peer, cookie).unwrap(),
+                Some(found)
+            );
+            assert_eq!(diag.find(&carrier, local, peer, cookie + 1).unwrap(), None);
+            assert_eq!(diag.find(&carrier, local, peer, NO_COOKIE).unwrap(), None);
+            assert_eq!(diag.find(&carrier, peer, peer, cookie).unwrap(), None);
             let sought = |local, peer, cookie| Sought {
                 local,
                 peer,
@@ -400,21 +441,24 @@ mod tests {
                 sought(local, peer, None),
             ];
             let expected = [Some(found), None, None, Some(found)];
-            assert_eq!(diag.find_each(each).unwrap(), expected);
-            assert_eq!(diag.find(local, peer, cookie + 1).unwrap(), None);
+            assert_eq!(diag.find_each(&carrier, each).unwrap(), expected);
+            assert_eq!(diag.find(&carrier, local, peer, cookie + 1).unwrap(), None);
         }
         // Who would get the next connection is asked without a connection.
         let here = stream.local_addr().unwrap();
         let source = SocketAddr::new(here.ip(), 0);
         let destination = stream.peer_addr().unwrap();
-        let would_get = diag.listener(destination, source).unwrap().unwrap();
+        let would_get = diag
+            .listener(&carrier, destination, source)
+            .unwrap()
+            .unwrap();
         assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
         // The connection itself is no listener.
-        assert_eq!(diag.listener(destination, here).unwrap(), None);
+        assert_eq!(diag.listener(&carrier, destination, here).unwrap(), None);
         // What is left of it hides none: the end that closes first keeps its addresses for a minute.
         drop(accepted);
         drop(stream);
-        let would_get = diag.listener(destination, here).unwrap().unwrap();
+        let would_get = diag.listener(&carrier, destination, here).unwrap().unwrap();
         assert_eq!(Some(would_get.cookie), cookie_of(listener.as_fd()));
     }
 
@@ -423,24 +467,43 @@ mod tests {
     fn nobody_but_the_kernel_answers() {
         use nix::errno::Errno;
         use nix::sys::socket::{getsockname, sendto};
-        let diag = Diag::of_home().unwrap();
+        let (diag, carrier) = (Diag::of_home().unwrap(), Carrier::of_test());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (to, from) = (
             listener.local_addr().unwrap(),
             "127.0.0.1:0".parse().unwrap(),
         );
-        assert!(diag.listener(to, from).unwrap().is_some());
+        assert!(diag.listener(&carrier, to, from).unwrap().is_some());
         let fd = diag.lock()[SPARE - 1].as_raw_fd();
         let name = getsockname::<NetlinkAddr>(fd).unwrap();
         let forger = new_socket().unwrap();
         let mut forgery = Vec::new();
-        assert!(ask_for(to, from, NO_COOKIE, &mut forgery));
+        assert!(ask_for(0, to, from, NO_COOKIE, &mut forgery));
         let sent = sendto(forger.as_raw_fd(), &forgery, &name, MsgFlags::empty());
         assert!(
             matches!(sent, Err(Errno::ECONNREFUSED | Errno::EPERM)),
             "{sent:?}"
         );
-        assert!(diag.listener(to, from).unwrap().is_some());
+        assert!(diag.listener(&carrier, to, from).unwrap().is_some());
+    }
+
+    /// Such a socket is kept when a question fails.
+    #[test]
+    fn the_answer_to_an_earlier_question_is_not_taken_for_this_ones() {
+        let (diag, carrier) = (Diag::of_this_thread().unwrap(), Carrier::of_test());
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let from = "127.0.0.1:0".parse().unwrap();
+        let [earlier, to] = listeners
+            .each_ref()
+            .map(|listener| listener.local_addr().unwrap());
+        let mut question = Vec::new();
+        assert!(ask_for(u32::MAX, earlier, from, NO_COOKIE, &mut question));
+        let socket = diag.lock()[0].as_raw_fd();
+        send(socket, &question, MsgFlags::empty()).unwrap();
+        for _ in 0..2 {
+            let found = diag.listener(&carrier, to, from).unwrap().unwrap();
+            assert_eq!(Some(found.cookie), cookie_of(listeners[1].as_fd()));
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What porters bring to the control thread.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -10,6 +11,9 @@ use rdsock_shm::control::Between;
 use crate::book::{Conn, Socket, TenantId};
 use crate::cgroups::Cgroup;
 use crate::channel::{Foreign, Receive, Sent};
+use crate::diag::Listener;
+use crate::fabric::Early;
+use crate::fabric::incoming::{Answer, Incoming};
 use crate::memory::{Bells, TenantMap};
 use crate::namespaces::Opened;
 use crate::porters::Owner;
@@ -69,6 +73,26 @@ pub enum Found {
         asker: TenantId,
         /// What.
         fetched: Fetched,
+    },
+    /// Who would get a connection that another node asks for, and a port to make it from.
+    Listener(Box<Incoming>, Result<Answer, Errno>),
+    /// Who listens where the kernel has made a connection to.
+    MadeTo {
+        /// The stream that the connection is for.
+        ticket: u64,
+        /// What the kernel says.
+        listener: io::Result<Option<Listener>>,
+    },
+    /// A look whether an anchor that has come in is that of a stream.
+    Anchor {
+        /// The stream.
+        ticket: u64,
+        /// Cookie of the daemon's socket.
+        cookie: u64,
+        /// It is.
+        is_its: bool,
+        /// The announcement that waits for that.
+        early: Option<Early>,
     },
     /// The kernel was told to connect to a program that listens.
     Called {
@@ -132,8 +156,8 @@ pub struct Kept {
 pub enum Errand {
     /// A connection record: what it is wanted for was noted with its generation.
     Conn(Conn),
-    /// A socket that the tenant says it listens on, with this descriptor and cookie.
-    Listener(i32, u64),
+    /// A socket that the tenant says it listens on, with this descriptor and cookie, and where.
+    Listener(i32, u64, Option<SocketAddr>),
     /// The socket that the tenant wants to reach another node with.
     Reach(Between),
     /// A connection that the tenant asks about.

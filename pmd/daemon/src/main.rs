@@ -53,7 +53,9 @@ fn main() -> ExitCode {
     let own_proc = rdsockd::proc::mount_own();
     let lines = rdsockd::log::start(&config);
     if let Err(error) = own_proc {
-        tracing::debug!("no /proc of its own ({error}): whoever locks a folder there holds up looks");
+        tracing::debug!(
+            "no /proc of its own ({error}): whoever locks a folder there holds up looks"
+        );
     }
     let status = match Daemon::new(args, config, &lines).and_then(Daemon::run) {
         Ok(()) => ExitCode::SUCCESS,

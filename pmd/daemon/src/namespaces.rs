@@ -11,12 +11,14 @@ use nix::sched::{CloneFlags, setns};
 
 use crate::diag::Diag;
 use crate::process::netns_inode;
+use crate::rights::Home;
 
 /// The namespaces that tenants live in, by inode. An open netlink socket keeps its namespace,
 /// and so the inode's number, from being used again.
 #[derive(Debug)]
 pub struct Namespaces {
     home: u64,
+    of_home: Arc<Diag>,
     open: HashMap<u64, Namespace>,
 }
 
@@ -31,18 +33,20 @@ impl Namespaces {
     /// Knows the daemon's own namespace, and none other yet.
     pub fn new() -> io::Result<Self> {
         let home = netns_inode(std::process::id() as i32)?;
+        let of_home = Arc::new(Diag::of_home()?);
         let mut namespaces = Namespaces {
             home,
+            of_home: of_home.clone(),
             open: HashMap::new(),
         };
-        namespaces.insert(home, Diag::of_home()?);
+        namespaces.insert(home, of_home);
         Ok(namespaces)
     }
 
-    fn insert(&mut self, inode: u64, diag: Diag) {
+    fn insert(&mut self, inode: u64, diag: Arc<Diag>) {
         let namespace = Namespace {
             cookie: diag.netns_cookie(),
-            diag: Arc::new(diag),
+            diag,
             tenants: 0,
         };
         self.open.insert(inode, namespace);
@@ -62,7 +66,7 @@ impl Namespaces {
     /// A porter has opened a namespace, for a tenant that enters it, or does not after all and leaves.
     pub fn add(&mut self, opened: Opened) {
         if !self.is_open(opened.inode) {
-            self.insert(opened.inode, opened.diag);
+            self.insert(opened.inode, Arc::new(opened.diag));
         }
     }
 
@@ -96,7 +100,7 @@ impl Namespaces {
     /// Is this the cookie of a socket in the daemon's own namespace? On kernels without cookies (0) it
     /// is believed to be.
     pub fn is_home(&self, cookie: u64) -> bool {
-        let home = self.open.get(&self.home).map_or(0, |home| home.cookie);
+        let home = self.of_home.netns_cookie();
         cookie == home || cookie == 0 || home == 0
     }
 
@@ -105,9 +109,14 @@ impl Namespaces {
         inode == self.home
     }
 
-    /// The netlink socket of the daemon's own namespace.
-    pub fn home_diag(&self) -> Option<&Arc<Diag>> {
-        self.diag(self.home)
+    /// The daemon's own namespace, by its inode, and its netlink sockets.
+    pub fn home(&self) -> (u64, &Arc<Diag>) {
+        (self.home, &self.of_home)
+    }
+
+    /// The cookie of the daemon's own namespace.
+    pub fn home_cookie(&self) -> Home {
+        Home(self.of_home.netns_cookie())
     }
 
     /// The netlink socket of a namespace.

@@ -18,6 +18,7 @@ mod line;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -71,7 +72,26 @@ const REST: Duration = Duration::from_millis(20);
 pub const SIGNAL: Signal = Signal::SIGURG;
 
 /// Something to do that may have to wait, and what it finds.
-pub type Load<D> = Box<dyn FnOnce() -> Option<D> + Send>;
+pub type Load<D> = Box<dyn FnOnce(&Carrier) -> Option<D> + Send>;
+
+/// Who carries a load. What may take long asks for it ([`crate::diag`]), so that nobody does that who carries none: only here is one made, it
+/// stays on its thread, and a load has it for as long as it is carried.
+#[derive(Debug)]
+pub struct Carrier {
+    stays: PhantomData<*const ()>,
+}
+
+impl Carrier {
+    fn new() -> Self {
+        Carrier { stays: PhantomData }
+    }
+
+    /// A test carries a load.
+    #[cfg(test)]
+    pub fn of_test() -> Self {
+        Self::new()
+    }
+}
 
 /// What the caller has to do itself.
 pub enum Here<D> {
@@ -342,6 +362,11 @@ impl<D: Send + 'static> Porters<D> {
 
     /// Has a load carried on behalf of somebody. It runs on another thread, after the earlier ones of the same owner.
     pub fn give(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
+        self.ask(owner, move |_| load());
+    }
+
+    /// The same for a load that asks for something that may take long.
+    pub fn ask(&self, owner: Owner, load: impl FnOnce(&Carrier) -> Option<D> + Send + 'static) {
         let mut yard = self.shared.lock();
         yard.give(owner, Box::new(load));
         self.shared.find_porter(yard);
@@ -349,6 +374,15 @@ impl<D: Send + 'static> Porters<D> {
 
     /// The same for a load that mostly takes some microseconds: the caller may have to carry it itself ([`Here::Look`]).
     pub fn give_quick(&self, owner: Owner, load: impl FnOnce() -> Option<D> + Send + 'static) {
+        self.ask_quick(owner, move |_| load());
+    }
+
+    /// The same for a load that asks for something that may take long, and mostly does not.
+    pub fn ask_quick(
+        &self,
+        owner: Owner,
+        load: impl FnOnce(&Carrier) -> Option<D> + Send + 'static,
+    ) {
         let mut yard = self.shared.lock();
         yard.give_quick(owner, Box::new(load));
         self.shared.find_porter(yard);
@@ -506,7 +540,7 @@ impl<D: Send + 'static> Shared<D> {
             };
             self.find_porter(yard);
             nudge.start();
-            let found = load();
+            let found = load(&Carrier::new());
             yard = self.lock();
             yard.line.put_down(owner.uid);
             yard.carried(owner);
@@ -541,7 +575,7 @@ pub enum Pace {
 /// so much of its processor so far.
 pub fn carry<D>(load: Load<D>, used: Duration) -> (Option<D>, Pace) {
     let (since, before) = (Instant::now(), waits());
-    let found = load();
+    let found = load(&Carrier::new());
     // A thread that had no core for a while has not waited for anybody, nor worked.
     let waited = || waits() != before;
     let worked = || processor_time().saturating_sub(used) > Trust::QUICK;

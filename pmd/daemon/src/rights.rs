@@ -8,7 +8,7 @@
 //! Porters gather the facts that may have to be waited for ([`look`]); the decisions wait for nobody.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -26,7 +26,7 @@ use crate::diag::{Diag, Found, Listener, Sought, cookie_of, device_of, is_tcp, n
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
-use crate::porters::NOBODY;
+use crate::porters::{Carrier, NOBODY};
 use crate::process::{FileId, Glance, Identity, Peer, Program};
 use crate::search::{OtherHolder, Searches};
 use crate::shares::Known;
@@ -228,6 +228,8 @@ pub struct Look {
     pub search: Option<Arc<Searches>>,
     /// Where it has to be bound, as a TCP socket.
     pub bound: Option<Place>,
+    /// It has to listen, and where is asked.
+    pub listens: Option<Home>,
     /// Where the kernel is asked for it by its addresses.
     pub ask: Option<Ask>,
 }
@@ -244,18 +246,22 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// The socket with these addresses and this cookie.
-    pub fn own(&self, cookie: u64) -> std::io::Result<Option<Found>> {
-        self.diag.find(self.route.local, self.route.peer, cookie)
+    /// The socket with these addresses and this cookie; with any where that is not known (0).
+    pub fn own(&self, carrier: &Carrier, cookie: u64) -> std::io::Result<Option<Found>> {
+        let Route { local, peer, .. } = self.route;
+        match cookie {
+            0 => self.diag.find_any(carrier, local, peer),
+            cookie => self.diag.find(carrier, local, peer, cookie),
+        }
     }
 
     /// The same, and the one at its other end where that is asked for, if both were there at one moment.
-    fn locate(&self, cookie: u64) -> std::io::Result<Located> {
+    pub fn locate(&self, carrier: &Carrier, cookie: u64) -> std::io::Result<Located> {
         let route = self.route;
         if !self.both {
             return Ok(Located {
                 route,
-                own: self.own(cookie)?,
+                own: self.own(carrier, cookie)?,
                 other_end: None,
             });
         }
@@ -264,28 +270,41 @@ impl Ask {
             peer,
             cookie,
         };
-        let own = sought(route, Some(cookie));
+        let own = sought(route, (cookie != 0).then_some(cookie));
         let questions = [own, sought(route.reversed(), None), own];
-        let [before, other, own] = self.diag.find_each(questions)?;
-        // While this end is there no other connection has its addresses.
-        let is_there = |found: &Option<Found>| found.is_some_and(|found| found.established);
-        let met = [before, other, own].iter().all(is_there);
+        let [before, other, own] = self.diag.find_each(carrier, questions)?;
+        // While this end is there no other connection has its addresses, but for what an earlier one has left there until this one is
+        // established.
+        let was_there = |own: &Found| {
+            before.is_some_and(|before| {
+                before.cookie == own.cookie && (before.established || !own.established)
+            })
+        };
         Ok(Located {
             route,
             own,
-            other_end: other.filter(|_| met).map(|other| Socket {
-                cookie: other.cookie,
-                inode: other.inode,
-            }),
+            other_end: other.filter(|_| own.as_ref().is_some_and(was_there)),
         })
     }
 
+    /// The same with another peer.
+    pub fn coming_from(mut self, peer: SocketAddr) -> Self {
+        self.route.peer = peer;
+        self
+    }
+
+    /// The socket that would get a connection to `local` from `peer`.
+    pub fn listener(&self, carrier: &Carrier) -> std::io::Result<Option<Listener>> {
+        let Route { local, peer, .. } = self.route;
+        self.diag.listener(carrier, local, peer)
+    }
+
     /// Is a socket there, and does it meet the other one?
-    pub fn meet(&self, own: Socket, other: Socket) -> Meeting {
-        let located = self.locate(own.cookie).ok();
+    pub fn meet(&self, carrier: &Carrier, own: Socket, other: Socket) -> Meeting {
+        let located = self.locate(carrier, own.cookie).ok();
         match located.filter(|located| located.is(own.inode)) {
             None => Meeting::None,
-            Some(located) if located.other_end == Some(other) => Meeting::Both,
+            Some(located) if located.met() == Some(other) => Meeting::Both,
             Some(_) => Meeting::One,
         }
     }
@@ -310,7 +329,7 @@ pub struct Located {
     /// The socket, if it has these.
     own: Option<Found>,
     /// The one at its other end.
-    other_end: Option<Socket>,
+    other_end: Option<Found>,
 }
 
 impl Located {
@@ -318,6 +337,16 @@ impl Located {
     fn is(&self, inode: u64) -> bool {
         let own = self.own;
         own.is_some_and(|own| own.established && own.inode == inode)
+    }
+
+    /// The one at its other end, where both are established.
+    fn met(&self) -> Option<Socket> {
+        let other = self.other_end.filter(|other| other.established);
+        let other = other.filter(|_| self.own.is_some_and(|own| own.established));
+        other.map(|other| Socket {
+            cookie: other.cookie,
+            inode: other.inode,
+        })
     }
 }
 
@@ -332,6 +361,19 @@ pub struct Place {
     pub netns_cookie: u64,
 }
 
+/// The network namespace that the daemon is in, by its `SO_NETNS_COOKIE`; 0 where that is not known.
+#[derive(Clone, Copy, Debug)]
+pub struct Home(pub u64);
+
+/// Where a socket listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listens {
+    /// The address and the port that it has.
+    pub address: SocketAddr,
+    /// At any address of IPv6, and so at any of IPv4.
+    pub of_both: bool,
+}
+
 /// A socket that a process was found to hold, while it was who it was when it attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
@@ -343,6 +385,8 @@ pub struct Held {
     pub shared: bool,
     /// Where the kernel knows it, if that was asked.
     pub located: Option<Located>,
+    /// Where it listens, if that was asked.
+    pub listens: Option<Listens>,
 }
 
 /// Why a process was not found to hold a socket.
@@ -366,8 +410,9 @@ pub enum NotHeld {
 }
 
 /// Looks whether a process holds a socket, and is who it was. May wait: for a porter.
-pub fn look(look: &Look) -> Result<Held, NotHeld> {
+pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
     let peer = &look.passport.peer;
+    let mut listens = None;
     let (cookie, inode) = match peer.duplicate(look.fd) {
         Ok(duplicate) => {
             // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, and in which network namespace,
@@ -375,6 +420,10 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
             let cookie = cookie_of(duplicate.as_fd()).ok_or(NotHeld::Socket)?;
             if look.bound.is_some_and(|bound| !is_bound(&duplicate, bound)) {
                 return Err(NotHeld::Elsewhere);
+            }
+            if let Some(home) = look.listens {
+                let found = listens_at(&duplicate, home).ok_or(NotHeld::Elsewhere)?;
+                listens = Some(found);
             }
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
@@ -398,7 +447,7 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
     let searched = (look.search.as_ref()).map(|searches| searches.other_holder(peer.pid, inode));
     // When in doubt, it is shared: the shim asks again.
     let shared = searched.is_some_and(|found| found != OtherHolder::Nobody);
-    let located = look.ask.as_ref().map(|ask| ask.locate(look.cookie));
+    let located = look.ask.as_ref().map(|ask| ask.locate(carrier, cookie));
     let located = located.transpose().map_err(|error| {
         NotHeld::Silent(Errno::from_raw(error.raw_os_error().unwrap_or_default()))
     })?;
@@ -407,6 +456,24 @@ pub fn look(look: &Look) -> Result<Held, NotHeld> {
         inode,
         shared,
         located,
+        listens,
+    })
+}
+
+/// Where a TCP socket listens, in the daemon's network namespace and at all devices: nobody but one user does at one place. The socket's lock is
+/// waited for.
+fn listens_at(socket: &OwnedFd, home: Home) -> Option<Listens> {
+    let is_there = is_tcp(socket.as_fd())
+        && getsockopt(socket, sockopt::AcceptConn) == Ok(true)
+        && netns_cookie_of(socket.as_fd()).is_none_or(|netns| netns == home.0)
+        && device_of(socket.as_fd()).is_none_or(|device| device == 0);
+    let name = getsockname(socket.as_raw_fd()).ok();
+    let own = name.as_ref().and_then(socket_address);
+    let own = own.filter(|_| is_there)?;
+    let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    Some(Listens {
+        address: SocketAddr::new(own.ip().to_canonical(), own.port()),
+        of_both: own.is_ipv6() && own.ip().is_unspecified() && has_family(socket, own.ip(), any),
     })
 }
 
@@ -621,6 +688,16 @@ impl Rights {
         })
     }
 
+    /// Where to ask for a socket in the daemon's own network namespace.
+    pub fn ask_at_home(&self, local: SocketAddr, peer: SocketAddr) -> Ask {
+        let (netns, diag) = self.namespaces.home();
+        Ask {
+            route: Route { netns, local, peer },
+            diag: diag.clone(),
+            both: true,
+        }
+    }
+
     /// Where to ask for a socket again.
     pub fn ask_for(&self, route: Route) -> Option<Ask> {
         Some(Ask {
@@ -640,7 +717,8 @@ impl Rights {
     ) -> Option<Announced> {
         // What was found may be of an earlier use of the record: who announces it twice at once has both looked at.
         let asked = (located.route.local, located.route.peer);
-        if held.cookie != claim.cookie || asked != (claim.local, claim.peer) {
+        let is_claimed = claim.cookie != 0 && claim.cookie == held.cookie;
+        if !is_claimed || asked != (claim.local, claim.peer) {
             return None;
         }
         located.is(held.inode).then(|| Announced {
@@ -653,7 +731,7 @@ impl Rights {
             seen: Instant::now(),
             route: located.route,
             role: claim.role,
-            other_end: located.other_end,
+            other_end: located.met(),
         })
     }
 
@@ -704,24 +782,15 @@ impl Rights {
             && passport.check_quickly().is_ok()
     }
 
-    /// Is a socket that a process was found to hold the one that the kernel connects with these addresses? Then the
-    /// process may be told for whom the daemon has opened the connection; and bytes may flow between the anchor at the
-    /// other end and the stream that was promised to this process.
-    pub fn is_between(diag: Option<&Diag>, held: Held, names: (SocketAddr, SocketAddr)) -> bool {
-        let find = |diag: &Diag| match held.cookie {
-            0 => diag.find_any(names.0, names.1),
-            cookie => diag.find(names.0, names.1, cookie),
-        };
-        let found = diag.and_then(|diag| find(diag).ok().flatten());
-        found.is_some_and(|found| found.inode == held.inode)
+    /// Was a socket that a process was found to hold at the other end of the daemon's socket with this cookie? Then the process may be told
+    /// for whom the daemon has opened the connection; and bytes may flow between that anchor and the stream that was promised to this
+    /// process. What was so at one moment stays so: the daemon's end is never connected to another one.
+    pub fn is_between(held: Held, located: Located, cookie: u64) -> bool {
+        located.own.is_some_and(|own| own.inode == held.inode)
+            && located
+                .other_end
+                .is_some_and(|other| other.cookie == cookie)
     }
-}
-
-/// Is the daemon's socket with this cookie the other end of a connection with these addresses? When it is closed, anybody may come from
-/// where it came from.
-pub fn is_other_end(diag: &Diag, cookie: u64, (local, peer): (SocketAddr, SocketAddr)) -> bool {
-    diag.find(peer, local, cookie)
-        .is_ok_and(|found| found.is_some())
 }
 
 #[cfg(test)]

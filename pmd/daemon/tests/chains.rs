@@ -4,8 +4,9 @@
 #[macro_use]
 mod tenant;
 
+use std::cell::Cell;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -20,8 +21,11 @@ use nix::unistd::{ForkResult, fork};
 use rdsock_shm::control::{Message, Query, Request, kind, question};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
+use tenant::nodes::{Bound, Client, Nodes, Server, listens};
 use tenant::{Answer, Daemon, Tenant, announcement};
 
+/// The address of node 2.
+const THERE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const SMALL: &str = "ring_size = 65536\nhuge_pages = \"never\"\n";
 /// Sockets in the chain, at most so many of one process.
 const CHAIN: usize = 120_000;
@@ -41,6 +45,8 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "ending" => be_ending(part),
         "announcing" => be_announcing(part),
+        "reached" => be_reached(part),
+        "leaving" => be_leaving(part),
         "watching" => be_watching(part),
         "keeping" => be_keeping(part),
         other => panic!("no such part: {other}"),
@@ -53,6 +59,38 @@ scene!(streams_that_end_beside_very_many_who_listen, |test| {
 
 scene!(announcements_beside_very_many_who_listen, |test| {
     attack(test, "announcing");
+});
+
+// Each time that another node asks for a connection to a port at which very many listen.
+scene!(another_node_comes_where_very_many_listen, |test| {
+    once(|| {
+        let nodes = Nodes::start(["", ""]);
+        let port = Cell::new(0);
+        let mut client = Client::at(&nodes.client().socket());
+        let start = |words: String| port.set(words.parse().unwrap());
+        let turn = long_turn(nodes.server(), test, "reached", "go", start, || {
+            let to = SocketAddrV4::new(THERE, port.get());
+            client.reach(&Bound::new(0).unwrap(), to);
+        });
+        assert!(nodes.server().counter("incoming") > 1);
+        turn
+    });
+});
+
+// An anchor comes from a port at which very many listen, and whose it was has gone.
+scene!(anchors_from_where_very_many_listen, |test| {
+    once(|| {
+        let nodes = Nodes::start(["", ""]);
+        // To one place there is one stream at a time from one port.
+        let servers = [(); 4].map(|()| Server::start(nodes.server()));
+        let ports = servers
+            .each_ref()
+            .map(|server| server.address().port().to_string());
+        let to = ports.join(" ");
+        let turn = long_turn(nodes.client(), test, "leaving", &to, |_| {}, || {});
+        assert!(nodes.client().counter("reached") > 1);
+        turn
+    });
 });
 
 scene!(the_end_of_a_process_that_very_many_wait_for, |test| {
@@ -68,32 +106,50 @@ scene!(
 
 /// On a busy machine nobody may be there to go on in place of who walks a chain: so another time is to show it.
 fn attack(test: &str, part: &str) {
-    let turns: Vec<u64> = (0..TIMES).map_while(|_| long_turn(test, part)).collect();
+    once(|| {
+        let daemon = Daemon::start(SMALL);
+        long_turn(&daemon, test, part, "go", |_| {}, || {})
+    });
+}
+
+fn once(long_turn: impl Fn() -> Option<u64>) {
+    let turns: Vec<u64> = (0..TIMES).map_while(|_| long_turn()).collect();
     assert!(
         turns.len() < TIMES,
         "turns of {turns:?} us of processor time"
     );
 }
 
-/// An actor does something when it is told. Others are served meanwhile. The longest turn, where it was too long.
-fn long_turn(test: &str, part: &str) -> Option<u64> {
-    let daemon = Daemon::start(SMALL);
-    let mut honest = Honest::new(&daemon);
-    let bystander = Bystander::new(&daemon);
+/// An actor does something when it is told this word, once its first words were heard. Others are served meanwhile, and something else is
+/// done. The longest turn, where it was too long.
+fn long_turn(
+    daemon: &Daemon,
+    test: &str,
+    part: &str,
+    word: &str,
+    hear: impl FnOnce(String),
+    mut also: impl FnMut(),
+) -> Option<u64> {
+    let mut honest = Honest::new(daemon);
+    let bystander = Bystander::new(daemon);
     for _ in 0..20 {
         honest.promotion();
     }
     let mut actor = Actor::start(test, part, &daemon.socket(), ATTACKER);
-    while actor
-        .next_line(Duration::from_secs(120))
-        .expect("it goes on")
-        != "ready"
-    {}
-    actor.say("go");
+    let ready = loop {
+        let line = actor.next_line(Duration::from_secs(120));
+        let line = line.expect("it goes on");
+        if let Some(rest) = line.strip_prefix("ready") {
+            break rest.trim().to_owned();
+        }
+    };
+    hear(ready);
+    actor.say(word);
     let end = Instant::now() + WATCH;
     let (mut longest, mut slowest) = (Duration::ZERO, Duration::ZERO);
     while Instant::now() < end {
-        longest = longest.max(bystander.asks(&daemon, part));
+        also();
+        longest = longest.max(bystander.asks(daemon, part));
         slowest = slowest.max(honest.promotion());
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -113,13 +169,13 @@ fn raise_descriptors() {
 
 /// Listens where others do. The kernel takes what the last one has said for what all have said: `previous` says later that it
 /// shares its port with nobody, and is none of a group any more that the kernel looks at as one.
-fn listen_as_well(port: u16, previous: &mut Option<OwnedFd>) -> bool {
+fn listen_as_well(place: SocketAddrV4, previous: &mut Option<OwnedFd>) -> bool {
     let (family, kind) = (AddressFamily::Inet, SockType::Stream);
     let Ok(next) = socket(family, kind, SockFlag::SOCK_CLOEXEC, None) else {
         return false;
     };
     setsockopt(&next, sockopt::ReusePort, &true).unwrap();
-    let address = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+    let address = SockaddrIn::from(place);
     bind(next.as_raw_fd(), &address).unwrap();
     let listens = start_listening(&next, Backlog::new(1).unwrap());
     // The group may be full: the next one begins another.
@@ -141,14 +197,14 @@ struct Crowd(Vec<UnixStream>);
 impl Crowd {
     /// To be made before this process has anything that they shall not inherit.
     fn beside(first: &TcpListener) -> Self {
-        let port = first.local_addr().unwrap().port();
+        let place = place_of(first);
         let mut previous = Some(first.as_fd().try_clone_to_owned().unwrap());
         let children = (0..CHAIN / OF_ONE).map(|_| {
             let previous = previous.take();
             let (own, parents) = UnixStream::pair().unwrap();
             // SAFETY: this process has no thread beside this one and the harness's, which waits for it.
             match unsafe { fork() }.unwrap() {
-                ForkResult::Child => be_part_of_a_crowd(port, previous, own),
+                ForkResult::Child => be_part_of_a_crowd(place, previous, own),
                 ForkResult::Parent { .. } => parents,
             }
         });
@@ -163,11 +219,15 @@ impl Crowd {
     }
 }
 
-fn be_part_of_a_crowd(port: u16, mut previous: Option<OwnedFd>, mut told: UnixStream) -> ! {
+fn be_part_of_a_crowd(
+    place: SocketAddrV4,
+    mut previous: Option<OwnedFd>,
+    mut told: UnixStream,
+) -> ! {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL);
     let mut go = [0; 2];
     told.read_exact(&mut go).unwrap();
-    let count = (0..OF_ONE).take_while(|_| listen_as_well(port, &mut previous));
+    let count = (0..OF_ONE).take_while(|_| listen_as_well(place, &mut previous));
     let _ = count.count();
     alone(previous);
     told.write_all(&go).unwrap();
@@ -176,13 +236,24 @@ fn be_part_of_a_crowd(port: u16, mut previous: Option<OwnedFd>, mut told: UnixSt
     }
 }
 
+/// Where a socket listens.
+fn place_of(listener: &TcpListener) -> SocketAddrV4 {
+    match listener.local_addr().unwrap() {
+        SocketAddr::V4(place) => place,
+        SocketAddr::V6(_) => unreachable!(),
+    }
+}
+
 /// A listener whose port others may share.
 fn first_listener() -> TcpListener {
+    listener_at(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0))
+}
+
+fn listener_at(place: SocketAddrV4) -> TcpListener {
     let (family, kind) = (AddressFamily::Inet, SockType::Stream);
     let first = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
     setsockopt(&first, sockopt::ReusePort, &true).unwrap();
-    let any = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
-    bind(first.as_raw_fd(), &any).unwrap();
+    bind(first.as_raw_fd(), &SockaddrIn::from(place)).unwrap();
     start_listening(&first, Backlog::new(1).unwrap()).unwrap();
     first.into()
 }
@@ -191,14 +262,17 @@ fn first_listener() -> TcpListener {
 fn connection_to(listener: &TcpListener) -> (TcpStream, TcpStream) {
     let connector = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (accepted, _) = listener.accept().unwrap();
-    for socket in [&connector, &accepted] {
-        let linger = libc::linger {
-            l_onoff: 1,
-            l_linger: 0,
-        };
-        setsockopt(socket, sockopt::Linger, &linger).unwrap();
-    }
+    [&connector, &accepted].into_iter().for_each(leave_nothing);
     (connector, accepted)
+}
+
+/// Nothing is left of this connection when this end is closed.
+fn leave_nothing(socket: &TcpStream) {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(socket, sockopt::Linger, &linger).unwrap();
 }
 
 /// Has streams to a port at which very many listen, and ends.
@@ -244,6 +318,48 @@ fn be_announcing(part: &Part) {
         tenant.ask_for(&lie);
         if !matches!(tenant.receive(), Answer::Message(..)) {
             return say("closed");
+        }
+    }
+}
+
+/// Listens where very many do, and is the one that the kernel finds: the latest.
+fn be_reached(part: &Part) {
+    raise_descriptors();
+    let first = listener_at(SocketAddrV4::new(THERE, 0));
+    let mut crowd = Crowd::beside(&first);
+    let mut tenant = Tenant::attach_at(&part.socket);
+    crowd.listens();
+    let own = listener_at(place_of(&first));
+    // The kernel walks on behind it.
+    setsockopt(&own, sockopt::ReusePort, &false).unwrap();
+    tenant.ask_for(&listens(&own));
+    std::thread::sleep(Duration::from_secs(1));
+    say(&format!("ready {}", place_of(&own).port()));
+    listen();
+    // Each connection is over at once.
+    loop {
+        let _ = own.accept();
+    }
+}
+
+/// Reaches another node from a port at which very many listen, makes its anchor, and has gone before that is looked at.
+fn be_leaving(part: &Part) {
+    raise_descriptors();
+    let first = first_listener();
+    let mut crowd = Crowd::beside(&first);
+    let mut client = Client::at(&part.socket);
+    crowd.listens();
+    say("ready");
+    let ports = listen().unwrap();
+    let ports = ports.split(' ').map(|port| port.parse().unwrap());
+    for port in ports.collect::<Vec<u16>>().into_iter().cycle() {
+        let to = SocketAddrV4::new(THERE, port);
+        let bound = Bound::beside(place_of(&first)).unwrap();
+        let reached = client.reach(&bound, to);
+        if reached.ticket == 0 {
+            say(&format!("not reached: {}", reached.reason));
+        } else if let Ok(stream) = bound.connect(reached.anchor_port) {
+            leave_nothing(&stream);
         }
     }
 }

@@ -10,10 +10,9 @@ use tracing::debug;
 use super::{Daemon, End};
 use crate::accounts::Thing;
 use crate::book::{Announced, Announcement, Conn, Route, Socket, TenantId};
-use crate::fabric::Early;
-use crate::fabric::addresses;
+use crate::fabric::{Anchor, Early, addresses};
 use crate::found::{Errand, Found};
-use crate::porters::{NOBODY, Owner};
+use crate::porters::{Carrier, NOBODY, Owner};
 use crate::rights::{
     Ask, Changed, Claim, Held, Located, Look, Meeting, NotHeld, Place, Rights, look,
 };
@@ -236,29 +235,31 @@ impl Daemon {
             }),
             _ => None,
         };
+        let listens = matches!(errand, Errand::Listener(..));
         let question = Look {
             passport,
             fd,
             cookie,
             search: searched.then(|| self.rights.searches_of(uid)),
             bound,
+            listens: listens.then(|| self.rights.namespaces.home_cookie()),
             ask,
         };
         let owner = Owner {
             uid,
             connection: tenant,
         };
-        let load = move || {
+        let load = move |carrier: &Carrier| {
             Some(Found::Socket {
                 tenant,
                 errand,
-                held: look(&question),
+                held: look(carrier, &question),
             })
         };
         // A search takes long.
         match searched {
-            true => self.porters.give(owner, load),
-            false => self.porters.give_quick(owner, load),
+            true => self.porters.ask(owner, load),
+            false => self.porters.ask_quick(owner, load),
         }
     }
 
@@ -278,7 +279,9 @@ impl Daemon {
             };
             match errand {
                 Errand::Conn(conn) => daemon.on_conn_looked_at(conn, held)?,
-                Errand::Listener(fd, cookie) => daemon.on_listener(id, fd, cookie, held),
+                Errand::Listener(fd, cookie, said) => {
+                    daemon.on_listener(id, (fd, cookie), said, held);
+                }
                 Errand::Reach(question) => daemon.reach(id, question, held),
                 Errand::Whois(question) => daemon.tell_who(id, question, held)?,
             }
@@ -377,22 +380,14 @@ impl Daemon {
         if ticket != 0 && !self.rights.may_be_anchored(announced.route) {
             return self.not_verified(conn, Reason::OtherNamespace);
         }
-        let names = (announced.route.local, announced.route.peer);
-        let fabric = self.fabric.as_mut();
-        if let Some(call) = fabric.and_then(|fabric| fabric.call_unheard(ticket, names)) {
-            let early = Early {
-                conn,
-                socket: (claim.fd, claim.cookie),
-                searched: claim.maybe_shared,
-            };
-            call.early = Some(early);
-            let claim = Box::new(claim.clone());
-            self.announcements
-                .expect(conn, Wanted::Match { claim, ticket });
-            return Ok(());
-        }
         if ticket != 0 {
-            return self.on_carried_announced(announced, ticket, held, &passport);
+            if self.is_early(&announced, ticket, claim) {
+                let claim = Box::new(claim.clone());
+                self.announcements
+                    .expect(conn, Wanted::Match { claim, ticket });
+                return Ok(());
+            }
+            return self.on_carried_announced(announced, ticket, held);
         }
         if held.shared {
             return self.turn_down(conn, Reason::Shared);
@@ -403,6 +398,62 @@ impl Daemon {
             looks: 0,
         };
         self.find_other_end(announced, pairing)
+    }
+
+    /// Is it not known yet whose the connection is that a tenant says is a stream to another node? Its announcement waits for that.
+    fn is_early(&mut self, announced: &Announced, ticket: u64, claim: &Claim) -> bool {
+        let early = Early {
+            conn: announced.conn,
+            socket: (claim.fd, claim.cookie),
+            searched: claim.maybe_shared,
+        };
+        let names = (announced.route.local, announced.route.peer);
+        let fabric = self.fabric.as_mut();
+        if let Some(call) = fabric.and_then(|fabric| fabric.call_between(ticket, names)) {
+            // Of two that say so, the latest: another one asks again.
+            let before = call.early.replace(early);
+            self.turn_down_early(before.filter(|before| before.conn != early.conn));
+            return true;
+        }
+        self.take_all_anchors();
+        let Some(Anchor::Promised { uid, .. }) = self.anchor_of(ticket) else {
+            return false;
+        };
+        let waits = Rights::may_have_promised(announced.uid, uid)
+            && self.have_anchor_looked_at(ticket, Some(early));
+        if let Some(tenant) = self
+            .connections
+            .tenant_mut(early.conn.tenant)
+            .filter(|_| waits)
+        {
+            // As a look at its socket, it is waited for.
+            tenant.looks += 1;
+        }
+        waits
+    }
+
+    /// It is known by now whether an anchor is that of a stream which a tenant has announced.
+    pub(super) fn settle_early(&mut self, ticket: u64, early: Early) {
+        let id = early.conn.tenant;
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.looks = tenant.looks.saturating_sub(1);
+        }
+        match self.anchor_of(ticket) {
+            Some(Anchor::Attached { .. }) => self.look_at_early(Some(early)),
+            _ => self.turn_down_early(Some(early)),
+        }
+        self.unthrottle(id);
+    }
+
+    fn turn_down_early(&mut self, early: Option<Early>) {
+        let Some(Early { conn, .. }) = early else {
+            return;
+        };
+        if self.announcements.take(conn).is_some() {
+            self.serve(conn.tenant, |daemon| {
+                daemon.turn_down(conn, Reason::Unverified)
+            });
+        }
     }
 
     /// When a socket is in no namespace that is known, its process may have moved since it
@@ -485,12 +536,14 @@ impl Daemon {
         };
         let pair = Wanted::Pair(Box::new(announced), pairing);
         self.announcements.expect(conn, pair);
-        self.porters.give_quick(owner, move || {
+        self.porters.ask_quick(owner, move |carrier| {
             Some(Found::Pair {
                 conn,
                 whose,
                 other,
-                meeting: passport.check_program().map(|()| ask.meet(own, other)),
+                meeting: passport
+                    .check_program()
+                    .map(|()| ask.meet(carrier, own, other)),
             })
         });
         true

@@ -13,7 +13,7 @@ use rdsock_shm::reason::Reason;
 use tracing::{debug, info, warn};
 
 use super::{Daemon, End};
-use crate::accounts::{Over, Thing};
+use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::Due;
 use crate::book::{Announced, Conn, Role, Route, TenantId};
 use crate::cgroups::Rings;
@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::fabric::{Anchor, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
 use crate::memory::{TenantMap, make_stream_with, pipes_for};
-use crate::rights::{Held, NotHeld, Passport, Rights};
+use crate::rights::{Held, NotHeld, Rights};
 use crate::streams::{Elsewhere, Memory};
 use serde_json::{Value, json};
 
@@ -32,6 +32,19 @@ const ANCHOR: Duration = Duration::from_secs(10);
 const STREAM_DESCRIPTORS: u64 = 4;
 /// In place of a tenant: the daemon itself.
 const DAEMON: u64 = 0;
+
+/// A stream to another node that is to be made.
+pub(super) struct NewStream<'a> {
+    pub(super) ticket: u64,
+    pub(super) node: u16,
+    pub(super) opening: Opening,
+    pub(super) anchor: Anchor,
+    pub(super) addresses: &'a Addresses,
+    /// On whose account.
+    pub(super) uid: u32,
+    /// What that user has paid for the connect.
+    pub(super) connect: Charge,
+}
 
 /// Why a stream to another node was not made.
 #[derive(Debug, thiserror::Error)]
@@ -173,11 +186,12 @@ impl Daemon {
         let Some(fabric) = &mut self.fabric else {
             return;
         };
-        fabric.release(ticket);
+        let early = fabric.release(ticket);
         if let Some(stream) = self.streams.close(ticket) {
             self.journal.counters.streams_closed += 1;
             self.give_back(stream);
         }
+        self.look_at_early(early);
     }
 
     /// True for a stream to another node that is not released.
@@ -197,13 +211,16 @@ impl Daemon {
     }
 
     /// Makes a stream to a node, on the account of a user.
-    pub(super) fn carry(
-        &mut self,
-        node: u16,
-        opening: Opening,
-        addresses: &Addresses,
-        uid: u32,
-    ) -> Result<u64, CarryError> {
+    pub(super) fn carry(&mut self, new: NewStream) -> Result<(), CarryError> {
+        let NewStream {
+            ticket,
+            node,
+            opening,
+            anchor,
+            addresses,
+            uid,
+            connect,
+        } = new;
         let config = self.config.fabric.as_ref().ok_or(CarryError::Full)?;
         let ring_size = config.ring_size;
         let bytes = rdsock_node::memory::stream_bytes(ring_size);
@@ -214,9 +231,7 @@ impl Daemon {
             (Thing::Descriptors, STREAM_DESCRIPTORS + pipes_for(bytes)),
         ];
         let charge = self.accounts.charge(uid, &wanted);
-        let connect = self.accounts.charge(uid, &[(Thing::Connects, 1)]);
-        let charges = charge.and_then(|charge| Ok((charge, connect?)));
-        let (charge, connect) = charges.inspect_err(|over| {
+        let charge = charge.inspect_err(|over| {
             self.journal.refusal(over.cause(), uid, 0);
         })?;
         let charge = Arc::new(charge);
@@ -229,7 +244,6 @@ impl Daemon {
         let pay = || Ok::<_, CarryError>(accounts.charge(uid, &of_thread)?);
         let berth = fabric.berth(node, opening, uid, pay)?;
         let berth = berth.ok_or(CarryError::Full)?;
-        let ticket = self.streams.number();
         let end = match opening {
             Opening::Connect => 0,
             Opening::Accept(_) => 1,
@@ -254,20 +268,26 @@ impl Daemon {
                 mapped: false,
                 source: address(addresses.source, addresses.source_port),
                 destination: address(addresses.destination, addresses.destination_port),
-                anchor: match opening {
-                    Opening::Connect => Anchor::Asked,
-                    Opening::Accept(_) => Anchor::Called,
-                },
+                anchor,
+                looked_at: false,
                 charge,
                 connect: Some(connect),
             },
         );
-        Ok(ticket)
+        Ok(())
+    }
+
+    /// A user pays for a connect to another node or from there, for as long as it is under way.
+    pub(super) fn charge_connect(&mut self, uid: u32) -> Result<Charge, Over> {
+        let connect = self.accounts.charge(uid, &[(Thing::Connects, 1)]);
+        connect.inspect_err(|over| {
+            self.journal.refusal(over.cause(), uid, 0);
+        })
     }
 
     /// Another node asks for something on the account of a user who has no say in that: a quarter of what the user may have
     /// is left for the user itself.
-    fn leave_room(&mut self, uid: u32) -> Result<(), Over> {
+    pub(super) fn leave_room(&mut self, uid: u32) -> Result<(), Over> {
         let room =
             [Thing::Descriptors, Thing::Connects].map(|thing| match self.accounts.of(uid, thing) {
                 // Who may have one only gets it.
@@ -349,8 +369,18 @@ impl Daemon {
             destination: mapped(peer.ip()),
             destination_port: peer.port(),
         };
-        let carried = self.carry(node, Opening::Connect, &addresses, uid);
-        let ticket = carried.map_err(|error| {
+        let connect = self.charge_connect(uid).map_err(|_| Reason::Limit)?;
+        let ticket = self.streams.number();
+        let carried = self.carry(NewStream {
+            ticket,
+            node,
+            opening: Opening::Connect,
+            anchor: Anchor::Asked,
+            addresses: &addresses,
+            uid,
+            connect,
+        });
+        carried.map_err(|error| {
             debug!(tenant = id, "no stream: {error}");
             Reason::Limit
         })?;
@@ -407,6 +437,10 @@ impl Daemon {
         for earlier in fabric.promised_tenant(id, Some(from)) {
             fabric.abandon(earlier);
         }
+        if !fabric.has_room_at(from) {
+            fabric.abandon(ticket);
+            return self.decline(id, &question, Reason::Limit);
+        }
         let anchor = Anchor::Promised {
             from,
             tenant: id,
@@ -450,32 +484,8 @@ impl Daemon {
         announced: Announced,
         ticket: u64,
         held: Held,
-        passport: &Passport,
     ) -> Result<(), End> {
         let conn = announced.conn;
-        let listeners = self.fabric.as_ref().map_or(0, |fabric| fabric.listeners());
-        for listener in 0..listeners {
-            // It may have been announced before its other end was accepted.
-            self.on_anchors(listener);
-        }
-        let names = (announced.route.local, announced.route.peer);
-        if self
-            .fabric
-            .as_ref()
-            .is_some_and(|fabric| fabric.calls_between(ticket, names))
-        {
-            // The kernel has made the daemon's connection to the program, since the program has accepted it.
-            self.on_call(ticket);
-        }
-        if let Some(Anchor::Promised {
-            uid,
-            held: promised,
-            ..
-        }) = self.anchor_of(ticket)
-            && Rights::may_have_promised(passport.peer.uid, uid)
-        {
-            self.attach_anchor(ticket, promised);
-        }
         if held.shared {
             return self.turn_down(conn, Reason::Shared);
         }

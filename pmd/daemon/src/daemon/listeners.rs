@@ -1,34 +1,32 @@
 //! Programs that listen: a node asks for a stream, and the daemon connects to the program on its behalf.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockname, getsockopt,
-    setsockopt, socket, sockopt,
-};
+use nix::sys::socket::{SockaddrStorage, connect, getsockopt, sockopt};
 use rdsock_node::{Asked, Command, Opening};
 use rdsock_proto::{Addresses, Refusal};
-use rdsock_shm::control::{
-    Between, Caller, FABRIC_CLASS_V6, FABRIC_SOURCE_V4, Message, Request, kind,
-};
+use rdsock_shm::control::{Between, Caller, Message, Request, kind};
 use tracing::debug;
 
+use super::between::NewStream;
 use super::callers::borrowed;
 use super::{Daemon, End};
-use crate::accounts::Thing;
+use crate::accounts::{Charge, Thing};
 use crate::agenda::{Due, Token};
 use crate::book::TenantId;
 use crate::channel::Foreign;
 use crate::diag::Listener;
-use crate::fabric::{Anchor, Call, Carried, Early, Listening, addresses, octets};
+use crate::fabric::incoming::{self, Answer, Incoming};
+use crate::fabric::{Anchor, Call, Carried, Early, Listening, Step, address, addresses, octets};
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
-use crate::rights::{Held, NotHeld, Rights, is_other_end, socket_address};
+use crate::rights::{Held, Listens, NotHeld, Rights};
 
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
@@ -57,21 +55,36 @@ impl Daemon {
         let fabric = self.fabric.as_ref().filter(|_| home);
         if fabric.is_some_and(|fabric| fabric.listening.has_room(tenant)) {
             let (fd, cookie) = (request.fd, request.cookie);
-            let errand = Errand::Listener(fd, cookie);
+            let said = address(request.local, request.local_port);
+            let errand = Errand::Listener(fd, cookie, said);
             self.have_looked_at(tenant, errand, (fd, cookie), false, None);
         }
     }
 
-    /// A porter has looked at a socket that a tenant says it listens on. That it listens there is asked when it counts.
+    /// A porter has looked at a socket that a tenant listens on, or says so. That it listens there still is asked when it counts.
     pub(super) fn on_listener(
         &mut self,
         tenant: TenantId,
-        fd: i32,
-        cookie: u64,
+        (fd, cookie): (i32, u64),
+        said: Option<SocketAddr>,
         held: Result<Held, NotHeld>,
     ) {
-        match held {
-            Ok(held) => self.enter_listener(Listening { tenant, held }),
+        // Where the socket itself can't be asked, its process is believed: it is one of the daemon's user.
+        let believed = |address: SocketAddr| Listens {
+            address,
+            of_both: address.is_ipv6() && address.ip().is_unspecified(),
+        };
+        let found = held.and_then(|held| {
+            let listens = held.listens.or(said.map(believed));
+            Ok((held, listens.ok_or(NotHeld::Elsewhere)?))
+        });
+        match found {
+            Ok((held, listens)) => self.enter_listener(Listening {
+                tenant,
+                fd,
+                held,
+                listens,
+            }),
             Err(error) => {
                 debug!(tenant, fd, cookie, "does not listen: {error}");
                 self.journal.counters.unverified += 1;
@@ -153,25 +166,112 @@ impl Daemon {
         if !self.config.policy.allows_ports(port, from) {
             return Err(Refusal::Policy);
         }
-        let (socket, local) = caller(destination).map_err(|error| {
+        let fabric = self.fabric.as_ref().ok_or(Refusal::Policy)?;
+        let claims = fabric.listening.latest_at(destination);
+        let claims = claims.ok_or(Refusal::NoListener)?;
+        let tenant = self.connections.tenant(claims.tenant);
+        let uid = tenant.ok_or(Refusal::NoListener)?.passport.peer.uid;
+        let connect = self.connect_from_afar(uid)?;
+        let incoming = Incoming {
+            ticket: self.streams.number(),
+            id,
+            node,
+            between,
+            destination,
+            claims,
+            uid,
+            connect,
+        };
+        self.have_listener_looked_for(incoming);
+        Ok(())
+    }
+
+    /// Another node asks on the account of a user.
+    fn connect_from_afar(&mut self, uid: u32) -> Result<Charge, Refusal> {
+        let connect = self.charge_connect(uid);
+        let connect = connect.and_then(|connect| self.leave_room(uid).map(|()| connect));
+        connect.map_err(|_| Refusal::Limit)
+    }
+
+    /// A tenant may have closed the socket that it listened on, or share the port with others. Until this look is done, nothing is asked
+    /// on its account.
+    fn have_claim_looked_at(&mut self, claims: Listening) {
+        let socket = (claims.fd, claims.held.cookie);
+        let errand = Errand::Listener(socket.0, socket.1, Some(claims.listens.address));
+        self.have_looked_at(claims.tenant, errand, socket, false, None);
+    }
+
+    /// Asks the kernel who would get a connection. To find a port for it, and that, may take as long as somebody likes: so it is a look,
+    /// on behalf of who listens there as far as is known.
+    fn have_listener_looked_for(&mut self, incoming: Incoming) {
+        let owner = Owner {
+            uid: incoming.uid,
+            connection: incoming.ticket | CALLS,
+        };
+        // Its other address is known when it has one.
+        let ask = self
+            .rights
+            .ask_at_home(incoming.destination, incoming.destination);
+        self.porters.ask_quick(owner, move |carrier| {
+            let answer = incoming::ask(carrier, incoming.destination, ask);
+            Some(Found::Listener(Box::new(incoming), answer))
+        });
+    }
+
+    /// The kernel has said who would get a connection that another node asks for.
+    pub(super) fn on_listener_found(&mut self, incoming: Incoming, answer: Result<Answer, Errno>) {
+        let (id, node) = (incoming.id, incoming.node);
+        if let Err(why) = self.call(incoming, answer) {
+            debug!(node, ?why, "refused");
+            self.refuse(id, why);
+        }
+    }
+
+    fn call(&mut self, incoming: Incoming, answer: Result<Answer, Errno>) -> Result<(), Refusal> {
+        let Incoming {
+            ticket,
+            id,
+            node,
+            between,
+            destination,
+            claims,
+            ..
+        } = incoming;
+        let (own, listener) = answer.map_err(|error| {
             debug!(%destination, "can't call the program that listens: {error}");
             Refusal::Limit
         })?;
-        let would_get = self.would_get(destination, local);
+        let would_get = self.would_get(listener);
+        if would_get.is_none_or(|would_get| would_get.uid != incoming.uid) {
+            // It was asked on the account of somebody who does not listen there, maybe.
+            self.listens_no_more(claims);
+            self.have_claim_looked_at(claims);
+        }
         let WouldGet { uid, listener } = would_get.ok_or(Refusal::NoListener)?;
-        let carried = self.carry(node, Opening::Accept(id), &between, uid);
-        let ticket = carried.map_err(|error| {
+        let connect = match uid == incoming.uid {
+            true => incoming.connect,
+            false => self.connect_from_afar(uid)?,
+        };
+        let carried = self.carry(NewStream {
+            ticket,
+            node,
+            opening: Opening::Accept(id),
+            anchor: Anchor::Called { cookie: own.cookie },
+            addresses: &between,
+            uid,
+            connect,
+        });
+        carried.map_err(|error| {
             debug!(node, "no stream: {error}");
             Refusal::Limit
         })?;
-        let Some(fabric) = &mut self.fabric else {
-            return Err(Refusal::Policy);
-        };
-        fabric.call_from(ticket, local);
+        let fabric = self.fabric.as_mut().ok_or(Refusal::Policy)?;
+        fabric.call_from(ticket, own.local);
         let call = Call {
             id,
-            socket: None,
-            local,
+            step: Step::Dialling,
+            end: Instant::now() + DIAL,
+            local: own.local,
             destination,
             uid,
             listener,
@@ -179,7 +279,7 @@ impl Daemon {
         };
         fabric.calls.insert(ticket, call);
         self.agenda.after(DIAL, Due::Call(ticket));
-        self.have_called(ticket, uid, socket, destination);
+        self.have_called(ticket, uid, own.socket, destination);
         Ok(())
     }
 
@@ -219,10 +319,10 @@ impl Daemon {
             }
             Err(error) => Err(error),
         };
-        let (id, early) = (call.id, call.early.take());
+        let id = call.id;
         match watched {
             Ok(()) => {
-                call.socket = Some(socket);
+                call.step = Step::Dialled(socket);
                 self.agenda.after(CALL, Due::Call(ticket));
             }
             Err(error) => {
@@ -230,12 +330,10 @@ impl Daemon {
                 self.refuse(id, why);
             }
         }
-        // Where it was made, this look finds it.
-        self.look_at_early(early);
     }
 
-    /// What a program has announced before it was known whether its connection was made is looked at now.
-    fn look_at_early(&mut self, early: Option<Early>) {
+    /// What a program has announced before it was known whose its connection is, is looked at now.
+    pub(super) fn look_at_early(&mut self, early: Option<Early>) {
         if let Some(Early {
             conn,
             socket,
@@ -249,9 +347,9 @@ impl Daemon {
     /// A program that listens can't be reached.
     fn give_up_call(&mut self, ticket: u64, error: Errno) -> Refusal {
         debug!(ticket, "the program that listens can't be reached: {error}");
-        if let Some(fabric) = &mut self.fabric {
-            fabric.release(ticket);
-        }
+        let fabric = self.fabric.as_mut();
+        let early = fabric.and_then(|fabric| fabric.release(ticket));
+        self.look_at_early(early);
         match error {
             Errno::ECONNREFUSED => Refusal::NoListener,
             _ => Refusal::Limit,
@@ -260,80 +358,108 @@ impl Daemon {
 
     /// The kernel has made a connection to a program that listens, or has not.
     pub(super) fn on_call(&mut self, ticket: u64) {
-        let Some(fabric) = &mut self.fabric else {
+        let fabric = self.fabric.as_mut();
+        let Some(call) = fabric.and_then(|fabric| fabric.calls.get_mut(&ticket)) else {
             return;
         };
-        let Some(call) = fabric.calls.get_mut(&ticket) else {
+        let Step::Dialled(socket) = &call.step else {
             return;
         };
-        let Some(socket) = call.socket.take() else {
-            return;
+        self.agenda.unwatch(borrowed(socket));
+        let error = match getsockopt(&borrowed(socket), sockopt::SocketError) {
+            Ok(0) => None,
+            Ok(error) => Some(Errno::from_raw(error)),
+            Err(error) => Some(error),
         };
-        let Some(call) = fabric.calls.remove(&ticket) else {
-            return;
-        };
-        self.agenda.unwatch(borrowed(&socket));
-        let error = getsockopt(&borrowed(&socket), sockopt::SocketError);
-        let made = match error {
-            Ok(0) => self.is_made(&call),
-            Ok(error) => Err(Errno::from_raw(error)),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = made {
+        if let Some(error) = error {
+            let id = call.id;
             let why = self.give_up_call(ticket, error);
-            return self.refuse(call.id, why);
+            return self.refuse(id, why);
+        }
+        call.note_made();
+        let (uid, destination, local) = (call.uid, call.destination, call.local);
+        // From port 0, which no connection has: for its own port the connection itself is found.
+        let nowhere = SocketAddr::new(local.ip(), 0);
+        let ask = self.rights.ask_at_home(destination, nowhere);
+        let owner = Owner {
+            uid,
+            connection: ticket | CALLS,
+        };
+        self.porters.ask_quick(owner, move |carrier| {
+            Some(Found::MadeTo {
+                ticket,
+                listener: ask.listener(carrier),
+            })
+        });
+    }
+
+    /// The kernel has said who listens where it has made a connection to.
+    pub(super) fn on_made_to(&mut self, ticket: u64, listener: io::Result<Option<Listener>>) {
+        let listener = self.would_get(listener);
+        let fabric = self.fabric.as_mut();
+        let Some(call) = fabric.and_then(|fabric| fabric.calls.get(&ticket)) else {
+            return;
+        };
+        let id = call.id;
+        if !Self::is_made(call, listener) {
+            let why = self.give_up_call(ticket, Errno::ECONNREFUSED);
+            return self.refuse(id, why);
         }
         let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        let Some(Call {
+            step: Step::Made(socket),
+            local,
+            destination,
+            early,
+            ..
+        }) = fabric.calls.remove(&ticket)
+        else {
             return;
         };
         if let Some(carried) = fabric.carried.get_mut(&ticket) {
             carried.connect = None;
-            let (id, stream) = (call.id, carried.stream.clone());
+            let stream = carried.stream.clone();
             fabric.command(Command::Accept { id, stream });
         }
         // As the program's socket has them.
-        fabric.attach(ticket, socket, (call.destination, call.local));
+        fabric.attach(ticket, socket, (destination, local));
+        self.look_at_early(early);
     }
 
-    /// Was a connection made to the program that it was meant for? The socket that would have got it listens still, so
+    /// Was a connection made to the program that it was meant for? The socket that would have got it listened still when it was made, so
     /// nobody else has taken its place meanwhile.
-    fn is_made(&mut self, call: &Call) -> Result<(), Errno> {
-        // From port 0, which no connection has: for its own port the connection itself is found.
-        let nowhere = SocketAddr::new(call.local.ip(), 0);
-        match self.would_get(call.destination, nowhere) {
-            Some(now) if now.listener == call.listener => Ok(()),
+    fn is_made(call: &Call, listener: Option<WouldGet>) -> bool {
+        listener.is_some_and(|now| {
             // Of several sockets that share the port, another one may get the next connection.
-            Some(now) if Rights::may_have_promised(now.uid, call.uid) => Ok(()),
-            _ => Err(Errno::ECONNREFUSED),
-        }
+            now.listener == call.listener || Rights::may_have_promised(now.uid, call.uid)
+        })
     }
 
     /// A program that listens has had its time: its backlog is full, unless it was this thread that had no time meanwhile.
     pub(super) fn on_call_due(&mut self, ticket: u64) {
         let fabric = self.fabric.as_ref();
-        let call = fabric.and_then(|fabric| fabric.calls.get(&ticket));
-        let socket = call.and_then(|call| call.socket.as_ref());
-        if socket.is_some_and(|socket| can_be_written(borrowed(socket))) {
-            return self.on_call(ticket);
-        }
-        let call = self
-            .fabric
-            .as_mut()
-            .and_then(|fabric| fabric.calls.remove(&ticket));
-        if let Some(call) = call {
-            if let Some(socket) = &call.socket {
-                self.agenda.unwatch(borrowed(socket));
+        let Some(call) = fabric.and_then(|fabric| fabric.calls.get(&ticket)) else {
+            return;
+        };
+        let id = call.id;
+        match &call.step {
+            Step::Dialled(socket) if can_be_written(borrowed(socket)) => {
+                return self.on_call(ticket);
             }
-            let why = self.give_up_call(ticket, Errno::ETIMEDOUT);
-            self.refuse(call.id, why);
-            self.look_at_early(call.early);
+            Step::Dialled(socket) => self.agenda.unwatch(borrowed(socket)),
+            // The kernel is asked: that is not the program's fault.
+            Step::Made(_) if Instant::now() < call.end => return,
+            Step::Dialling | Step::Made(_) => {}
         }
+        let why = self.give_up_call(ticket, Errno::ETIMEDOUT);
+        self.refuse(id, why);
     }
 
-    /// The tenant that would get a connection to `destination` from `source`; `None` when that is no tenant.
-    fn would_get(&mut self, destination: SocketAddr, source: SocketAddr) -> Option<WouldGet> {
-        let diag = self.rights.namespaces.home_diag()?.clone();
-        let socket: Listener = match diag.listener(destination, source) {
+    /// The tenant that would get a connection which the kernel would give to this socket; `None` when that is no tenant.
+    fn would_get(&mut self, listener: io::Result<Option<Listener>>) -> Option<WouldGet> {
+        let socket: Listener = match listener {
             Ok(socket) => socket?,
             Err(error) => {
                 let what = "the kernel does not tell who listens (sock_diag)";
@@ -352,13 +478,18 @@ impl Daemon {
                     listener: socket.cookie,
                 });
             }
-            // It says so when it listens again.
-            let fabric = self.fabric.as_mut()?;
-            if fabric.listening.remove(socket.cookie, holder.tenant) {
-                self.listens_less(holder.tenant, 1);
-            }
+            self.listens_no_more(holder);
         }
         None
+    }
+
+    /// A tenant listens no more on a socket that it was found to listen on. It says so when it listens again.
+    fn listens_no_more(&mut self, holder: Listening) {
+        let (tenant, cookie) = (holder.tenant, holder.held.cookie);
+        let fabric = self.fabric.as_mut();
+        if fabric.is_some_and(|fabric| fabric.listening.remove(cookie, tenant)) {
+            self.listens_less(tenant, 1);
+        }
     }
 
     /// A tenant asks whose connection it has: one that it has accepted, or got from another program.
@@ -366,8 +497,10 @@ impl Daemon {
         if addresses(&question).is_none_or(|names| self.carried_between(names).is_none()) {
             return self.tell_who(id, question, Err(NotHeld::Socket));
         }
+        let names = addresses(&question);
+        let ask = names.map(|(local, peer)| self.rights.ask_at_home(local, peer));
         let socket = (question.fd, 0);
-        self.have_looked_at(id, Errand::Whois(question), socket, false, None);
+        self.have_looked_at(id, Errand::Whois(question), socket, false, ask);
         Ok(())
     }
 
@@ -387,18 +520,15 @@ impl Daemon {
         question: Between,
         held: Result<Held, NotHeld>,
     ) -> Result<(), End> {
-        let diag = self.rights.namespaces.home_diag().map(|diag| &**diag);
         let found = held.ok().zip(addresses(&question));
-        let found = found.filter(|(held, names)| Rights::is_between(diag, *held, *names));
-        let found = found.and_then(|(_, names)| {
+        let found = found.and_then(|(held, names)| {
             let (ticket, carried) = self.carried_between(names)?;
-            let is_there = match carried.anchor {
-                // The daemon has its socket until it is known what becomes of it.
-                Anchor::Called => true,
-                Anchor::Attached { cookie, .. } => is_other_end(diag?, cookie, names),
-                _ => false,
+            let (Anchor::Called { cookie } | Anchor::Attached { cookie, .. }) = carried.anchor
+            else {
+                return None;
             };
-            is_there.then_some((ticket, carried))
+            let is_its = Rights::is_between(held, held.located?, cookie);
+            is_its.then_some((ticket, carried))
         });
         let mut answer = Caller {
             question: question.question,
@@ -425,26 +555,4 @@ impl Daemon {
 fn can_be_written(socket: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::POLLOUT)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
-}
-
-/// A socket to call a program with, and its address. Who asks about the connection is told the true peer.
-fn caller(destination: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
-    let (family, from) = match destination.ip() {
-        IpAddr::V4(_) => (
-            AddressFamily::Inet,
-            SocketAddr::new(Ipv4Addr::from(FABRIC_SOURCE_V4).into(), 0),
-        ),
-        IpAddr::V6(_) => (
-            AddressFamily::Inet6,
-            SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 0),
-        ),
-    };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, SockType::Stream, flags, None)?;
-    if destination.is_ipv6() {
-        setsockopt(&socket, sockopt::Ipv6TClass, &FABRIC_CLASS_V6.into())?;
-    }
-    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
-    let local = socket_address(&getsockname(socket.as_raw_fd())?).ok_or(Errno::EINVAL)?;
-    Ok((socket, local))
 }

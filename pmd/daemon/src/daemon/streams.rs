@@ -15,7 +15,7 @@ use crate::cgroups::{Rings, Rule, SMALLEST, Seat};
 use crate::channel::Outgoing;
 use crate::found::{Found, Kept};
 use crate::memory::{HugePages, rounded};
-use crate::porters::{KEEPERS, Owner};
+use crate::porters::{Carrier, KEEPERS, Owner};
 use crate::rights::{Ask, Rights};
 use crate::streams::{Bells, Memory};
 
@@ -225,11 +225,11 @@ impl Daemon {
                 uid: KEEPERS,
                 connection: payer.into(),
             };
-            self.porters.give_quick(owner, move || {
+            self.porters.ask_quick(owner, move |carrier| {
                 let looked_at = questions.into_iter().map(|(stream, sockets)| Kept {
                     stream,
                     times,
-                    kept: is_one_there(sockets),
+                    kept: is_one_there(carrier, sockets),
                 });
                 Some(Found::Kept(looked_at.collect()))
             });
@@ -325,10 +325,10 @@ impl Daemon {
 }
 
 /// Is one of these sockets there? `None` when that can't be told.
-fn is_one_there(sockets: Vec<Option<(Ask, u64, u64)>>) -> Option<bool> {
+fn is_one_there(carrier: &Carrier, sockets: Vec<Option<(Ask, u64, u64)>>) -> Option<bool> {
     let mut for_sure = true;
     for socket in sockets {
-        let found = socket.map(|(ask, cookie, inode)| (ask.own(cookie), inode));
+        let found = socket.map(|(ask, cookie, inode)| (ask.own(carrier, cookie), inode));
         match found {
             Some((Ok(Some(found)), inode)) if found.inode == inode => return Some(true),
             Some((Ok(_), _)) => {}

@@ -1,10 +1,11 @@
-//! Who listens: the sockets that tenants were found to hold, and say they listen on, by their cookies. That a socket listens is
+//! Who listens: the sockets that tenants were found to hold and to listen on, by their cookies, and where. That one listens still is
 //! asked when it counts, and each is charged to its user (`daemon/listeners.rs`); nothing here asks anybody.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::book::TenantId;
-use crate::rights::Held;
+use crate::rights::{Held, Listens};
 
 /// Sockets of one tenant.
 const OF_TENANT: usize = 1024;
@@ -14,22 +15,46 @@ const OF_TENANT: usize = 1024;
 pub struct Listening {
     /// Whose.
     pub tenant: TenantId,
+    /// Its descriptor.
+    pub fd: i32,
     /// What was found.
     pub held: Held,
+    /// Where it listened then.
+    pub listens: Listens,
+}
+
+/// A socket that is listened on.
+#[derive(Debug)]
+struct Socket {
+    listens: Listens,
+    /// The so-manieth socket that became known.
+    number: u64,
+    /// Several processes may hold it. The latest is the last.
+    holders: Vec<Listening>,
 }
 
 /// See the module's text.
 #[derive(Debug, Default)]
 pub struct Listeners {
-    /// By cookie: several processes may hold a socket. The latest is the last.
-    holders: HashMap<u64, Vec<Listening>>,
+    /// By cookie.
+    sockets: HashMap<u64, Socket>,
+    /// Cookies of those at each place, by their numbers.
+    places: HashMap<SocketAddr, BTreeMap<u64, u64>>,
     of_tenant: HashMap<TenantId, HashSet<u64>>,
+    known: u64,
+}
+
+/// The places at which a socket is found.
+fn places(listens: Listens) -> impl Iterator<Item = SocketAddr> {
+    let address = listens.address;
+    let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port());
+    [address].into_iter().chain(listens.of_both.then_some(any))
 }
 
 impl Listeners {
     /// Sockets that somebody listens on.
     pub fn len(&self) -> usize {
-        self.holders.len()
+        self.sockets.len()
     }
 
     /// May a tenant say of one more socket that it listens on that?
@@ -48,14 +73,39 @@ impl Listeners {
     pub fn add(&mut self, listening: Listening) {
         let Listening { tenant, held, .. } = listening;
         self.remove(held.cookie, tenant);
-        self.holders.entry(held.cookie).or_default().push(listening);
+        let socket = self.sockets.entry(held.cookie).or_insert_with(|| {
+            self.known += 1;
+            for place in places(listening.listens) {
+                let there = self.places.entry(place).or_default();
+                there.insert(self.known, held.cookie);
+            }
+            Socket {
+                listens: listening.listens,
+                number: self.known,
+                holders: Vec::new(),
+            }
+        });
+        socket.holders.push(listening);
         let sockets = self.of_tenant.entry(tenant).or_default();
         sockets.insert(held.cookie);
     }
 
     /// Who was found last to hold the socket with this cookie.
     pub fn latest(&self, cookie: u64) -> Option<Listening> {
-        self.holders.get(&cookie)?.last().copied()
+        self.sockets.get(&cookie)?.holders.last().copied()
+    }
+
+    /// Who was found last to listen where a connection to this address goes. All who listen at one place are of one user, but for those who
+    /// do not any more.
+    pub fn latest_at(&self, destination: SocketAddr) -> Option<Listening> {
+        let any: IpAddr = match destination.ip() {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let places = [destination.ip(), any].map(|ip| SocketAddr::new(ip, destination.port()));
+        let there = places.iter().find_map(|place| self.places.get(place))?;
+        let (_, cookie) = there.last_key_value()?;
+        self.latest(*cookie)
     }
 
     /// A tenant holds a socket no more. False when it was not known to.
@@ -81,10 +131,21 @@ impl Listeners {
     }
 
     fn take_from(&mut self, cookie: u64, tenant: TenantId) {
-        if let Some(holders) = self.holders.get_mut(&cookie) {
-            holders.retain(|holder| holder.tenant != tenant);
-            if holders.is_empty() {
-                self.holders.remove(&cookie);
+        let Some(socket) = self.sockets.get_mut(&cookie) else {
+            return;
+        };
+        socket.holders.retain(|holder| holder.tenant != tenant);
+        if !socket.holders.is_empty() {
+            return;
+        }
+        let (listens, number) = (socket.listens, socket.number);
+        self.sockets.remove(&cookie);
+        for place in places(listens) {
+            if let Some(there) = self.places.get_mut(&place) {
+                there.remove(&number);
+                if there.is_empty() {
+                    self.places.remove(&place);
+                }
             }
         }
     }
@@ -100,14 +161,28 @@ impl Listeners {
 mod tests {
     use super::*;
 
-    fn listening(tenant: TenantId, cookie: u64) -> Listening {
+    fn listening_at(tenant: TenantId, cookie: u64, address: &str, of_both: bool) -> Listening {
+        let listens = Listens {
+            address: address.parse().unwrap(),
+            of_both,
+        };
         let held = Held {
             cookie,
             inode: cookie,
             shared: false,
             located: None,
+            listens: Some(listens),
         };
-        Listening { tenant, held }
+        Listening {
+            tenant,
+            fd: 3,
+            held,
+            listens,
+        }
+    }
+
+    fn listening(tenant: TenantId, cookie: u64) -> Listening {
+        listening_at(tenant, cookie, "127.0.0.2:80", false)
     }
 
     #[test]
@@ -127,7 +202,35 @@ mod tests {
         assert_eq!(latest(&listeners), Some(2));
         listeners.forget(2);
         assert_eq!((latest(&listeners), listeners.len()), (None, 0));
-        assert!(listeners.of_tenant.is_empty());
+        assert!(listeners.of_tenant.is_empty() && listeners.places.is_empty());
+    }
+
+    #[test]
+    fn a_connection_is_for_who_listens_at_its_address_before_any() {
+        let mut listeners = Listeners::default();
+        let at = |listeners: &Listeners, address: &str| {
+            let latest = listeners.latest_at(address.parse().unwrap());
+            latest.map(|latest| latest.held.cookie)
+        };
+        listeners.add(listening_at(1, 10, "127.0.0.2:80", false));
+        listeners.add(listening_at(2, 20, "0.0.0.0:80", false));
+        listeners.add(listening_at(3, 30, "[::]:81", true));
+        listeners.add(listening_at(4, 40, "[::]:82", false));
+        assert_eq!(at(&listeners, "127.0.0.2:80"), Some(10));
+        assert_eq!(at(&listeners, "127.0.0.3:80"), Some(20));
+        assert_eq!(at(&listeners, "[::1]:80"), None);
+        assert_eq!(at(&listeners, "127.0.0.2:81"), Some(30));
+        assert_eq!(at(&listeners, "[::1]:81"), Some(30));
+        assert_eq!(at(&listeners, "127.0.0.2:82"), None);
+        // Of several that share a port, the latest that is left.
+        listeners.add(listening_at(5, 50, "127.0.0.2:80", false));
+        assert_eq!(at(&listeners, "127.0.0.2:80"), Some(50));
+        listeners.forget(5);
+        assert_eq!(at(&listeners, "127.0.0.2:80"), Some(10));
+        listeners.forget(1);
+        assert_eq!(at(&listeners, "127.0.0.2:80"), Some(20));
+        (2..=4).for_each(|tenant| listeners.forget(tenant));
+        assert!(listeners.places.is_empty() && listeners.sockets.is_empty());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod config;
 mod device;
+pub mod incoming;
 mod listeners;
 mod routes;
 
@@ -35,12 +36,15 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::info;
 use tracing::warn;
 
 /// How long the streams of a node that does not answer any more wait for it.
 const RESUME: Duration = Duration::from_secs(30);
+
+/// Streams that are promised to whoever comes from one address, to a tenant each. More than one only where users share a port.
+const AT_ONE_ADDRESS: usize = 16;
 
 /// A stream to another node, until nothing touches its memory any more.
 #[derive(Debug)]
@@ -57,6 +61,8 @@ pub struct Carried {
     pub destination: SocketAddr,
     /// Where bytes flow as long as it is not promoted.
     pub anchor: Anchor,
+    /// It is looked at whether the anchor that has come in is this one's.
+    pub looked_at: bool,
     /// What it costs its user, until its last descriptor is closed: that of its anchor, or one in a message that nobody reads.
     pub charge: Arc<Charge>,
     /// The connect, as long as it is under way.
@@ -80,7 +86,10 @@ pub enum Anchor {
         held: Held,
     },
     /// The daemon connects to a program that listens.
-    Called,
+    Called {
+        /// Cookie of the daemon's socket.
+        cookie: u64,
+    },
     /// No program comes for it any more.
     Abandoned,
     /// Bytes flow.
@@ -121,8 +130,10 @@ pub struct Asking {
 pub struct Call {
     /// What the other node asked for.
     pub id: Asked,
-    /// The daemon's socket, once the kernel was told to connect it.
-    pub socket: Option<Foreign>,
+    /// How far it has come.
+    pub step: Step,
+    /// When nothing that is in its way is waited for any more.
+    pub end: Instant,
     /// Its address.
     pub local: SocketAddr,
     /// The program's address.
@@ -135,7 +146,39 @@ pub struct Call {
     pub early: Option<Early>,
 }
 
-/// What a program has announced of a connection of which the daemon does not know yet that the kernel has made it.
+impl Call {
+    /// The kernel has made it.
+    pub fn note_made(&mut self) {
+        let step = std::mem::replace(&mut self.step, Step::Dialling);
+        self.step = match step {
+            Step::Dialled(socket) => Step::Made(socket),
+            other => other,
+        };
+    }
+}
+
+/// How far a call has come.
+#[derive(Debug)]
+pub enum Step {
+    /// The kernel is being told to connect the daemon's socket.
+    Dialling,
+    /// The kernel was told.
+    Dialled(Foreign),
+    /// The kernel has made the connection. Is it one to who was meant?
+    Made(Foreign),
+}
+
+/// An anchor that has come in, until it is known whose it is.
+#[derive(Debug)]
+struct Arrived {
+    socket: Foreign,
+    /// Cookie of that socket.
+    cookie: u64,
+    /// Where it leads to.
+    to: SocketAddr,
+}
+
+/// What a program has announced of a connection of which the daemon does not know yet whether the kernel has made it, and to whom.
 #[derive(Clone, Copy, Debug)]
 pub struct Early {
     /// Its connection record.
@@ -167,7 +210,7 @@ pub struct Control {
     /// holds the socket that comes from there is looked up.
     promised: HashMap<SocketAddr, Vec<u64>>,
     /// Anchors that have come in, by the address that they come from, until it is known whose they are.
-    arrived: HashMap<SocketAddr, (Foreign, SocketAddr)>,
+    arrived: HashMap<SocketAddr, Arrived>,
     /// Connections to programs that listen, on their way, by ticket.
     pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
@@ -509,18 +552,24 @@ impl Control {
         }
     }
 
-    /// A connection has come in from an address that a stream is promised for.
-    pub fn arrive(&mut self, from: SocketAddr, to: SocketAddr, mut socket: Foreign) {
+    /// A connection has come in from an address that a stream is promised for. The daemon's socket has this cookie.
+    pub fn arrive(&mut self, from: SocketAddr, to: SocketAddr, mut socket: Foreign, cookie: u64) {
         let ticket = self.promised.get(&from).and_then(|tickets| tickets.last());
         if let Some(carried) = ticket.and_then(|ticket| self.carried.get(ticket)) {
             socket.charge_to(carried.charge.clone());
         }
-        self.arrived.insert(from, (socket, to));
+        let arrived = Arrived { socket, cookie, to };
+        self.arrived.insert(from, arrived);
     }
 
     /// A listener for anchors, to be watched or not.
     pub fn listener(&self, listener: usize) -> Option<&TcpListener> {
         self.listeners.get(listener)
+    }
+
+    /// May one more stream be promised to whoever comes from an address? It is looked at of each whether that is whose anchor comes.
+    pub fn has_room_at(&self, from: SocketAddr) -> bool {
+        self.promised.get(&from).map_or(0, Vec::len) < AT_ONE_ADDRESS
     }
 
     /// The streams that are promised to whoever comes from an address, the latest first.
@@ -559,14 +608,15 @@ impl Control {
         Some((ticket, self.carried.get(&ticket)?))
     }
 
-    /// Where the anchor that has come from an address leads to.
-    pub fn arrived_at(&self, from: SocketAddr) -> Option<SocketAddr> {
-        self.arrived.get(&from).map(|(_, to)| *to)
+    /// Where the anchor that has come from an address leads to, and the cookie of the daemon's socket there.
+    pub fn arrived_at(&self, from: SocketAddr) -> Option<(SocketAddr, u64)> {
+        let arrived = self.arrived.get(&from)?;
+        Some((arrived.to, arrived.cookie))
     }
 
     /// The anchor that has come from this address is this stream's: bytes flow.
     pub fn attach_arrived(&mut self, ticket: u64, from: SocketAddr) {
-        if let Some((socket, to)) = self.arrived.remove(&from) {
+        if let Some(Arrived { socket, to, .. }) = self.arrived.remove(&from) {
             self.forget_promise(ticket);
             self.attach(ticket, socket, (from, to));
         }
@@ -606,8 +656,8 @@ impl Control {
         }
     }
 
-    /// Nothing touches a stream's memory any more.
-    pub fn release(&mut self, ticket: u64) {
+    /// Nothing touches a stream's memory any more. What was announced of it meanwhile is to be looked at.
+    pub fn release(&mut self, ticket: u64) -> Option<Early> {
         self.forget_promise(ticket);
         // Addresses come again: a later stream may have them.
         if let Some(local) = self.caller_of.remove(&ticket)
@@ -616,30 +666,25 @@ impl Control {
             self.callers.remove(&local);
         }
         self.asking.remove(&ticket);
-        self.calls.remove(&ticket);
+        let call = self.calls.remove(&ticket);
         if let Some(carried) = self.carried.remove(&ticket)
             && let Anchor::Attached { names, .. } = carried.anchor
             && self.attached.get(&names) == Some(&ticket)
         {
             self.attached.remove(&names);
         }
+        call?.early
     }
 
-    /// Is this stream's connection to a program that listens, with these addresses as the program's socket has them, on
-    /// its way?
-    pub fn calls_between(&self, ticket: u64, names: (SocketAddr, SocketAddr)) -> bool {
-        let call = self.calls.get(&ticket);
-        call.is_some_and(|call| (call.destination, call.local) == names)
-    }
-
-    /// Such a connection that the kernel has made, without this thread having heard of it.
-    pub fn call_unheard(
+    /// This stream's connection to a program that listens, with these addresses as the program's socket has them, while it is on its
+    /// way.
+    pub fn call_between(
         &mut self,
         ticket: u64,
         names: (SocketAddr, SocketAddr),
     ) -> Option<&mut Call> {
         let call = self.calls.get_mut(&ticket)?;
-        (call.socket.is_none() && (call.destination, call.local) == names).then_some(call)
+        ((call.destination, call.local) == names).then_some(call)
     }
 
     /// Node, own and other address of a stream that is carried to another node, by its anchor. A tenant
@@ -662,12 +707,14 @@ impl Control {
     }
 }
 
+/// An address of a message; `None` when its port is out of range.
+pub fn address(ip: [u8; 16], port: u32) -> Option<SocketAddr> {
+    let ip = IpAddr::V6(Ipv6Addr::from(ip)).to_canonical();
+    Some(SocketAddr::new(ip, port.try_into().ok()?))
+}
+
 /// The four addresses of a question.
 pub fn addresses(between: &Between) -> Option<(SocketAddr, SocketAddr)> {
-    let address = |ip: [u8; 16], port: u32| {
-        let ip = IpAddr::V6(Ipv6Addr::from(ip)).to_canonical();
-        Some(SocketAddr::new(ip, port.try_into().ok()?))
-    };
     Some((
         address(between.local, between.local_port)?,
         address(between.peer, between.peer_port)?,

@@ -48,7 +48,7 @@ fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
     quick(7, 3);
     assert_eq!(fetch(&porters), 3);
     assert_eq!(quick(8, 4), 1);
-    porters.come_back(who, load());
+    porters.come_back(who, load(&Carrier::new()));
     assert_eq!(fetch(&porters), 2);
     drop(look(&porters));
     porters.carried(Pace::InTime);
@@ -65,7 +65,7 @@ fn quick_loads_are_for_the_caller_unless_it_was_made_to_wait() {
 
 #[test]
 fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
-    let nap = || {
+    let nap = |_: &Carrier| {
         thread::sleep(3 * Trust::QUICK);
         Some(1)
     };
@@ -73,7 +73,7 @@ fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
         carry(Box::new(nap), processor_time()),
         (Some(1), Pace::Late)
     );
-    let work = || {
+    let work = |_: &Carrier| {
         let start = processor_time();
         while processor_time() - start < 2 * Trust::QUICK {}
         Some(2)
@@ -83,7 +83,7 @@ fn a_load_is_late_that_waits_and_not_one_that_is_quick() {
         (Some(2), Pace::Late)
     );
     assert_eq!(
-        carry(Box::new(|| Some(3)), processor_time()),
+        carry(Box::new(|_| Some(3)), processor_time()),
         (Some(3), Pace::InTime)
     );
 }

@@ -12,6 +12,10 @@ fn glance(executable: &str, owner: (u32, u32), user_namespace: u64) -> Glance {
     }
 }
 
+fn rights() -> Rights {
+    Rights::new(Namespaces::new().unwrap(), Known::default())
+}
+
 #[test]
 fn users_see_their_own_and_root_sees_all() {
     let own = geteuid().as_raw();
@@ -27,7 +31,7 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
     let _alone = crate::own::alone();
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
     use std::net::{TcpListener, TcpStream};
-    let diag = Diag::of_home().unwrap();
+    let (rights, carrier) = (rights(), Carrier::of_test());
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap();
     let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
@@ -41,10 +45,26 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
     // Of this address, nobody else has the port.
     let ours = connect_from("127.83.12.7:0".parse().unwrap());
     let (accepted, from) = listener.accept().unwrap();
-    let names = (to, from);
     let cookie_of_ours = cookie(&ours);
-    assert!(is_other_end(&diag, cookie_of_ours, names));
-    assert!(!is_other_end(&diag, cookie(&accepted), names));
+    let held = |socket: &TcpStream| Held {
+        cookie: cookie(socket),
+        inode: nix::sys::stat::fstat(socket).unwrap().st_ino,
+        shared: false,
+        located: None,
+        listens: None,
+    };
+    let is_between = |held: Held, cookie| {
+        let located = rights.ask_at_home(to, from).locate(&carrier, held.cookie);
+        Rights::is_between(held, located.unwrap(), cookie)
+    };
+    let its = held(&accepted);
+    assert!(is_between(its, cookie_of_ours));
+    assert!(!is_between(its, its.cookie) && !is_between(held(&ours), cookie_of_ours));
+    // Where the daemon may have no duplicates of descriptors.
+    assert!(is_between(Held { cookie: 0, ..its }, cookie_of_ours));
+    // One that is half closed is one still.
+    ours.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(is_between(its, cookie_of_ours));
     // Broken on either side, so that nothing is left of it.
     for socket in [&ours, &accepted] {
         let linger = libc::linger {
@@ -54,10 +74,12 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
         nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
     }
     drop((ours, accepted));
-    assert!(!is_other_end(&diag, cookie_of_ours, names));
-    let _other = connect_from(from);
-    assert_eq!(listener.accept().unwrap().1, from);
-    assert!(!is_other_end(&diag, cookie_of_ours, names));
+    assert!(!is_between(its, cookie_of_ours));
+    let other = connect_from(from);
+    let (accepted, name) = listener.accept().unwrap();
+    assert_eq!(name, from);
+    assert!(is_between(held(&accepted), cookie(&other)));
+    assert!(!is_between(held(&accepted), cookie_of_ours) && !is_between(its, cookie(&other)));
 }
 
 /// Inodes come again, and a look may be of an earlier use of the record.
@@ -85,6 +107,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         inode: std::fs::metadata(link).unwrap().ino(),
         shared: false,
         located: None,
+        listens: None,
     };
     let claim = Claim {
         conn: Conn {
@@ -100,11 +123,11 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         role: Role::Active,
         maybe_shared: false,
     };
-    let rights = Rights::new(Namespaces::new().unwrap(), Known::default());
+    let rights = rights();
     let own = crate::process::netns_inode(std::process::id() as i32).ok();
     let names = (claim.local, claim.peer);
     let ask = rights.ask_at(own, claim.netns_cookie, names).unwrap();
-    let located = ask.locate(claim.cookie).unwrap();
+    let located = ask.locate(&Carrier::of_test(), claim.cookie).unwrap();
     let announced =
         |claim: &Claim, held| Rights::announced(claim, held, located, &passport).is_some();
     assert!(announced(&claim, held));
@@ -113,6 +136,12 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         ..held
     };
     assert!(!announced(&claim, another));
+    // No cookie stands for any.
+    let any = Claim {
+        cookie: 0,
+        ..claim.clone()
+    };
+    assert!(!announced(&any, Held { cookie: 0, ..held }));
     let elsewhere = Claim {
         peer: claim.local,
         ..claim.clone()
@@ -149,8 +178,9 @@ fn the_two_ends_of_a_connection_meet() {
     let both = true;
     let ask = Ask { route, diag, both };
     let (own, its) = (socket(&one), socket(&other));
-    let meet = |own, other| ask.meet(own, other);
-    let other_end = || ask.locate(own.cookie).unwrap().other_end;
+    let carrier = Carrier::of_test();
+    let meet = |own, other| ask.meet(&carrier, own, other);
+    let other_end = || ask.locate(&carrier, own.cookie).unwrap().met();
     assert_eq!(meet(own, its), Meeting::Both);
     assert_eq!(other_end(), Some(its));
     let of_another = |socket: Socket| Socket { inode: 1, ..socket };
@@ -181,6 +211,40 @@ fn a_socket_is_of_its_own_family() {
     assert!(has_family(&of_six, six, four) && has_family(&of_six, six, six));
     setsockopt(&of_six, sockopt::Ipv6V6Only, &true).unwrap();
     assert!(!has_family(&of_six, six, four) && has_family(&of_six, six, six));
+}
+
+/// Nobody else listens at such a place.
+#[test]
+fn it_is_asked_of_the_socket_where_it_listens() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, setsockopt, socket};
+    use nix::sys::socket::{Backlog, listen};
+    let home = Namespaces::new().unwrap().home_cookie();
+    let made = |family, at: &str, six_only: bool| {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(family, SockType::Stream, flags, None).unwrap();
+        if family == AddressFamily::Inet6 {
+            setsockopt(&socket, sockopt::Ipv6V6Only, &six_only).unwrap();
+        }
+        let at = SockaddrStorage::from(at.parse::<SocketAddr>().unwrap());
+        bind(socket.as_raw_fd(), &at).unwrap();
+        socket
+    };
+    let four = made(AddressFamily::Inet, "127.0.0.1:0", false);
+    assert_eq!(listens_at(&four, home), None);
+    listen(&four, Backlog::new(1).unwrap()).unwrap();
+    let listens = listens_at(&four, home).unwrap();
+    assert_eq!(listens.address.ip(), IpAddr::V4(Ipv4Addr::LOCALHOST));
+    assert!(listens.address.port() != 0 && !listens.of_both);
+    if netns_cookie_of(four.as_fd()).is_some() {
+        assert_eq!(listens_at(&four, Home(home.0 + 1)), None);
+    }
+    for six_only in [false, true] {
+        let six = made(AddressFamily::Inet6, "[::]:0", six_only);
+        listen(&six, Backlog::new(1).unwrap()).unwrap();
+        let listens = listens_at(&six, home).unwrap();
+        assert!(listens.address.is_ipv6());
+        assert_eq!(listens.of_both, !six_only);
+    }
 }
 
 #[test]

@@ -197,6 +197,16 @@ impl Bound {
         Ok(Bound { socket, port })
     }
 
+    /// To a port that others share.
+    pub fn beside(place: SocketAddrV4) -> nix::Result<Self> {
+        let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::ReusePort, &true)?;
+        bind(socket.as_raw_fd(), &SockaddrIn::from(place))?;
+        let port = place.port();
+        Ok(Bound { socket, port })
+    }
+
     /// To a port of IPv6, of which the port of IPv4 with that number is no part.
     pub fn of_six_only() -> nix::Result<Self> {
         let (family, kind) = (AddressFamily::Inet6, SockType::Stream);
