@@ -82,11 +82,14 @@ fn be_client(part: &Part) {
             // So that there are always many under way.
             "rush" => {
                 const UNDER_WAY: usize = 250;
+                // From many ports: from one, there is one at a time.
+                let ports: Vec<Bound> = (0..UNDER_WAY).map(|_| Bound::new(0).unwrap()).collect();
+                let mut ports = ports.iter().cycle();
                 let mut under_way = 0;
                 let end = Instant::now() + Duration::from_secs(count.into());
                 while Instant::now() < end {
                     for _ in under_way..UNDER_WAY {
-                        client.ask(&own, to);
+                        client.ask(ports.next().unwrap(), to);
                     }
                     under_way = UNDER_WAY - 1;
                     client.tenant.receive();
@@ -407,6 +410,34 @@ scene!(who_takes_the_place_of_an_anchor_gets_no_stream, |test| {
     attacker.say(&format!("{ticket} {port} {anchor}"));
     assert_eq!(attacker.hear("got"), "nothing");
     nodes.server().signal(Signal::SIGCONT);
+});
+
+// Of a socket that is bound to no address, the kernel takes the port at one address alone when it is connected.
+scene!(nobody_is_two_connections_at_the_other_node, |_| {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let first = Bound::new(0).unwrap();
+    let place = SocketAddrV4::new(Ipv4Addr::LOCALHOST, first.port);
+    drop(first);
+    let [first, second] = [(); 2].map(|()| Bound::beside(place).unwrap());
+    let reached = client.reach(&first, server.address());
+    assert_ne!(reached.ticket, 0, "reason {}", reached.reason);
+    let stream = client.go(first, &reached).unwrap();
+    client.tenant.promote();
+    let again = client.reach(&second, server.address());
+    assert_eq!((again.ticket, again.reason), (0, Reason::Taken as u32));
+    // To another place it is another connection.
+    let other = Server::start(nodes.server());
+    let reached = client.reach(&second, other.address());
+    assert_ne!(reached.ticket, 0, "reason {}", reached.reason);
+    // And to this one when the first one is over.
+    drop(stream);
+    let over = |stat: &serde_json::Value| stat["fabric"]["streams"].as_u64() <= Some(1);
+    client.tenant.ask_for(&request(what::CLOSED, 1, 1));
+    nodes.client().wait_until("it is over", over);
+    let third = Bound::beside(place).unwrap();
+    assert_ne!(client.reach(&third, server.address()).ticket, 0);
 });
 
 // A poll core carries the streams of all users, and waits where a hole is being made in one.

@@ -362,6 +362,11 @@ impl Daemon {
         } else {
             local.ip()
         };
+        // The other node's program would see two connections with the same addresses. Whether there may be one is the kernel's to say.
+        let way = (SocketAddr::new(source, local.port()), peer);
+        if fabric.connected.contains(&way) {
+            return Err(Reason::Taken);
+        }
         let mapped = |ip: IpAddr| Ipv6Addr::from(octets(ip));
         let addresses = Addresses {
             source: mapped(source),
@@ -387,6 +392,7 @@ impl Daemon {
         let Some(fabric) = &mut self.fabric else {
             return Err(Reason::NoDevice);
         };
+        fabric.connected.insert(way);
         if let Some(carried) = fabric.carried.get(&ticket) {
             let stream = carried.stream.clone();
             fabric.command(Command::Connect { stream, addresses });

@@ -204,6 +204,8 @@ pub struct Control {
     listeners: Vec<TcpListener>,
     /// Streams by ticket.
     pub carried: HashMap<u64, Carried>,
+    /// From where to where programs of this node go by them.
+    pub connected: HashSet<(SocketAddr, SocketAddr)>,
     /// Who waits for which of them to be established.
     pub asking: HashMap<u64, Asking>,
     /// Streams by the address that their program's anchor is to come from. Several may be promised for one address: who
@@ -303,6 +305,7 @@ impl Control {
             giving_back: false,
             listeners,
             carried: HashMap::new(),
+            connected: HashSet::new(),
             asking: HashMap::new(),
             promised: HashMap::new(),
             arrived: HashMap::new(),
@@ -667,8 +670,12 @@ impl Control {
         }
         self.asking.remove(&ticket);
         let call = self.calls.remove(&ticket);
-        if let Some(carried) = self.carried.remove(&ticket)
-            && let Anchor::Attached { names, .. } = carried.anchor
+        let carried = self.carried.remove(&ticket)?;
+        if carried.stream.end == 0 {
+            self.connected
+                .remove(&(carried.source, carried.destination));
+        }
+        if let Anchor::Attached { names, .. } = carried.anchor
             && self.attached.get(&names) == Some(&ticket)
         {
             self.attached.remove(&names);
