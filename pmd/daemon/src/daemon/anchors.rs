@@ -141,8 +141,10 @@ impl Daemon {
             connection: tenant,
         };
         self.porters.ask_quick(owner, move |carrier| {
-            let located = ask.locate(carrier, held.cookie);
-            let is_its = located.is_ok_and(|located| Rights::is_between(held, located, cookie));
+            // Of one that has gone, nothing else is asked: each question may take long, and both ends are asked for in one piece.
+            let own = ask.own(carrier, held.cookie).ok().flatten();
+            let located = own.and_then(|_| ask.locate(carrier, held.cookie).ok());
+            let is_its = located.is_some_and(|located| Rights::is_between(held, located, cookie));
             Some(Found::Anchor {
                 ticket,
                 cookie,
