@@ -4,7 +4,6 @@
 //! The tests run the built binaries as a user would, and know of the crates only the control
 //! socket's question for counters, and for the node that lies the driver. Nothing here is used outside `tests/`.
 
-pub mod cgroup;
 pub mod daemon;
 pub mod folder;
 pub mod namespaces;

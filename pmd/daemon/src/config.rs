@@ -44,8 +44,6 @@ pub struct Config {
     pub sockets_for_users: Vec<User>,
     /// Bytes of each ring.
     pub ring_size: u64,
-    /// Of a control group's memory limit, what its programs' rings may have.
-    pub max_percent_of_memory_limit: u64,
     /// When streams are made of huge pages.
     pub huge_pages: HugePages,
     /// Streams of one user.
@@ -84,7 +82,6 @@ impl Default for Config {
             socket: None,
             sockets_for_users: Vec::new(),
             ring_size: 4 << 20,
-            max_percent_of_memory_limit: 25,
             huge_pages: HugePages::Auto,
             max_streams_per_user: 16_384,
             max_bytes_per_user: 256 << 30,
@@ -151,9 +148,6 @@ impl Config {
                 "ring_size",
                 format!("a power of two from {MIN_RING} to {MAX_RING}"),
             );
-        }
-        if config.max_percent_of_memory_limit > 100 {
-            return wrong("max_percent_of_memory_limit", "0 to 100".into());
         }
         if config
             .socket
@@ -297,6 +291,5 @@ mod tests {
         assert!(glob.contains("line 2"), "{glob}");
         assert!(Config::parse("socket = \"here\"").is_err());
         assert!(Config::parse("max_tenants = 0").is_err());
-        assert!(Config::parse("max_percent_of_memory_limit = 101").is_err());
     }
 }

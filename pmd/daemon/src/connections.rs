@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use crate::accounts::{Charge, Paid};
 use crate::book::TenantId;
-use crate::cgroups::Cgroup;
 use crate::channel::Channel;
 use crate::memory::TenantMap;
 use crate::process::Peer;
@@ -34,22 +33,11 @@ pub enum Standing {
         may_be_rung: bool,
     },
     /// It may be a tenant, once its network namespace is open.
-    Entering(Box<Entering>),
+    Entering(Box<(Passport, Belongings)>),
     /// It was found to have mapped its memory.
     Tenant(Box<Tenant>),
     /// What it had was taken from it: it gets that back in another standing before this thread does something else, or ends.
     Deciding,
-}
-
-/// Who was found to be a tenant, but for its network namespace.
-#[derive(Debug)]
-pub struct Entering {
-    /// As in [`Tenant`].
-    pub passport: Passport,
-    /// As in [`Tenant`].
-    pub cgroup: Option<Arc<Cgroup>>,
-    /// What it was given.
-    pub belongings: Belongings,
 }
 
 /// What a tenant is given.
@@ -195,13 +183,13 @@ impl Connection {
     }
 
     /// It waits for its network namespace.
-    pub fn begin_entering(&mut self, entering: Entering) {
-        let entering = Standing::Entering(Box::new(entering));
+    pub fn begin_entering(&mut self, passport: Passport, belongings: Belongings) {
+        let entering = Standing::Entering(Box::new((passport, belongings)));
         self.follow(entering, |before| matches!(before, Standing::Deciding));
     }
 
     /// Its network namespace is open: what it has until something is decided. `None` where it does not wait for that.
-    pub fn end_entering(&mut self) -> Option<Entering> {
+    pub fn end_entering(&mut self) -> Option<(Passport, Belongings)> {
         match std::mem::replace(&mut self.standing, Standing::Deciding) {
             Standing::Entering(entering) => Some(*entering),
             other => {
@@ -243,8 +231,6 @@ pub struct Tenant {
     pub may_be_rung: bool,
     /// Who it was when it attached.
     pub passport: Arc<Passport>,
-    /// The control group that it was last seen in.
-    pub cgroup: Option<Arc<Cgroup>>,
     /// Inode of its network namespace when it attached; `None` when that can't be entered.
     pub netns: Option<u64>,
     /// Looks of porters at its sockets that are under way.

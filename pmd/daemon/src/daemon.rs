@@ -34,7 +34,6 @@ use tracing::{error, info, warn};
 use crate::accounts::Accounts;
 use crate::agenda::{Agenda, Due, Token};
 use crate::args::Args;
-use crate::cgroups::Cgroups;
 use crate::channel::Foreign;
 use crate::config::{Config, ConfigError};
 use crate::confine::Confinement;
@@ -104,7 +103,6 @@ pub struct Daemon {
     ends: Sentry<Arc<Peer>>,
     handed_over: Sentry<Arc<Foreign>>,
     rights: Rights,
-    cgroups: Arc<Cgroups>,
     accounts: Accounts,
     journal: Journal,
     connections: Connections,
@@ -206,7 +204,6 @@ impl Daemon {
             ends,
             handed_over,
             rights: Rights::new(namespaces, known.clone()),
-            cgroups: Arc::new(Cgroups::of_this_machine()),
             journal: Journal::default(),
             connections: Connections::default(),
             announcements: Announcements::default(),
@@ -467,7 +464,8 @@ impl Daemon {
             Due::Anchors(listener) => self.on_anchors_due(listener),
             Due::Sweep => self.sweep(),
             Due::Stock => {
-                if self.streams.restock(self.config.huge_pages) {
+                let (size, huge) = (self.config.ring_size, self.config.huge_pages);
+                if self.streams.restock(size, huge) {
                     // The next one in the next turn: others are served between.
                     self.agenda.after(Duration::ZERO, Due::Stock);
                 }
@@ -494,9 +492,8 @@ impl Daemon {
             Found::Attached {
                 owner,
                 passport,
-                cgroup,
                 map,
-            } => self.on_looked_at(owner, passport, cgroup, map),
+            } => self.on_looked_at(owner, passport, map),
             Found::Namespace {
                 owner,
                 opened,
@@ -517,11 +514,7 @@ impl Daemon {
                 socket,
                 called,
             } => self.on_called(ticket, socket, called),
-            Found::Process {
-                tenant,
-                unchanged,
-                cgroup,
-            } => self.on_process(tenant, unchanged, cgroup),
+            Found::Process { tenant, unchanged } => self.on_process(tenant, unchanged),
             Found::Pair {
                 conn,
                 whose,

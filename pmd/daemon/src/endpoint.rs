@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, listen, setsockopt, socket, sockopt,
 };
 use nix::unistd::geteuid;
-use rdsock_files::{Obstacle, SocketFile, UserSockets};
+use rdsock_files::{ONLY_BY_NAME, Obstacle, SocketFile, UserSockets};
 use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS};
 use tracing::{debug, warn};
 
@@ -107,7 +107,7 @@ impl Endpoint {
     pub fn new(path: &Path, users: &[u32]) -> Result<Self, EndpointError> {
         let root = geteuid().is_root();
         if let Some(dir) = path.parent() {
-            rdsock_files::make_directory(dir, if root { 0o755 } else { 0o700 })?;
+            rdsock_files::make_directory(dir, if root { ONLY_BY_NAME } else { 0o700 })?;
         }
         let lock = match rdsock_files::check(path) {
             // By one that was killed, maybe. Its lock file is there.

@@ -2,14 +2,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use rdsock_shm::control::Between;
 
 use crate::book::{Conn, Socket, TenantId};
-use crate::cgroups::Cgroup;
 use crate::channel::{Foreign, Receive, Sent};
 use crate::diag::Listener;
 use crate::fabric::Early;
@@ -53,8 +51,6 @@ pub enum Found {
         owner: Owner,
         /// Who it is.
         passport: Result<Passport, Changed>,
-        /// The control group that it is in.
-        cgroup: Option<Arc<Cgroup>>,
         /// The memory. Nobody makes the daemon wait for it, unless this says so.
         map: (TenantMap, io::Result<()>),
     },
@@ -109,8 +105,6 @@ pub enum Found {
         tenant: TenantId,
         /// Is it who it was when it attached?
         unchanged: Result<(), Changed>,
-        /// The control group that it is in now.
-        cgroup: Option<Arc<Cgroup>>,
     },
     /// A look at two ends that find each other, and at the process of one of them, before both are given their stream.
     Pair {
@@ -147,8 +141,8 @@ pub struct Kept {
     pub stream: u64,
     /// For the so-manieth time.
     pub times: u32,
-    /// Somebody has one of its sockets; `None` when that could not be told.
-    pub kept: Option<bool>,
+    /// Somebody has one of its sockets.
+    pub kept: bool,
 }
 
 /// What a socket is looked at for.

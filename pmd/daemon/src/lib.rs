@@ -13,7 +13,6 @@ pub mod accounts;
 pub mod agenda;
 pub mod args;
 pub mod book;
-pub mod cgroups;
 pub mod channel;
 pub mod config;
 pub mod confine;

@@ -162,13 +162,6 @@ impl Peer {
         String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
-    /// What says in which control groups it is. To read that may wait.
-    pub fn cgroup(&self) -> io::Result<File> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let file = openat(self.folder()?, "cgroup", flags, Mode::empty())?;
-        Ok(file.into())
-    }
-
     /// Whose it is now, as its pidfd tells; `None` where the kernel does not (before Linux 6.13), and where this process may not know. Quick.
     pub fn credentials(&self) -> Option<Credentials> {
         let [users, groups] = ids(&self.pidfd)?;

@@ -642,13 +642,6 @@ impl Rights {
         uid == owner
     }
 
-    /// May a user's program have another one's control group charged for a ring that the other one only reads? It can: it says that bytes are
-    /// there which it has not written, and who touches a page first is charged. So it may but where both are one user's, as for the bells;
-    /// else the whole stream is on the account of the group.
-    pub fn may_charge(uid: u32, owner: u32) -> bool {
-        uid == owner
-    }
-
     /// May a user's program have what was promised to a program of `promised`: an anchor, or a call to a port that several
     /// sockets share? The kernel lets sockets of one user alone share one.
     pub fn may_have_promised(uid: u32, promised: u32) -> bool {

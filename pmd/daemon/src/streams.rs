@@ -16,10 +16,9 @@ use tracing::warn;
 
 use crate::accounts::{Charge, Paid};
 use crate::book::{Book, Conn, Stream};
-use crate::cgroups::Rings;
 use crate::channel::Outgoing;
 use crate::fabric::octets;
-use crate::memory::{HugePages, StreamFds, empty, make_stream};
+use crate::memory::{HugePages, StreamFds, make_stream};
 use crate::rights::Rights;
 
 /// Streams for which there is memory ahead of time, at most.
@@ -35,10 +34,6 @@ pub struct Memory {
     ring_size: u64,
     /// Made of huge pages.
     pub huge: bool,
-    /// On the account of control groups.
-    _rings: Rings,
-    /// Its ends are of one user, who could end both.
-    pub of_one_user: bool,
     /// Where the other end is, when that is on another node.
     pub elsewhere: Option<Elsewhere>,
 }
@@ -92,8 +87,6 @@ impl Memory {
         bells: [Option<Bells>; 2],
         ring_size: u64,
         charge: Arc<Charge>,
-        rings: Rings,
-        of_one_user: bool,
         elsewhere: Option<Elsewhere>,
     ) -> Self {
         let paid = |file| Arc::new(Paid::new(file, charge.clone()));
@@ -103,17 +96,8 @@ impl Memory {
             bells,
             ring_size,
             huge: fds.huge,
-            _rings: rings,
-            of_one_user,
             elsewhere,
         }
-    }
-
-    /// No end is open any more. Takes the rings apart, also from a program that has kept the memory: what it keeps is on the account of who
-    /// has written it. May wait.
-    pub fn empty_rings(&self) {
-        // Huge pages are between programs of one user. Where it does not work, the memory goes with the last who has it.
-        let _ = empty(&*self.stream, DATA_OFFSET);
     }
 
     /// Where both directions are, as the ends have left them: to be read by whoever may wait.
@@ -155,10 +139,7 @@ pub struct Streams {
     looked_after: HashSet<u64>,
     next: u64,
     huge: HugeSupply,
-    /// The oldest first.
     stock: Vec<Made>,
-    /// Ring size of the last stream: that of the next one, most likely.
-    last_size: u64,
     /// The stock is to be filled up.
     ordered: bool,
 }
@@ -179,7 +160,6 @@ impl Default for Streams {
             next: first_stream(),
             huge: HugeSupply::default(),
             stock: Vec::new(),
-            last_size: 0,
             ordered: false,
         }
     }
@@ -227,11 +207,12 @@ impl Streams {
     ) -> io::Result<(u64, StreamFds)> {
         let now = Instant::now();
         let try_huge = self.huge.wanted(policy, now);
-        self.last_size = ring_size;
-        let fits = |made: &Made| made.ring_size == ring_size;
-        if !try_huge && let Some(at) = self.stock.iter().position(fits) {
-            let made = self.stock.remove(at);
-            return Ok((made.id, made.fds));
+        // The oldest first. What was made before the configuration changed fits no more.
+        while !try_huge && !self.stock.is_empty() {
+            let made = self.stock.remove(0);
+            if made.ring_size == ring_size {
+                return Ok((made.id, made.fds));
+            }
         }
         let id = self.number();
         let fds = make_stream(id, ring_size, try_huge)?;
@@ -248,35 +229,15 @@ impl Streams {
 
     /// True when the stock is to be filled up, once: [`Streams::restock`] is to be called soon.
     pub fn is_to_be_restocked(&mut self) -> bool {
-        let lacks = self.stock.len() <= STOCK / 2 || self.lacks_last_size();
+        let lacks = self.stock.len() <= STOCK / 2;
         lacks && !std::mem::replace(&mut self.ordered, true)
     }
 
-    /// Streams of the last size have half of the stock at least, those of other sizes the rest.
-    fn lacks_last_size(&self) -> bool {
-        let fitting = self
-            .stock
-            .iter()
-            .filter(|made| made.ring_size == self.last_size);
-        fitting.count() < STOCK / 2
-    }
-
-    fn is_stock_full(&self) -> bool {
-        self.stock.len() >= STOCK && !self.lacks_last_size()
-    }
-
     /// Makes memory for one of the next streams; true when more is lacking. Huge pages are not kept in stock.
-    pub fn restock(&mut self, policy: HugePages) -> bool {
+    pub fn restock(&mut self, ring_size: u64, policy: HugePages) -> bool {
         self.ordered = false;
-        if self.is_stock_full() || self.huge.wanted(policy, Instant::now()) {
+        if self.stock.len() >= STOCK || self.huge.wanted(policy, Instant::now()) {
             return false;
-        }
-        let ring_size = self.last_size;
-        let is_other = |made: &Made| made.ring_size != ring_size;
-        if self.stock.len() >= STOCK
-            && let Some(at) = self.stock.iter().position(is_other)
-        {
-            self.stock.remove(at);
         }
         let id = self.number();
         // Where there are no descriptors now, the next stream says so.
@@ -284,7 +245,7 @@ impl Streams {
             return false;
         };
         self.stock.push(Made { id, ring_size, fds });
-        self.ordered = !self.is_stock_full();
+        self.ordered = self.stock.len() < STOCK;
         self.ordered
     }
 
@@ -336,36 +297,5 @@ impl Streams {
             bytes: Message::new(kind::PROMOTE, &promote).as_bytes().to_vec(),
             fds,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::rounded;
-
-    /// Takes memory for a stream; was it there already?
-    fn take(streams: &mut Streams, ring_size: u64) -> bool {
-        let before = streams.in_stock();
-        let (_, fds) = streams.make_memory(ring_size, HugePages::Never).unwrap();
-        assert_eq!(fds.bytes, rounded(ring_size, 4096));
-        let was_there = streams.in_stock() < before;
-        if streams.is_to_be_restocked() {
-            while streams.restock(HugePages::Never) {}
-        }
-        assert!(streams.in_stock() <= STOCK);
-        was_there
-    }
-
-    #[test]
-    fn streams_of_two_sizes_share_the_stock() {
-        let mut streams = Streams::default();
-        assert!(!take(&mut streams, 4096));
-        assert_eq!(streams.in_stock(), STOCK);
-        assert!((0..3 * STOCK).all(|_| take(&mut streams, 4096)));
-        assert!(!take(&mut streams, 65536), "none of this size yet");
-        for _ in 0..STOCK {
-            assert!(take(&mut streams, 4096) && take(&mut streams, 65536));
-        }
     }
 }

@@ -15,7 +15,7 @@
 mod users;
 mod way;
 
-pub use users::UserSockets;
+pub use users::{ONLY_BY_NAME, UserSockets};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};

@@ -11,7 +11,7 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::socket::{UnixAddr, bind};
-use nix::sys::stat::{Mode, SFlag, fchmod, fstatat};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstatat};
 use nix::unistd::{Uid, UnlinkatFlags, fchownat, unlinkat};
 
 use crate::{Obstacle, Spot, failed, kind, make_directory};
@@ -25,14 +25,22 @@ pub struct UserSockets {
     spot: Spot,
 }
 
+/// The mode of a directory of root's in which everybody finds what he knows by name. Who can't list it can't keep its lock either, by a
+/// list into a page that does not answer, from those who look for a name in it.
+pub const ONLY_BY_NAME: u32 = 0o711;
+
 impl UserSockets {
     /// Makes the directory, or takes over what a process that died has left there. The caller makes sure that no other one
     /// uses it.
     pub fn make(path: &Path) -> Result<Self, Obstacle> {
         let sockets = UserSockets {
-            directory: make_directory(path, 0o755)?,
+            directory: make_directory(path, ONLY_BY_NAME)?,
             spot: Spot::of(path)?,
         };
+        // One that was left there, too.
+        let mode = Mode::from_bits_truncate(ONLY_BY_NAME);
+        fchmodat(&sockets.directory, c".", mode, FchmodatFlags::FollowSymlink)
+            .map_err(failed("can't set the mode of", path))?;
         sockets
             .remove_all()
             .map_err(failed("can't remove what is left in", path))?;

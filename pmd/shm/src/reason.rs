@@ -121,10 +121,8 @@ coded! {
         Late = 37, "the other end took too long: a wake byte that it owed did not come, or it did not take what it had left in the ring, before the connection had to be the kernel's or was closed";
         /// A process ended in the middle of a send of what the other end had left in the ring.
         Lost = 38, "a process that shared the connection ended while it sent again what the other end had left in the ring, so that nobody knows how much of it was sent";
-        /// Rings would take what a control group may not have.
-        MemoryLimit = 39, "the memory limit of one of the programs (its control group) leaves no room for rings: raise that limit, or max_percent_of_memory_limit of the daemon";
         /// A stream to the other node has the addresses that this one would have.
-        Taken = 40, "a connection to the other node with the same addresses is there, or has just been";
+        Taken = 39, "a connection to the other node with the same addresses is there, or has just been";
     }
 }
 

@@ -41,6 +41,7 @@ impl Daemon {
     fn take_anchors(&mut self, listener: usize, strays: &mut Vec<OwnedFd>) {
         while self.turn.arrivals < ANCHORS
             && let Some(fabric) = &mut self.fabric
+            && !fabric.waiting.contains(&listener)
         {
             self.turn.arrivals += 1;
             if self.porters.waiting_of(STRANGERS) > STRAYS {
@@ -60,8 +61,14 @@ impl Daemon {
 
     /// Those that come now wait in the backlog of the listener.
     fn let_anchors_wait(&mut self, listener: usize) {
-        let fabric = self.fabric.as_ref();
-        if let Some(socket) = fabric.and_then(|fabric| fabric.listener(listener)) {
+        let Some(fabric) = &mut self.fabric else {
+            return;
+        };
+        // Who announces has all listeners looked at, as often as he likes: one that waits does so once.
+        if !fabric.waiting.insert(listener) {
+            return;
+        }
+        if let Some(socket) = fabric.listener(listener) {
             self.agenda.unwatch(socket);
         }
         self.agenda.after(PAUSE, Due::Anchors(listener));
@@ -216,7 +223,10 @@ impl Daemon {
                 .watch(socket, Token::Anchors(listener as u64))
                 .is_err()
         {
-            self.agenda.after(PAUSE, Due::Anchors(listener));
+            return self.agenda.after(PAUSE, Due::Anchors(listener));
+        }
+        if let Some(fabric) = &mut self.fabric {
+            fabric.waiting.remove(&listener);
         }
     }
 

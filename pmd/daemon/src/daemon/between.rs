@@ -16,7 +16,6 @@ use super::{Daemon, End};
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::Due;
 use crate::book::{Announced, Conn, Role, Route, TenantId};
-use crate::cgroups::Rings;
 use crate::config::Config;
 use crate::fabric::{Anchor, Asking, Carried, NodeConfig, addresses, follow, octets};
 use crate::found::Errand;
@@ -568,15 +567,7 @@ impl Daemon {
                 let ring_size = stream.memory.ring_size();
                 // The poll core alone rings the tenant's bells.
                 let charge = carried.charge.clone();
-                let memory = Memory::new(
-                    fds,
-                    [None, None],
-                    ring_size,
-                    charge,
-                    Rings::default(),
-                    true,
-                    Some(elsewhere),
-                );
+                let memory = Memory::new(fds, [None, None], ring_size, charge, Some(elsewhere));
                 self.journal.counters.streams_opened += 1;
                 self.streams.open(ticket, ends, bytes, memory);
             }

@@ -649,7 +649,7 @@ impl Daemon {
                 debug!(id, uid, pid, alive, "detached");
             }
             Standing::Sent(belongings, _) => self.unmap(owner, belongings.map),
-            Standing::Entering(entering) => self.unmap(owner, entering.belongings.map),
+            Standing::Entering(entering) => self.unmap(owner, entering.1.map),
             Standing::Caller { .. }
             | Standing::Making
             | Standing::LookedAt { .. }

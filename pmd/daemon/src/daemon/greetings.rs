@@ -16,9 +16,8 @@ use super::{Daemon, End};
 use crate::accounts::{Paid, Thing};
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
-use crate::cgroups::Cgroup;
 use crate::channel::Outgoing;
-use crate::connections::{Belongings, Connection, Entering, Inbox, Standing, Tenant};
+use crate::connections::{Belongings, Connection, Inbox, Standing, Tenant};
 use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
 use crate::namespaces::{self, Opened};
@@ -166,15 +165,13 @@ impl Daemon {
         connection.inbox = Inbox::Receiving;
         let peer = connection.peer.clone();
         let owner = connection.channel.socket().owner();
-        let cgroups = self.cgroups.clone();
         // All of its groups are read, of which there may be very many: that is no quick look.
         self.porters.give(owner, move || {
-            let passport = Passport::new(peer.clone(), map.file(), attached.address);
+            let passport = Passport::new(peer, map.file(), attached.address);
             let kept = map.keep_whole();
             Some(Found::Attached {
                 owner,
                 passport,
-                cgroup: cgroups.of(&peer),
                 map: (map, kept),
             })
         });
@@ -186,7 +183,6 @@ impl Daemon {
         &mut self,
         owner: Owner,
         passport: Result<Passport, Changed>,
-        cgroup: Option<Arc<Cgroup>>,
         (map, kept): (TenantMap, io::Result<()>),
     ) {
         let id = owner.connection;
@@ -202,14 +198,7 @@ impl Daemon {
         self.serve(id, |daemon| {
             daemon.read_again(id)?;
             let refused = match passport {
-                Ok(passport) if kept.is_ok() => {
-                    let entering = Entering {
-                        passport,
-                        cgroup,
-                        belongings,
-                    };
-                    return daemon.attach(owner, entering);
-                }
+                Ok(passport) if kept.is_ok() => return daemon.attach(owner, passport, belongings),
                 Ok(_) => {
                     daemon.journal.counters.bad_memory += 1;
                     SEALED
@@ -225,20 +214,25 @@ impl Daemon {
     }
 
     /// A caller is to be a tenant. A network namespace that is not known yet is opened first.
-    fn attach(&mut self, owner: Owner, entering: Entering) -> Result<(), End> {
-        let peer = &entering.passport.peer;
+    fn attach(
+        &mut self,
+        owner: Owner,
+        passport: Passport,
+        belongings: Belongings,
+    ) -> Result<(), End> {
+        let peer = &passport.peer;
         let pid = peer.pid;
         let is_new = peer
             .netns()
             .is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
         let Some(connection) = self.connections.get_mut(owner.connection) else {
-            self.unmap(owner, entering.belongings.map);
+            self.unmap(owner, belongings.map);
             return Ok(());
         };
         if !is_new {
-            return self.become_tenant(owner, entering);
+            return self.become_tenant(owner, passport, belongings);
         }
-        connection.begin_entering(entering);
+        connection.begin_entering(passport, belongings);
         connection.inbox = Inbox::Receiving;
         self.have_namespace_opened(owner, pid, None);
         Ok(())
@@ -272,11 +266,11 @@ impl Daemon {
         if let Some(conn) = announced {
             self.on_followed(conn);
         } else if let Some(connection) = self.connections.get_mut(id)
-            && let Some(entering) = connection.end_entering()
+            && let Some((passport, belongings)) = connection.end_entering()
         {
             self.serve(id, |daemon| {
                 daemon.read_again(id)?;
-                daemon.become_tenant(owner, entering)
+                daemon.become_tenant(owner, passport, belongings)
             });
         }
         // Whoever it was opened for is there by now, or has gone.
@@ -286,12 +280,12 @@ impl Daemon {
     }
 
     /// A caller is a tenant from now on.
-    fn become_tenant(&mut self, owner: Owner, entering: Entering) -> Result<(), End> {
-        let Entering {
-            passport,
-            cgroup,
-            belongings,
-        } = entering;
+    fn become_tenant(
+        &mut self,
+        owner: Owner,
+        passport: Passport,
+        belongings: Belongings,
+    ) -> Result<(), End> {
         let Belongings {
             map,
             bells,
@@ -323,7 +317,6 @@ impl Daemon {
             bells,
             may_be_rung,
             passport: Arc::new(passport),
-            cgroup,
             netns,
             looks: 0,
             throttled: false,

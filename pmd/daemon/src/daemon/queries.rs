@@ -4,7 +4,6 @@
 //! of that user; root and the daemon's own user see all.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use rdsock_shm::control::{Query, question, refusal};
 use rdsock_shm::layout::Counter;
@@ -14,7 +13,6 @@ use serde_json::{Map, Value, json};
 use super::{Daemon, End};
 use crate::accounts::{Statement, Thing};
 use crate::book::{Conn, Route, TenantId};
-use crate::cgroups::{Cgroup, View};
 use crate::connections::{Connection, Inbox, Tenant};
 use crate::counters::Counters;
 use crate::diag;
@@ -346,11 +344,6 @@ impl Daemon {
                 member(text, "limits", &amounts(&self.accounts.limits().user));
                 member(text, "limits_of_all", &amounts(&self.accounts.limits().all));
                 member(text, "users", &self.users_answer(answering.uid));
-                member(
-                    text,
-                    "memory_limits",
-                    &self.memory_limits_answer(answering.uid),
-                );
                 member(text, "fabric", &self.fabric_answer());
                 answering.open(text, "tenants");
                 answering.part = Part::Tenants;
@@ -444,17 +437,6 @@ impl Daemon {
             answer.into()
         };
         seen.map(answer).collect()
-    }
-
-    /// The memory limits that count for programs which the asker may see, each once.
-    fn memory_limits_answer(&self, asker: u32) -> Vec<View> {
-        let seen = self.connections.attached();
-        let seen = seen.filter(|(_, connection, _)| Rights::may_see(asker, connection.peer.uid));
-        let groups = seen.filter_map(|(.., tenant)| tenant.cgroup.as_ref());
-        let mut limited: Vec<&Arc<Cgroup>> = groups.flat_map(Cgroup::limited).collect();
-        limited.sort_by_key(|group| Arc::as_ptr(group));
-        limited.dedup_by_key(|group| Arc::as_ptr(group));
-        limited.into_iter().map(|group| group.view()).collect()
     }
 }
 

@@ -11,11 +11,10 @@ use super::{Daemon, End};
 use crate::accounts::{Over, Thing};
 use crate::agenda::Due;
 use crate::book::{self, Announced, Conn, order};
-use crate::cgroups::{Rings, Rule, SMALLEST, Seat};
 use crate::channel::Outgoing;
 use crate::found::{Found, Kept};
 use crate::memory::{HugePages, rounded};
-use crate::porters::{Carrier, KEEPERS, Owner};
+use crate::porters::{KEEPERS, Owner};
 use crate::rights::{Ask, Rights};
 use crate::streams::{Bells, Memory};
 
@@ -36,8 +35,7 @@ impl Daemon {
     /// Makes the stream of two ends that were found to hold the same connection.
     pub(super) fn make(&mut self, a: Announced, b: Announced) -> Result<(), Reason> {
         let ends = order(a, b).ok_or(Reason::Foreign)?;
-        let uid = ends[0].uid;
-        let (ring_size, rings) = self.fit_rings(&ends)?;
+        let (ring_size, uid) = (self.config.ring_size, ends[0].uid);
         let wanted = [
             (Thing::Streams, 1),
             (Thing::Bytes, rounded(ring_size, 4096)),
@@ -61,10 +59,9 @@ impl Daemon {
             let own = tenant(end)?.passport.is_users_own();
             Ok(own && Rights::may_make_holes(other.uid, end.uid))
         };
-        let of_one_user =
+        let may_be_huge =
             may_have_holes(&ends[0], &ends[1])? && may_have_holes(&ends[1], &ends[0])?;
-        // Huge pages are whole ones, and what they cost a group is another account of the kernel's.
-        let huge_pages = match of_one_user && rings.are_free() {
+        let huge_pages = match may_be_huge {
             true => self.config.huge_pages,
             false => HugePages::Never,
         };
@@ -85,41 +82,9 @@ impl Daemon {
         self.journal.counters.streams_huge += u64::from(fds.huge);
         debug!(stream = id, route = ?ends[0].route, "opened");
         let bytes = fds.bytes;
-        let memory = Memory::new(
-            fds,
-            bells,
-            ring_size,
-            Arc::new(charge),
-            rings,
-            of_one_user,
-            None,
-        );
+        let memory = Memory::new(fds, bells, ring_size, Arc::new(charge), None);
         self.streams.open(id, ends, bytes, memory);
         Ok(())
-    }
-
-    /// How large the rings between two ends may be, by the memory limits of their programs' control groups.
-    fn fit_rings(&mut self, ends: &[Announced; 2]) -> Result<(u64, Rings), Reason> {
-        let seat = |end: &Announced, other: &Announced| {
-            let tenant = self.connections.tenant(end.conn.tenant);
-            let tenant = tenant.ok_or(Reason::Unverified)?;
-            let trusts = tenant.passport.is_users_own() && Rights::may_charge(other.uid, end.uid);
-            Ok(Seat {
-                group: tenant.cgroup.as_ref(),
-                both: !trusts,
-            })
-        };
-        let [a, b] = ends;
-        let rule = Rule {
-            percent: self.config.max_percent_of_memory_limit,
-            largest: self.config.ring_size,
-            smallest: SMALLEST,
-        };
-        rule.take([seat(a, b)?, seat(b, a)?]).map_err(|_| {
-            let cause = "a memory limit (cgroup) leaves no room for rings: raise it, or max_percent_of_memory_limit";
-            self.journal.refusal(cause, b.uid, b.pid);
-            Reason::MemoryLimit
-        })
     }
 
     /// Sends both tenants their end of the stream that was just made.
@@ -185,8 +150,7 @@ impl Daemon {
             .and_then(|stream| stream.ends.get(1 - end))
             .map(|end| end.holders.values().map(|holder| holder.conn).collect())
             .unwrap_or_default();
-        // The other end may need what it has sent.
-        self.close_stream(id, false);
+        self.close_stream(id);
         for other in others.into_iter().filter(|other| *other != conn) {
             self.send_to_other(other.tenant, Self::verdict(other, Reason::PeerDemoted));
         }
@@ -226,24 +190,30 @@ impl Daemon {
                 connection: payer.into(),
             };
             self.porters.ask_quick(owner, move |carrier| {
-                let looked_at = questions.into_iter().map(|(stream, sockets)| Kept {
-                    stream,
-                    times,
-                    kept: is_one_there(carrier, sockets),
+                let looked_at = questions.into_iter().map(|(stream, sockets)| {
+                    let mut sockets = sockets.into_iter();
+                    let kept = sockets.any(|(ask, cookie, inode)| {
+                        let found = ask.own(carrier, cookie).ok().flatten();
+                        found.is_some_and(|found| found.inode == inode)
+                    });
+                    Kept {
+                        stream,
+                        times,
+                        kept,
+                    }
                 });
                 Some(Found::Kept(looked_at.collect()))
             });
         }
     }
 
-    /// Where to ask for the sockets of a stream's ends, with their cookies and inodes; `None` for one that can't be asked for. Of a stream to
-    /// another node, one end's is the daemon's.
-    fn sockets_of(&self, stream: &book::Stream<Memory>) -> Vec<Option<(Ask, u64, u64)>> {
+    /// Where to ask for the sockets of a stream's ends, with their cookies and inodes. Of one to another node, one end's is the daemon's.
+    fn sockets_of(&self, stream: &book::Stream<Memory>) -> Vec<(Ask, u64, u64)> {
         let elsewhere = stream.memory.elsewhere.as_ref();
         let ends = (0..).zip(&stream.ends);
         let ends = ends.filter(|(at, _)| elsewhere.is_none_or(|elsewhere| elsewhere.end == *at));
         let ask = |end: &book::End| Some((self.rights.ask_for(end.route)?, end.cookie, end.inode));
-        ends.map(|(_, end)| ask(end)).collect()
+        ends.filter_map(|(_, end)| ask(end)).collect()
     }
 
     /// It was looked at whether somebody holds these streams: one that is kept is looked at again, less and less often.
@@ -257,8 +227,8 @@ impl Daemon {
             if !self.is_abandoned(stream) {
                 continue;
             }
-            if kept != Some(true) {
-                self.close_stream(stream, kept == Some(false));
+            if !kept {
+                self.close_stream(stream);
             } else if self.streams.look_after(stream) {
                 let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
                 self.agenda.after(wait, Due::Stream(stream, times + 1));
@@ -266,8 +236,7 @@ impl Daemon {
         }
     }
 
-    /// Closes a stream of which no end is open any more, for sure or not.
-    fn close_stream(&mut self, id: u64, for_sure: bool) {
+    fn close_stream(&mut self, id: u64) {
         if self.is_carried(id) {
             // Its anchor tells the poll core how it ended, and it is closed when the other node knows.
             return;
@@ -275,23 +244,8 @@ impl Daemon {
         if let Some(stream) = self.streams.close(id) {
             self.journal.counters.streams_closed += 1;
             debug!(stream = id, "closed");
-            if for_sure && !stream.memory.of_one_user {
-                return self.take_apart(stream);
-            }
             self.give_back(stream);
         }
-    }
-
-    /// As [`give_back`](Self::give_back), and nobody keeps the pages: who has them would leave them on another one's account.
-    fn take_apart(&self, stream: book::Stream<Memory>) {
-        let owner = Owner {
-            uid: stream.payer,
-            connection: NO_CONNECTION,
-        };
-        self.porters.give(owner, move || {
-            stream.memory.empty_rings();
-            None
-        });
     }
 
     /// Has a porter give a stream's memory back, since whoever is the last to hold it has to take it apart. Until then
@@ -322,18 +276,4 @@ impl Daemon {
             }
         }
     }
-}
-
-/// Is one of these sockets there? `None` when that can't be told.
-fn is_one_there(carrier: &Carrier, sockets: Vec<Option<(Ask, u64, u64)>>) -> Option<bool> {
-    let mut for_sure = true;
-    for socket in sockets {
-        let found = socket.map(|(ask, cookie, inode)| (ask.own(carrier, cookie), inode));
-        match found {
-            Some((Ok(Some(found)), inode)) if found.inode == inode => return Some(true),
-            Some((Ok(_), _)) => {}
-            Some((Err(_), _)) | None => for_sure = false,
-        }
-    }
-    for_sure.then_some(false)
 }

@@ -1,6 +1,5 @@
 //! What the messages on a control connection mean, and what a tenant asks through its queue.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use rdsock_shm::control::{
@@ -14,7 +13,6 @@ use super::{Daemon, End};
 use crate::accounts::Thing;
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
-use crate::cgroups::Cgroup;
 use crate::channel::{Luggage, Outgoing, Received, sender};
 use crate::connections::{Connection, Tenant};
 use crate::found::Found;
@@ -225,33 +223,23 @@ impl Daemon {
         }
     }
 
-    /// Has a porter look whether a tenant is who it was, and in which control group it is by now.
+    /// Has a porter look whether a tenant is who it was.
     fn have_process_looked_at(&mut self, tenant: TenantId) {
         let Some(entry) = self.connections.tenant(tenant) else {
             return;
         };
         let passport = entry.passport.clone();
         let owner = Self::owner_of(tenant, entry);
-        let cgroups = self.cgroups.clone();
         self.porters.give(owner, move || {
             Some(Found::Process {
                 tenant,
                 unchanged: passport.check(),
-                cgroup: cgroups.of(&passport.peer),
             })
         });
     }
 
     /// A porter has looked at a tenant's process.
-    pub(super) fn on_process(
-        &mut self,
-        id: TenantId,
-        unchanged: Result<(), Changed>,
-        cgroup: Option<Arc<Cgroup>>,
-    ) {
-        if let Some(tenant) = self.connections.tenant_mut(id) {
-            tenant.cgroup = cgroup;
-        }
+    pub(super) fn on_process(&mut self, id: TenantId, unchanged: Result<(), Changed>) {
         if let Err(changed) = unchanged
             && changed != Changed::Hidden
         {

@@ -202,6 +202,8 @@ pub struct Control {
     giving_back: bool,
     /// Where programs make their anchors: on either loopback address.
     listeners: Vec<TcpListener>,
+    /// Which of these wait, and are not watched.
+    pub waiting: HashSet<usize>,
     /// Streams by ticket.
     pub carried: HashMap<u64, Carried>,
     /// From where to where programs of this node go by them.
@@ -304,6 +306,7 @@ impl Control {
             wanted_back,
             giving_back: false,
             listeners,
+            waiting: HashSet::new(),
             carried: HashMap::new(),
             connected: HashSet::new(),
             asking: HashMap::new(),

@@ -14,7 +14,7 @@ pub use stream::{
     DirectionView, HUGE_PAGE, HugePages, StreamFds, make_stream, make_stream_with, rounded,
 };
 pub use tenant::{BadBoard, Bells, ConnView, Numbered, Records, TenantMap};
-pub use whole::{can_be_whole, empty};
+pub use whole::can_be_whole;
 
 use rdsock_shm::layout::VERSION;
 

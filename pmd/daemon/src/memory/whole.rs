@@ -4,16 +4,12 @@
 //! mapped anew for as long as they live (`exec`). The kernel makes no holes in a file that is immutable, either, and that says nothing of
 //! mappings: whoever has the descriptor maps it to be written. It takes `CAP_LINUX_IMMUTABLE` to make a file immutable, or not to be so any more.
 //!
-//! At a stream's end the daemon makes one hole of it ([`empty`]), so that who keeps the memory keeps no page of it.
-//!
 //! Where that can't be done (a kernel before 6.1, a daemon without that privilege, huge pages), who is handed memory can make holes in it. A
 //! daemon without privilege serves one user, who stalls nobody else by that.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::LazyLock;
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// `FS_IMMUTABLE_FL` of the kernel.
@@ -21,10 +17,7 @@ const IMMUTABLE: libc::c_int = 0x10;
 
 /// From now on nobody makes holes in a memfd, nor opens it anew to write it. True when that could be done.
 pub(super) fn make_whole(file: &impl AsFd) -> bool {
-    set_flags(file, IMMUTABLE)
-}
-
-fn set_flags(file: &impl AsFd, flags: libc::c_int) -> bool {
+    let flags = IMMUTABLE;
     // SAFETY: the call reads one integer.
     let set = unsafe {
         libc::ioctl(
@@ -34,17 +27,6 @@ fn set_flags(file: &impl AsFd, flags: libc::c_int) -> bool {
         )
     };
     set == 0
-}
-
-/// Takes away what lies there from this byte on, also from those who have it mapped. From now on anybody who has the memfd makes holes in it.
-/// To take memory apart may wait.
-pub fn empty(file: &impl AsFd, from: u64) -> io::Result<()> {
-    if is_whole(file) {
-        set_flags(file, 0);
-    }
-    let len = nix::sys::stat::fstat(file)?.st_size - from as i64;
-    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    Ok(fallocate(file, how, from as i64, len)?)
 }
 
 /// Is this memory in which nobody makes holes? Asks nobody but the kernel; for memfds.
@@ -74,30 +56,11 @@ mod tests {
     use super::*;
     use memmap2::MmapOptions;
     use nix::errno::Errno;
+    use nix::fcntl::{FallocateFlags, fallocate};
     use std::fs::File;
     use std::io::Write;
-    use std::os::unix::fs::FileExt;
 
     const LEN: usize = 8192;
-
-    #[test]
-    fn who_keeps_what_was_emptied_keeps_no_page_of_it() {
-        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING);
-        let file = File::from(file.unwrap());
-        file.set_len(4 * LEN as u64).unwrap();
-        let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_SEAL;
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals)).unwrap();
-        file.write_all_at(&[7; 4 * LEN], 0).unwrap();
-        make_whole(&file);
-        let map = MmapOptions::new().map_raw(&file).unwrap();
-        let pages = || nix::sys::stat::fstat(&file).unwrap().st_blocks * 512 / 4096;
-        // SAFETY: within the mapping, and nothing in it is referred to.
-        let at = |at: usize| unsafe { map.as_ptr().add(at).read_volatile() };
-        assert_eq!((pages(), at(0), at(LEN)), (8, 7, 7));
-        empty(&file, LEN as u64).unwrap();
-        assert_eq!(pages(), 2);
-        assert_eq!((at(0), at(LEN), at(4 * LEN - 1)), (7, 0, 0));
-    }
 
     #[test]
     fn nobody_makes_holes_in_it_and_who_has_it_maps_it() {

@@ -19,7 +19,7 @@ use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, UnixAddr, UnixCredentials, bind, recvmsg, setsockopt, sockopt,
 };
 use nix::unistd::geteuid;
-use rdsock_files::Obstacle;
+use rdsock_files::{ONLY_BY_NAME, Obstacle};
 
 use super::find::{Silent, connect_to, user_sockets};
 
@@ -79,7 +79,12 @@ pub fn find_program() -> Option<PathBuf> {
 
 fn start_at(program: &Path, socket: &Path) -> Result<(), StartError> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
-    rdsock_files::make_directory(dir, if geteuid().is_root() { 0o755 } else { 0o700 })?;
+    let mode = if geteuid().is_root() {
+        ONLY_BY_NAME
+    } else {
+        0o700
+    };
+    rdsock_files::make_directory(dir, mode)?;
     let lock_path = with_suffix(socket, ".start");
     // Before files are made beside what may be anything.
     match rdsock_files::check(socket) {

@@ -41,8 +41,6 @@ struct Stat {
     tenants: Vec<Tenant>,
     streams: Vec<Stream>,
     users: Vec<User>,
-    #[serde(default)]
-    memory_limits: Vec<MemoryLimit>,
     fabric: Option<Fabric>,
 }
 
@@ -110,15 +108,6 @@ struct User {
     bytes: u64,
 }
 
-/// Of a control group.
-#[derive(Debug, Deserialize)]
-struct MemoryLimit {
-    folder: String,
-    limit: u64,
-    rings: u64,
-    refused: u64,
-}
-
 /// Prints the counters, once or again and again.
 pub fn stat(args: &StatArgs) -> Result<ExitCode, StatError> {
     loop {
@@ -164,15 +153,6 @@ fn print(stat: &Stat) -> Result<(), OutputError> {
             user.uid,
             user.streams,
             bytes(user.bytes)
-        )?;
-    }
-    for limit in &stat.memory_limits {
-        line!(
-            "memory limit {} of {}: {} for rings, {} streams left on the kernel",
-            bytes(limit.limit),
-            limit.folder,
-            bytes(limit.rings),
-            limit.refused
         )?;
     }
     if !stat.tenants.is_empty() {
