@@ -5,14 +5,17 @@
 //! is searched in one round, which goes on where it stopped with the next question, and each user pays for its own.
 //!
 //! Porters call it, never the control thread. What is read here (`/proc/PID/fd`, the links in it, `/proc/PID/status`)
-//! takes no lock that a process holds during `exec`.
+//! takes no lock that a process holds during `exec`. A process may still keep everybody from these folders, for as long as it
+//! likes. So no porter waits for another one's search, and a search that stands still is given up: a new one is begun, which
+//! does not look into the process at which the other one stands. Few may stand so at a time.
 
+use std::cell::LazyCell;
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, ReadDir};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirEntryExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -26,6 +29,14 @@ use crate::process::parse_socket;
 const STEP: Duration = Duration::from_millis(20);
 /// How long what a round has found is kept for who asked.
 const KEPT: Duration = Duration::from_secs(10);
+/// A search that has been at one process for longer stands still.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a process is passed by at which a search has stood still. Longer, while it does.
+const PASSED_BY: Duration = Duration::from_secs(60);
+/// Searches of a user that may stand still: each of them holds a porter.
+const MOST_LOST: usize = 2;
+/// Threads of a process that are asked for its children, to tell whether one that is passed by is among them.
+const MOST_THREADS: usize = 1024;
 /// Questions of a user that may wait for a round.
 const MOST_ASKED: usize = 1024;
 
@@ -52,8 +63,40 @@ struct Question {
 pub struct Searches {
     /// For the next round. Locked for a moment only.
     asked: Mutex<HashSet<Question>>,
-    /// Locked by the porter that searches.
+    /// Locked for a moment only.
+    desk: Mutex<Desk>,
+}
+
+/// The search that goes on, and those that were given up.
+#[derive(Debug, Default)]
+struct Desk {
+    search: Arc<Search>,
+    lost: Vec<Lost>,
+}
+
+#[derive(Debug, Default)]
+struct Search {
+    /// Locked by the porter that searches, which may stay away for as long as some process likes.
     state: Mutex<State>,
+    place: Place,
+}
+
+/// A search that stood still at this process.
+#[derive(Debug)]
+struct Lost {
+    pid: i32,
+    when: Instant,
+    search: Weak<Search>,
+}
+
+/// The process into which a search looks, and since when.
+#[derive(Debug, Default)]
+struct Place(Mutex<Option<(i32, Instant)>>);
+
+/// Where a search may look.
+struct Way<'a> {
+    place: &'a Place,
+    passed_by: HashSet<i32>,
 }
 
 #[derive(Debug, Default)]
@@ -71,30 +114,100 @@ struct Finished {
     looked_at: Arc<HashSet<ProcessId>>,
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Searches {
     /// Searches for a process other than `pid` that holds the socket with this inode, as long as the user has time for
     /// it. This process, whose many descriptors are none of a tenant's sockets, is left out.
     pub fn other_holder(&self, pid: i32, inode: u64) -> OtherHolder {
         let question = Question { pid, inode };
         {
-            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut asked = lock(&self.asked);
             if asked.len() < MOST_ASKED {
                 asked.insert(question);
             }
         }
-        // Another porter may search for this user. Mostly it has the answer to this question, too, when it is done.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = state.answer(question, &self.asked);
+        let (search, passed_by) = lock(&self.desk).search();
+        let mut state = match search.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            // Another porter searches for this user. It or the next one takes this question along.
+            Err(TryLockError::WouldBlock) => return OtherHolder::NotYet,
+        };
+        let place = &search.place;
+        let found = state.answer(question, &self.asked, &Way { place, passed_by });
+        place.leave();
         if found != OtherHolder::NotYet {
-            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-            asked.remove(&question);
+            lock(&self.asked).remove(&question);
         }
         found
     }
 }
 
+impl Desk {
+    /// The search that goes on, and the processes that are passed by.
+    fn search(&mut self) -> (Arc<Search>, HashSet<i32>) {
+        self.lost
+            .retain(|lost| lost.stands_still() || lost.when.elapsed() < PASSED_BY);
+        let standing = self.lost.iter().filter(|lost| lost.stands_still()).count();
+        if standing < MOST_LOST
+            && let Some(pid) = self.search.place.stands_still()
+        {
+            let search = std::mem::take(&mut self.search);
+            self.lost.push(Lost {
+                pid,
+                when: Instant::now(),
+                search: Arc::downgrade(&search),
+            });
+        }
+        let passed_by = self.lost.iter().map(|lost| lost.pid).collect();
+        (self.search.clone(), passed_by)
+    }
+}
+
+impl Lost {
+    /// Its porter has not come back.
+    fn stands_still(&self) -> bool {
+        self.search.strong_count() > 0
+    }
+}
+
+impl Place {
+    fn enter(&self, pid: i32) {
+        *lock(&self.0) = Some((pid, Instant::now()));
+    }
+
+    fn leave(&self) {
+        *lock(&self.0) = None;
+    }
+
+    /// The process at which it stands still.
+    fn stands_still(&self) -> Option<i32> {
+        let (pid, since) = (*lock(&self.0))?;
+        (since.elapsed() > PATIENCE).then_some(pid)
+    }
+}
+
+impl Way<'_> {
+    /// A process is looked into from now on, unless it is passed by.
+    fn enters(&self, pid: i32) -> bool {
+        let enters = !self.passed_by.contains(&pid);
+        if enters {
+            self.place.enter(pid);
+        }
+        enters
+    }
+}
+
 impl State {
-    fn answer(&mut self, question: Question, asked: &Mutex<HashSet<Question>>) -> OtherHolder {
+    fn answer(
+        &mut self,
+        question: Question,
+        asked: &Mutex<HashSet<Question>>,
+        way: &Way,
+    ) -> OtherHolder {
         let State {
             budget,
             round,
@@ -108,22 +221,21 @@ impl State {
                 .is_some_and(|round| round.asked.contains(&question));
             if runs || finished.contains_key(&question) {
                 // It needs no further round.
-                let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                asked.remove(&question);
+                lock(asked).remove(&question);
             }
             loop {
                 if let Some(known) = finished.remove(&question) {
-                    return known.verdict(question, end).unwrap_or_else(|| {
+                    return known.verdict(question, end, way).unwrap_or_else(|| {
                         finished.insert(question, known);
                         OtherHolder::NotYet
                     });
                 }
                 let current = round.get_or_insert_with(|| {
-                    let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                    Round::new(std::mem::take(&mut *asked))
+                    let asked = std::mem::take(&mut *lock(asked));
+                    Round::new(asked, way)
                 });
-                let done = current.run(end);
-                if let Some(holder) = current.other_holder(question) {
+                let done = current.run(end, way);
+                if let Some(holder) = current.other_holder(question, way) {
                     current.asked.remove(&question);
                     return OtherHolder::Process(holder);
                 }
@@ -131,7 +243,7 @@ impl State {
                     return OtherHolder::NotYet;
                 }
                 if let Some(done) = round.take() {
-                    done.finish(finished);
+                    done.finish(finished, way);
                 }
             }
         };
@@ -141,15 +253,15 @@ impl State {
 
 impl Finished {
     /// `None` where it can't be told now.
-    fn verdict(&self, question: Question, end: Duration) -> Option<OtherHolder> {
+    fn verdict(&self, question: Question, end: Duration, way: &Way) -> Option<OtherHolder> {
         if let Some(holder) = self.holders.iter().find(|pid| **pid != question.pid) {
             return Some(OtherHolder::Process(*holder));
         }
         // Who has come since may have it from this very process.
-        let mut newcomers = Round::new(HashSet::from([question]));
+        let mut newcomers = Round::new(HashSet::from([question]), way);
         newcomers.to_go.retain(|id| !self.looked_at.contains(id));
-        match newcomers.run(end) {
-            true => Some(match newcomers.other_holder(question) {
+        match newcomers.run(end, way) {
+            true => Some(match newcomers.other_holder(question, way) {
                 Some(holder) => OtherHolder::Process(holder),
                 None => OtherHolder::Nobody,
             }),
@@ -184,16 +296,18 @@ struct Round {
 #[derive(Debug)]
 struct Hidden {
     pid: i32,
+    /// `None` where it is not known.
     parent: Option<i32>,
 }
 
 impl Round {
-    fn new(asked: HashSet<Question>) -> Self {
+    fn new(asked: HashSet<Question>, way: &Way) -> Self {
         let mut first: HashSet<i32> = HashSet::new();
         // It is an order only, and has to take less time than it saves.
         for question in asked.iter().take(16) {
-            first.extend(relatives(question.pid));
+            first.extend(relatives(question.pid, 32, way));
         }
+        way.enters(ALL);
         let mut to_go: Vec<ProcessId> = processes().collect();
         to_go.sort_by_key(|id| first.contains(&id.pid));
         Round {
@@ -208,11 +322,15 @@ impl Round {
     }
 
     /// True when all processes have been looked at.
-    fn run(&mut self, end: Duration) -> bool {
+    fn run(&mut self, end: Duration, way: &Way) -> bool {
         let own = std::process::id() as i32;
         loop {
             if let Some((pid, descriptors)) = &mut self.current {
-                match descriptors.look(end, &self.inodes) {
+                let look = match way.enters(*pid) {
+                    true => descriptors.look(&self.inodes),
+                    false => Look::Hidden,
+                };
+                match look {
                     Look::Found(inode) => {
                         let holders = self.holders.entry(inode).or_default();
                         // Two are enough: one of them is another one than who asks.
@@ -221,10 +339,11 @@ impl Round {
                         }
                         continue;
                     }
+                    Look::More => {}
                     Look::Later => return false,
                     Look::All => self.current = None,
                     Look::Hidden => {
-                        let (pid, parent) = (*pid, parent_of(*pid));
+                        let (pid, parent) = (*pid, parent_of(*pid, way));
                         self.hidden.push(Hidden { pid, parent });
                         self.current = None;
                     }
@@ -232,6 +351,9 @@ impl Round {
             }
             if processor_time() > end {
                 return false;
+            }
+            if self.current.is_some() {
+                continue;
             }
             let Some(next) = self.to_go.pop() else {
                 return true;
@@ -244,7 +366,7 @@ impl Round {
     }
 
     /// Another holder, as far as is known.
-    fn other_holder(&self, question: Question) -> Option<i32> {
+    fn other_holder(&self, question: Question, way: &Way) -> Option<i32> {
         if !self.asked.contains(&question) {
             return None;
         }
@@ -256,23 +378,26 @@ impl Round {
             return None;
         }
         // Relatives are who inherits.
-        let parent = parent_of(question.pid);
+        let parent = parent_of(question.pid, way);
         // Those of the first process are anybody's.
         let family = parent.filter(|parent| *parent > 1);
+        let all = LazyCell::new(|| relatives(question.pid, MOST_THREADS, way));
         let is_relative = |other: &&Hidden| {
             let related = Some(other.pid) == parent
-                || other.parent == Some(question.pid)
-                || (family.is_some() && other.parent == family);
+                || match other.parent {
+                    Some(parent) => parent == question.pid || Some(parent) == family,
+                    None => all.contains(&other.pid),
+                };
             related && other.pid != question.pid
         };
         self.hidden.iter().find(is_relative).map(|other| other.pid)
     }
 
-    fn finish(self, finished: &mut HashMap<Question, Finished>) {
+    fn finish(self, finished: &mut HashMap<Question, Finished>, way: &Way) {
         let looked_at = Arc::new(self.looked_at.clone());
         for question in &self.asked {
             let mut holders = self.holders.get(&question.inode).cloned();
-            if let (None, Some(hidden)) = (&holders, self.other_holder(*question)) {
+            if let (None, Some(hidden)) = (&holders, self.other_holder(*question, way)) {
                 holders = Some(vec![hidden]);
             }
             let known = Finished {
@@ -289,7 +414,9 @@ impl Round {
 enum Look {
     /// The socket with this inode is among them.
     Found(u64),
-    /// No time is left, or no descriptors of our own.
+    /// Not among some of them; there are more.
+    More,
+    /// No descriptors of our own are left.
     Later,
     /// That were all.
     All,
@@ -318,7 +445,7 @@ impl Descriptors {
     }
 
     /// Looks for one that is asked for.
-    fn look(&mut self, end: Duration, inodes: &HashSet<u64>) -> Look {
+    fn look(&mut self, inodes: &HashSet<u64>) -> Look {
         loop {
             if let Some((folder, entries)) = &mut self.open {
                 for (count, entry) in entries.by_ref().enumerate() {
@@ -339,8 +466,8 @@ impl Descriptors {
                         // It was closed.
                         Err(_) => {}
                     }
-                    if count % 64 == 63 && processor_time() > end {
-                        return Look::Later;
+                    if count == 63 {
+                        return Look::More;
                     }
                 }
                 self.open = None;
@@ -389,6 +516,9 @@ fn is_shortage(error: &io::Error) -> bool {
         .is_some_and(|errno| shortages.contains(&errno))
 }
 
+/// Stands for `/proc`, in which the search is for a moment, too.
+const ALL: i32 = 0;
+
 fn processes() -> impl Iterator<Item = ProcessId> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| {
@@ -400,18 +530,25 @@ fn processes() -> impl Iterator<Item = ProcessId> {
 }
 
 /// Parent, children and siblings of a process, as far as the kernel lists them.
-fn relatives(pid: i32) -> Vec<i32> {
-    let parent = parent_of(pid);
+fn relatives(pid: i32, threads: usize, way: &Way) -> Vec<i32> {
+    let parent = parent_of(pid, way);
     let of = [Some(pid), parent.filter(|parent| *parent > 1)];
-    let mut relatives: Vec<i32> = of.into_iter().flatten().flat_map(children).collect();
+    let mut relatives: Vec<i32> = of
+        .into_iter()
+        .flatten()
+        .flat_map(|pid| children(pid, threads, way))
+        .collect();
     relatives.extend(parent);
     relatives
 }
 
 /// Children of the first threads of a process.
-fn children(pid: i32) -> Vec<i32> {
+fn children(pid: i32, most: usize, way: &Way) -> Vec<i32> {
+    if !way.enters(pid) {
+        return Vec::new();
+    }
     let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    let threads = threads.into_iter().flatten().flatten().take(32);
+    let threads = threads.into_iter().flatten().flatten().take(most);
     let lists =
         threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
     lists
@@ -424,7 +561,10 @@ fn children(pid: i32) -> Vec<i32> {
 }
 
 /// Parent of a process. Not from `/proc/PID/stat`, which may have to wait for a process in the middle of `exec`.
-fn parent_of(pid: i32) -> Option<i32> {
+fn parent_of(pid: i32, way: &Way) -> Option<i32> {
+    if !way.enters(pid) {
+        return None;
+    }
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
     parent?.trim().parse().ok()
@@ -473,6 +613,13 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::{Child, Command};
 
+    impl<'a> Way<'a> {
+        fn free(place: &'a Place) -> Self {
+            let passed_by = HashSet::new();
+            Way { place, passed_by }
+        }
+    }
+
     fn listener() -> (TcpListener, u64) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let inode = nix::sys::stat::fstat(&listener).unwrap().st_ino;
@@ -520,7 +667,7 @@ mod tests {
         let me = std::process::id() as i32;
         let child = sleeper(None, 0);
         let its = child.id() as i32;
-        assert_eq!(parent_of(its), Some(me));
+        assert_eq!(parent_of(its, &Way::free(&Place::default())), Some(me));
         // Held by this process alone, which does not count.
         let searches = Searches::default();
         assert_eq!(ask_on(&searches, its, inode).0, OtherHolder::Nobody);
@@ -559,7 +706,8 @@ mod tests {
         assert_eq!(searches.other_holder(1, second), OtherHolder::NotYet);
         ask_on(&searches, 1, inode);
         ask_on(&searches, 1, second);
-        let state = searches.state.lock().unwrap();
+        let search = lock(&searches.desk).search.clone();
+        let state = search.state.lock().unwrap();
         assert!(state.finished.is_empty() && searches.asked.lock().unwrap().is_empty());
         drop((state, listener));
         full.into_iter().for_each(end);
@@ -571,16 +719,21 @@ mod tests {
         let _alone = alone();
         let (listener, inode) = listener();
         let question = Question { pid: 1, inode };
-        let mut round = Round::new(HashSet::from([question]));
+        let place = Place::default();
+        let way = Way::free(&place);
+        let mut round = Round::new(HashSet::from([question]), &way);
         let later = processor_time() + Duration::from_secs(60);
-        assert!(round.run(later));
+        assert!(round.run(later, &way));
         let mut finished = HashMap::new();
-        round.finish(&mut finished);
+        round.finish(&mut finished, &way);
         let finished = finished.remove(&question).unwrap();
-        assert_eq!(finished.verdict(question, later), Some(OtherHolder::Nobody));
+        assert_eq!(
+            finished.verdict(question, later, &way),
+            Some(OtherHolder::Nobody)
+        );
         let heir = sleeper(Some(listener.as_raw_fd()), 0);
         let found = OtherHolder::Process(heir.id() as i32);
-        assert_eq!(finished.verdict(question, later), Some(found));
+        assert_eq!(finished.verdict(question, later, &way), Some(found));
         end(heir);
     }
 
@@ -626,5 +779,51 @@ mod tests {
         assert!(budget.next >= start + 10 * Duration::from_millis(150) - Budget::SAVED);
         budget.next = Instant::now() + Duration::from_secs(600);
         assert!(budget.run(|| ()).is_none());
+    }
+
+    /// A search that stands still at this process, for as long as what is returned is kept.
+    fn stands_still_at(searches: &Searches, pid: i32) -> Arc<Search> {
+        let search = lock(&searches.desk).search.clone();
+        let since = Instant::now().checked_sub(2 * PATIENCE).unwrap();
+        *lock(&search.place.0) = Some((pid, since));
+        search
+    }
+
+    #[test]
+    fn nobody_waits_for_a_search_that_another_porter_goes_on_with() {
+        let searches = Searches::default();
+        let search = lock(&searches.desk).search.clone();
+        let state = search.state.lock().unwrap();
+        assert_eq!(searches.other_holder(1, 1), OtherHolder::NotYet);
+        drop(state);
+        assert!(lock(&searches.asked).len() == 1 && lock(&searches.desk).lost.is_empty());
+    }
+
+    #[test]
+    fn a_search_that_stands_still_is_given_up_and_the_process_passed_by() {
+        // Nobody's number.
+        const STRANGER: i32 = i32::MAX;
+        let _alone = alone();
+        let (listener, inode) = listener();
+        let me = std::process::id() as i32;
+        let heir = sleeper(Some(listener.as_raw_fd()), 0);
+        let its = heir.id() as i32;
+        let searches = Searches::default();
+        let lost = stands_still_at(&searches, its);
+        let state = lost.state.lock().unwrap();
+        // It may hold what its relatives have, and nobody else is told so.
+        assert_eq!(ask_on(&searches, STRANGER, inode).0, OtherHolder::Nobody);
+        assert_eq!(ask_on(&searches, me, inode).0, OtherHolder::Process(its));
+        let more = stands_still_at(&searches, STRANGER);
+        let held = more.state.lock().unwrap();
+        assert_eq!(ask_on(&searches, STRANGER, inode).0, OtherHolder::Nobody);
+        // Two porters are lost, and no third one.
+        let last = stands_still_at(&searches, me);
+        let third = last.state.lock().unwrap();
+        assert_eq!(searches.other_holder(STRANGER, inode), OtherHolder::NotYet);
+        assert_eq!(lock(&searches.desk).lost.len(), 2);
+        drop((third, state, held));
+        drop((last, lost, more));
+        end(heir);
     }
 }
