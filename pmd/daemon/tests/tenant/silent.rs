@@ -80,7 +80,7 @@ impl FileSystem {
     }
 }
 
-/// An open file on which every operation waits for ever.
+/// An open file on which every operation waits for ever. It has one page, which nobody has read yet.
 pub struct SilentFile {
     file: ManuallyDrop<File>,
     system: FileSystem,
@@ -94,7 +94,9 @@ impl SilentFile {
 
     /// The same, with something done while the file still answers: no process that has it can be started later.
     pub fn open_for<T>(test: &str, before: impl FnOnce(i32) -> T) -> Option<(Self, T)> {
-        let mut system = FileSystem::start(test, None)?;
+        let page = tempfile::NamedTempFile::new().unwrap();
+        page.as_file().write_all(&[7; 4096]).unwrap();
+        let mut system = FileSystem::start(test, Some(page.path()))?;
         let file = File::options().read(true).write(true).open(system.path());
         let file = ManuallyDrop::new(file.unwrap());
         let result = before(file.as_raw_fd());
@@ -102,16 +104,9 @@ impl SilentFile {
         Some((SilentFile { file, system }, result))
     }
 
-    /// With a page in it that nobody has read yet: who touches it in this mapping waits.
+    /// With its page in a mapping of this process.
     pub fn with_page(test: &str) -> Option<(Self, MmapRaw)> {
-        let page = tempfile::NamedTempFile::new().unwrap();
-        page.as_file().write_all(&[7; 4096]).unwrap();
-        let mut system = FileSystem::start(test, Some(page.path()))?;
-        let file = File::options().read(true).write(true).open(system.path());
-        let file = ManuallyDrop::new(file.unwrap());
-        let map = MmapOptions::new().len(4096).map_raw(&*file).unwrap();
-        system.silence();
-        Some((SilentFile { file, system }, map))
+        Self::open_for(test, page_of)
     }
 
     pub fn fd(&self) -> i32 {
@@ -122,6 +117,11 @@ impl SilentFile {
     pub fn wait_for_somebody(&self) {
         self.system.wait_for_somebody();
     }
+}
+
+/// The page of an open [`SilentFile`]: who touches it in this mapping waits.
+pub fn page_of(fd: i32) -> MmapRaw {
+    MmapOptions::new().len(4096).map_raw(fd).unwrap()
 }
 
 impl Drop for SilentFile {
