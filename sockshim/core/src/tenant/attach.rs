@@ -7,6 +7,7 @@ use super::lock::Guard;
 use super::memory::{self, make_memory, may_write};
 use super::messages::{await_message, read_messages, send_with};
 use super::requests::{empty_queue, tell_untold};
+use super::routes::may_lead_away;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
@@ -49,9 +50,10 @@ pub fn disable(reason: Reason) {
     }
 }
 
-/// The daemon forgets what it knows of this process, which attaches anew.
+/// The daemon, if it makes connections for other nodes, forgets what it knows of this process, which attaches anew.
 pub(super) fn hang_up() {
-    if link().control.load(Relaxed) >= 0
+    if may_lead_away()
+        && link().control.load(Relaxed) >= 0
         && let Some(_guard) = Guard::take()
     {
         detach();
