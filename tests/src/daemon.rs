@@ -153,8 +153,14 @@ impl Daemon {
     /// Descriptors that the daemon holds, but for those of streams that are yet to come.
     pub fn descriptors(&mut self) -> usize {
         let path = format!("/proc/{}/fd", self.running().pid());
-        let all = std::fs::read_dir(path).map_or(0, Iterator::count);
-        all - 3 * self.number("streams_in_stock") as usize
+        loop {
+            let stock = self.number("streams_in_stock");
+            let all = std::fs::read_dir(&path).map_or(0, Iterator::count);
+            // One may just have been added.
+            if self.number("streams_in_stock") == stock {
+                return all - 3 * stock as usize;
+            }
+        }
     }
 
     /// Lets it have so many descriptors from now on; what it has it keeps. How many it could have before.

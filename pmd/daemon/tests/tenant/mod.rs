@@ -179,9 +179,16 @@ impl Daemon {
 
     /// Descriptors of the daemon, but for those of streams that are yet to come.
     pub fn descriptors(&self) -> usize {
-        let stock = self.stat()["streams_in_stock"].as_u64().unwrap_or(0) as usize;
-        let all = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
-        all.count() - 3 * stock
+        let stock = || self.stat()["streams_in_stock"].as_u64().unwrap_or(0) as usize;
+        loop {
+            let before = stock();
+            let all = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+            let all = all.count();
+            // One may just have been added.
+            if stock() == before {
+                return all - 3 * before;
+            }
+        }
     }
 
     pub fn stat(&self) -> Value {
