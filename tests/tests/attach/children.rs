@@ -85,7 +85,7 @@ os.set_inheritable(connection.fileno(), True)
 if not forks or os.fork() == 0:
     os.setgid(user)
     os.setuid(user)
-    os.execv(sys.executable, ["python3", "-c", HELPER, str(connection.fileno())])
+    os.execv("/usr/bin/python3", ["python3", "-c", HELPER, str(connection.fileno())])
 os.wait()
 "#;
 
