@@ -285,7 +285,6 @@ struct Round {
     inodes: HashSet<u64>,
     /// The next one last.
     to_go: Vec<ProcessId>,
-    is_listed: bool,
     looked_at: HashSet<ProcessId>,
     current: Option<(i32, Descriptors)>,
     /// Who holds what was asked for.
@@ -303,42 +302,28 @@ struct Hidden {
 
 impl Round {
     fn new(asked: HashSet<Question>, way: &Way) -> Self {
-        let mut round = Round {
+        let mut first: HashSet<i32> = HashSet::new();
+        // It is an order only, and has to take less time than it saves.
+        for question in asked.iter().take(16) {
+            first.extend(relatives(question.pid, 32, way));
+        }
+        way.enters(ALL);
+        let mut to_go: Vec<ProcessId> = processes().collect();
+        to_go.sort_by_key(|id| first.contains(&id.pid));
+        Round {
             inodes: asked.iter().map(|question| question.inode).collect(),
             asked,
-            to_go: Vec::new(),
-            is_listed: false,
+            to_go,
             looked_at: HashSet::new(),
             current: None,
             holders: HashMap::new(),
             hidden: Vec::new(),
-        };
-        round.list(way);
-        round
-    }
-
-    /// Lists the processes. Where there are none the list could not be had (there was no descriptor, say): this one is among them.
-    fn list(&mut self, way: &Way) {
-        let mut first: HashSet<i32> = HashSet::new();
-        // It is an order only, and has to take less time than it saves.
-        for question in self.asked.iter().take(16) {
-            first.extend(relatives(question.pid, 32, way));
         }
-        way.enters(ALL);
-        self.to_go = processes().collect();
-        self.to_go.sort_by_key(|id| first.contains(&id.pid));
-        self.is_listed = !self.to_go.is_empty();
     }
 
     /// True when all processes have been looked at.
     fn run(&mut self, end: Duration, way: &Way) -> bool {
         let own = std::process::id() as i32;
-        if !self.is_listed {
-            self.list(way);
-        }
-        if !self.is_listed {
-            return false;
-        }
         loop {
             if let Some((pid, descriptors)) = &mut self.current {
                 let look = match way.enters(*pid) {

@@ -112,8 +112,6 @@ pub struct Conn {
     pub fd: AtomicI32,
     /// `SO_COOKIE`, once it was announced; else 0.
     pub cookie: AtomicU64,
-    /// The effective user that this process was to the daemon when it was given the stream.
-    pub owner: AtomicU32,
     /// When the anchor was last looked at, in ticks.
     pub looked_at: AtomicU64,
     /// Receives in a row that found nothing and did not wait.
