@@ -24,9 +24,9 @@ static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_c
 /// The program ends by `exit`: its connections are closed as the kernel will close them, but in
 /// order: bytes that the other end asked to have again, the end mark, and no unread wake byte, for
 /// which the kernel would reset the connection. Called last, since the handlers of the program's and
-/// the destructors of its libraries may still send.
+/// the destructors of its libraries may still send. In a sandbox nothing is done: it may end the process for a call of the shim's.
 extern "C" fn at_exit(_: *mut libc::c_void) {
-    if !is_ready() || is_foreign() {
+    if !is_ready() || is_foreign() || conn::are_forgotten() {
         return;
     }
     conn::each(|index, conn| {

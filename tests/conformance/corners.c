@@ -344,6 +344,20 @@ static void allow_only_a_few_calls(void)
     MUST(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
 }
 
+/* Its parent has the connection as well, so that at the end it would have to be found out who does. */
+CASE(sandboxed_by_seccomp_until_exit, .process = true)
+{
+    struct duo d = duo_open(0);
+    exchange(&d, 20);
+    pid_t pid = (pid_t)MUST(fork());
+    if (pid == 0) {
+        allow_only_a_few_calls();
+        exit(0);
+    }
+    WAIT_CHILD(pid);
+    exchange(&d, 20);
+}
+
 CASE(sandboxed_by_seccomp, .process = true)
 {
     struct duo d = duo_open(0);

@@ -755,9 +755,15 @@ impl Rights {
         Ok(later.other_end == Some(announced.socket()))
     }
 
-    /// May a tenant have this end, since its process holds the end's socket? That process is the one that the end was
-    /// given to, or one of the same user that has inherited the socket.
+    /// May a tenant be given this end, since its process holds the end's socket? It is of the user that the end was given to. A process that
+    /// has become another user's is not: it may run another program by now, and what was said before stands in the rings.
     pub fn may_inherit(held: Held, passport: &Passport, end: &End) -> bool {
+        passport.peer.uid == end.uid && Self::may_hold(held, passport, end)
+    }
+
+    /// May a tenant that has this end mapped be counted among its holders? Its process is the one that the end was
+    /// given to, or one of the same user that has inherited the socket.
+    pub fn may_hold(held: Held, passport: &Passport, end: &End) -> bool {
         let peer = &passport.peer;
         let found = held.located.and_then(|located| located.own);
         (peer.uid == end.uid || peer.pid == end.pid)

@@ -112,6 +112,8 @@ pub struct Conn {
     pub fd: AtomicI32,
     /// `SO_COOKIE`, once it was announced; else 0.
     pub cookie: AtomicU64,
+    /// The effective user that this process was to the daemon when it was given the stream.
+    pub owner: AtomicU32,
     /// When the anchor was last looked at, in ticks.
     pub looked_at: AtomicU64,
     /// Receives in a row that found nothing and did not wait.
@@ -421,7 +423,7 @@ pub fn by_index(index: usize) -> Option<Use> {
 
 /// Makes a connection of a new TCP socket. `None` when the pool is full: it stays the kernel's.
 pub fn make(fd: c_int, born: u32) -> Option<usize> {
-    if !fds::has_room(fd) || PROCESS.connections.forgotten.load(Relaxed) != 0 {
+    if !fds::has_room(fd) || are_forgotten() {
         return None;
     }
     let index = PROCESS.connections.take_free()?;
@@ -464,6 +466,11 @@ pub fn make(fd: c_int, born: u32) -> Option<usize> {
 /// The kernel has them all, for as long as the process runs.
 pub fn make_no_more() {
     PROCESS.connections.forgotten.store(1, Relaxed);
+}
+
+/// True where the kernel has them all for good.
+pub fn are_forgotten() -> bool {
+    PROCESS.connections.forgotten.load(Relaxed) != 0
 }
 
 /// Another fd for the same connection, to be put into the table. False where there is no such connection.

@@ -9,12 +9,12 @@ use tracing::debug;
 
 use super::{Daemon, End};
 use crate::accounts::Thing;
-use crate::book::{Announced, Announcement, Conn, Route, Socket, TenantId};
+use crate::book::{self, Announced, Announcement, Conn, Route, Socket, TenantId};
 use crate::fabric::{Anchor, Early, addresses};
 use crate::found::{Errand, Found};
 use crate::porters::{Carrier, NOBODY, Owner};
 use crate::rights::{
-    Ask, Changed, Claim, Held, Located, Look, Meeting, NotHeld, Place, Rights, look,
+    Ask, Changed, Claim, Held, Located, Look, Meeting, NotHeld, Passport, Place, Rights, look,
 };
 
 /// Who waits for looks at others for longer is looked at once more.
@@ -329,7 +329,7 @@ impl Daemon {
             }
             (Some(Wanted::Lookup), held) => self.inherit_looked_up(conn, held.ok()),
             (Some(Wanted::Hold { stream, end }), held) => {
-                if !held.is_ok_and(|held| self.inherit(conn, held, stream, end)) {
+                if !held.is_ok_and(|held| self.inherit(conn, held, stream, end, Rights::may_hold)) {
                     self.journal.counters.unverified += 1;
                 }
                 Ok(())
@@ -689,7 +689,7 @@ impl Daemon {
     fn inherit_looked_up(&mut self, conn: Conn, held: Option<Held>) -> Result<(), End> {
         let found = held.and_then(|held| Some((held, self.streams.by_cookie(held.cookie)?)));
         if let Some((held, (stream, end))) = found
-            && self.inherit(conn, held, stream, end)
+            && self.inherit(conn, held, stream, end, Rights::may_inherit)
         {
             self.note_mapped(stream);
             self.journal.counters.inherited += 1;
@@ -709,14 +709,21 @@ impl Daemon {
     }
 
     /// A tenant holds the socket of an end, by inheritance: it holds the end, too, if it may.
-    fn inherit(&mut self, conn: Conn, held: Held, stream: u64, end: usize) -> bool {
+    fn inherit(
+        &mut self,
+        conn: Conn,
+        held: Held,
+        stream: u64,
+        end: usize,
+        may: fn(Held, &Passport, &book::End) -> bool,
+    ) -> bool {
         let place = self.streams.get(stream).and_then(|s| s.ends.get(end));
         let tenant = self.connections.tenant(conn.tenant);
         let (Some(place), Some(tenant)) = (place, tenant) else {
             return false;
         };
         let (uid, pid) = (tenant.passport.peer.uid, tenant.passport.peer.pid);
-        if !Rights::may_inherit(held, &tenant.passport, place) {
+        if !may(held, &tenant.passport, place) {
             return false;
         }
         let taken = self.take_seat(conn, stream, end);

@@ -7,6 +7,7 @@ use super::lock::Guard;
 use super::memory::{self, make_memory, may_write};
 use super::messages::{await_message, read_messages, send_with};
 use super::requests::{empty_queue, tell_untold};
+use super::routes::may_lead_away;
 use crate::conn::{self, Conn, Kind, phase};
 use crate::hidden::{close_hidden, hide};
 use crate::{clock, identity, sys};
@@ -49,9 +50,10 @@ pub fn disable(reason: Reason) {
     }
 }
 
-/// The daemon forgets what it knows of this process, which attaches anew.
+/// The daemon, if it makes connections for other nodes, forgets what it knows of this process, which attaches anew.
 pub(super) fn hang_up() {
-    if link().control.load(Relaxed) >= 0
+    if may_lead_away()
+        && link().control.load(Relaxed) >= 0
         && let Some(_guard) = Guard::take()
     {
         detach();
@@ -408,11 +410,20 @@ pub(super) fn has_hung_up(control: c_int) -> bool {
     sys::poll_one(control, libc::POLLIN, 0) as i16 & libc::POLLHUP != 0
 }
 
+/// The effective user that this process has to the daemon.
+pub(super) fn attached_user() -> u32 {
+    (link().attached_as.load(Relaxed) >> 32) as u32
+}
+
 /// True when the daemon can be asked for this connection's stream by a program that this one turns
-/// into.
+/// into. To another user it gives none: what was said before stands in the rings.
 pub fn is_known(conn: &Conn) -> bool {
     let control = link().control.load(Relaxed);
-    conn.epoch.load(Relaxed) == link().epoch.load(Relaxed) && control >= 0 && !has_hung_up(control)
+    let [user, _] = sys::effective_ids();
+    conn.owner.load(Relaxed) == user
+        && conn.epoch.load(Relaxed) == link().epoch.load(Relaxed)
+        && control >= 0
+        && !has_hung_up(control)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A stream that the daemon offers for a connection: mapped while no call on the connection is in
 //! the kernel, and declined when it can't be.
 
+use super::attach::attached_user;
 use super::link::link;
 use super::lock::Guard;
 use super::memory::count;
@@ -153,6 +154,7 @@ fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Strea
         return Err(fault);
     }
     end.hold(stream::pid());
+    conn.owner.store(attached_user(), Relaxed);
     own_options(conn, fd);
     Ok(stream)
 }
