@@ -48,8 +48,8 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::geteuid;
 use rdsock_shm::control::{
-    Attached, Hello, Message, OF_USERS, Pod, Promote, Query, Refused, Request, Verdict, from_bytes,
-    kind, parse, question, request,
+    Attached, Hello, Message, NotFound, OF_USERS, Pod, Promote, Query, Refused, Request, Verdict,
+    from_bytes, kind, parse, question, request,
 };
 use rdsock_shm::layout::{
     BELL_MAGIC, BellBoard, CONN_RECORDS, QUEUE_SLOTS, TenantHeader, TenantMemory, VERSION,
@@ -483,6 +483,11 @@ impl Tenant {
 
     pub fn promote(&mut self) -> (Promote, Vec<OwnedFd>) {
         self.expect(kind::PROMOTE)
+    }
+
+    /// The daemon has no stream for the socket that was asked for.
+    pub fn not_found(&mut self) -> NotFound {
+        self.expect(kind::NOT_FOUND).0
     }
 
     pub fn verdict(&mut self) -> Verdict {
