@@ -81,6 +81,8 @@ pub struct Announced {
     pub role: Role,
     /// The socket at the other end, at a moment when this one was there; `None` where that was not asked.
     pub other_end: Option<Socket>,
+    /// Where it was meant to go: see [`destination_of`](crate::diag::destination_of).
+    pub destination: Option<SocketAddr>,
 }
 
 /// Which socket it is, by the kernel's word.
@@ -502,4 +504,4 @@ impl<M> Book<M> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -239,6 +239,8 @@ pub struct Tenant {
     pub throttled: bool,
     /// Some of them have to end before more of its messages are read.
     pub unread: bool,
+    /// A look of the sweep at its process is under way.
+    pub swept: bool,
 }
 
 /// All control connections.

@@ -499,7 +499,7 @@ impl Daemon {
                 opened,
                 announced,
             } => self.on_namespace(owner, opened, announced),
-            Found::Sent { connection, sent } => self.on_sent(connection, sent),
+            Found::Sent { owner, sent } => self.on_sent(owner, sent),
             Found::Fetched { asker, fetched } => self.on_fetched(asker, fetched),
             Found::Listener(incoming, answer) => self.on_listener_found(*incoming, answer),
             Found::MadeTo { ticket, listener } => self.on_made_to(ticket, listener),

@@ -6,7 +6,7 @@
 //! message: the kernel answers them one after the other, with nothing between.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +20,8 @@ use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
-    socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, getsockopt,
+    recv, send, socket, sockopt,
 };
 
 use crate::porters::Carrier;
@@ -382,6 +382,18 @@ pub fn netns_cookie_of(socket: BorrowedFd<'_>) -> Option<u64> {
 /// Number of the device that a socket is bound to, 0 for none; `None` before Linux 5.1.
 pub fn device_of(socket: BorrowedFd<'_>) -> Option<i32> {
     option(socket, libc::SO_BINDTOIFINDEX)
+}
+
+/// Where a socket's connection was meant to go, before a rule led it elsewhere (NAT): the same for both its ends. `None` where the kernel
+/// keeps no table of connections, or not this one. The socket's lock is waited for.
+pub fn destination_of(socket: BorrowedFd<'_>) -> Option<SocketAddr> {
+    if let Ok(found) = getsockopt(&socket, sockopt::OriginalDst) {
+        let ip = Ipv4Addr::from(u32::from_be(found.sin_addr.s_addr));
+        return Some(SocketAddr::new(ip.into(), u16::from_be(found.sin_port)));
+    }
+    let found = getsockopt(&socket, sockopt::Ip6tOriginalDst).ok()?;
+    let ip = Ipv6Addr::from(found.sin6_addr.s6_addr);
+    Some(SocketAddr::new(ip.into(), u16::from_be(found.sin6_port)))
 }
 
 /// True for a TCP socket; false for any other descriptor.

@@ -31,8 +31,8 @@ pub enum Found {
     },
     /// Datagrams were sent, or not.
     Sent {
-        /// To which connection.
-        connection: u64,
+        /// To which connection, and whose.
+        owner: Owner,
         /// What became of them.
         sent: Sent,
     },

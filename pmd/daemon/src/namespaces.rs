@@ -65,8 +65,10 @@ impl Namespaces {
 
     /// A porter has opened a namespace, for a tenant that enters it, or does not after all and leaves.
     pub fn add(&mut self, opened: Opened) {
-        if !self.is_open(opened.inode) {
-            self.insert(opened.inode, Arc::new(opened.diag));
+        if let Some(diag) = opened.diag
+            && !self.is_open(opened.inode)
+        {
+            self.insert(opened.inode, Arc::new(diag));
         }
     }
 
@@ -125,18 +127,23 @@ impl Namespaces {
     }
 }
 
-/// A namespace that a porter has opened.
+/// A namespace that a porter has looked at.
 #[derive(Debug)]
 pub struct Opened {
     /// Its inode.
     pub inode: u64,
-    diag: Diag,
+    /// A netlink socket in it; `None` where it is the one that was known.
+    diag: Option<Diag>,
 }
 
-/// Makes a netlink socket in the network namespace of a process, by a thread that moves there. Waits for that: for a porter.
-pub fn open(pid: i32) -> io::Result<Opened> {
+/// Makes a netlink socket in the network namespace that a process is in, unless that is the `known` one, by a thread that moves there.
+/// Waits for that: for a porter.
+pub fn open(pid: i32, known: Option<u64>) -> io::Result<Opened> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
     let inode = namespace.metadata()?.ino();
+    if known == Some(inode) {
+        return Ok(Opened { inode, diag: None });
+    }
     let thread =
         thread::Builder::new()
             .name("netns".into())
@@ -146,5 +153,8 @@ pub fn open(pid: i32) -> io::Result<Opened> {
             })?;
     let diag = thread.join();
     let diag = diag.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
-    Ok(Opened { inode, diag })
+    Ok(Opened {
+        inode,
+        diag: Some(diag),
+    })
 }

@@ -6,7 +6,7 @@
 //! waits for a file system in user space), and is asked in a look. So is whatever has a name in `/proc`: anybody can have the kernel keep
 //! the lock of a folder there, for whose names it has to look, for as long as he likes.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -56,8 +56,6 @@ pub struct Credentials {
     pub groups: [u32; 4],
     /// As in [`Identity`].
     pub capabilities: [u64; 3],
-    /// Inode of its user namespace.
-    pub user_namespace: u64,
 }
 
 /// Who a process is, at a glance.
@@ -169,17 +167,13 @@ impl Peer {
             users,
             groups,
             capabilities: capabilities(self.pid)?,
-            user_namespace: namespace(&self.pidfd, PIDFD_GET_USER_NAMESPACE).ok()?,
         })
     }
 
-    /// Inode of its network namespace. Quick, from Linux 6.11 on.
+    /// Inode of its network namespace. May wait.
     pub fn netns(&self) -> io::Result<u64> {
-        match namespace(&self.pidfd, PIDFD_GET_NET_NAMESPACE) {
-            // This kernel does not know the question.
-            Err(Errno::ENOTTY | Errno::EINVAL) => netns_inode(self.pid),
-            found => Ok(found?),
-        }
+        let link = readlinkat(self.folder()?, "ns/net")?;
+        namespace_in(&link, "net")
     }
 
     /// Whose it is now, as its files in `/proc` tell. May wait.
@@ -376,11 +370,6 @@ fn mapping_at(maps: &OwnedFd, address: u64) -> nix::Result<FileId> {
 /// Asks who a process is (`include/uapi/linux/pidfd.h`).
 pub const PIDFD_GET_INFO: u64 = nix::request_code_readwrite!(0xff, 11, size_of::<PidfdInfo>());
 
-/// Asks for a descriptor of a process's network namespace (`include/uapi/linux/pidfd.h`).
-pub const PIDFD_GET_NET_NAMESPACE: u64 = nix::request_code_none!(0xff, 4);
-/// Likewise of its user namespace.
-pub const PIDFD_GET_USER_NAMESPACE: u64 = nix::request_code_none!(0xff, 9);
-
 /// A pidfd of a thread (`include/uapi/linux/pidfd.h`).
 const PIDFD_THREAD: i32 = libc::O_EXCL;
 
@@ -415,15 +404,6 @@ fn ids(pidfd: &OwnedFd) -> Option<[[u32; 4]; 2]> {
     }
     let [ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid] = asked.owners;
     Some([[ruid, euid, suid, fsuid], [rgid, egid, sgid, fsgid]])
-}
-
-/// Inode of a namespace of a process, asked for by one of the `PIDFD_GET_..._NAMESPACE`.
-fn namespace(pidfd: &OwnedFd, which: u64) -> nix::Result<u64> {
-    // SAFETY: these take no argument, and return a new fd or -1.
-    let fd = Errno::result(unsafe { libc::ioctl(pidfd.as_raw_fd(), which as _, 0) })?;
-    // SAFETY: the call made it just now, and nothing else owns it.
-    let namespace = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(fstat(&namespace)?.st_ino)
 }
 
 /// Inheritable, permitted and effective capabilities of a process (`include/uapi/linux/capability.h`).
@@ -539,10 +519,18 @@ fn owner(folder: &OwnedFd) -> io::Result<(u32, u32)> {
     Ok((shown.st_uid, shown.st_gid))
 }
 
-/// Inode of a process's user namespace, from the link to it. To look at what it leads to takes many times longer.
+/// Inode of a process's user namespace.
 fn user_namespace(folder: &OwnedFd) -> io::Result<u64> {
-    let link = readlinkat(folder, "ns/user")?;
-    let number = |link: &str| link.strip_prefix("user:[")?.strip_suffix(']')?.parse().ok();
+    namespace_in(&readlinkat(folder, "ns/user")?, "user")
+}
+
+/// Inode of a namespace, from the link to it. To look at what it leads to takes many times longer, and an `ioctl` that asks a pidfd for
+/// it may be the last to hold all the process's namespaces, and takes their mounts apart.
+fn namespace_in(link: &OsStr, kind: &str) -> io::Result<u64> {
+    let number = |link: &str| {
+        let rest = link.strip_prefix(kind)?.strip_prefix(":[")?;
+        rest.strip_suffix(']')?.parse().ok()
+    };
     let inode = link.to_str().and_then(number);
     inode.ok_or(io::ErrorKind::InvalidData.into())
 }

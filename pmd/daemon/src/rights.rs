@@ -22,7 +22,9 @@ use nix::unistd::geteuid;
 use rdsock_shm::control::{NAMELESS, Request};
 
 use crate::book::{Announced, Conn, End, Role, Route, Socket};
-use crate::diag::{Diag, Found, Listener, Sought, cookie_of, device_of, is_tcp, netns_cookie_of};
+use crate::diag::{
+    Diag, Found, Listener, Sought, cookie_of, destination_of, device_of, is_tcp, netns_cookie_of,
+};
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
@@ -39,6 +41,8 @@ pub struct Passport {
     pub peer: Arc<Peer>,
     /// What it is called.
     pub program: Program,
+    /// Inode of the network namespace that it was in when it attached; `None` where that can't be seen.
+    pub netns: Option<u64>,
     /// `None` where the daemon may not look.
     seen: Option<Seen>,
 }
@@ -102,9 +106,11 @@ impl Passport {
             }
         }
         let program = peer.program();
+        let netns = peer.netns().ok();
         Ok(Passport {
             peer,
             program,
+            netns,
             seen,
         })
     }
@@ -143,17 +149,17 @@ impl Passport {
     /// Is the process whose it was? Quick, from Linux 6.13 on.
     pub fn check_quickly(&self) -> Result<(), Changed> {
         let seen = &self.seen.as_ref().ok_or(Changed::Hidden)?.identity;
-        let standing = seen.glance.standing;
         let is_same = match self.peer.credentials() {
             Some(now) => {
                 let gains = gains(seen.capabilities, now.capabilities);
                 let ids = (seen.users, seen.groups) == (now.users, now.groups);
-                ids && !gains && standing.user_namespace == now.user_namespace
+                // Who has entered another user namespace has all capabilities there, of which it had not all before, or gains nothing.
+                ids && !gains
             }
             None => {
                 self.is_alive()?;
                 let now = self.peer.standing();
-                standing == now.map_err(|_| self.gone_or(Changed::Hidden))?
+                seen.glance.standing == now.map_err(|_| self.gone_or(Changed::Hidden))?
             }
         };
         match is_same {
@@ -243,6 +249,8 @@ pub struct Ask {
     pub diag: Arc<Diag>,
     /// The socket at the other end is asked for as well.
     pub both: bool,
+    /// That namespace is the daemon's own.
+    pub at_home: bool,
 }
 
 impl Ask {
@@ -283,8 +291,17 @@ impl Ask {
         Ok(Located {
             route,
             own,
-            other_end: other.filter(|_| own.as_ref().is_some_and(was_there)),
+            other_end: other
+                .filter(|_| own.as_ref().is_some_and(was_there))
+                .filter(|_| self.is_within_host()),
         })
+    }
+
+    /// Does a connection with these addresses stay on this host? An address may have moved to another one, with an end of an earlier
+    /// connection left behind.
+    fn is_within_host(&self) -> bool {
+        let Route { local, peer, .. } = self.route;
+        !self.at_home || is_of_this_host(local.ip()) && is_of_this_host(peer.ip())
     }
 
     /// The same with another peer.
@@ -387,6 +404,8 @@ pub struct Held {
     pub located: Option<Located>,
     /// Where it listens, if that was asked.
     pub listens: Option<Listens>,
+    /// Where its connection was meant to go, if the kernel was asked where it knows it.
+    pub destination: Option<SocketAddr>,
 }
 
 /// Why a process was not found to hold a socket.
@@ -412,7 +431,7 @@ pub enum NotHeld {
 /// Looks whether a process holds a socket, and is who it was. May wait: for a porter.
 pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
     let peer = &look.passport.peer;
-    let mut listens = None;
+    let (mut listens, mut destination) = (None, None);
     let (cookie, inode) = match peer.duplicate(look.fd) {
         Ok(duplicate) => {
             // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, and in which network namespace,
@@ -424,6 +443,9 @@ pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
             if let Some(home) = look.listens {
                 let found = listens_at(&duplicate, home).ok_or(NotHeld::Elsewhere)?;
                 listens = Some(found);
+            }
+            if look.ask.is_some() {
+                destination = destination_of(duplicate.as_fd());
             }
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
@@ -457,6 +479,7 @@ pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
         shared,
         located,
         listens,
+        destination,
     })
 }
 
@@ -500,15 +523,22 @@ fn is_bound(socket: &OwnedFd, place: Place) -> bool {
 
 /// Does this host have an address? A socket may be bound to any (`IP_FREEBIND`): the kernel then connects it to nobody.
 fn is_of_this_host(ip: IpAddr) -> bool {
+    // Each device has its own of those for a link.
+    let is_plain = match ip {
+        IpAddr::V4(ip) => ip.is_loopback(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
+    };
+    if is_plain || ip.is_unspecified() {
+        return true;
+    }
     let family = match ip {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
     };
     let flags = SockFlag::SOCK_CLOEXEC;
     let at = SockaddrStorage::from(SocketAddr::new(ip, 0));
-    ip.is_unspecified()
-        || socket(family, SockType::Stream, flags, None)
-            .is_ok_and(|socket| bind(socket.as_raw_fd(), &at).is_ok())
+    socket(family, SockType::Stream, flags, None)
+        .is_ok_and(|socket| bind(socket.as_raw_fd(), &at).is_ok())
 }
 
 /// Is a socket that is bound to this address one of the family of another one? Of IPv6, it is one of IPv4 as well, unless it was told not to be.
@@ -678,6 +708,7 @@ impl Rights {
             route,
             diag: diag.clone(),
             both: false,
+            at_home: self.namespaces.is_home_inode(netns),
         })
     }
 
@@ -688,6 +719,7 @@ impl Rights {
             route: Route { netns, local, peer },
             diag: diag.clone(),
             both: true,
+            at_home: true,
         }
     }
 
@@ -697,6 +729,7 @@ impl Rights {
             route,
             diag: self.namespaces.diag(route.netns)?.clone(),
             both: false,
+            at_home: self.namespaces.is_home_inode(route.netns),
         })
     }
 
@@ -725,6 +758,7 @@ impl Rights {
             route: located.route,
             role: claim.role,
             other_end: located.met(),
+            destination: held.destination,
         })
     }
 
@@ -752,7 +786,13 @@ impl Rights {
         passport: &Passport,
     ) -> Result<bool, Changed> {
         passport.check_quickly()?;
-        Ok(later.other_end == Some(announced.socket()))
+        Ok(Self::meet(announced, later))
+    }
+
+    /// Is the one socket at the other end of the other one? Where the kernel rewrites addresses (NAT), two sockets may have each other's
+    /// and be connected to others: then one of them was meant to go elsewhere.
+    fn meet(announced: &Announced, later: &Announced) -> bool {
+        later.other_end == Some(announced.socket()) && later.destination == announced.destination
     }
 
     /// May a tenant be given this end, since its process holds the end's socket? It is of the user that the end was given to. A process that

@@ -2,7 +2,8 @@
 //!
 //! The [`Book`] says who; here are the memory, what it costs, and the numbers.
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
@@ -137,6 +138,8 @@ pub struct Streams {
     book: Book<Memory>,
     /// Those for which a look at their holders is due.
     looked_after: HashSet<u64>,
+    /// Those of which it is being looked whether somebody holds them, and whether that has to be looked at once more.
+    looked_at: HashMap<u64, bool>,
     next: u64,
     huge: HugeSupply,
     stock: Vec<Made>,
@@ -157,6 +160,7 @@ impl Default for Streams {
         Streams {
             book: Book::default(),
             looked_after: HashSet::new(),
+            looked_at: HashMap::new(),
             next: first_stream(),
             huge: HugeSupply::default(),
             stock: Vec::new(),
@@ -257,6 +261,25 @@ impl Streams {
     /// The look that was due is being taken.
     pub fn looked(&mut self, id: u64) {
         self.looked_after.remove(&id);
+    }
+
+    /// Begins to look whether somebody holds a stream. False where that is being looked at: it will be once more behind that.
+    pub fn begin_look(&mut self, id: u64) -> bool {
+        match self.looked_at.entry(id) {
+            Entry::Vacant(entry) => {
+                entry.insert(false);
+                true
+            }
+            Entry::Occupied(mut entry) => {
+                entry.insert(true);
+                false
+            }
+        }
+    }
+
+    /// It was looked at. True where it has to be once more.
+    pub fn end_look(&mut self, id: u64) -> bool {
+        self.looked_at.remove(&id).unwrap_or(false)
     }
 
     /// The PROMOTE message for a connection of this user that holds an end.

@@ -9,7 +9,7 @@ fn free() -> Result<Charge, Over> {
 const CLIENT: TenantId = 1;
 const SERVER: TenantId = 2;
 
-fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
+pub(crate) fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
     let (client, server) = ("127.0.0.1:50000", "127.0.0.1:80");
     let (local, peer) = match role {
         Role::Active => (client, server),
@@ -34,6 +34,7 @@ fn announced(tenant: TenantId, number: u32, role: Role) -> Announced {
         },
         role,
         other_end: None,
+        destination: None,
     }
 }
 

@@ -279,17 +279,9 @@ fn controls(rules: &mut Rules, device: DeviceKind) -> Result<(), BackendError> {
     // Memory in which nobody makes holes, and whether some is.
     let flags = [libc::FS_IOC_GETFLAGS, libc::FS_IOC_SETFLAGS];
     asked.extend(one_of(1, &flags)?);
-    // What a process has mapped at an address, who it is, and in which namespaces.
-    use crate::process::{
-        PIDFD_GET_INFO, PIDFD_GET_NET_NAMESPACE, PIDFD_GET_USER_NAMESPACE, PROCMAP_QUERY,
-    };
-    let of_pidfd = [
-        PIDFD_GET_INFO,
-        PIDFD_GET_NET_NAMESPACE,
-        PIDFD_GET_USER_NAMESPACE,
-    ];
-    asked.extend(one_of(1, &[PROCMAP_QUERY])?);
-    asked.extend(one_of(1, &of_pidfd)?);
+    // What a process has mapped at an address, and who it is. Not in which namespaces: see `process::namespace_in`.
+    use crate::process::{PIDFD_GET_INFO, PROCMAP_QUERY};
+    asked.extend(one_of(1, &[PROCMAP_QUERY, PIDFD_GET_INFO])?);
     if device == DeviceKind::Vfio {
         // VFIO and iommufd share the letter.
         asked.push(of_type(b';')?);

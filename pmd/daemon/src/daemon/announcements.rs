@@ -53,14 +53,6 @@ enum Wanted {
     Hold { stream: u64, end: usize },
 }
 
-/// Is the network namespace known that a socket may be in?
-enum Followed {
-    /// It is, or can't be.
-    Known,
-    /// It is to be opened, for this process.
-    Opening(Owner, i32),
-}
-
 /// What tenants want of which connection record, while porters look at its socket.
 #[derive(Debug, Default)]
 pub(super) struct Announcements {
@@ -297,15 +289,13 @@ impl Daemon {
                 if let Some(located) = held.located {
                     return self.find(&claim, ticket, held, located);
                 }
-                match self.follow_netns(conn.tenant, claim.netns_cookie) {
-                    Followed::Known => self.look_there(claim, ticket),
-                    Followed::Opening(owner, pid) => {
-                        self.announcements
-                            .expect(conn, Wanted::Match { claim, ticket });
-                        self.have_namespace_opened(owner, pid, Some(conn));
-                        Ok(())
-                    }
+                if self.is_in_known_netns(conn.tenant, claim.netns_cookie) {
+                    return self.look_there(claim, ticket);
                 }
+                self.announcements
+                    .expect(conn, Wanted::Match { claim, ticket });
+                self.have_process_followed(conn);
+                Ok(())
             }
             (Some(Wanted::Match { .. }), Err(NotHeld::Silent(error))) => {
                 let uid = self.connections.get(conn.tenant).map(|one| one.peer.uid);
@@ -456,49 +446,49 @@ impl Daemon {
         }
     }
 
-    /// When a socket is in no namespace that is known, its process may have moved since it
-    /// attached.
-    fn follow_netns(&mut self, id: TenantId, cookie: u64) -> Followed {
-        let Some(tenant) = self.connections.tenant_mut(id) else {
-            return Followed::Known;
-        };
-        let namespaces = &self.rights.namespaces;
-        let before = tenant.netns;
-        if before.is_some_and(|own| namespaces.locate(cookie, own).is_some()) {
-            return Followed::Known;
-        }
-        let peer = &tenant.passport.peer;
-        if peer.netns().is_ok_and(|now| !namespaces.is_open(now)) {
-            let (uid, connection) = (peer.uid, id);
-            // As a look at its socket, it is waited for.
-            tenant.looks += 1;
-            return Followed::Opening(Owner { uid, connection }, tenant.passport.peer.pid);
-        }
-        self.move_to_netns(id);
-        Followed::Known
+    /// Is the network namespace known that a tenant says its socket is in?
+    fn is_in_known_netns(&self, id: TenantId, cookie: u64) -> bool {
+        let own = self.connections.tenant(id).map(|tenant| tenant.netns);
+        let is_known = |own| self.rights.namespaces.locate(cookie, own).is_some();
+        own.is_none_or(|own| own.is_some_and(is_known))
     }
 
-    /// A tenant is in the network namespace that its process is in, if that is open.
-    fn move_to_netns(&mut self, id: TenantId) {
-        let Some(now) = self.enter_netns(id) else {
+    /// Has a porter look which network namespace a tenant's process is in by now: it may have moved since it attached.
+    fn have_process_followed(&mut self, conn: Conn) {
+        let Some(tenant) = self.connections.tenant_mut(conn.tenant) else {
             return;
         };
-        let Some(tenant) = self.connections.tenant_mut(id) else {
+        // As a look at its socket, it is waited for.
+        tenant.looks += 1;
+        let (peer, known) = (tenant.passport.peer.clone(), tenant.netns);
+        let (uid, connection) = (peer.uid, conn.tenant);
+        self.have_namespace_opened(Owner { uid, connection }, peer.pid, known, Some(conn));
+    }
+
+    /// A tenant's process is in this network namespace.
+    fn move_to_netns(&mut self, id: TenantId, now: u64) {
+        let before = self.connections.tenant(id).and_then(|tenant| tenant.netns);
+        if before == Some(now) || self.enter_netns(id, now).is_none() {
             return;
-        };
-        if let Some(before) = tenant.netns.replace(now) {
+        }
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.netns = Some(now);
+        }
+        if let Some(before) = before {
             self.leave_netns(id, before);
         }
     }
 
-    /// The network namespace that an announcement has waited for is open, or can't be.
-    pub(super) fn on_followed(&mut self, conn: Conn) {
+    /// The network namespace that an announcement has waited for is open, or can't be (`None`).
+    pub(super) fn on_followed(&mut self, conn: Conn, netns: Option<u64>) {
         let id = conn.tenant;
         if let Some(tenant) = self.connections.tenant_mut(id) {
             tenant.looks = tenant.looks.saturating_sub(1);
         }
         self.serve(id, |daemon| {
-            daemon.move_to_netns(id);
+            if let Some(netns) = netns {
+                daemon.move_to_netns(id, netns);
+            }
             if let Some(Wanted::Match { claim, ticket }) = daemon.announcements.take(conn) {
                 daemon.look_there(claim, ticket)?;
             }

@@ -538,10 +538,10 @@ impl Daemon {
             }
             return Ok(());
         };
-        let owner = sender(connection.channel.socket().owner());
-        self.porters.give_quick(owner, move || {
+        let owner = connection.channel.socket().owner();
+        self.porters.give_quick(sender(owner), move || {
             Some(Found::Sent {
-                connection: id,
+                owner,
                 sent: batch.send(),
             })
         });
@@ -549,15 +549,12 @@ impl Daemon {
     }
 
     /// Messages were sent, or not.
-    pub(super) fn on_sent(&mut self, id: u64, sent: Sent) {
+    pub(super) fn on_sent(&mut self, owner: Owner, sent: Sent) {
+        let id = owner.connection;
         if self.connections.get(id).is_some() {
             return self.serve(id, |daemon| daemon.after_sending(id, sent));
         }
         // These may be the last to hold a stream's memory.
-        let owner = Owner {
-            uid: NOBODY,
-            connection: id,
-        };
         self.porters.give(owner, move || {
             drop(sent);
             None

@@ -222,28 +222,34 @@ impl Daemon {
     ) -> Result<(), End> {
         let peer = &passport.peer;
         let pid = peer.pid;
-        let is_new = peer
-            .netns()
-            .is_ok_and(|inode| !self.rights.namespaces.is_open(inode));
+        let netns = passport.netns;
+        let is_new = netns.is_some_and(|inode| !self.rights.namespaces.is_open(inode));
         let Some(connection) = self.connections.get_mut(owner.connection) else {
             self.unmap(owner, belongings.map);
             return Ok(());
         };
         if !is_new {
-            return self.become_tenant(owner, passport, belongings);
+            return self.become_tenant(owner, passport, belongings, netns);
         }
         connection.begin_entering(passport, belongings);
         connection.inbox = Inbox::Receiving;
-        self.have_namespace_opened(owner, pid, None);
+        self.have_namespace_opened(owner, pid, None, None);
         Ok(())
     }
 
-    /// Has a porter open the network namespace that a process is in, for a caller that attaches, or for an announcement.
-    pub(super) fn have_namespace_opened(&self, owner: Owner, pid: i32, announced: Option<Conn>) {
+    /// Has a porter open the network namespace that a process is in, unless that is the `known` one: for a caller that attaches, or for
+    /// an announcement.
+    pub(super) fn have_namespace_opened(
+        &self,
+        owner: Owner,
+        pid: i32,
+        known: Option<u64>,
+        announced: Option<Conn>,
+    ) {
         self.porters.give(owner, move || {
             Some(Found::Namespace {
                 owner,
-                opened: namespaces::open(pid),
+                opened: namespaces::open(pid, known),
                 announced,
             })
         });
@@ -264,13 +270,13 @@ impl Daemon {
         let is_open = inode.is_some_and(|inode| self.rights.namespaces.enter(inode));
         let id = owner.connection;
         if let Some(conn) = announced {
-            self.on_followed(conn);
+            self.on_followed(conn, inode);
         } else if let Some(connection) = self.connections.get_mut(id)
             && let Some((passport, belongings)) = connection.end_entering()
         {
             self.serve(id, |daemon| {
                 daemon.read_again(id)?;
-                daemon.become_tenant(owner, passport, belongings)
+                daemon.become_tenant(owner, passport, belongings, inode)
             });
         }
         // Whoever it was opened for is there by now, or has gone.
@@ -285,6 +291,7 @@ impl Daemon {
         owner: Owner,
         passport: Passport,
         belongings: Belongings,
+        netns: Option<u64>,
     ) -> Result<(), End> {
         let Belongings {
             map,
@@ -304,7 +311,7 @@ impl Daemon {
             return allowed;
         }
         self.detach_earlier_programs(id, pid);
-        let netns = self.enter_netns(id);
+        let netns = netns.and_then(|netns| self.enter_netns(id, netns));
         debug!(
             tenant = id,
             pid,
@@ -321,6 +328,7 @@ impl Daemon {
             looks: 0,
             throttled: false,
             unread: false,
+            swept: false,
         };
         tenant.map.start_sleep();
         // They may be others by now.

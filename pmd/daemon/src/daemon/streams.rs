@@ -176,13 +176,15 @@ impl Daemon {
     /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned.
     fn have_kept_looked_at(&mut self, streams: &[u64], times: u32) {
         let mut questions: BTreeMap<u32, Vec<_>> = BTreeMap::new();
-        let abandoned = streams.iter().filter_map(|id| {
-            let stream = self.streams.get(*id)?;
-            stream.is_abandoned().then_some((*id, stream))
-        });
-        for (id, stream) in abandoned {
-            let question = (id, self.sockets_of(stream));
-            questions.entry(stream.payer).or_default().push(question);
+        for id in streams.iter().copied() {
+            // One look at a time: who takes and gives up an end without end has no more of them.
+            if !self.is_abandoned(id) || !self.streams.begin_look(id) {
+                continue;
+            }
+            if let Some(stream) = self.streams.get(id) {
+                let question = (id, self.sockets_of(stream));
+                questions.entry(stream.payer).or_default().push(question);
+            }
         }
         for (payer, questions) in questions {
             let owner = Owner {
@@ -224,10 +226,13 @@ impl Daemon {
             kept,
         } in looked_at.iter().copied()
         {
+            let is_outdated = self.streams.end_look(stream);
             if !self.is_abandoned(stream) {
                 continue;
             }
-            if !kept {
+            if is_outdated {
+                self.check_stream(stream);
+            } else if !kept {
                 self.close_stream(stream);
             } else if self.streams.look_after(stream) {
                 let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));

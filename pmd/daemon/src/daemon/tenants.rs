@@ -173,12 +173,11 @@ impl Daemon {
         }
     }
 
-    /// Looks into the network namespace that a process is in. `None` when that is not open, or its user has no
+    /// A process is in this network namespace. `None` when that is not open, or its user has no
     /// descriptor left for that. Each tenant pays for the socket there, so that whoever stays has paid.
-    pub(super) fn enter_netns(&mut self, id: TenantId) -> Option<u64> {
+    pub(super) fn enter_netns(&mut self, id: TenantId, netns: u64) -> Option<u64> {
         let connection = self.connections.get_mut(id)?;
         let (pid, uid) = (connection.peer.pid, connection.peer.uid);
-        let netns = connection.peer.netns().ok()?;
         if !self.rights.namespaces.enter(netns) {
             return None;
         }
@@ -240,6 +239,9 @@ impl Daemon {
 
     /// A porter has looked at a tenant's process.
     pub(super) fn on_process(&mut self, id: TenantId, unchanged: Result<(), Changed>) {
+        if let Some(tenant) = self.connections.tenant_mut(id) {
+            tenant.swept = false;
+        }
         if let Err(changed) = unchanged
             && changed != Changed::Hidden
         {
@@ -259,7 +261,11 @@ impl Daemon {
             return;
         }
         for id in left.drain(..left.len().min(SWEPT)) {
-            self.have_process_looked_at(id);
+            // One look at a time: a user whose porters are held up has no more of them each round.
+            let tenant = self.connections.tenant_mut(id);
+            if tenant.is_some_and(|tenant| !std::mem::replace(&mut tenant.swept, true)) {
+                self.have_process_looked_at(id);
+            }
         }
         self.swept = Some(left);
         self.agenda.after(SWEEP, Due::Sweep);

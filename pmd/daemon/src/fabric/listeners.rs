@@ -172,6 +172,7 @@ mod tests {
             shared: false,
             located: None,
             listens: Some(listens),
+            destination: None,
         };
         Listening {
             tenant,

@@ -32,7 +32,6 @@ fn a_process_is_who_it_was() {
             users: before.users,
             groups: before.groups,
             capabilities: before.capabilities,
-            user_namespace: before.glance.standing.user_namespace,
         };
         assert_eq!(credentials, expected);
     }

@@ -52,6 +52,7 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
         shared: false,
         located: None,
         listens: None,
+        destination: None,
     };
     let is_between = |held: Held, cookie| {
         let located = rights.ask_at_home(to, from).locate(&carrier, held.cookie);
@@ -97,6 +98,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
     let passport = Passport {
         peer: Arc::new(Peer::of(&pair.unwrap().0).unwrap()),
         program: Program::default(),
+        netns: None,
         seen: None,
     };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -108,6 +110,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         shared: false,
         located: None,
         listens: None,
+        destination: None,
     };
     let claim = Claim {
         conn: Conn {
@@ -175,8 +178,12 @@ fn the_two_ends_of_a_connection_meet() {
         peer: one.peer_addr().unwrap(),
     };
     let diag = Arc::new(Diag::of_home().unwrap());
-    let both = true;
-    let ask = Ask { route, diag, both };
+    let ask = Ask {
+        route,
+        diag,
+        both: true,
+        at_home: true,
+    };
     let (own, its) = (socket(&one), socket(&other));
     let carrier = Carrier::of_test();
     let meet = |own, other| ask.meet(&carrier, own, other);
@@ -321,4 +328,45 @@ fn very_many_users_search_as_one_beside_those_who_are_known() {
         assert!(Arc::ptr_eq(&of_crowd, &of(uid)));
     }
     assert_eq!(rights.searches.len(), 3);
+}
+
+/// Where the kernel rewrites addresses, two sockets can have each other's and be the ends of two connections.
+#[test]
+fn only_ends_that_were_meant_to_go_to_the_same_place_are_a_pair() {
+    let meets = |first: Option<&str>, second: Option<&str>| {
+        let [first_to, second_to] =
+            [first, second].map(|to| to.map(|address| address.parse().unwrap()));
+        let announced = |tenant, role| crate::book::tests::announced(tenant, 1, role);
+        let first = Announced {
+            destination: first_to,
+            ..announced(1, Role::Active)
+        };
+        let second = Announced {
+            destination: second_to,
+            other_end: Some(first.socket()),
+            ..announced(2, Role::Passive)
+        };
+        Rights::meet(&first, &second)
+    };
+    assert!(meets(None, None));
+    assert!(meets(Some("127.0.0.1:80"), Some("127.0.0.1:80")));
+    assert!(!meets(Some("127.0.0.1:80"), None));
+    assert!(!meets(None, Some("127.0.0.1:80")));
+    assert!(!meets(Some("127.0.0.1:80"), Some("127.0.0.1:81")));
+}
+
+/// What an address that has moved to another host has left behind.
+#[test]
+fn nobody_is_at_the_other_end_where_an_address_is_not_this_hosts() {
+    for (ip, is) in [
+        ("127.0.0.1", true),
+        ("127.9.9.9", true),
+        ("::1", true),
+        ("fe80::1", true),
+        // Of documents alone (RFC 5737, RFC 3849).
+        ("192.0.2.7", false),
+        ("2001:db8::7", false),
+    ] {
+        assert_eq!(is_of_this_host(ip.parse().unwrap()), is, "{ip}");
+    }
 }
