@@ -33,7 +33,6 @@ pub mod notify;
 pub mod own;
 pub mod policy;
 pub mod porters;
-pub mod proc;
 pub mod process;
 pub mod queries;
 pub mod relay;

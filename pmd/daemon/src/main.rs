@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     let _ =
         unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGXFSZ, SigHandler::SigIgn) };
     rdsockd::heap::prepare();
-    let own_proc = rdsockd::proc::mount_own();
+    let own_proc = rdsock_files::proc::mount_own();
     let lines = rdsockd::log::start(&config);
     if let Err(error) = own_proc {
         tracing::debug!(

@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod proc;
 mod users;
 mod way;
 

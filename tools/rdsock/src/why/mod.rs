@@ -36,6 +36,8 @@ pub enum WhyError {
 
 /// Prints the report.
 pub fn why(args: &WhyArgs) -> Result<ExitCode, WhyError> {
+    // It is everybody's processes that root looks at. Who has no such privilege sees little more than his own.
+    let _ = rdsock_files::proc::mount_own();
     let daemon = Daemon::find()?;
     let answer: Option<WhyAnswer> = match &daemon {
         Some(daemon) => Some(daemon.ask(question::WHY)?),

@@ -1,4 +1,4 @@
-//! An instance of `/proc` of the daemon's own.
+//! An instance of `/proc` of one's own.
 //!
 //! Anybody can have the kernel keep the lock of a folder in `/proc`, for as long as he likes: one thread reads the folder into a
 //! page that does not answer, and another one removes a name there, which waits to write. Whoever looks for a name that the
@@ -8,8 +8,8 @@
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-/// Mounts it, in a mount namespace of the daemon's own, which hears of what is mounted elsewhere. To be called before there are
-/// threads. Fails without `CAP_SYS_ADMIN`; then `/proc` is everybody's, and looks may be held up.
+/// Mounts it, in a mount namespace of this process's own, which hears of what is mounted elsewhere. To be called before there are
+/// threads. Fails without `CAP_SYS_ADMIN`; then `/proc` is everybody's, and who looks there may be held up.
 pub fn mount_own() -> nix::Result<()> {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS)?;
