@@ -10,6 +10,7 @@ use std::time::Instant;
 use rdsock_shm::reason::Reason;
 
 use crate::accounts::{Charge, Over};
+use crate::diag::Times;
 
 /// The daemon's number of a tenant.
 pub type TenantId = u64;
@@ -81,8 +82,9 @@ pub struct Announced {
     pub role: Role,
     /// The socket at the other end, at a moment when this one was there; `None` where that was not asked.
     pub other_end: Option<Socket>,
-    /// Where it was meant to go: see [`destination_of`](crate::diag::destination_of).
-    pub destination: Option<SocketAddr>,
+    /// When it last had something to say, as it was first seen, and when it last heard something, as it was last seen; `None` where
+    /// the daemon may not ask.
+    pub times: Option<Times>,
 }
 
 /// Which socket it is, by the kernel's word.
@@ -100,6 +102,13 @@ impl Announced {
         Socket {
             cookie: self.cookie,
             inode: self.inode,
+        }
+    }
+
+    /// It was looked at once more when its socket last heard something.
+    pub fn note_heard(&mut self, heard: Option<Instant>) {
+        if let (Some(times), Some(heard)) = (&mut self.times, heard) {
+            times.heard = heard;
         }
     }
 }
@@ -272,8 +281,8 @@ impl<M> Book<M> {
         other.filter(|other| other.cookie != cookie)
     }
 
-    /// The process of an announcement that waits was seen again to run its program.
-    pub fn note_seen(&mut self, conn: Conn, now: Instant) {
+    /// The process of an announcement that waits was seen again to run its program, and maybe what its socket has heard.
+    pub fn note_seen(&mut self, conn: Conn, now: Instant, heard: Option<Instant>) {
         if let Some((generation, Seat::Waiting(route))) = self
             .seats
             .get(&conn.tenant)
@@ -282,6 +291,7 @@ impl<M> Book<M> {
             && let Some(waiting) = self.waiting.get_mut(route)
         {
             waiting.announced.seen = now;
+            waiting.announced.note_heard(heard);
         }
     }
 

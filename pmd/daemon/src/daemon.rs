@@ -520,7 +520,8 @@ impl Daemon {
                 whose,
                 other,
                 meeting,
-            } => self.on_pair(conn, whose, other, meeting),
+                heard,
+            } => self.on_pair(conn, whose, other, meeting, heard),
             Found::Ended(id) => {
                 if let Some(streams) = self.unwatch(id) {
                     self.check_streams(&streams);

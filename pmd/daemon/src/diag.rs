@@ -6,10 +6,11 @@
 //! message: the kernel answers them one after the other, with nothing between.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
@@ -20,8 +21,8 @@ use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, getsockopt,
-    recv, send, socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
+    socket,
 };
 
 use crate::porters::Carrier;
@@ -354,13 +355,17 @@ fn join_cookie(bytes: [u8; 8]) -> u64 {
 /// An option of a socket, of the level `SOL_SOCKET`. Those that are asked for here take no lock of the socket, so nobody
 /// has to be waited for.
 fn option<T: Default>(socket: BorrowedFd<'_>, name: i32) -> Option<T> {
+    option_of(socket, libc::SOL_SOCKET, name)
+}
+
+fn option_of<T: Default>(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<T> {
     let mut value = T::default();
     let mut len = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the option writes at most `len` bytes to `value`, an integer of that size; both outlive the call.
+    // SAFETY: the option writes at most `len` bytes to `value`, integers of that size; both outlive the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             name,
             (&raw mut value).cast(),
             &mut len,
@@ -384,16 +389,36 @@ pub fn device_of(socket: BorrowedFd<'_>) -> Option<i32> {
     option(socket, libc::SO_BINDTOIFINDEX)
 }
 
-/// Where a socket's connection was meant to go, before a rule led it elsewhere (NAT): the same for both its ends. `None` where the kernel
-/// keeps no table of connections, or not this one. The socket's lock is waited for.
-pub fn destination_of(socket: BorrowedFd<'_>) -> Option<SocketAddr> {
-    if let Ok(found) = getsockopt(&socket, sockopt::OriginalDst) {
-        let ip = Ipv4Addr::from(u32::from_be(found.sin_addr.s_addr));
-        return Some(SocketAddr::new(ip.into(), u16::from_be(found.sin_port)));
+/// When data was last sent and received by a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// When it was last sent; not before this.
+    pub said: Instant,
+    /// When it was last received; not behind this.
+    pub heard: Instant,
+}
+
+/// When data was last sent and received by a TCP socket, or else when it was connected. To the tick, which is 10 ms at most. The socket's
+/// lock is waited for.
+pub fn times_of(socket: BorrowedFd<'_>) -> Option<Times> {
+    /// The kernel says by then, so that it is known when: a thread may have to wait for its turn.
+    const SOON: Duration = Duration::from_millis(10);
+    /// Of `struct tcp_info` (`include/uapi/linux/tcp.h`), behind eight bytes.
+    const LAST_DATA_SENT: usize = 11;
+    const LAST_DATA_RECEIVED: usize = 13;
+    for _ in 0..4 {
+        let before = Instant::now();
+        let info: [u32; 14] = option_of(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+        let after = Instant::now();
+        if after - before < SOON {
+            let ago = |word: usize| Duration::from_millis(info[word].into());
+            return Some(Times {
+                said: after.checked_sub(ago(LAST_DATA_SENT))?,
+                heard: before.checked_sub(ago(LAST_DATA_RECEIVED))?,
+            });
+        }
     }
-    let found = getsockopt(&socket, sockopt::Ip6tOriginalDst).ok()?;
-    let ip = Ipv6Addr::from(found.sin6_addr.s6_addr);
-    Some(SocketAddr::new(ip.into(), u16::from_be(found.sin6_port)))
+    None
 }
 
 /// True for a TCP socket; false for any other descriptor.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -116,6 +117,8 @@ pub enum Found {
         other: Socket,
         /// Does that process run the program that it ran? If so, do the two sockets meet?
         meeting: Result<Meeting, Changed>,
+        /// When its socket last heard something, if that was asked.
+        heard: Option<Instant>,
     },
     /// The process of a connection has ended.
     Ended(u64),

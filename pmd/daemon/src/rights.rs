@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -23,7 +23,7 @@ use rdsock_shm::control::{NAMELESS, Request};
 
 use crate::book::{Announced, Conn, End, Role, Route, Socket};
 use crate::diag::{
-    Diag, Found, Listener, Sought, cookie_of, destination_of, device_of, is_tcp, netns_cookie_of,
+    Diag, Found, Listener, Sought, Times, cookie_of, device_of, is_tcp, netns_cookie_of, times_of,
 };
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
@@ -249,8 +249,6 @@ pub struct Ask {
     pub diag: Arc<Diag>,
     /// The socket at the other end is asked for as well.
     pub both: bool,
-    /// That namespace is the daemon's own.
-    pub at_home: bool,
 }
 
 impl Ask {
@@ -282,7 +280,7 @@ impl Ask {
         let questions = [own, sought(route.reversed(), None), own];
         let [before, other, own] = self.diag.find_each(carrier, questions)?;
         // While this end is there no other connection has its addresses, but for what an earlier one has left there until this one is
-        // established.
+        // established, and where addresses are rewritten: see `have_heard`.
         let was_there = |own: &Found| {
             before.is_some_and(|before| {
                 before.cookie == own.cookie && (before.established || !own.established)
@@ -291,17 +289,8 @@ impl Ask {
         Ok(Located {
             route,
             own,
-            other_end: other
-                .filter(|_| own.as_ref().is_some_and(was_there))
-                .filter(|_| self.is_within_host()),
+            other_end: other.filter(|_| own.as_ref().is_some_and(was_there)),
         })
-    }
-
-    /// Does a connection with these addresses stay on this host? An address may have moved to another one, with an end of an earlier
-    /// connection left behind.
-    fn is_within_host(&self) -> bool {
-        let Route { local, peer, .. } = self.route;
-        !self.at_home || is_of_this_host(local.ip()) && is_of_this_host(peer.ip())
     }
 
     /// The same with another peer.
@@ -404,8 +393,8 @@ pub struct Held {
     pub located: Option<Located>,
     /// Where it listens, if that was asked.
     pub listens: Option<Listens>,
-    /// Where its connection was meant to go, if the kernel was asked where it knows it.
-    pub destination: Option<SocketAddr>,
+    /// When it last sent and received, if the kernel was asked where it knows it.
+    pub times: Option<Times>,
 }
 
 /// Why a process was not found to hold a socket.
@@ -431,7 +420,7 @@ pub enum NotHeld {
 /// Looks whether a process holds a socket, and is who it was. May wait: for a porter.
 pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
     let peer = &look.passport.peer;
-    let (mut listens, mut destination) = (None, None);
+    let (mut listens, mut times) = (None, None);
     let (cookie, inode) = match peer.duplicate(look.fd) {
         Ok(duplicate) => {
             // Nothing else is asked of what turns out to be no socket. Whether it is a TCP socket, and in which network namespace,
@@ -445,7 +434,7 @@ pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
                 listens = Some(found);
             }
             if look.ask.is_some() {
-                destination = destination_of(duplicate.as_fd());
+                times = times_of(duplicate.as_fd());
             }
             let inode = nix::sys::stat::fstat(&duplicate).map(|stat| stat.st_ino);
             (cookie, inode.map_err(|_| NotHeld::Socket)?)
@@ -479,7 +468,7 @@ pub fn look(carrier: &Carrier, look: &Look) -> Result<Held, NotHeld> {
         shared,
         located,
         listens,
-        destination,
+        times,
     })
 }
 
@@ -523,22 +512,15 @@ fn is_bound(socket: &OwnedFd, place: Place) -> bool {
 
 /// Does this host have an address? A socket may be bound to any (`IP_FREEBIND`): the kernel then connects it to nobody.
 fn is_of_this_host(ip: IpAddr) -> bool {
-    // Each device has its own of those for a link.
-    let is_plain = match ip {
-        IpAddr::V4(ip) => ip.is_loopback(),
-        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
-    };
-    if is_plain || ip.is_unspecified() {
-        return true;
-    }
     let family = match ip {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
     };
     let flags = SockFlag::SOCK_CLOEXEC;
     let at = SockaddrStorage::from(SocketAddr::new(ip, 0));
-    socket(family, SockType::Stream, flags, None)
-        .is_ok_and(|socket| bind(socket.as_raw_fd(), &at).is_ok())
+    ip.is_unspecified()
+        || socket(family, SockType::Stream, flags, None)
+            .is_ok_and(|socket| bind(socket.as_raw_fd(), &at).is_ok())
 }
 
 /// Is a socket that is bound to this address one of the family of another one? Of IPv6, it is one of IPv4 as well, unless it was told not to be.
@@ -708,7 +690,6 @@ impl Rights {
             route,
             diag: diag.clone(),
             both: false,
-            at_home: self.namespaces.is_home_inode(netns),
         })
     }
 
@@ -719,7 +700,6 @@ impl Rights {
             route: Route { netns, local, peer },
             diag: diag.clone(),
             both: true,
-            at_home: true,
         }
     }
 
@@ -729,7 +709,6 @@ impl Rights {
             route,
             diag: self.namespaces.diag(route.netns)?.clone(),
             both: false,
-            at_home: self.namespaces.is_home_inode(route.netns),
         })
     }
 
@@ -758,7 +737,7 @@ impl Rights {
             route: located.route,
             role: claim.role,
             other_end: located.met(),
-            destination: held.destination,
+            times: held.times,
         })
     }
 
@@ -789,10 +768,32 @@ impl Rights {
         Ok(Self::meet(announced, later))
     }
 
-    /// Is the one socket at the other end of the other one? Where the kernel rewrites addresses (NAT), two sockets may have each other's
-    /// and be connected to others: then one of them was meant to go elsewhere.
+    /// Is the one socket at the other end of the other one? It has its addresses, and has heard what it said.
     fn meet(announced: &Announced, later: &Announced) -> bool {
-        later.other_end == Some(announced.socket()) && later.destination == announced.destination
+        later.other_end == Some(announced.socket()) && Self::have_heard(announced, later)
+    }
+
+    /// Has each of these sockets heard what the other one has said last, or been connected as late? Where the kernel rewrites addresses
+    /// (NAT), or an address has moved to another host, two sockets may have each other's and be connected to others. Such a one was
+    /// there before the other one could be connected, and hears nothing any more: whenever it is asked, it says no. Two ends of one
+    /// connection say yes where each was asked for what it has heard behind the other one for what it has said.
+    pub fn have_heard(one: &Announced, other: &Announced) -> bool {
+        /// The kernel counts in ticks of 10 ms at most.
+        const TICKS: Duration = Duration::from_millis(30);
+        match (one.times, other.times) {
+            (None, None) => true,
+            (Some(one), Some(other)) => {
+                one.heard + TICKS >= other.said && other.heard + TICKS >= one.said
+            }
+            _ => false,
+        }
+    }
+
+    /// When the socket that a tenant has announced last heard something. May wait.
+    pub fn heard(announced: &Announced, passport: &Passport) -> Option<Instant> {
+        let socket = passport.peer.duplicate(announced.fd).ok()?;
+        let is_same = cookie_of(socket.as_fd()) == Some(announced.cookie);
+        Some(times_of(socket.as_fd()).filter(|_| is_same)?.heard)
     }
 
     /// May a tenant be given this end, since its process holds the end's socket? It is of the user that the end was given to. A process that

@@ -34,7 +34,7 @@ pub(crate) fn announced(tenant: TenantId, number: u32, role: Role) -> Announced 
         },
         role,
         other_end: None,
-        destination: None,
+        times: None,
     }
 }
 

@@ -35,9 +35,11 @@ struct Pairing {
 /// What is to be looked at of two ends that find each other.
 struct Doubt {
     /// The end whose process is looked at.
-    whose: Conn,
+    end: Announced,
     /// The socket of the one that has waited.
     other: Socket,
+    /// It is not known to have heard what the other one has said.
+    is_unheard: bool,
 }
 
 /// What a connection record is looked at for.
@@ -503,8 +505,14 @@ impl Daemon {
         &mut self,
         announced: Announced,
         pairing: Pairing,
-        Doubt { whose, other }: Doubt,
+        doubt: Doubt,
     ) -> bool {
+        let Doubt {
+            end,
+            other,
+            is_unheard,
+        } = doubt;
+        let whose = end.conn;
         let (conn, own) = (announced.conn, announced.socket());
         let Some(mut ask) = self.rights.ask_for(announced.route) else {
             return false;
@@ -531,6 +539,7 @@ impl Daemon {
                 conn,
                 whose,
                 other,
+                heard: is_unheard.then(|| Rights::heard(&end, &passport)).flatten(),
                 meeting: passport
                     .check_program()
                     .map(|()| ask.meet(carrier, own, other)),
@@ -546,6 +555,7 @@ impl Daemon {
         whose: Conn,
         other: Socket,
         meeting: Result<Meeting, Changed>,
+        heard: Option<Instant>,
     ) {
         let now = Instant::now();
         if let Some(tenant) = self.connections.tenant_mut(whose.tenant) {
@@ -559,7 +569,7 @@ impl Daemon {
         };
         self.serve(whose.tenant, |daemon| {
             match meeting {
-                Ok(meeting) if meeting != gone => daemon.streams.note_seen(whose, now),
+                Ok(meeting) if meeting != gone => daemon.streams.note_seen(whose, now, heard),
                 Ok(_) | Err(Changed::Hidden) => {
                     daemon.give_up(whose);
                     daemon.not_verified(whose, Reason::Unverified)?;
@@ -577,6 +587,7 @@ impl Daemon {
         };
         if conn == whose {
             announced.seen = now;
+            announced.note_heard(heard);
         }
         if let Ok(meeting) = meeting {
             announced.other_end = (meeting == Meeting::Both).then_some(other);
@@ -594,16 +605,18 @@ impl Daemon {
     /// seen long ago.
     fn in_doubt(&self, announced: &Announced, pairing: Pairing) -> Option<Doubt> {
         let waits = self.streams.opposite(announced)?;
+        let is_unheard = !Rights::have_heard(&waits, announced);
         let doubt = |end: &Announced| Doubt {
-            whose: end.conn,
+            end: *end,
             other: waits.socket(),
+            is_unheard,
         };
         let has_looks = pairing.looks < LOOKS;
         let is_old = |end: &Announced| has_looks && end.seen.elapsed() > SEEN_LATELY;
         let is_fresh = self.announcements.fresh.contains(&waits.conn);
         let is_due = !is_fresh && (waits.seen < pairing.since || is_old(&waits));
         let was_met = announced.other_end == Some(waits.socket());
-        if is_due || (has_looks && !was_met) {
+        if is_due || (has_looks && (!was_met || is_unheard)) {
             return Some(doubt(&waits));
         }
         is_old(announced).then(|| doubt(announced))

@@ -556,7 +556,7 @@ impl Daemon {
             },
             role: Role::Unknown,
             other_end: None,
-            destination: None,
+            times: None,
         };
         let ends = match stream.end {
             0 => [announced, ours],

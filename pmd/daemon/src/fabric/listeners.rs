@@ -172,7 +172,7 @@ mod tests {
             shared: false,
             located: None,
             listens: Some(listens),
-            destination: None,
+            times: None,
         };
         Listening {
             tenant,

@@ -52,7 +52,7 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
         shared: false,
         located: None,
         listens: None,
-        destination: None,
+        times: None,
     };
     let is_between = |held: Held, cookie| {
         let located = rights.ask_at_home(to, from).locate(&carrier, held.cookie);
@@ -110,7 +110,7 @@ fn an_announcement_is_of_the_very_socket_that_was_found() {
         shared: false,
         located: None,
         listens: None,
-        destination: None,
+        times: None,
     };
     let claim = Claim {
         conn: Conn {
@@ -182,7 +182,6 @@ fn the_two_ends_of_a_connection_meet() {
         route,
         diag,
         both: true,
-        at_home: true,
     };
     let (own, its) = (socket(&one), socket(&other));
     let carrier = Carrier::of_test();
@@ -332,41 +331,58 @@ fn very_many_users_search_as_one_beside_those_who_are_known() {
 
 /// Where the kernel rewrites addresses, two sockets can have each other's and be the ends of two connections.
 #[test]
-fn only_ends_that_were_meant_to_go_to_the_same_place_are_a_pair() {
-    let meets = |first: Option<&str>, second: Option<&str>| {
-        let [first_to, second_to] =
-            [first, second].map(|to| to.map(|address| address.parse().unwrap()));
+fn only_ends_that_hear_each_other_are_a_pair() {
+    let start = Instant::now();
+    // Seconds since then: what was said, and what was heard.
+    let at = |(said, heard): (u64, u64)| Times {
+        said: start + Duration::from_secs(said),
+        heard: start + Duration::from_secs(heard),
+    };
+    let pair = |one: Option<(u64, u64)>, other: Option<(u64, u64)>| {
         let announced = |tenant, role| crate::book::tests::announced(tenant, 1, role);
-        let first = Announced {
-            destination: first_to,
+        let one = Announced {
+            times: one.map(at),
             ..announced(1, Role::Active)
         };
-        let second = Announced {
-            destination: second_to,
-            other_end: Some(first.socket()),
+        let other = Announced {
+            times: other.map(at),
+            other_end: Some(one.socket()),
             ..announced(2, Role::Passive)
         };
-        Rights::meet(&first, &second)
+        Rights::meet(&one, &other)
     };
-    assert!(meets(None, None));
-    assert!(meets(Some("127.0.0.1:80"), Some("127.0.0.1:80")));
-    assert!(!meets(Some("127.0.0.1:80"), None));
-    assert!(!meets(None, Some("127.0.0.1:80")));
-    assert!(!meets(Some("127.0.0.1:80"), Some("127.0.0.1:81")));
+    assert!(pair(Some((5, 5)), Some((5, 5))));
+    assert!(pair(Some((5, 2)), Some((2, 5))));
+    // It has said something else since the other one was looked at.
+    assert!(pair(Some((5, 9)), Some((2, 5))));
+    // A socket that was left behind, and one that was connected later.
+    assert!(!pair(Some((1, 1)), Some((5, 5))));
+    assert!(!pair(Some((5, 5)), Some((1, 1))));
+    assert!(!pair(Some((9, 1)), Some((5, 5))));
+    // The daemon may ask neither, or one of them alone.
+    assert!(pair(None, None));
+    assert!(!pair(None, Some((5, 5))));
 }
 
-/// What an address that has moved to another host has left behind.
+/// As two ends tell when they have heard from each other.
 #[test]
-fn nobody_is_at_the_other_end_where_an_address_is_not_this_hosts() {
-    for (ip, is) in [
-        ("127.0.0.1", true),
-        ("127.9.9.9", true),
-        ("::1", true),
-        ("fe80::1", true),
-        // Of documents alone (RFC 5737, RFC 3849).
-        ("192.0.2.7", false),
-        ("2001:db8::7", false),
-    ] {
-        assert_eq!(is_of_this_host(ip.parse().unwrap()), is, "{ip}");
-    }
+fn the_ends_of_a_connection_hear_each_other() {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut other, _) = listener.accept().unwrap();
+    let times = |stream: &TcpStream| times_of(stream.as_fd()).unwrap();
+    let hear = |one: &TcpStream, other: &TcpStream| {
+        let tick = Duration::from_millis(30);
+        let (said, heard) = (times(one).said, times(other).heard);
+        heard + tick >= said
+    };
+    assert!(hear(&one, &other) && hear(&other, &one));
+    std::thread::sleep(Duration::from_millis(200));
+    let before = times(&other).heard;
+    one.write_all(b"x").unwrap();
+    other.read_exact(&mut [0]).unwrap();
+    assert!(hear(&one, &other) && hear(&other, &one));
+    assert!(times(&other).heard > before + Duration::from_millis(100));
 }
