@@ -25,6 +25,7 @@ use crate::book::{Announced, Conn, End, Role, Route, Socket};
 use crate::diag::{
     Diag, Found, Listener, Sought, Times, cookie_of, device_of, is_tcp, netns_cookie_of, times_of,
 };
+use crate::fabric::Whose;
 use crate::namespaces::Namespaces;
 use crate::own::all_users_have_numbers;
 use crate::policy::Policy;
@@ -658,6 +659,17 @@ impl Rights {
     /// sockets share? The kernel lets sockets of one user alone share one.
     pub fn may_have_promised(uid: u32, promised: u32) -> bool {
         uid == promised
+    }
+
+    /// May a user's program have a stream to another node, since its process holds the program's end? What goes over the anchor lies in the
+    /// stream's memory as well, also what was said before this program had it. So it is for the programs of one user: of the one who asked for it, or of
+    /// the first one that says it has it, who listens where it came in, or `listens` there: a server's processes may be of several users, and whose accepts is not
+    /// known before.
+    pub fn may_have_carried(uid: u32, whose: Whose, listens: bool) -> bool {
+        match whose {
+            Whose::User(user) => uid == user,
+            Whose::Listeners { uid: listener, .. } => uid == listener || listens,
+        }
     }
 
     /// May a user be told of another one's programs and streams?

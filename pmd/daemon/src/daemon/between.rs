@@ -17,7 +17,7 @@ use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::Due;
 use crate::book::{Announced, Conn, Role, Route, TenantId};
 use crate::config::Config;
-use crate::fabric::{Anchor, Asking, Carried, NodeConfig, addresses, follow, octets};
+use crate::fabric::{Anchor, Asking, Carried, NodeConfig, Whose, addresses, follow, octets};
 use crate::found::Errand;
 use crate::memory::{TenantMap, make_stream_with, pipes_for};
 use crate::rights::{Held, NotHeld, Rights};
@@ -41,6 +41,8 @@ pub(super) struct NewStream<'a> {
     pub(super) addresses: &'a Addresses,
     /// On whose account.
     pub(super) uid: u32,
+    /// Whose programs may be given it.
+    pub(super) whose: Whose,
     /// What that user has paid for the connect.
     pub(super) connect: Charge,
 }
@@ -218,6 +220,7 @@ impl Daemon {
             anchor,
             addresses,
             uid,
+            whose,
             connect,
         } = new;
         let config = self.config.fabric.as_ref().ok_or(CarryError::Full)?;
@@ -268,6 +271,7 @@ impl Daemon {
                 source: address(addresses.source, addresses.source_port),
                 destination: address(addresses.destination, addresses.destination_port),
                 anchor,
+                whose,
                 looked_at: false,
                 charge,
                 connect: Some(connect),
@@ -382,6 +386,7 @@ impl Daemon {
             anchor: Anchor::Asked,
             addresses: &addresses,
             uid,
+            whose: Whose::User(uid),
             connect,
         });
         carried.map_err(|error| {
@@ -513,7 +518,7 @@ impl Daemon {
         });
         let own_board = own_board.transpose().map_err(|_| Reason::NoMemory)?;
         let fabric = self.fabric.as_mut().ok_or(Reason::NoDevice)?;
-        let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;
+        let carried = fabric.carried.get(&ticket).ok_or(Reason::Unverified)?;
         let Route { local, peer, netns } = announced.route;
         let (cookie, inode) = match carried.anchor {
             Anchor::Attached {
@@ -523,6 +528,10 @@ impl Daemon {
             } if names == (local, peer) && Rights::leads_to(&announced, cookie) => (cookie, inode),
             _ => return Err(Reason::Unverified),
         };
+        if !fabric.is_for(ticket, announced.conn.tenant, announced.uid) {
+            return Err(Reason::Foreign);
+        }
+        let carried = fabric.carried.get_mut(&ticket).ok_or(Reason::Unverified)?;
         let fds = carried.fds.take();
         if fds.is_none() && carried.mapped {
             // Somebody has the stream of this very socket.

@@ -23,7 +23,9 @@ use crate::book::TenantId;
 use crate::channel::Foreign;
 use crate::diag::Listener;
 use crate::fabric::incoming::{self, Answer, Incoming};
-use crate::fabric::{Anchor, Call, Carried, Early, Listening, Step, address, addresses, octets};
+use crate::fabric::{
+    Anchor, Call, Carried, Early, Listening, Step, Whose, address, addresses, octets,
+};
 use crate::found::{Errand, Found};
 use crate::porters::Owner;
 use crate::rights::{Held, Listens, NotHeld, Rights};
@@ -259,6 +261,10 @@ impl Daemon {
             anchor: Anchor::Called { cookie: own.cookie },
             addresses: &between,
             uid,
+            whose: Whose::Listeners {
+                cookie: listener,
+                uid,
+            },
             connect,
         });
         carried.map_err(|error| {
@@ -546,6 +552,11 @@ impl Daemon {
             answer.ticket = ticket;
             (answer.local, answer.local_port) = (octets(local.ip()), local.port().into());
             (answer.peer, answer.peer_port) = (octets(peer.ip()), peer.port().into());
+            // Who has accepted it asks before a byte is said.
+            let uid = self.connections.get(id).map(|asker| asker.peer.uid);
+            if let (Some(fabric), Some(uid)) = (&mut self.fabric, uid) {
+                fabric.is_for(ticket, id, uid);
+            }
         }
         self.send(id, Message::new(kind::CALLER, &answer).into())
     }

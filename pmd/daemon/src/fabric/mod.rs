@@ -19,7 +19,7 @@ use crate::channel::Foreign;
 use crate::confine::Confinement;
 use crate::memory::{Kept, StreamFds, can_be_whole};
 use crate::porters::Owner;
-use crate::rights::Held;
+use crate::rights::{Held, Rights};
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{
@@ -61,12 +61,28 @@ pub struct Carried {
     pub destination: SocketAddr,
     /// Where bytes flow as long as it is not promoted.
     pub anchor: Anchor,
+    /// Whose programs may be given it.
+    pub whose: Whose,
     /// It is looked at whether the anchor that has come in is this one's.
     pub looked_at: bool,
     /// What it costs its user, until its last descriptor is closed: that of its anchor, or one in a message that nobody reads.
     pub charge: Arc<Charge>,
     /// The connect, as long as it is under way.
     pub connect: Option<Charge>,
+}
+
+/// Whose programs may be given a stream: what was said on its anchor lies in its memory as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// This user's.
+    User(u32),
+    /// Those of the first user that is found to have it, of those who listen where it came in.
+    Listeners {
+        /// Cookie of the socket that it came in at.
+        cookie: u64,
+        /// A user that listened there when it came.
+        uid: u32,
+    },
 }
 
 /// The daemon's end of a program's connection.
@@ -626,6 +642,20 @@ impl Control {
             self.forget_promise(ticket);
             self.attach(ticket, socket, (from, to));
         }
+    }
+
+    /// A tenant of this user was found to hold the program's end of a stream's anchor: may it be given the stream? Nobody else's programs
+    /// may, once one may.
+    pub fn is_for(&mut self, ticket: u64, tenant: TenantId, uid: u32) -> bool {
+        let Some(carried) = self.carried.get_mut(&ticket) else {
+            return false;
+        };
+        let listens = matches!(carried.whose, Whose::Listeners { cookie, .. } if self.listening.has(tenant, cookie));
+        let may = Rights::may_have_carried(uid, carried.whose, listens);
+        if may {
+            carried.whose = Whose::User(uid);
+        }
+        may
     }
 
     /// Gives the daemon's end of a program's connection to the data path: bytes flow.

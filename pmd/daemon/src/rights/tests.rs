@@ -260,6 +260,17 @@ fn what_was_promised_is_for_the_same_user_alone() {
 }
 
 #[test]
+fn a_stream_to_another_node_is_one_users() {
+    let of = Whose::User(7);
+    assert!(Rights::may_have_carried(7, of, false) && !Rights::may_have_carried(8, of, true));
+    let of = Whose::Listeners { cookie: 1, uid: 7 };
+    assert!(Rights::may_have_carried(7, of, false) && Rights::may_have_carried(8, of, true));
+    assert!(!Rights::may_have_carried(8, of, false));
+    // Not even root's.
+    assert!(!Rights::may_have_carried(0, of, false));
+}
+
+#[test]
 fn what_gives_a_process_more_shows_at_a_glance() {
     let before = glance("/bin/a", (1000, 1000), 1);
     let changed = |now: &Glance| same_glance(&before, now);
