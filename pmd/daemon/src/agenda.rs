@@ -75,6 +75,8 @@ pub enum Due {
     Stream(u64, u32),
     /// A program must have made the anchor of a stream to another node.
     Anchor(u64),
+    /// It must be known who listens where another node asks for a stream.
+    Incoming(u64),
     /// A program that listens must have taken a connection.
     Call(u64),
     /// Memory for the next streams is to be made.

@@ -459,6 +459,7 @@ impl Daemon {
             Due::Watch(id) => self.on_watch_due(id),
             Due::Stream(id, times) => self.look_again(id, times),
             Due::Anchor(ticket) => self.on_anchor_due(ticket),
+            Due::Incoming(ticket) => self.on_incoming_due(ticket),
             Due::Call(ticket) => self.on_call_due(ticket),
             Due::Callers(listener) => self.let_callers_in(listener),
             Due::Anchors(listener) => self.on_anchors_due(listener),

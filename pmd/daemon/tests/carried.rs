@@ -4,19 +4,22 @@
 mod tenant;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::process::CommandExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind};
 use rdsock_shm::reason::Reason;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
-use tenant::nodes::{Client, Nodes, Server, listens, octets};
+use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
+use tenant::silent::{SilentFile, be_file_system};
 use tenant::{Answer, Tenant, announcement, netns_of};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// The other node is asked for so long: an answer that comes before was given.
+const CONNECT: Duration = Duration::from_secs(10);
 /// What root's program says.
 const PASSWORD: &str = "root's password";
 /// The descriptor that an actor has from the test.
@@ -26,6 +29,9 @@ fn play(part: &Part) {
     match part.name.as_str() {
         "heir" => be_heir(part),
         "worker" => be_worker(part),
+        "squatter" => be_squatter(part),
+        "held up" => be_held_up(part),
+        "file system" => be_file_system(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -206,3 +212,87 @@ scene!(
         }
     }
 );
+
+/// Listens for a moment, and uses up its account.
+fn be_squatter(part: &Part) {
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
+    tenant.ask_for(&listens(&listener));
+    say(&format!("port {}", listener.local_addr().unwrap().port()));
+    listen();
+    drop(listener);
+    let mut more = Vec::new();
+    loop {
+        let mut tenant = Tenant::at(&part.socket).unwrap();
+        tenant.hello();
+        match tenant.receive() {
+            Answer::Message(kind::WELCOME, ..) => more.push(tenant),
+            _ => break,
+        }
+    }
+    say("full");
+    listen();
+}
+
+scene!(who_has_listened_and_cannot_pay_is_in_nobodys_way, |test| {
+    let nodes = Nodes::start(["", "max_descriptors_per_user = 80\n"]);
+    let daemon = nodes.server();
+    let mut squatter = Actor::start(test, "squatter", &daemon.socket(), ATTACKER);
+    let port: u16 = squatter.hear("port").parse().unwrap();
+    daemon.wait_until("it listens", |stat| stat["fabric"]["listeners"] == 1);
+    squatter.say("go");
+    squatter.hear("full");
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+    let mut server = Tenant::attach(daemon);
+    server.ask_for(&listens(&listener));
+    daemon.wait_until("both listen", |stat| stat["fabric"]["listeners"] == 2);
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let reached = client.reach(&bound, to);
+    let reason = Reason::from_code(reached.reason);
+    assert_ne!(reached.ticket, 0, "{reason:?}");
+});
+
+/// Listens, and has all its porters wait for files.
+fn be_held_up(part: &Part) {
+    let mut tenant = Tenant::attach_at(&part.socket);
+    let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
+    tenant.ask_for(&listens(&listener));
+    say(&format!("port {}", listener.local_addr().unwrap().port()));
+    listen();
+    let mut held = Vec::new();
+    for _ in 0..16 {
+        let caller = Tenant::at(&part.socket).unwrap();
+        caller.send(Message::empty(77).as_bytes(), &[INHERITED]);
+        held.push(caller);
+    }
+    say("held");
+    listen();
+    std::process::abort();
+}
+
+scene!(a_node_has_its_answer_whoever_is_held_up, |test| {
+    let nodes = Nodes::start(["", ""]);
+    let daemon = nodes.server();
+    let start = |fd| start_with_fd(test, "held up", &nodes, 1, ATTACKER, fd);
+    let Some((file, actor)) = SilentFile::open_for(test, start) else {
+        return;
+    };
+    // The file is dropped first: who holds it does not end before.
+    let (mut actor, _file) = (actor, file);
+    let port: u16 = actor.hear("port").parse().unwrap();
+    daemon.wait_until("it listens", |stat| stat["fabric"]["listeners"] == 1);
+    actor.say("go");
+    actor.hear("held");
+    std::thread::sleep(Duration::from_millis(500));
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let start = Instant::now();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let reached = client.reach(&bound, to);
+    let (took, reason) = (start.elapsed(), Reason::from_code(reached.reason));
+    println!("answered after {took:?}");
+    assert!(took < CONNECT * 3 / 4, "after {took:?}: {reason:?}");
+    assert_eq!((reached.ticket, reason), (0, Some(Reason::NodeRefused)));
+});

@@ -32,7 +32,7 @@ use crate::rights::{Held, Listens, NotHeld, Rights};
 
 /// Time for a connection over loopback to be made: a full backlog takes longer.
 const CALL: Duration = Duration::from_millis(20);
-/// Time until the kernel was told to make it, for whom other calls are in the way, or a program that can make them long.
+/// Time until the kernel has said who would get it, and once more until it was told to make it, for whom other calls are in the way, or a program that can make them long.
 const DIAL: Duration = Duration::from_secs(2);
 
 /// In the connection of a load: a call, and its ticket.
@@ -168,12 +168,7 @@ impl Daemon {
         if !self.config.policy.allows_ports(port, from) {
             return Err(Refusal::Policy);
         }
-        let fabric = self.fabric.as_ref().ok_or(Refusal::Policy)?;
-        let claims = fabric.listening.latest_at(destination);
-        let claims = claims.ok_or(Refusal::NoListener)?;
-        let tenant = self.connections.tenant(claims.tenant);
-        let uid = tenant.ok_or(Refusal::NoListener)?.passport.peer.uid;
-        let connect = self.connect_from_afar(uid)?;
+        let (claims, uid, connect) = self.who_pays_at(destination)?;
         let incoming = Incoming {
             ticket: self.streams.number(),
             id,
@@ -186,6 +181,28 @@ impl Daemon {
         };
         self.have_listener_looked_for(incoming);
         Ok(())
+    }
+
+    /// Who was found to listen where a connection goes, and can pay for it. Who can't may not listen there any more, and others do: that one is looked
+    /// at again.
+    fn who_pays_at(
+        &mut self,
+        destination: SocketAddr,
+    ) -> Result<(Listening, u32, Charge), Refusal> {
+        let mut why = Refusal::NoListener;
+        for _ in 0..HOLDERS {
+            let fabric = self.fabric.as_ref().ok_or(Refusal::Policy)?;
+            let claims = fabric.listening.latest_at(destination).ok_or(why)?;
+            let tenant = self.connections.tenant(claims.tenant);
+            let uid = tenant.ok_or(why)?.passport.peer.uid;
+            match self.connect_from_afar(uid) {
+                Ok(connect) => return Ok((claims, uid, connect)),
+                Err(over) => why = over,
+            }
+            self.listens_no_more(claims);
+            self.have_claim_looked_at(claims);
+        }
+        Err(why)
     }
 
     /// Another node asks on the account of a user.
@@ -210,6 +227,10 @@ impl Daemon {
             uid: incoming.uid,
             connection: incoming.ticket | CALLS,
         };
+        if let Some(fabric) = &mut self.fabric {
+            fabric.incoming.insert(incoming.ticket, incoming.id);
+        }
+        self.agenda.after(DIAL, Due::Incoming(incoming.ticket));
         // Its other address is known when it has one.
         let ask = self
             .rights
@@ -220,9 +241,24 @@ impl Daemon {
         });
     }
 
+    /// The kernel has not said in time who would get a connection that another node asks for: whoever listens there has his looks held up. The
+    /// node has its answer all the same, since it waits for so many at a time only.
+    pub(super) fn on_incoming_due(&mut self, ticket: u64) {
+        let fabric = self.fabric.as_mut();
+        if let Some(id) = fabric.and_then(|fabric| fabric.incoming.remove(&ticket)) {
+            debug!(ticket, "refused: it is not known in time who listens there");
+            self.refuse(id, Refusal::Limit);
+        }
+    }
+
     /// The kernel has said who would get a connection that another node asks for.
     pub(super) fn on_listener_found(&mut self, incoming: Incoming, answer: Result<Answer, Errno>) {
         let (id, node) = (incoming.id, incoming.node);
+        let fabric = self.fabric.as_mut();
+        if fabric.is_none_or(|fabric| fabric.incoming.remove(&incoming.ticket).is_none()) {
+            // It was refused.
+            return;
+        }
         if let Err(why) = self.call(incoming, answer) {
             debug!(node, ?why, "refused");
             self.refuse(id, why);

@@ -231,6 +231,8 @@ pub struct Control {
     promised: HashMap<SocketAddr, Vec<u64>>,
     /// Anchors that have come in, by the address that they come from, until it is known whose they are.
     arrived: HashMap<SocketAddr, Arrived>,
+    /// What other nodes ask for, while the kernel is asked who would get it, by ticket.
+    pub incoming: HashMap<u64, Asked>,
     /// Connections to programs that listen, on their way, by ticket.
     pub calls: HashMap<u64, Call>,
     /// Streams by the address that the daemon has connected from.
@@ -328,6 +330,7 @@ impl Control {
             asking: HashMap::new(),
             promised: HashMap::new(),
             arrived: HashMap::new(),
+            incoming: HashMap::new(),
             calls: HashMap::new(),
             callers: HashMap::new(),
             caller_of: HashMap::new(),
