@@ -38,6 +38,9 @@ pub struct Found {
     pub established: bool,
 }
 
+/// The device of a network namespace that leads to itself: all connections of this host go over it.
+pub const LOOPBACK: u32 = 1;
+
 /// A TCP socket that is looked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Sought {
@@ -47,6 +50,8 @@ pub struct Sought {
     pub peer: SocketAddr,
     /// `SO_COOKIE`; `None` for any.
     pub cookie: Option<u64>,
+    /// The device that it may be bound to, beside none; 0 for none.
+    pub device: u32,
 }
 
 /// A socket that listens.
@@ -113,6 +118,7 @@ impl Diag {
             local,
             peer,
             cookie: Some(cookie),
+            device: 0,
         };
         let [found] = self.find_each(carrier, [sought])?;
         Ok(found)
@@ -130,10 +136,11 @@ impl Diag {
             local,
             peer,
             cookie,
+            device,
         } in sought
         {
             let cookie = cookie.unwrap_or(NO_COOKIE);
-            if !ask_for(number, local, peer, cookie, &mut questions) {
+            if !ask_for(number, (local, peer), cookie, device, &mut questions) {
                 return Ok([None; N]);
             }
         }
@@ -183,7 +190,7 @@ impl Diag {
     fn ask_one(&self, local: SocketAddr, peer: SocketAddr) -> io::Result<Option<InetResponse>> {
         let number = next_number();
         let mut question = Vec::with_capacity(QUESTION);
-        if !ask_for(number, local, peer, NO_COOKIE, &mut question) {
+        if !ask_for(number, (local, peer), NO_COOKIE, 0, &mut question) {
             return Ok(None);
         }
         let [found] = self.ask(number, &question)?;
@@ -300,9 +307,9 @@ const QUESTION: usize = 72;
 /// Puts the question for the socket with these addresses behind others; false where there can be none.
 fn ask_for(
     number: u32,
-    local: SocketAddr,
-    peer: SocketAddr,
+    (local, peer): (SocketAddr, SocketAddr),
     cookie: u64,
+    device: u32,
     questions: &mut Vec<u8>,
 ) -> bool {
     // A v4-mapped IPv6 socket is found by its IPv4 addresses.
@@ -325,7 +332,7 @@ fn ask_for(
             destination_port: peer.port(),
             source_address: local_ip,
             destination_address: peer_ip,
-            interface_id: 0,
+            interface_id: device,
             cookie: split_cookie(cookie),
         },
     };
@@ -469,6 +476,7 @@ mod tests {
                 local,
                 peer,
                 cookie,
+                device: 0,
             };
             // What is behind an answer that there is none is there as well, and nothing is left for the next question.
             let each = [
@@ -515,7 +523,7 @@ mod tests {
         let name = getsockname::<NetlinkAddr>(fd).unwrap();
         let forger = new_socket().unwrap();
         let mut forgery = Vec::new();
-        assert!(ask_for(0, to, from, NO_COOKIE, &mut forgery));
+        assert!(ask_for(0, (to, from), NO_COOKIE, 0, &mut forgery));
         let sent = sendto(forger.as_raw_fd(), &forgery, &name, MsgFlags::empty());
         assert!(
             matches!(sent, Err(Errno::ECONNREFUSED | Errno::EPERM)),
@@ -534,7 +542,13 @@ mod tests {
             .each_ref()
             .map(|listener| listener.local_addr().unwrap());
         let mut question = Vec::new();
-        assert!(ask_for(u32::MAX, earlier, from, NO_COOKIE, &mut question));
+        assert!(ask_for(
+            u32::MAX,
+            (earlier, from),
+            NO_COOKIE,
+            0,
+            &mut question
+        ));
         let socket = diag.lock()[0].as_raw_fd();
         send(socket, &question, MsgFlags::empty()).unwrap();
         for _ in 0..2 {

@@ -137,14 +137,16 @@ pub enum Found {
     },
 }
 
-/// Does somebody hold a stream?
+/// Does somebody hold a stream, or the payer's end of it?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// The stream.
     pub stream: u64,
     /// For the so-manieth time.
     pub times: u32,
-    /// Somebody has one of its sockets.
+    /// Both ends' sockets were asked for; else the payer's.
+    pub both: bool,
+    /// Somebody has one of these sockets.
     pub kept: bool,
 }
 

@@ -23,7 +23,8 @@ use rdsock_shm::control::{NAMELESS, Request};
 
 use crate::book::{Announced, Conn, End, Role, Route, Socket};
 use crate::diag::{
-    Diag, Found, Listener, Sought, Times, cookie_of, device_of, is_tcp, netns_cookie_of, times_of,
+    Diag, Found, LOOPBACK, Listener, Sought, Times, cookie_of, device_of, is_tcp, netns_cookie_of,
+    times_of,
 };
 use crate::fabric::Whose;
 use crate::namespaces::Namespaces;
@@ -276,6 +277,7 @@ impl Ask {
             local,
             peer,
             cookie,
+            device: 0,
         };
         let own = sought(route, (cookie != 0).then_some(cookie));
         let questions = [own, sought(route.reversed(), None), own];
@@ -292,6 +294,20 @@ impl Ask {
             own,
             other_end: other.filter(|_| own.as_ref().is_some_and(was_there)),
         })
+    }
+
+    /// Is the socket with these addresses, this cookie and this inode there? It may have been bound to a device since. When in doubt, it is.
+    pub fn is_there(&self, carrier: &Carrier, cookie: u64, inode: u64) -> bool {
+        let Route { local, peer, .. } = self.route;
+        let sought = |device| Sought {
+            local,
+            peer,
+            cookie: (cookie != 0).then_some(cookie),
+            device,
+        };
+        let found = self.diag.find_each(carrier, [0, LOOPBACK].map(sought));
+        let is_it = |found: Found| found.inode == inode;
+        found.map_or(true, |found| found.into_iter().flatten().any(is_it))
     }
 
     /// The same with another peer.

@@ -37,6 +37,8 @@ pub struct Memory {
     pub huge: bool,
     /// Where the other end is, when that is on another node.
     pub elsewhere: Option<Elsewhere>,
+    /// What it costs its payer.
+    pub charge: Arc<Charge>,
 }
 
 /// A tenant's bell board.
@@ -98,7 +100,14 @@ impl Memory {
             ring_size,
             huge: fds.huge,
             elsewhere,
+            charge,
         }
+    }
+
+    /// Does a message that was not sent yet, or not read, hold something of it?
+    pub fn is_in_messages(&self) -> bool {
+        let files = [&self.stream].into_iter().chain(self.ends.iter().flatten());
+        files.map(Arc::strong_count).any(|count| count > 1)
     }
 
     /// Where both directions are, as the ends have left them: to be read by whoever may wait.

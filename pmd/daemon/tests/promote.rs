@@ -262,11 +262,14 @@ fn an_end_that_declines_frees_the_other() {
     server.promote();
     client.ask_for(&request(what::DECLINED, 1, 1));
     assert_eq!(server.verdict().reason, Reason::PeerDemoted as u32);
-    assert_eq!(daemon.stat()["streams_now"], 0);
+    // The other end has it still.
+    assert_eq!(daemon.stat()["streams_now"], 1);
     // And both may try again.
     client.announce(1, 2, &connector, 1);
     server.announce(1, 2, &accepted, 0);
     assert_eq!(client.promote().0.generation, 2);
+    drop((client, server, connector, accepted));
+    daemon.wait_until("given back", |stat| stat["streams_now"] == 0);
 }
 
 #[test]

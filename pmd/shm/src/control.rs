@@ -366,7 +366,7 @@ pub mod request {
     pub const CLOSED: u32 = 2;
     /// The stream of the connection was left for the kernel or broken.
     pub const LEFT: u32 = 3;
-    /// A PROMOTE could not be followed (no memory, stale). The daemon forgets the stream.
+    /// A PROMOTE could not be followed (no memory, stale): the tenant gives up its end.
     pub const DECLINED: u32 = 4;
     /// A process holds a stream by inheritance (fork or exec): `stream_id`, `active` its end.
     pub const HOLDS: u32 = 5;

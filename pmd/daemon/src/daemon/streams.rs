@@ -18,6 +18,8 @@ use crate::porters::{KEEPERS, Owner};
 use crate::rights::{Ask, Rights};
 use crate::streams::{Bells, Memory};
 
+/// Time until a stream whose payer's end has gone is the other end's user's: an honest one has closed its own end by then.
+const PAYER_LOOK: Duration = Duration::from_secs(1);
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
 const FIRST_LOOK: Duration = Duration::from_millis(50);
 const LAST_LOOK: Duration = Duration::from_secs(30);
@@ -134,37 +136,25 @@ impl Daemon {
         }
     }
 
-    /// A tenant could not map its stream: the other end shall not wait for it.
+    /// A tenant could not map its stream: the other end shall not wait for it. It gives up its end, and no more: it may have mapped it all the same,
+    /// and go on with it, and then that is on an account.
     pub(super) fn on_declined(&mut self, conn: Conn) {
-        let Some((id, end)) = self.streams.seat_of(conn) else {
-            return self.give_up(conn);
-        };
-        let stream = self.streams.get(id);
-        if stream.is_some_and(|stream| stream.memory.elsewhere.is_some()) {
-            // The daemon carries what goes over its anchor.
-            return self.give_up(conn);
-        }
-        let others: Vec<Conn> = self
-            .streams
-            .get(id)
-            .and_then(|stream| stream.ends.get(1 - end))
+        let seat = self.streams.seat_of(conn);
+        let other_end = seat.and_then(|(id, end)| self.streams.get(id)?.ends.get(1 - end));
+        let others: Vec<Conn> = other_end
             .map(|end| end.holders.values().map(|holder| holder.conn).collect())
             .unwrap_or_default();
-        self.close_stream(id);
+        self.give_up(conn);
         for other in others.into_iter().filter(|other| *other != conn) {
             self.send_to_other(other.tenant, Self::verdict(other, Reason::PeerDemoted));
         }
     }
 
     /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
-    /// that has not attached, a program between exec and attach) still holds one of its sockets.
+    /// that has not attached, a program between exec and attach) still holds one of its sockets. Where the other end is held, and this one's user pays, it is
+    /// that one's soon.
     pub(super) fn check_stream(&mut self, id: u64) {
         self.have_kept_looked_at(&[id], 0);
-    }
-
-    fn is_abandoned(&self, id: u64) -> bool {
-        let stream = self.streams.get(id);
-        stream.is_some_and(|stream| stream.is_abandoned())
     }
 
     /// It is due to look once more whether somebody holds a stream, which is asked for the so-manieth time.
@@ -173,17 +163,29 @@ impl Daemon {
         self.have_kept_looked_at(&[id], times);
     }
 
-    /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned.
+    /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned; or the payer's, where that one has
+    /// left, though not at once.
     fn have_kept_looked_at(&mut self, streams: &[u64], times: u32) {
         let mut questions: BTreeMap<u32, Vec<_>> = BTreeMap::new();
         for id in streams.iter().copied() {
+            let Some(stream) = self.streams.get(id) else {
+                continue;
+            };
+            let (both, payer) = (stream.is_abandoned(), stream.payer());
+            let is_left = stream.is_left_by_payer();
+            if is_left && times == 0 {
+                if self.streams.look_after(id) {
+                    self.agenda.after(PAYER_LOOK, Due::Stream(id, 1));
+                }
+                continue;
+            }
             // One look at a time: who takes and gives up an end without end has no more of them.
-            if !self.is_abandoned(id) || !self.streams.begin_look(id) {
+            if !(both || is_left) || !self.streams.begin_look(id) {
                 continue;
             }
             if let Some(stream) = self.streams.get(id) {
-                let question = (id, self.sockets_of(stream));
-                questions.entry(stream.payer).or_default().push(question);
+                let question = (id, both, self.sockets_of(stream, both));
+                questions.entry(payer).or_default().push(question);
             }
         }
         for (payer, questions) in questions {
@@ -192,15 +194,14 @@ impl Daemon {
                 connection: payer.into(),
             };
             self.porters.ask_quick(owner, move |carrier| {
-                let looked_at = questions.into_iter().map(|(stream, sockets)| {
+                let looked_at = questions.into_iter().map(|(stream, both, sockets)| {
                     let mut sockets = sockets.into_iter();
-                    let kept = sockets.any(|(ask, cookie, inode)| {
-                        let found = ask.own(carrier, cookie).ok().flatten();
-                        found.is_some_and(|found| found.inode == inode)
-                    });
+                    let kept =
+                        sockets.any(|(ask, cookie, inode)| ask.is_there(carrier, cookie, inode));
                     Kept {
                         stream,
                         times,
+                        both,
                         kept,
                     }
                 });
@@ -209,13 +210,17 @@ impl Daemon {
         }
     }
 
-    /// Where to ask for the sockets of a stream's ends, with their cookies and inodes. Of one to another node, one end's is the daemon's.
-    fn sockets_of(&self, stream: &book::Stream<Memory>) -> Vec<(Ask, u64, u64)> {
-        let elsewhere = stream.memory.elsewhere.as_ref();
-        let ends = (0..).zip(&stream.ends);
-        let ends = ends.filter(|(at, _)| elsewhere.is_none_or(|elsewhere| elsewhere.end == *at));
+    /// Where to ask for the sockets of both of a stream's ends, or the payer's, with their cookies and inodes. Of one to another node, one end's is
+    /// the daemon's.
+    fn sockets_of(&self, stream: &book::Stream<Memory>, both: bool) -> Vec<(Ask, u64, u64)> {
         let ask = |end: &book::End| Some((self.rights.ask_for(end.route)?, end.cookie, end.inode));
-        ends.filter_map(|(_, end)| ask(end)).collect()
+        let [payer, other] = stream.by_payer();
+        let ends = match &stream.memory.elsewhere {
+            Some(elsewhere) => vec![stream.ends.get(elsewhere.end)],
+            None if both => vec![Some(payer), Some(other)],
+            None => vec![Some(payer)],
+        };
+        ends.into_iter().flatten().filter_map(ask).collect()
     }
 
     /// It was looked at whether somebody holds these streams: one that is kept is looked at again, less and less often.
@@ -223,17 +228,22 @@ impl Daemon {
         for Kept {
             stream,
             times,
+            both,
             kept,
         } in looked_at.iter().copied()
         {
             let is_outdated = self.streams.end_look(stream);
-            if !self.is_abandoned(stream) {
+            let now = self.streams.get(stream);
+            let now = now.map(|now| (now.is_abandoned(), now.is_left_by_payer()));
+            let Some((is_abandoned, true) | (is_abandoned @ true, _)) = now else {
                 continue;
-            }
-            if is_outdated {
+            };
+            if is_outdated || is_abandoned && !both {
                 self.check_stream(stream);
-            } else if !kept {
+            } else if !kept && is_abandoned {
                 self.close_stream(stream);
+            } else if !kept {
+                self.pass_to_other(stream);
             } else if self.streams.look_after(stream) {
                 let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
                 self.agenda.after(wait, Due::Stream(stream, times + 1));
@@ -249,7 +259,32 @@ impl Daemon {
         if let Some(stream) = self.streams.close(id) {
             self.journal.counters.streams_closed += 1;
             debug!(stream = id, "closed");
+            self.leave_to_reader(&stream);
             self.give_back(stream);
+        }
+    }
+
+    /// The end whose user pays for a stream has gone, its socket too, and the other one has not: that one's user pays from now on, beyond all limits. Who
+    /// connects can't be made to pay for as long as somebody else likes.
+    fn pass_to_other(&mut self, id: u64) {
+        if let Some(uid) = self.streams.pass_to_other(id)
+            && let Some(stream) = self.streams.get(id)
+        {
+            self.accounts.pass_on(&stream.memory.charge, uid);
+        }
+    }
+
+    /// A stream is over, and a message to one of its ends may wait with its descriptors: unless it is the payer who does not read, the other one pays for
+    /// that.
+    fn leave_to_reader(&mut self, stream: &book::Stream<Memory>) {
+        let [payer, other] = stream.by_payer();
+        if payer.uid == other.uid || !stream.memory.is_in_messages() {
+            return;
+        }
+        let connections = self.connections.of_process(payer.pid).iter();
+        let mut connections = connections.filter_map(|id| self.connections.get(*id));
+        if !connections.any(|payer| payer.channel.queued() != 0) {
+            self.accounts.pass_on(&stream.memory.charge, other.uid);
         }
     }
 
@@ -257,7 +292,7 @@ impl Daemon {
     /// it is on its payer's account.
     pub(super) fn give_back(&mut self, stream: book::Stream<Memory>) {
         let owner = Owner {
-            uid: stream.payer,
+            uid: stream.payer(),
             connection: NO_CONNECTION,
         };
         self.porters.give(owner, move || {

@@ -387,8 +387,8 @@ impl Daemon {
         Message::new(kind::VERDICT, &verdict).into()
     }
 
-    /// A tenant has gone. When its process lives (`alive`), the streams that nobody else holds
-    /// are returned, to be looked at later.
+    /// A tenant has gone. When its process lives (`alive`), the streams that nobody else holds, and those that it has paid for, are
+    /// returned, to be looked at later.
     pub(super) fn tenant_gone(&mut self, id: TenantId, tenant: Tenant, alive: bool) -> Vec<u64> {
         self.journal.counters.detached += 1;
         let (owner, map) = (Self::owner_of(id, &tenant), tenant.map);
@@ -409,9 +409,8 @@ impl Daemon {
             self.check_streams(&std::mem::take(&mut streams));
         }
         streams.retain(|id| {
-            self.streams
-                .get(*id)
-                .is_some_and(|stream| stream.is_abandoned())
+            let stream = self.streams.get(*id);
+            stream.is_some_and(|stream| stream.is_abandoned() || stream.is_left_by_payer())
         });
         streams
     }
