@@ -96,6 +96,23 @@ pub struct Limits {
     pub shared: [bool; Thing::ALL.len()],
 }
 
+impl Limits {
+    /// Of one thing alone there are so many, which all users share; of the others, any number.
+    pub fn of_shared(thing: Thing, most: u64) -> Self {
+        let mut limits = Limits {
+            user: [u64::MAX; Thing::ALL.len()],
+            all: [u64::MAX; Thing::ALL.len()],
+            shared: [false; Thing::ALL.len()],
+        };
+        for (at, other) in Thing::ALL.into_iter().enumerate() {
+            if other == thing {
+                (limits.all[at], limits.shared[at]) = (most, true);
+            }
+        }
+        limits
+    }
+}
+
 /// A limit that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{} of {} {} are in use", if self.of_all { "all" } else { "one user's" }, self.limit, self.thing.name())]

@@ -186,7 +186,10 @@ impl Daemon {
         found.map_err(system("epoll"))?;
         let namespaces = Namespaces::new().map_err(system("network namespace"))?;
         let fabric = match &config.fabric {
-            Some(fabric) => Some(Control::start(fabric, &mut confinement, &agenda)?),
+            Some(fabric) => {
+                let known = known.clone();
+                Some(Control::start(fabric, &mut confinement, &agenda, known)?)
+            }
             None => None,
         };
         confinement.filter();

@@ -31,6 +31,7 @@ fn play(part: &Part) {
         "worker" => be_worker(part),
         "squatter" => be_squatter(part),
         "held up" => be_held_up(part),
+        "taker" => be_taker(part),
         "file system" => be_file_system(part),
         other => panic!("no such part: {other}"),
     }
@@ -295,4 +296,36 @@ scene!(a_node_has_its_answer_whoever_is_held_up, |test| {
     println!("answered after {took:?}");
     assert!(took < CONNECT * 3 / 4, "after {took:?}: {reason:?}");
     assert_eq!((reached.ticket, reason), (0, Some(Reason::NodeRefused)));
+});
+
+/// Connects as often as it may.
+fn be_taker(part: &Part) {
+    let port = listen().unwrap().parse().unwrap();
+    let to = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), port);
+    let mut client = Client::at(&part.socket);
+    let mut kept = Vec::new();
+    for _ in 0..24 {
+        let bound = Bound::new(0).unwrap();
+        let reached = client.reach(&bound, to);
+        if reached.ticket != 0 {
+            kept.push(bound.connect(reached.anchor_port).unwrap());
+        }
+    }
+    say(&format!("took {}", kept.len()));
+    listen();
+}
+
+scene!(one_user_leaves_others_places_at_each_node, |test| {
+    // Of the places at a node, this one has a third: 8.
+    let nodes = Nodes::start_among(2, "max_streams = 24\n");
+    let server = Server::start(nodes.server());
+    let mut taker = Actor::start(test, "taker", &nodes.client().socket(), ATTACKER);
+    taker.say(&server.address().port().to_string());
+    let took: usize = taker.hear("took").parse().unwrap();
+    assert!((2..=4).contains(&took), "{took}");
+    let mut client = Client::at(&nodes.client().socket());
+    let bound = Bound::new(0).unwrap();
+    let reached = client.reach(&bound, server.address());
+    let reason = Reason::from_code(reached.reason);
+    assert_ne!(reached.ticket, 0, "{reason:?}");
 });

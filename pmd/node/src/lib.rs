@@ -86,6 +86,15 @@ pub struct Settings {
     pub epoch: u64,
 }
 
+impl Settings {
+    /// Streams that each poll core of this node may have at one of another node, of those that it asked for: that one's core of the same number
+    /// reckons in the same way.
+    pub fn streams_at_node(&self) -> usize {
+        let share = self.streams / self.peers.len().max(1);
+        self.streams_per_node.min(share.max(1))
+    }
+}
+
 /// A stream that a node asks for, until it is accepted or refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Asked {

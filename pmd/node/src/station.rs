@@ -221,8 +221,7 @@ fn protocol(settings: &Settings, number: u16) -> Node {
     let nodes = settings.peers.iter().chain([&settings.node]).max();
     let mut limits = Limits::new(nodes.map_or(1, |node| node + 1));
     limits.streams = settings.streams as u32;
-    let share = settings.streams / settings.peers.len().max(1);
-    limits.streams_from_node = settings.streams_per_node.min(share.max(1)) as u32;
+    limits.streams_from_node = settings.streams_at_node() as u32;
     limits.resume_timeout = settings.resume_timeout.as_nanos() as u64;
     limits.connect_timeout = settings.connect_timeout.as_nanos() as u64;
     let seed = settings.epoch.rotate_left(17) ^ u64::from(number);

@@ -53,6 +53,13 @@ pub struct Berth {
     pub(crate) seat: Seat,
 }
 
+impl Berth {
+    /// The poll core.
+    pub fn core(&self) -> u16 {
+        self.core
+    }
+}
+
 /// A stream to another node.
 #[derive(Debug)]
 pub struct NodeStream {

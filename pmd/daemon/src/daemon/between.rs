@@ -246,6 +246,13 @@ impl Daemon {
         let pay = || Ok::<_, CarryError>(accounts.charge(uid, &of_thread)?);
         let berth = fabric.berth(node, opening, uid, pay)?;
         let berth = berth.ok_or(CarryError::Full)?;
+        let place = match opening {
+            Opening::Connect => Some(fabric.place_at(node, berth.core(), uid)),
+            Opening::Accept(_) => None,
+        };
+        let place = place.transpose().inspect_err(|over| {
+            self.journal.refusal(over.cause(), uid, 0);
+        })?;
         let end = match opening {
             Opening::Connect => 0,
             Opening::Accept(_) => 1,
@@ -275,6 +282,7 @@ impl Daemon {
                 looked_at: false,
                 charge,
                 connect: Some(connect),
+                _place: place,
             },
         );
         Ok(())

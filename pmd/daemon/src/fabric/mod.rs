@@ -12,7 +12,7 @@ pub use config::{Device, FabricConfig, NodeConfig};
 pub use listeners::{Listeners, Listening};
 pub use routes::follow;
 
-use crate::accounts::Charge;
+use crate::accounts::{Accounts, Charge, Limits, Over, Thing};
 use crate::agenda::{Agenda, Token};
 use crate::book::{Conn, Route, TenantId};
 use crate::channel::Foreign;
@@ -20,6 +20,7 @@ use crate::confine::Confinement;
 use crate::memory::{Kept, StreamFds, can_be_whole};
 use crate::porters::Owner;
 use crate::rights::{Held, Rights};
+use crate::shares::Known;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{
@@ -69,6 +70,8 @@ pub struct Carried {
     pub charge: Arc<Charge>,
     /// The connect, as long as it is under way.
     pub connect: Option<Charge>,
+    /// A place at the other node, where a program of this one has asked for the stream.
+    pub _place: Option<Charge>,
 }
 
 /// Whose programs may be given a stream: what was said on its anchor lies in its memory as well.
@@ -245,6 +248,10 @@ pub struct Control {
     promised_of: HashMap<TenantId, HashSet<u64>>,
     /// The sockets that tenants listen on.
     pub listening: Listeners,
+    /// Whose the places are that a poll core of this node has at another one.
+    places: HashMap<(u16, u16), Accounts>,
+    places_each: u64,
+    known: Known,
     /// There may be more notices.
     busy: bool,
     failed: bool,
@@ -256,6 +263,7 @@ impl Control {
         config: &FabricConfig,
         confinement: &mut Confinement,
         agenda: &Agenda,
+        known: Known,
     ) -> Result<Self, StartError> {
         let (rde, fabric) = device::open(config)?;
         confinement.device_is_open();
@@ -310,6 +318,7 @@ impl Control {
         let management = rde.management();
         // Before there can be a notice: each is to be seen by epoll.
         waker.start_sleep();
+        let places_each = settings.streams_at_node() as u64;
         let poller = Poller::start(rde, fabric, settings, waker.clone())?;
         info!(
             node = config.node,
@@ -337,6 +346,9 @@ impl Control {
             attached: HashMap::new(),
             promised_of: HashMap::new(),
             listening: Listeners::default(),
+            places: HashMap::new(),
+            places_each,
+            known,
             busy: false,
             failed: false,
         })
@@ -484,6 +496,15 @@ impl Control {
         pay: impl FnOnce() -> Result<Charge, E>,
     ) -> Result<Option<Berth>, E> {
         self.poller.berth(node, opening, uid, pay)
+    }
+
+    /// A place at another node for a user's stream, which a poll core asks for there. They are as few as that node gives to this one, and so each user has
+    /// a share of them, whatever it has of other streams.
+    pub fn place_at(&mut self, node: u16, core: u16, uid: u32) -> Result<Charge, Over> {
+        let limits = || Limits::of_shared(Thing::Carried, self.places_each);
+        let accounts = (self.places.entry((node, core)))
+            .or_insert_with(|| Accounts::new(limits(), self.known.clone()));
+        accounts.charge(uid, &[(Thing::Carried, 1)])
     }
 
     /// Gives a stream's memory to the data path, which keeps its pages, and pays for the stream, as long as it has something of it.

@@ -38,13 +38,24 @@ impl Nodes {
 
     /// The same with something done to the command of each.
     pub fn start_with(top: [&str; 2], change: impl Fn(&mut Command)) -> Self {
+        Self::start_of(top, "", "", change)
+    }
+
+    /// Among so many further nodes, which are not there, with these lines of configuration.
+    pub fn start_among(others: u8, fabric: &str) -> Self {
+        let other = |id| format!(", {{ id = {id}, addresses = [\"127.0.0.{id}\"] }}");
+        let others: String = (3..3 + others).map(other).collect();
+        Self::start_of(["", ""], fabric, &others, |_| {})
+    }
+
+    fn start_of(top: [&str; 2], fabric: &str, others: &str, change: impl Fn(&mut Command)) -> Self {
         let meet = tempfile::tempdir().unwrap();
         std::fs::set_permissions(&meet, PermissionsExt::from_mode(0o700)).unwrap();
         let config = |node: usize| {
             format!(
-                "{}\n[fabric]\nnode = {}\ndevice = \"model:{}\"\n{FABRIC}\
+                "{}\n[fabric]\nnode = {}\ndevice = \"model:{}\"\n{FABRIC}{fabric}\
                  nodes = [{{ id = 1, addresses = [\"127.0.0.1\"] }}, \
-                 {{ id = 2, addresses = [\"127.0.0.2\"] }}]\n",
+                 {{ id = 2, addresses = [\"127.0.0.2\"] }}{others}]\n",
                 top[node],
                 node + 1,
                 meet.path().display(),
