@@ -139,7 +139,7 @@ struct Waiter {
 pub struct Holder {
     /// By which of its connections: the last one for which it was found to hold the socket.
     pub conn: Conn,
-    /// It said that it has mapped the stream.
+    /// It said that it has mapped the stream, since it is found to hold the socket by this one.
     pub mapped: bool,
     /// What that costs its user, if it has inherited the end.
     _charge: Option<Charge>,
@@ -391,7 +391,7 @@ impl<M> Book<M> {
         let charge = before.map_or(charge, |before| before._charge);
         let holder = Holder {
             conn,
-            mapped: true,
+            mapped: false,
             _charge: charge,
         };
         place.holders.insert(conn.tenant, holder);

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_LISTEN, TCP_TIME_WAIT,
+    AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_LISTEN, TCP_SYN_RECV, TCP_SYN_SENT,
+    TCP_TIME_WAIT,
 };
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
@@ -36,6 +37,8 @@ pub struct Found {
     pub inode: u64,
     /// The connection is established, in both directions.
     pub established: bool,
+    /// It is, or was once: in its handshake a socket has no other end.
+    pub was_made: bool,
 }
 
 /// The device of a network namespace that leads to itself: all connections of this host go over it.
@@ -229,9 +232,13 @@ impl Found {
             cookie: join_cookie(found.header.socket_id.cookie),
             inode: found.header.inode.into(),
             established: found.header.state == TCP_ESTABLISHED,
+            was_made: ![TCP_SYN_SENT, TCP_SYN_RECV, TCP_NEW_SYN_RECV].contains(&found.header.state),
         }
     }
 }
+
+/// A connection that is being made, and has no socket yet.
+const TCP_NEW_SYN_RECV: u8 = 12;
 
 /// Messages with questions so far, of all threads.
 static ASKED: AtomicU64 = AtomicU64::new(0);
@@ -464,6 +471,7 @@ mod tests {
                 cookie,
                 inode,
                 established: true,
+                was_made: true,
             };
             assert_eq!(
                 diag.find(&carrier, local, peer, cookie).unwrap(),

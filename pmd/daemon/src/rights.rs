@@ -283,11 +283,12 @@ impl Ask {
         let questions = [own, sought(route.reversed(), None), own];
         let [before, other, own] = self.diag.find_each(carrier, questions)?;
         // While this end is there no other connection has its addresses, but for what an earlier one has left there until this one is
-        // established, and where addresses are rewritten: see `have_heard`.
+        // established, and where addresses are rewritten (see `have_heard`): so one that is being made has no other end.
         let was_there = |own: &Found| {
-            before.is_some_and(|before| {
-                before.cookie == own.cookie && (before.established || !own.established)
-            })
+            own.was_made
+                && before.is_some_and(|before| {
+                    before.cookie == own.cookie && (before.established || !own.established)
+                })
         };
         Ok(Located {
             route,

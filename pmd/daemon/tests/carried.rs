@@ -9,12 +9,12 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
-use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind};
+use rdsock_shm::control::{Between, Caller, Message, Request, from_bytes, kind, request as what};
 use rdsock_shm::reason::Reason;
 use tenant::actor::{ATTACKER, Actor, OTHER, Part, is_root, listen, say};
 use tenant::nodes::{Bound, Client, Nodes, Server, listens, octets};
 use tenant::silent::{SilentFile, be_file_system};
-use tenant::{Answer, Tenant, announcement, netns_of};
+use tenant::{Answer, Tenant, announcement, netns_of, request};
 
 /// Time for a word to come to the other node, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -328,4 +328,30 @@ scene!(one_user_leaves_others_places_at_each_node, |test| {
     let reached = client.reach(&bound, server.address());
     let reason = Reason::from_code(reached.reason);
     assert_ne!(reached.ticket, 0, "{reason:?}");
+});
+
+scene!(a_poll_core_is_told_once_that_a_stream_is_mapped, |_| {
+    const TIMES: u64 = 2000;
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let (bound, reached) = client.reach_at_last(server.address());
+    let stream = bound.connect(reached.anchor_port).unwrap();
+    let outcome = announce(&mut client.tenant, 1, &stream, reached.ticket, 0);
+    assert_eq!(outcome, "promoted");
+    let commands = || {
+        let stat = nodes.client().stat();
+        let commands = &stat["fabric"]["cores"][0]["counts"]["commands"];
+        commands.as_u64().unwrap()
+    };
+    let before = commands();
+    for _ in 0..TIMES {
+        client.tenant.ask_for(&request(what::MAPPED, 1, 1));
+    }
+    // Behind all of these.
+    client.tenant.ask_for(&request(what::LEFT, 1, 1));
+    let left = |stat: &serde_json::Value| stat["counters"]["left"] == 1;
+    nodes.client().wait_until("it has left", left);
+    let told = commands() - before;
+    assert!((1..TIMES / 10).contains(&told), "{told}");
 });

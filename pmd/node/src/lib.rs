@@ -29,6 +29,7 @@ pub mod stream;
 mod totals;
 
 pub use desk::{DESCRIPTORS, Paid};
+use live::PIECES;
 use mail::Waker;
 use memory::{Slot, StreamMemory, stream_bytes};
 pub use rdsock_model::Fabric;
@@ -219,6 +220,14 @@ pub enum StartError {
         /// Wanted.
         cores: usize,
     },
+    /// A write of a stream is of more pieces.
+    #[error(
+        "the device moves {pieces} pieces of memory at once, and a stream needs {PIECES}: it can't be used"
+    )]
+    Pieces {
+        /// Of the device.
+        pieces: u8,
+    },
     /// The device belongs to another node, or (0) to none.
     #[error(
         "the device has the node id {found}, `node` in the configuration says {configured}: change that, or the device's \
@@ -273,6 +282,10 @@ impl Poller {
         let (vectors, cores) = (rde.space().device().vectors(), settings.cores.len());
         if (vectors as usize) < 1 + cores {
             return Err(StartError::Vectors { vectors, cores });
+        }
+        let pieces = rde.capabilities().max_pieces;
+        if usize::from(pieces) < PIECES {
+            return Err(StartError::Pieces { pieces });
         }
         let slot = stream_bytes(settings.ring_size);
         let places = settings.streams_per_node as u64;

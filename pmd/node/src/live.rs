@@ -11,6 +11,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+/// Pieces of memory that a write is made of, at most: two of each area, of which the staging area is there twice, before the ring and behind it.
+pub(crate) const PIECES: usize = 6;
+
 /// A stream in a poll core's table.
 #[derive(Debug)]
 pub(crate) struct Live {
@@ -334,7 +337,7 @@ impl Live {
         what
     }
 
-    /// The pieces of memory that hold `len` bytes from `position` on: two of each area at most.
+    /// The pieces of memory that hold `len` bytes from `position` on: [`PIECES`] at most.
     pub fn pieces(&self, position: u64, len: u32, pieces: &mut Vec<Piece>) -> bool {
         let (mut at, end) = (position, position + u64::from(len));
         pieces.clear();

@@ -610,7 +610,10 @@ impl Daemon {
 
     /// A tenant has mapped the stream of a connection.
     pub(super) fn on_mapped(&mut self, conn: Conn) {
-        self.streams.mapped(conn);
+        if !self.streams.mapped(conn) {
+            // It was said before: a poll core is told once.
+            return;
+        }
         let stream = self
             .streams
             .seat_of(conn)

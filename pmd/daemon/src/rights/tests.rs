@@ -83,6 +83,54 @@ fn who_takes_the_place_of_an_anchor_is_not_taken_for_it() {
     assert!(!is_between(held(&accepted), cookie_of_ours) && !is_between(its, cookie(&other)));
 }
 
+/// It comes from where an earlier one came from, to what that has left, and drops all that is answered.
+#[test]
+fn a_socket_in_its_handshake_has_no_other_end() {
+    let _alone = crate::own::alone();
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, connect, socket};
+    use std::net::{TcpListener, TcpStream};
+    let set = |socket: &TcpStream, level, name, value: i32| {
+        let (value, size) = ((&raw const value).cast(), size_of::<i32>() as u32);
+        // SAFETY: it reads so many bytes of the value.
+        let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, size) };
+        assert_eq!(result, 0);
+    };
+    let socket_at = |from: SocketAddr| {
+        let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+        let socket = socket(AddressFamily::Inet, kind, flags, None).unwrap();
+        let bound = bind(socket.as_raw_fd(), &SockaddrStorage::from(from));
+        bound.map(|()| TcpStream::from(socket))
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap();
+    // Of this address, nobody else has the port.
+    let first = socket_at("127.83.12.8:0".parse().unwrap()).unwrap();
+    set(&first, libc::IPPROTO_TCP, libc::TCP_LINGER2, 1);
+    connect(first.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+    let (accepted, from) = listener.accept().unwrap();
+    drop(first);
+    // What is left of it goes soon.
+    let end = Instant::now() + std::time::Duration::from_secs(20);
+    let later = loop {
+        match socket_at(from) {
+            Ok(socket) => break socket,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    };
+    set(&later, libc::IPPROTO_IP, libc::IP_MINTTL, 255);
+    later.set_nonblocking(true).unwrap();
+    let connected = connect(later.as_raw_fd(), &SockaddrStorage::from(to));
+    assert_eq!(connected, Err(Errno::EINPROGRESS));
+    let cookie = |socket: &TcpStream| cookie_of(socket.as_fd()).unwrap();
+    let rights = rights();
+    let ask = rights.ask_at_home(from, to);
+    let located = ask.locate(&Carrier::of_test(), cookie(&later)).unwrap();
+    assert_eq!(located.own.map(|own| own.cookie), Some(cookie(&later)));
+    assert_eq!(located.other_end, None);
+    drop(accepted);
+}
+
 /// Inodes come again, and a look may be of an earlier use of the record.
 #[test]
 fn an_announcement_is_of_the_very_socket_that_was_found() {
