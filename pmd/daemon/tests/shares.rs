@@ -499,6 +499,7 @@ fn a_message_that_nobody_reads_keeps_its_stream_on_an_account() {
         }
         // The stream is over, and the offer of its other end is still to be read.
         client.ask_for(&request(what::DECLINED, number, 1));
+        deaf.ask_for(&request(what::CLOSED, number, 1));
         if promoted == 400 {
             break;
         }
