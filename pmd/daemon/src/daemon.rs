@@ -50,7 +50,7 @@ use crate::porters::{self, Here, IN_PLACE_OF_USERS, KEEPERS, NOBODY, Porters};
 use crate::process::Peer;
 use crate::relay::{Back, Relay};
 use crate::rights::Rights;
-use crate::sentry::Sentry;
+use crate::sentry::{Sentries, Sentry};
 use crate::shares::{Known, Shares, Turns};
 use crate::starter::Starter;
 use crate::streams::Streams;
@@ -101,7 +101,7 @@ pub struct Daemon {
     starter: Starter,
     porters: Porters<Found>,
     ends: Sentry<Arc<Peer>>,
-    handed_over: Sentry<Arc<Foreign>>,
+    handed_over: Sentries<Arc<Foreign>>,
     rights: Rights,
     accounts: Accounts,
     journal: Journal,
@@ -166,15 +166,15 @@ impl Daemon {
         let porters = Porters::new(starter.clone(), known.clone());
         let porters = porters.map_err(system("porters"))?;
         let told = porters.clone();
-        let ends = Sentry::start(move |id, peer: &Arc<Peer>, _| {
+        let ends = Sentry::start(&starter, move |id, peer: &Arc<Peer>, _| {
             told.tell(peer.uid, Found::Ended(id));
         });
         let ends = ends.map_err(system("sentry"))?;
         let told = porters.clone();
-        let handed_over = Sentry::start(move |id, socket: &Arc<Foreign>, flags| {
+        let tell = move |id, socket: &Arc<Foreign>, flags| {
             told.tell(socket.owner().uid, Found::Event(id, flags));
-        });
-        let handed_over = handed_over.map_err(system("sentry"))?;
+        };
+        let handed_over = Sentries::new(known.clone(), starter.clone(), tell);
         let watched = agenda.watch(&signals, Token::Signals);
         watched.map_err(system("epoll"))?;
         for (number, listener) in (0..).zip(endpoint.listeners()) {

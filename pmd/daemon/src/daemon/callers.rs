@@ -473,8 +473,8 @@ impl Daemon {
             let before = std::mem::replace(&mut connection.watched, true);
             let (flags, token) = (Self::flags(connection), Token::Connection(id));
             if connection.adopted {
-                let socket = connection.channel.socket().clone();
-                self.handed_over.watch(id, socket, flags);
+                let (uid, socket) = (connection.peer.uid, connection.channel.socket().clone());
+                self.handed_over.watch(uid, id, socket, flags)?;
                 return Ok(());
             }
             let socket = borrowed(connection.channel.socket());
@@ -624,7 +624,7 @@ impl Daemon {
         self.last_use = Instant::now();
         match connection.adopted {
             // Its socket is paid for as long as it is there.
-            true => self.handed_over.leave(id, ()),
+            true => self.handed_over.leave(uid, id),
             false => self.agenda.unwatch(borrowed(connection.channel.socket())),
         }
         let owner = connection.channel.socket().owner();
