@@ -12,7 +12,9 @@
 //!
 //! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`]; all users
-//! who are not known together have half of them at most ([`line`]).
+//! who are not known have [`OF_CROWD`] together ([`line`]), which weigh less than others: what so many compute would take the processors from the
+//! control thread. Who makes the kernel work for long, maybe with interrupts off (it wakes a million that wait for a socket), has
+//! half a core for that at most: a porter rests behind such a load.
 
 mod line;
 
@@ -34,7 +36,7 @@ use nix::time::ClockId;
 use nix::unistd::gettid;
 use tracing::debug;
 
-use self::line::Line;
+use self::line::{Crew, Line};
 use crate::accounts::Charge;
 use crate::own::processor_time;
 use crate::shares::{Known, Turns};
@@ -42,8 +44,10 @@ use crate::starter::Starter;
 
 /// What they are called.
 const NAME: &str = "porter";
-/// Threads at most.
+/// Threads that carry for users who are known, at most,
 pub const MOST: usize = 256;
+/// and for all others together: one attacker may be very many of them.
+pub const OF_CROWD: usize = MOST / 2;
 /// Threads of one user at most.
 pub const SHARE: usize = 8;
 /// In place of users: on whose behalf the daemon has something done that is nobody's in particular. Each has porters of its own, so
@@ -60,14 +64,19 @@ pub const READERS: u32 = NOBODY - 2;
 pub const KEEPERS: u32 = NOBODY - 3;
 /// All of these.
 pub const IN_PLACE_OF_USERS: [u32; 4] = [NOBODY, STRANGERS, READERS, KEEPERS];
-/// Threads that stay when there is nothing to carry.
+/// Threads of a crew that stay when there is nothing to carry.
 const KEPT: usize = 2;
+/// The nice value of those that carry for the crowd. What others do on the machine may so hold them up ten times as long: nobody whom the
+/// daemon knows.
+const NICE: i32 = 10;
 /// A lingering close is interrupted after this time, and the next one after that. All porters may have to wait for ever:
 /// their signals together shall cost little.
 const NUDGE: Duration = Duration::from_millis(1);
 const NUDGE_AGAIN: Duration = Duration::from_millis(8);
 /// The timer is stopped when there was nothing to carry for this time: to set it for each load costs as much as some loads.
 const REST: Duration = Duration::from_millis(20);
+/// A load that takes more processor time than this is a long one.
+const LONG: Duration = Duration::from_millis(2);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 pub const SIGNAL: Signal = Signal::SIGURG;
 
@@ -117,11 +126,13 @@ impl<D> Clone for Porters<D> {
 
 struct Shared<D> {
     yard: Mutex<Yard<D>>,
-    /// Signalled when a load can be taken up.
-    work: Condvar,
+    /// Signalled when a load can be taken up by one of a crew.
+    work: OfEach<Condvar>,
     /// Written to when something was found. Nobody reads it.
     found: EventFd,
     starter: Starter,
+    /// Several users have the daemon work, of whom some are known: they are kept from being in each other's way.
+    is_shared: bool,
 }
 
 impl<D> std::fmt::Debug for Shared<D> {
@@ -150,10 +161,59 @@ struct Yard<D> {
     /// Users of whom a load may be taken up.
     line: Line,
     waiting: usize,
-    threads: usize,
+    crews: OfEach<Threads>,
+}
+
+/// Something of each crew.
+#[derive(Debug, Default)]
+struct OfEach<T> {
+    known: T,
+    crowd: T,
+}
+
+impl<T> OfEach<T> {
+    fn get(&self, crew: Crew) -> &T {
+        match crew {
+            Crew::OfKnown => &self.known,
+            Crew::OfCrowd => &self.crowd,
+        }
+    }
+
+    fn get_mut(&mut self, crew: Crew) -> &mut T {
+        match crew {
+            Crew::OfKnown => &mut self.known,
+            Crew::OfCrowd => &mut self.crowd,
+        }
+    }
+}
+
+/// The threads of a crew.
+#[derive(Debug)]
+struct Threads {
+    all: usize,
     /// Those of them that were ordered, and are not there yet.
     coming: usize,
     idle: usize,
+}
+
+impl Default for Threads {
+    fn default() -> Self {
+        Threads {
+            all: KEPT,
+            coming: KEPT,
+            idle: 0,
+        }
+    }
+}
+
+/// What one of a crew is called for.
+#[derive(Clone, Copy)]
+struct Call {
+    crew: Crew,
+    /// One that sleeps is woken.
+    wakes: bool,
+    /// One more is started.
+    starts: bool,
 }
 
 /// What a user has.
@@ -275,8 +335,8 @@ impl<D> Yard<D> {
         }
     }
 
-    fn next(&mut self) -> Option<(Owner, Load<D>)> {
-        let uid = self.line.pop()?;
+    fn next(&mut self, crew: Crew) -> Option<(Owner, Load<D>)> {
+        let uid = self.line.pop(crew)?;
         let taken = self.take(uid);
         if taken.is_none() {
             self.line.put_down(uid);
@@ -298,6 +358,22 @@ impl<D> Yard<D> {
         self.waiting -= 1;
         self.queue(uid);
         Some((Owner { uid, connection }, load))
+    }
+
+    /// Whether somebody of a crew is called. One that is started counts from now on.
+    fn call(&mut self, crew: Crew) -> Call {
+        let wanted = self.line.len(crew);
+        let threads = self.crews.get_mut(crew);
+        let starts = wanted > threads.idle + threads.coming && threads.all < crew.most();
+        if starts {
+            threads.all += 1;
+            threads.coming += 1;
+        }
+        Call {
+            crew,
+            wakes: wanted != 0,
+            starts,
+        }
     }
 
     fn found(&mut self, owner: Owner, found: Option<D>) {
@@ -332,6 +408,7 @@ impl<D: Send + 'static> Porters<D> {
         // SAFETY: the handler does nothing, so it is safe at any moment.
         unsafe { sigaction(SIGNAL, &action) }?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let is_shared = known.but_for(&IN_PLACE_OF_USERS) != 0;
         let yard = Yard {
             users: HashMap::new(),
             here: Turns::new(known.clone()),
@@ -339,23 +416,22 @@ impl<D: Send + 'static> Porters<D> {
             trust: Trust::default(),
             line: Line::new(known),
             waiting: 0,
-            threads: KEPT,
-            coming: KEPT,
-            idle: 0,
+            crews: OfEach::default(),
         };
         let shared = Shared {
             yard: Mutex::new(yard),
-            work: Condvar::new(),
+            work: OfEach::default(),
             found: EventFd::from_value_and_flags(0, flags)?,
             starter,
+            is_shared,
         };
         let porters = Porters {
             shared: Arc::new(shared),
         };
-        for _ in 0..KEPT {
+        for crew in Crew::ALL.into_iter().flat_map(|crew| [crew; KEPT]) {
             let shared = porters.shared.clone();
             let porter = thread::Builder::new().name(NAME.into());
-            porter.spawn(move || shared.carry())?;
+            porter.spawn(move || shared.carry(crew))?;
         }
         Ok(porters)
     }
@@ -490,57 +566,68 @@ impl<D: Send + 'static> Shared<D> {
     /// Wakes somebody, or has somebody started, if a load may be taken up. Who takes one calls this again: so there are as many as can
     /// be used, however late those that were woken come.
     fn find_porter(self: &Arc<Self>, mut yard: MutexGuard<'_, Yard<D>>) {
-        let wanted = yard.line.len();
-        let wanting = wanted > yard.idle + yard.coming && yard.threads < MOST;
-        if wanting {
-            yard.threads += 1;
-            yard.coming += 1;
-        }
+        let calls = Crew::ALL.map(|crew| yard.call(crew));
         // Who is woken wants the lock at once, maybe on this core.
         drop(yard);
-        if wanted != 0 {
-            self.work.notify_one();
-        }
-        if wanting {
-            let (porter, none) = (self.clone(), self.clone());
-            let failed = move || {
-                let mut yard = none.lock();
-                yard.threads -= 1;
-                yard.coming -= 1;
-            };
-            self.starter.order(NAME, move || porter.carry(), failed);
+        for call in calls {
+            if call.wakes {
+                self.work.get(call.crew).notify_one();
+            }
+            if call.starts {
+                let (porter, none) = (self.clone(), self.clone());
+                let failed = move || {
+                    let mut yard = none.lock();
+                    let threads = yard.crews.get_mut(call.crew);
+                    threads.all -= 1;
+                    threads.coming -= 1;
+                };
+                self.starter
+                    .order(NAME, move || porter.carry(call.crew), failed);
+            }
         }
     }
 
-    fn carry(self: &Arc<Self>) {
-        give_way();
+    fn carry(self: &Arc<Self>, crew: Crew) {
+        give_way(self.is_shared && crew == Crew::OfCrowd);
+        let work = self.work.get(crew);
         let mut nudge = Nudge::new();
+        let mut used = processor_time();
         let mut yard = self.lock();
-        yard.coming -= 1;
+        yard.crews.get_mut(crew).coming -= 1;
         loop {
-            let Some((owner, load)) = yard.next() else {
-                if yard.idle >= KEPT {
-                    yard.threads -= 1;
+            let Some((owner, load)) = yard.next(crew) else {
+                let threads = yard.crews.get_mut(crew);
+                if threads.idle >= KEPT {
+                    threads.all -= 1;
                     return;
                 }
-                yard.idle += 1;
+                threads.idle += 1;
                 if nudge.started {
-                    let woken = self.work.wait_timeout(yard, REST);
+                    let woken = work.wait_timeout(yard, REST);
                     let (lock, slept) = woken.unwrap_or_else(PoisonError::into_inner);
                     yard = lock;
                     if slept.timed_out() {
                         nudge.stop();
                     }
                 } else {
-                    let woken = self.work.wait(yard);
+                    let woken = work.wait(yard);
                     yard = woken.unwrap_or_else(PoisonError::into_inner);
                 }
-                yard.idle -= 1;
+                yard.crews.get_mut(crew).idle -= 1;
                 continue;
             };
             self.find_porter(yard);
             nudge.start();
-            let found = load(&Carrier::new());
+            let mut found = load(&Carrier::new());
+            let before = std::mem::replace(&mut used, processor_time());
+            if self.has_rest(owner) {
+                let rest = crew.rest(used.saturating_sub(before));
+                if !rest.is_zero() {
+                    self.tell(owner, found.take());
+                    nudge.stop();
+                    thread::sleep(rest);
+                }
+            }
             yard = self.lock();
             yard.line.put_down(owner.uid);
             yard.carried(owner);
@@ -552,14 +639,30 @@ impl<D: Send + 'static> Shared<D> {
             }
         }
     }
+
+    /// Does a porter rest behind what takes long for this one? What is nobody's in particular all wait for.
+    fn has_rest(&self, owner: Owner) -> bool {
+        self.is_shared && !IN_PLACE_OF_USERS.contains(&owner.uid)
+    }
+
+    fn tell(&self, owner: Owner, found: Option<D>) {
+        if found.is_some() {
+            self.lock().found(owner, found);
+            let _ = self.found.write(1);
+        }
+    }
 }
 
 /// Has this thread take no core from a running one when it is woken: the control thread, which wakes it, first ends its
-/// turn.
-fn give_way() {
+/// turn. It may have less weight than others, too.
+fn give_way(weighs_less: bool) {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call; 0 is this thread. Where it fails, porters are in the way a little.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
+    if weighs_less {
+        // SAFETY: takes three integers; 0 is this thread. Likewise.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+    }
 }
 
 /// How a quick load was carried.

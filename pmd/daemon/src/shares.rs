@@ -33,6 +33,12 @@ impl Known {
     pub fn has(&self, uid: u32) -> bool {
         self.0.contains(&uid)
     }
+
+    /// How many there are but for these.
+    pub fn but_for(&self, others: &[u32]) -> usize {
+        let counted = self.0.iter().filter(|uid| !others.contains(uid));
+        counted.count()
+    }
 }
 
 /// What was used lately: by a user, or by the whole crowd for one of it; and by the user alone.

@@ -305,7 +305,7 @@ fn memory(rules: &mut Rules) -> Result<(), BackendError> {
 }
 
 /// Threads of this process; no other processes, no namespaces but those of networks, no signal to others, no
-/// limits of others.
+/// limits and no weight of others.
 fn processes(rules: &mut Rules) -> Result<(), BackendError> {
     let own = u64::from(std::process::id());
     let namespaces = libc::CLONE_NEWNS
@@ -325,5 +325,11 @@ fn processes(rules: &mut Rules) -> Result<(), BackendError> {
         rules.insert(call, one_of(0, &[own])?);
     }
     rules.insert(libc::SYS_prlimit64, one_of(0, &[0, own])?);
+    // A thread weighs less than others: the one that calls.
+    let own_thread = SeccompRule::new(vec![
+        argument(0, Is::Eq, libc::PRIO_PROCESS as u64)?,
+        argument(1, Is::Eq, 0)?,
+    ])?;
+    rules.insert(libc::SYS_setpriority, vec![own_thread]);
     Ok(())
 }

@@ -1,14 +1,47 @@
 //! Users of whom a porter may take up a load, in turn.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
-use super::MOST;
+use super::{LONG, MOST, OF_CROWD, SHARE};
 use crate::shares::Known;
 
-/// Porters of all those together who are not [`Known`]: one attacker may be very many of them.
-pub const OF_CROWD: usize = MOST / 2;
+/// For whom a porter carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crew {
+    /// For those that are known.
+    OfKnown,
+    /// For the crowd.
+    OfCrowd,
+}
 
-/// Those that are known, and the crowd, by turns.
+impl Crew {
+    /// Both.
+    pub const ALL: [Crew; 2] = [Crew::OfKnown, Crew::OfCrowd];
+
+    /// Porters of it, at most.
+    pub fn most(self) -> usize {
+        match self {
+            Crew::OfKnown => MOST,
+            Crew::OfCrowd => OF_CROWD,
+        }
+    }
+
+    /// How long a porter rests that has used so much processor time for a load: all that carry for this user, or for the crowd, then use half
+    /// a core together for long ones.
+    pub fn rest(self, used: Duration) -> Duration {
+        let together = match self {
+            Crew::OfKnown => SHARE,
+            Crew::OfCrowd => OF_CROWD,
+        };
+        match used > LONG {
+            true => used * (2 * together as u32 - 1),
+            false => Duration::ZERO,
+        }
+    }
+}
+
+/// Those that are known, and the crowd.
 #[derive(Debug)]
 pub struct Line {
     known: Known,
@@ -16,7 +49,6 @@ pub struct Line {
     crowd: VecDeque<u32>,
     /// Porters that carry something for the crowd.
     of_crowd: usize,
-    is_crowds_turn: bool,
 }
 
 impl Line {
@@ -27,7 +59,6 @@ impl Line {
             users: VecDeque::new(),
             crowd: VecDeque::new(),
             of_crowd: 0,
-            is_crowds_turn: false,
         }
     }
 
@@ -39,16 +70,16 @@ impl Line {
         }
     }
 
-    /// A porter takes up a load of this user, which it has to [put down](Self::put_down).
-    pub fn pop(&mut self) -> Option<u32> {
-        let has_crowd = self.takeable_of_crowd() != 0;
-        let is_crowds = has_crowd && (self.is_crowds_turn || self.users.is_empty());
-        self.is_crowds_turn = !is_crowds;
-        if is_crowds {
-            self.of_crowd += 1;
-            return self.crowd.pop_front();
+    /// A porter of this crew takes up a load of this user, which it has to [put down](Self::put_down).
+    pub fn pop(&mut self, crew: Crew) -> Option<u32> {
+        match crew {
+            Crew::OfKnown => self.users.pop_front(),
+            Crew::OfCrowd if self.len(crew) == 0 => None,
+            Crew::OfCrowd => {
+                self.of_crowd += 1;
+                self.crowd.pop_front()
+            }
         }
-        self.users.pop_front()
     }
 
     /// A porter has carried a load of this user.
@@ -59,38 +90,49 @@ impl Line {
     }
 
     /// How many may be taken up now.
-    pub fn len(&self) -> usize {
-        self.users.len() + self.takeable_of_crowd()
-    }
-
-    fn takeable_of_crowd(&self) -> usize {
-        self.crowd.len().min(OF_CROWD - self.of_crowd)
+    pub fn len(&self, crew: Crew) -> usize {
+        match crew {
+            Crew::OfKnown => self.users.len(),
+            Crew::OfCrowd => self.crowd.len().min(OF_CROWD - self.of_crowd),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::Crew::{OfCrowd, OfKnown};
     use super::*;
 
     #[test]
-    fn the_crowd_has_half_of_the_porters_at_most() {
+    fn who_carries_what_is_long_rests() {
+        assert_eq!(OfKnown.rest(LONG), Duration::ZERO);
+        let long = 2 * LONG;
+        assert_eq!(OfKnown.rest(long) + long, 16 * long);
+        assert!(OfCrowd.rest(long) > OfKnown.rest(long));
+    }
+
+    #[test]
+    fn the_crowd_has_so_many_porters_at_most() {
         let mut line = Line::new([1, 2].into_iter().collect());
         let crowd = 100..100 + MOST as u32;
         crowd.clone().for_each(|uid| line.push(uid));
-        assert_eq!(line.len(), OF_CROWD);
+        assert_eq!((line.len(OfCrowd), line.len(OfKnown)), (OF_CROWD, 0));
         line.push(1);
         line.push(2);
-        let first: Vec<_> = std::iter::from_fn(|| line.pop()).take(4).collect();
-        assert_eq!(first, [1, 100, 2, 101]);
-        let taken = std::iter::from_fn(|| line.pop()).count();
-        assert_eq!((taken, line.len()), (OF_CROWD - 2, 0));
+        assert_eq!(
+            [(); 3].map(|()| line.pop(OfKnown)),
+            [Some(1), Some(2), None]
+        );
+        assert_eq!(line.pop(OfCrowd), Some(100));
+        let taken = std::iter::from_fn(|| line.pop(OfCrowd)).count();
+        assert_eq!((taken, line.len(OfCrowd)), (OF_CROWD - 1, 0));
         // Who is known is served nevertheless,
         line.push(1);
-        assert_eq!((line.len(), line.pop()), (1, Some(1)));
+        assert_eq!((line.len(OfKnown), line.pop(OfKnown)), (1, Some(1)));
         line.put_down(1);
-        assert_eq!(line.pop(), None);
+        assert_eq!(line.pop(OfCrowd), None);
         // and the crowd when it has put something down.
         line.put_down(100);
-        assert_eq!(line.pop(), Some(100 + OF_CROWD as u32));
+        assert_eq!(line.pop(OfCrowd), Some(100 + OF_CROWD as u32));
     }
 }

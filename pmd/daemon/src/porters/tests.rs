@@ -21,6 +21,11 @@ fn look<D: Send + 'static>(porters: &Porters<D>) -> (Owner, Load<D>) {
     }
 }
 
+/// Threads that carry for those who are known.
+fn threads<D: Send + 'static>(porters: &Porters<D>) -> usize {
+    porters.shared.lock().crews.known.all
+}
+
 fn owner(uid: u32, connection: u64) -> Owner {
     Owner { uid, connection }
 }
@@ -169,7 +174,7 @@ fn there_are_never_too_many_threads() {
     for connection in 0..2 * SHARE as u64 {
         wait(u32::MAX, connection);
     }
-    assert!(porters.shared.lock().threads <= 2 * SHARE + KEPT);
+    assert!(threads(&porters) <= 2 * SHARE + KEPT);
     porters.give(owner(1, 1), || Some(1));
     assert_eq!(fetch(&porters), 1);
     let end_of_patience = Instant::now() + Duration::from_secs(20);
@@ -183,10 +188,10 @@ fn there_are_never_too_many_threads() {
     // Who had nothing to carry for a moment may have ended meanwhile.
     while porters.load().1 != MOST {
         assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
-        assert!(porters.shared.lock().threads <= MOST);
+        assert!(threads(&porters) <= MOST);
         thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(porters.shared.lock().threads, MOST);
+    assert_eq!(threads(&porters), MOST);
     drop(end);
     let count = 2 * MOST + 2 * SHARE;
     let mut found: Vec<u32> = (0..count).map(|_| fetch(&porters)).collect();
@@ -197,7 +202,7 @@ fn there_are_never_too_many_threads() {
 }
 
 #[test]
-fn very_many_users_hold_up_half_of_the_porters() {
+fn very_many_users_hold_up_no_porter_of_who_is_known() {
     let porters = Porters::new(Starter::new().unwrap(), [7].into_iter().collect()).unwrap();
     let (end, ended) = channel::<()>();
     let ended = Arc::new(Mutex::new(ended));
@@ -210,7 +215,7 @@ fn very_many_users_hold_up_half_of_the_porters() {
         });
     }
     let end_of_patience = Instant::now() + Duration::from_secs(20);
-    while porters.load().1 != line::OF_CROWD {
+    while porters.load().1 != OF_CROWD {
         assert!(Instant::now() < end_of_patience, "{:?}", porters.load());
         thread::sleep(Duration::from_millis(1));
     }
@@ -218,7 +223,7 @@ fn very_many_users_hold_up_half_of_the_porters() {
         porters.give(owner(7, connection), || Some(7));
         assert_eq!(fetch(&porters), 7);
     }
-    assert_eq!(porters.load().1, line::OF_CROWD);
+    assert_eq!(porters.load().1, OF_CROWD);
     drop(end);
     let count = users as usize * SHARE;
     assert!((0..count).all(|_| fetch(&porters) >= 100));
@@ -253,4 +258,54 @@ fn a_starter_that_is_held_up_holds_up_nobody_who_gives_loads() {
     let mut found: Vec<u32> = (0..5).map(|_| fetch(&porters)).collect();
     found.sort_unstable();
     assert_eq!(found, [10, 11, 12, 13, 14]);
+}
+
+/// Who computes for the crowd takes no processor from the control thread.
+#[test]
+fn who_carries_for_the_crowd_weighs_less() {
+    let weight = || -> i32 {
+        // SAFETY: takes two integers; 0 is this thread.
+        unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
+    };
+    let own = weight();
+    let nice = |known: &[u32], uid| {
+        let known = known.iter().copied().collect();
+        let porters = Porters::new(Starter::new().unwrap(), known).unwrap();
+        porters.give(owner(uid, 1), move || Some(weight()));
+        fetch(&porters)
+    };
+    let known: Vec<u32> = IN_PLACE_OF_USERS.into_iter().chain([7]).collect();
+    assert_eq!(nice(&known, 7), own);
+    assert_eq!(nice(&known, NOBODY), own);
+    assert_eq!(nice(&known, 8), own.max(NICE));
+    // Where nobody is known, all are the crowd.
+    assert_eq!(nice(&IN_PLACE_OF_USERS, 8), own);
+}
+
+/// Whose loads are long has a part of a core for them; others notice nothing.
+#[test]
+fn who_computes_much_is_carried_for_now_and_then() {
+    let known = IN_PLACE_OF_USERS.into_iter().chain([7, 8]).collect();
+    let porters = Porters::new(Starter::new().unwrap(), known).unwrap();
+    let compute = || {
+        let start = processor_time();
+        while processor_time() - start < 4 * LONG {}
+        Some(7)
+    };
+    for load in 0..4 * SHARE as u64 {
+        porters.give(owner(7, load), compute);
+    }
+    let start = Instant::now();
+    for load in 0..SHARE as u64 {
+        porters.give(owner(8, load), || Some(8));
+    }
+    let mut found = [0; 2];
+    while found != [4 * SHARE, SHARE] {
+        let which = fetch(&porters) as usize - 7;
+        found[which] += 1;
+        // What was found is told before a porter rests.
+        assert!(found[0] <= SHARE || start.elapsed() > Crew::OfKnown.rest(4 * LONG));
+        assert!(found[0] <= SHARE || found[1] == SHARE);
+    }
+    assert!(start.elapsed() > 3 * Crew::OfKnown.rest(4 * LONG));
 }
