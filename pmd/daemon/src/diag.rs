@@ -5,11 +5,13 @@
 //! listen, as long as whoever has these likes it: many milliseconds. So only who carries a load can ask: a [`Carrier`]. Several questions go in one
 //! message: the kernel answers them one after the other, with nothing between.
 
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -21,6 +23,7 @@ use netlink_packet_sock_diag::constants::{
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
+use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
     socket,
@@ -71,37 +74,62 @@ pub struct Listener {
 pub struct Diag {
     /// Those that nobody uses now.
     spare: Mutex<Vec<OwnedFd>>,
-    /// All threads are in this namespace: they make as many sockets as they need. Of another one there is one, for which they wait.
-    is_home: bool,
+    /// So many of them stay.
+    most: usize,
+    /// The namespace; `None` for the daemon's, in which all threads are.
+    elsewhere: Option<File>,
     netns_cookie: u64,
 }
 
 /// Sockets that are there for the next questions, from the start on: what the daemon holds says what is left of others.
 const SPARE: usize = 4;
+/// Those of another namespace. Who needs one more has it made, and does not wait for who asks: who listens there much has a question take long.
+const SPARE_ELSEWHERE: usize = 1;
+/// Descriptors for another namespace: those, and what leads there.
+pub const ELSEWHERE_DESCRIPTORS: u64 = SPARE_ELSEWHERE as u64 + 1;
 
 impl Diag {
     /// For the network namespace of the daemon.
     pub fn of_home() -> io::Result<Self> {
-        Self::of(true, SPARE)
+        Self::with(None, SPARE)
     }
 
-    /// For the network namespace of the calling thread.
-    pub fn of_this_thread() -> io::Result<Self> {
-        Self::of(false, 1)
+    /// For another one. May wait: for a porter.
+    pub fn of(namespace: File) -> io::Result<Self> {
+        Self::with(Some(namespace), SPARE_ELSEWHERE)
     }
 
-    fn of(is_home: bool, count: usize) -> io::Result<Self> {
-        let sockets: Vec<OwnedFd> = (0..count)
-            .map(|_| new_socket())
-            .collect::<io::Result<_>>()?;
-        let netns_cookie = sockets
+    fn with(elsewhere: Option<File>, most: usize) -> io::Result<Self> {
+        let mut diag = Diag {
+            spare: Mutex::default(),
+            most,
+            elsewhere,
+            netns_cookie: 0,
+        };
+        let sockets = (0..most).map(|_| diag.new_socket());
+        let sockets: Vec<OwnedFd> = sockets.collect::<io::Result<_>>()?;
+        let cookie = sockets
             .first()
-            .and_then(|socket| netns_cookie_of(socket.as_fd()));
-        Ok(Diag {
-            is_home,
-            netns_cookie: netns_cookie.unwrap_or(0),
-            spare: Mutex::new(sockets),
-        })
+            .map(|socket| netns_cookie_of(socket.as_fd()));
+        diag.netns_cookie = cookie.flatten().unwrap_or(0);
+        diag.spare = Mutex::new(sockets);
+        Ok(diag)
+    }
+
+    /// Made in the namespace, by a thread that moves there where this one is elsewhere.
+    fn new_socket(&self) -> io::Result<OwnedFd> {
+        let Some(namespace) = &self.elsewhere else {
+            return new_socket();
+        };
+        let made = thread::scope(|scope| {
+            let there = thread::Builder::new().name("netns".into());
+            let there = there.spawn_scoped(scope, || {
+                setns(namespace, CloneFlags::CLONE_NEWNET)?;
+                new_socket()
+            })?;
+            io::Result::Ok(there.join())
+        })?;
+        made.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
     }
 
     /// `SO_NETNS_COOKIE` of the namespace; 0 on kernels without it (before 5.14).
@@ -205,17 +233,11 @@ impl Diag {
         number: u32,
         questions: &[u8],
     ) -> io::Result<[Option<InetResponse>; N]> {
-        let mut spare = self.lock();
-        if !self.is_home {
-            let socket = spare.first().ok_or(io::ErrorKind::NotConnected)?;
-            return ask_by(socket, number, questions);
-        }
-        let socket = spare.pop();
-        drop(spare);
-        let socket = socket.map_or_else(new_socket, Ok)?;
+        let socket = self.lock().pop();
+        let socket = socket.map_or_else(|| self.new_socket(), Ok)?;
         let found = ask_by(&socket, number, questions)?;
         let mut spare = self.lock();
-        if spare.len() < SPARE {
+        if spare.len() < self.most {
             spare.push(socket);
         }
         Ok(found)
@@ -540,10 +562,9 @@ mod tests {
         assert!(diag.listener(&carrier, to, from).unwrap().is_some());
     }
 
-    /// Such a socket is kept when a question fails.
     #[test]
     fn the_answer_to_an_earlier_question_is_not_taken_for_this_ones() {
-        let (diag, carrier) = (Diag::of_this_thread().unwrap(), Carrier::of_test());
+        let (diag, carrier) = (Diag::of_home().unwrap(), Carrier::of_test());
         let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let from = "127.0.0.1:0".parse().unwrap();
         let [earlier, to] = listeners
@@ -557,12 +578,43 @@ mod tests {
             0,
             &mut question
         ));
-        let socket = diag.lock()[0].as_raw_fd();
+        // The next question goes by this one.
+        let socket = diag.lock().last().unwrap().as_raw_fd();
         send(socket, &question, MsgFlags::empty()).unwrap();
         for _ in 0..2 {
             let found = diag.listener(&carrier, to, from).unwrap().unwrap();
             assert_eq!(Some(found.cookie), cookie_of(listeners[1].as_fd()));
         }
+    }
+
+    /// Who asks there while another one is being answered has a socket made.
+    #[test]
+    fn nobody_waits_for_another_question_in_another_namespace() {
+        let there = thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).ok()?;
+            // A socket of there, which any thread has.
+            let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+            Some((listener, File::open("/proc/thread-self/ns/net").unwrap()))
+        });
+        let Some((listener, namespace)) = there.join().unwrap() else {
+            use std::io::Write;
+            let why = "SKIPPED, NOTHING WAS CHECKED: needs CAP_SYS_ADMIN";
+            return writeln!(std::io::stderr(), "{why}").unwrap();
+        };
+        let (diag, carrier) = (Diag::of(namespace).unwrap(), Carrier::of_test());
+        assert_ne!(diag.netns_cookie(), Diag::of_home().unwrap().netns_cookie());
+        let to = SocketAddr::from(([127, 0, 0, 1], listener.local_addr().unwrap().port()));
+        let finds = || {
+            let found = diag.listener(&carrier, to, "127.0.0.1:0".parse().unwrap());
+            found.unwrap().map(|found| found.cookie) == cookie_of(listener.as_fd())
+        };
+        assert!(finds());
+        let used = diag.lock().pop().unwrap();
+        assert!(diag.lock().is_empty());
+        assert!(finds() && finds());
+        assert_eq!(diag.lock().len(), SPARE_ELSEWHERE);
+        drop(used);
+        assert!(finds());
     }
 
     #[test]

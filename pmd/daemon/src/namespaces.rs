@@ -1,13 +1,10 @@
-//! Network namespaces of tenants: one netlink socket for each, kept while a tenant lives there.
+//! Network namespaces of tenants: netlink sockets for each, kept while a tenant lives there.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::thread;
-
-use nix::sched::{CloneFlags, setns};
 
 use crate::diag::Diag;
 use crate::process::netns_inode;
@@ -144,17 +141,6 @@ pub fn open(pid: i32, known: Option<u64>) -> io::Result<Opened> {
     if known == Some(inode) {
         return Ok(Opened { inode, diag: None });
     }
-    let thread =
-        thread::Builder::new()
-            .name("netns".into())
-            .spawn(move || -> io::Result<Diag> {
-                setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-                Diag::of_this_thread()
-            })?;
-    let diag = thread.join();
-    let diag = diag.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
-    Ok(Opened {
-        inode,
-        diag: Some(diag),
-    })
+    let diag = Some(Diag::of(namespace)?);
+    Ok(Opened { inode, diag })
 }

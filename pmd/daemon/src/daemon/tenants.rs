@@ -15,6 +15,7 @@ use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
 use crate::channel::{Luggage, Outgoing, Received, sender};
 use crate::connections::{Connection, Tenant};
+use crate::diag::ELSEWHERE_DESCRIPTORS;
 use crate::found::Found;
 use crate::porters::Owner;
 use crate::rights::{Changed, Rights};
@@ -184,7 +185,10 @@ impl Daemon {
         if self.rights.namespaces.is_home_inode(netns) {
             return Some(netns);
         }
-        match connection.charge.more(Thing::Descriptors, 1) {
+        match connection
+            .charge
+            .more(Thing::Descriptors, ELSEWHERE_DESCRIPTORS)
+        {
             Ok(()) => Some(netns),
             Err(over) => {
                 self.rights.namespaces.leave(netns);
@@ -200,7 +204,9 @@ impl Daemon {
         if !self.rights.namespaces.is_home_inode(netns)
             && let Some(connection) = self.connections.get_mut(id)
         {
-            connection.charge.less(Thing::Descriptors, 1);
+            connection
+                .charge
+                .less(Thing::Descriptors, ELSEWHERE_DESCRIPTORS);
         }
     }
 
