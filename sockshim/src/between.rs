@@ -5,6 +5,7 @@
 use crate::address::Address;
 use crate::conn::{Use, born, phase};
 use crate::tcp_info::TcpInfo;
+use crate::tenant::Answerer;
 use crate::{clock, identity, real, sys, tenant};
 use libc::{c_int, sockaddr, sockaddr_storage, socklen_t};
 use rdsock_shm::control::{Between, FABRIC_CLASS_V6, Reached};
@@ -39,10 +40,13 @@ pub unsafe fn connect(
         return None;
     }
     let reached = match ask(fd, family, peer, end) {
-        Ok((local, reached)) => match through_daemon(held, fd, family, local, peer, &reached) {
-            Some(result) => return Some(result),
-            None => Reason::None,
-        },
+        Ok((local, reached, answerer)) => {
+            let way = (&reached, answerer);
+            match through_daemon(held, fd, family, local, peer, way) {
+                Some(result) => return Some(result),
+                None => Reason::None,
+            }
+        }
         Err(reason) => reason,
     };
     conn.names.forget();
@@ -70,9 +74,14 @@ fn is_under_way(result: c_int) -> bool {
     result == 0 || matches!(real::errno(), libc::EINPROGRESS | libc::EINTR)
 }
 
-/// Asks the daemon, for a socket that is bound by then: its own address, and the way. `Err` says why
+/// Asks the daemon, for a socket that is bound by then: its own address, the way, and who has told it. `Err` says why
 /// the connection is the kernel's.
-fn ask(fd: c_int, family: c_int, peer: Address, end: u64) -> Result<(Address, Reached), Reason> {
+fn ask(
+    fd: c_int,
+    family: c_int,
+    peer: Address,
+    end: u64,
+) -> Result<(Address, Reached, Answerer), Reason> {
     let local = bound(fd, family).ok_or(Reason::None)?;
     let question = Between {
         question: 0,
@@ -84,7 +93,7 @@ fn ask(fd: c_int, family: c_int, peer: Address, end: u64) -> Result<(Address, Re
         fd,
         reserved: 0,
     };
-    let reached = tenant::reach(question, end).ok_or(Reason::NoDaemon)?;
+    let (reached, answerer) = tenant::reach(question, end).ok_or(Reason::NoDaemon)?;
     if reached.ticket == 0 {
         return Err(Reason::from_code(reached.reason).unwrap_or(Reason::None));
     }
@@ -92,7 +101,7 @@ fn ask(fd: c_int, family: c_int, peer: Address, end: u64) -> Result<(Address, Re
         ip: reached.local,
         port: local.port,
     };
-    Ok((local, reached))
+    Ok((local, reached, answerer))
 }
 
 /// The address and port of a socket of this family, which is bound to any if it is to none: the other
@@ -116,14 +125,18 @@ fn bound(fd: c_int, family: c_int) -> Option<Address> {
     own().filter(|local| local.port != 0)
 }
 
-/// Connects the anchor to the daemon. `None` when that fails at once.
+/// Milliseconds that a `connect` waits for its anchor, at most, where it would not wait itself.
+const ESTABLISHED_WITHIN: i64 = 20;
+
+/// Connects the anchor to the daemon. `None` when that fails at once, or when it is not known to be the daemon that it is connected to: by its end,
+/// somebody else may have got its port.
 fn through_daemon(
     held: &Use,
     fd: c_int,
     family: c_int,
     local: Address,
     peer: Address,
-    reached: &Reached,
+    (reached, answerer): (&Reached, Answerer),
 ) -> Option<c_int> {
     let conn = held.conn;
     let anchor = Address {
@@ -137,17 +150,34 @@ fn through_daemon(
     if !is_under_way(result) {
         return None;
     }
-    if result != 0 && TcpInfo::of(fd).is_some_and(|info| info.state == TcpInfo::CLOSE) {
+    let state = || TcpInfo::of(fd).map(|info| info.state);
+    if state() == Some(TcpInfo::SYN_SENT) {
+        // Over loopback it is there at once, where cores have time.
+        sys::poll_one(fd, libc::POLLOUT, ESTABLISHED_WITHIN);
+    }
+    if result != 0 && state() == Some(TcpInfo::CLOSE) {
         // Over loopback the refusal is there already, and this call fetches it.
         if connect_to(fd, &anchor, len) != 0 {
             return None;
         }
+    }
+    // In this order. Where the daemon has no room for it yet: by when it has, the port may be another's.
+    if state() == Some(TcpInfo::SYN_SENT) || !answerer.is_there() {
+        disconnect(fd);
+        return None;
     }
     conn.names.tell(local, peer, reached.ticket);
     conn.born.store(born::ACTIVE, Release);
     tenant::announce_now(held.index, conn, fd);
     real::set_errno(error);
     Some(result)
+}
+
+/// As a socket that was never connected, to be connected anew.
+fn disconnect(fd: c_int) {
+    // SAFETY: zeroes are a value of it: an address of the family AF_UNSPEC.
+    let nowhere: sockaddr_storage = unsafe { std::mem::zeroed() };
+    connect_to(fd, &nowhere, size_of::<sockaddr>() as socklen_t);
 }
 
 fn connect_to(fd: c_int, name: &sockaddr_storage, len: socklen_t) -> c_int {

@@ -39,7 +39,7 @@ use crate::config::{Config, ConfigError};
 use crate::confine::Confinement;
 use crate::connections::Connections;
 use crate::endpoint::{Endpoint, EndpointError};
-use crate::fabric::Control;
+use crate::fabric::{Control, Doors};
 use crate::found::Found;
 use crate::journal::Journal;
 use crate::lines::Lines;
@@ -139,6 +139,11 @@ impl Daemon {
         let descriptors = own::raise_limits();
         // While there is one thread.
         own::make_room(descriptors);
+        // Before there is any other descriptor.
+        let doors = match &config.fabric {
+            Some(_) => Some(Doors::new().map_err(system("the port for anchors"))?),
+            None => None,
+        };
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             mask.add(signal);
@@ -185,10 +190,16 @@ impl Daemon {
         let found = agenda.watch_for(porters.found(), edge, Token::Found);
         found.map_err(system("epoll"))?;
         let namespaces = Namespaces::new().map_err(system("network namespace"))?;
-        let fabric = match &config.fabric {
-            Some(fabric) => {
+        let fabric = match config.fabric.as_ref().zip(doors) {
+            Some((fabric, doors)) => {
                 let known = known.clone();
-                Some(Control::start(fabric, &mut confinement, &agenda, known)?)
+                Some(Control::start(
+                    fabric,
+                    doors,
+                    &mut confinement,
+                    &agenda,
+                    known,
+                )?)
             }
             None => None,
         };

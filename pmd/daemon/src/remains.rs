@@ -10,7 +10,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -127,26 +127,37 @@ impl Thread {
         }
     }
 
+    /// Is it by this descriptor that the process has [said](Holder::say) that it holds the lock? Its own record locks are shown with those of its
+    /// files that it has locked, and nobody can send it one.
+    fn says_by(&self, fd: RawFd) -> bool {
+        let shown = fs::read_to_string(self.folder.with_file_name("fdinfo").join(fd.to_string()));
+        let is_record = |line: &str| line.starts_with("lock:") && line.contains(" POSIX ");
+        shown.is_ok_and(|shown| shown.lines().any(is_record))
+    }
+
     fn take_away(&self, lock: &Path) -> io::Result<()> {
-        let mut strangers = Vec::new();
+        let (mut strangers, mut doors) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
             // Closed meanwhile, or no number.
             let Ok(link) = fs::read_link(entry.path()) else {
                 continue;
             };
-            let Ok(fd) = entry.file_name().to_string_lossy().parse() else {
+            let Ok(fd) = entry.file_name().to_string_lossy().parse::<RawFd>() else {
                 continue;
             };
             // Nothing else is taken: a file that does not answer would hold this process up as well.
+            // The text may lie: others can show any file by the lock's name.
             let is_socket = process::parse_socket(&link.to_string_lossy()).is_some();
-            if !is_socket && link != lock {
+            if !is_socket && (link != lock || !self.says_by(fd)) {
                 continue;
             }
             match process::duplicate(&self.pidfd, fd) {
                 Ok(lock) if !is_socket => unlock(&lock)?,
+                // Programs are told first that the daemon has gone: where they were to go, somebody else may be then.
+                Ok(socket) if is_door(&socket) => doors.push(socket),
                 Ok(socket) => {
-                    if is_daemons(&socket) {
+                    if is_seqpacket(socket.as_fd()) {
                         strangers.extend(end(&socket, self.pid));
                     }
                     strangers.push(socket);
@@ -155,17 +166,21 @@ impl Thread {
                 Err(error) => return Err(error),
             }
         }
+        for door in doors {
+            strangers.extend(end(&door, self.pid));
+            strangers.push(door);
+        }
         // Who closes a stranger's socket last may have to wait, and so may who closes one in which a stranger has left something.
         std::thread::spawn(move || drop(strangers));
         Ok(())
     }
 }
 
-/// Whether callers or programs of a daemon's are at the other end: a local control socket, or a socket that it listens on. A stranger may have
-/// sent it any other one, whose lock he holds for as long as he likes, or at which a shutdown ends nothing.
-fn is_daemons(socket: &OwnedFd) -> bool {
+/// Whether it is a daemon's own socket, to which programs come that go to other nodes. (Its callers and programs are at the other end of
+/// local sockets.) A stranger may have sent it any other one, whose lock he holds for as long as he likes, or at which a shutdown ends nothing.
+fn is_door(socket: &OwnedFd) -> bool {
     let is_own = || fstat(socket).is_ok_and(|found| found.st_uid == geteuid().as_raw());
-    is_seqpacket(socket.as_fd()) || is_tcp(socket.as_fd()) && listens(socket) && is_own()
+    is_tcp(socket.as_fd()) && listens(socket) && is_own()
 }
 
 fn listens(socket: &OwnedFd) -> bool {

@@ -7,7 +7,7 @@ mod tenant;
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{SockType, setsockopt, sockopt};
@@ -638,6 +639,29 @@ scene!(streams_that_nobody_comes_for_count_for_their_user, |test| {
     nodes.wait_until_met();
     honest(test, &nodes);
 });
+
+/// A program that was told to go to the port for anchors finds nobody else there, or that its daemon has gone: the kernel has the port go last.
+#[test]
+fn who_is_killed_hangs_up_before_its_port_is_free() {
+    let nodes = Nodes::start(["", ""]);
+    let server = Server::start(nodes.server());
+    let mut client = Client::at(&nodes.client().socket());
+    let (_, reached) = client.reach_at_last(server.address());
+    let port = reached.anchor_port as u16;
+    let callers = [(); 200].map(|()| Tenant::stranger(nodes.client()).unwrap());
+    nodes.client().signal(Signal::SIGKILL);
+    let end = Instant::now() + Duration::from_secs(60);
+    while TcpListener::bind(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < end, "the port is not free");
+    }
+    let is_connected = |tenant: &&Tenant| {
+        let mut fds = [PollFd::new(tenant.socket.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).unwrap();
+        fds[0].revents() == Some(PollFlags::empty())
+    };
+    let all = callers.iter().chain([&client.tenant]);
+    assert_eq!(all.filter(is_connected).count(), 0);
+}
 
 scene!(nobody_listens_in_the_name_of_another_program, |test| {
     let program = Program::with(Rights::SetUserId);

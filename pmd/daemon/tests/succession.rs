@@ -6,9 +6,11 @@ mod tenant;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, socket};
 use rdsock_shm::control::{Message, kind};
@@ -43,17 +45,37 @@ fn endless_listener() -> Option<OwnedFd> {
     Some(socket)
 }
 
+/// Opens a file of a file system, whose server's process is in the path, such that it is shown by the name of the daemon's lock.
+fn named_as_lock(path: &Path, part: &Part) -> File {
+    let mut lock = part.socket.clone().into_os_string();
+    lock.push(".lock");
+    let mut above = path.ancestors();
+    let root = above.find(|above| above.ends_with("root")).unwrap();
+    let own_path = Path::new("/").join(path.strip_prefix(root).unwrap());
+    let namespaces = root.with_file_name("ns").join("mnt");
+    unshare(CloneFlags::CLONE_FS).unwrap();
+    setns(File::open(&namespaces).unwrap(), CloneFlags::CLONE_NEWNS).unwrap();
+    const NONE: Option<&str> = None;
+    let lock = Path::new(&lock);
+    mount(Some(&own_path), lock, NONE, MsFlags::MS_BIND, NONE).unwrap();
+    File::open(lock).unwrap()
+}
+
 /// The part of who holds the daemon up: no process that has the file can be ended or can start another one.
 fn be_sender(part: &Part) {
-    let file = File::open(listen().unwrap()).unwrap();
+    let path = PathBuf::from(listen().unwrap());
+    let file = File::open(&path).unwrap();
+    let named = named_as_lock(&path, part);
     let listener = endless_listener();
     say("opened");
     assert_eq!(listen().as_deref(), Some("send"));
     let tenant = Tenant::attach_at(&part.socket);
     let listener = listener.iter().map(|listener| listener.as_raw_fd());
-    let fds: Vec<RawFd> = [file.as_raw_fd()].into_iter().chain(listener).collect();
+    // While the first one is closed the daemon has the others.
+    let files = [file.as_raw_fd(), named.as_raw_fd()];
+    let fds: Vec<RawFd> = files.into_iter().chain(listener).collect();
     tenant.send(Message::empty(kind::KICK).as_bytes(), &fds);
-    std::mem::forget((file, tenant));
+    std::mem::forget((file, named, tenant));
     say("sent");
     let _ = listen();
 }
@@ -99,7 +121,7 @@ fn a_killed_daemon_that_can_not_end_is_succeeded() {
     if !is_root() {
         return;
     }
-    let locker = Actor::start(test, "locker", std::path::Path::new("/"), ATTACKER);
+    let locker = Actor::start(test, "locker", Path::new("/"), ATTACKER);
     locker.hear("locked");
     let mut daemon = Daemon::start("ring_size = 65536\nhuge_pages = \"never\"\n");
     let mut attached = Tenant::attach(&daemon);

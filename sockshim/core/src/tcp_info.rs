@@ -24,7 +24,7 @@ impl TcpInfo {
     /// `TCP_LISTEN`.
     pub const LISTEN: u8 = 10;
     /// `TCP_SYN_SENT`.
-    const SYN_SENT: u8 = 2;
+    pub const SYN_SENT: u8 = 2;
 
     /// Of a socket.
     pub fn of(fd: c_int) -> Option<Self> {

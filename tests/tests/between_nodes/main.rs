@@ -485,6 +485,21 @@ fn a_socket_that_the_kernel_guards_listens_for_no_other_node() {
     listens_no_more("libc.setsockopt(s.fileno(), socket.IPPROTO_TCP, 14, None, 0)");
 }
 
+/// Whoever has the port for anchors then is not the daemon, and is sent nothing.
+#[test]
+fn nobody_is_taken_for_a_daemon_that_has_just_ended() {
+    let Some(ground) = reachable(Manners {
+        reach: Reach::CarryAndEnd,
+        ..Manners::default()
+    }) else {
+        return;
+    };
+    for blocking in ["True", "False"] {
+        ground.run(&format!("{OVER_THE_KERNEL}\nover_the_kernel({blocking})"));
+    }
+    assert_eq!(ground.stand_in.reaches().len(), 2);
+}
+
 /// The daemon has forgotten whose it was, and the warning does not blame it.
 #[test]
 fn a_connection_that_ended_before_it_was_accepted_is_dropped() {

@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag,
-    SockType, UnixAddr, accept, bind, listen, recvmsg, sendmsg, setsockopt, shutdown, socket,
-    sockopt,
+    SockType, UnixAddr, accept, bind, getsockopt, listen, recvmsg, sendmsg, setsockopt, shutdown,
+    socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::unistd::ftruncate;
+use nix::unistd::{Pid, ftruncate};
 use rdsock_shm::control::{
     Between, Caller, Lookup, Message, NotFound, Pod, Reached, Refused, Request, Welcome,
     from_bytes, kind, parse, refusal,
@@ -41,6 +42,8 @@ pub enum Reach {
     Nobody,
     /// It says nothing.
     Silent,
+    /// It carries it, and ends before the program goes there. Somebody else has its port by then.
+    CarryAndEnd,
 }
 
 /// How it behaves.
@@ -431,7 +434,7 @@ impl Attended {
         };
         let answer = match manners.reach {
             Reach::Silent => return,
-            Reach::Carry => carried,
+            Reach::Carry | Reach::CarryAndEnd => carried,
             Reach::Nobody => Reached {
                 anchor_port: nobody().into(),
                 ..carried
@@ -442,7 +445,15 @@ impl Attended {
                 ..carried
             },
         };
+        if manners.reach != Reach::CarryAndEnd {
+            return self.send(kind::REACHED, &answer);
+        }
+        let program = getsockopt(&self.socket, sockopt::PeerCredentials).unwrap();
+        let program = Pid::from_raw(program.pid());
+        kill(program, Signal::SIGSTOP).unwrap();
         self.send(kind::REACHED, &answer);
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        kill(program, Signal::SIGCONT).unwrap();
     }
 
     fn take_requests(&mut self) {

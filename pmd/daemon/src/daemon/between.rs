@@ -119,7 +119,9 @@ impl Daemon {
 
     fn close_device(&mut self) {
         self.forget_all_listeners();
-        self.fabric = None;
+        if let Some(fabric) = self.fabric.take() {
+            fabric.into_doors(&self.agenda).shut(&self.starter);
+        }
         warn!(
             "the device is closed, since the system wants it back; restart rdsockd when there is one again"
         );

@@ -21,6 +21,7 @@ use crate::memory::{Kept, StreamFds, can_be_whole};
 use crate::porters::Owner;
 use crate::rights::{Held, Rights};
 use crate::shares::Known;
+use crate::starter::Starter;
 use rdsock_node::mail::Waker;
 use rdsock_node::stream::NodeStream;
 use rdsock_node::{
@@ -261,6 +262,7 @@ impl Control {
     /// Opens the device and starts the poll core.
     pub fn start(
         config: &FabricConfig,
+        Doors(listeners): Doors,
         confinement: &mut Confinement,
         agenda: &Agenda,
         known: Known,
@@ -289,19 +291,6 @@ impl Control {
                 "any user's program can stall the poll cores by making holes in the memory of its streams: the daemon \
                  needs CAP_LINUX_IMMUTABLE and Linux 6.1 to keep it from that"
             );
-        }
-        let mut listeners = Vec::new();
-        for address in [
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ] {
-            match listen_on(address) {
-                Ok(listener) => listeners.push(listener),
-                Err(error) if address.is_ipv6() => {
-                    warn!("no IPv6 to other nodes: can't listen on ::1: {error}");
-                }
-                Err(error) => return Err(error.into()),
-            }
         }
         for (at, listener) in listeners.iter().enumerate() {
             let token = Token::Anchors(at as u64);
@@ -355,9 +344,44 @@ impl Control {
     }
 }
 
+/// Where programs make their anchors: on either loopback address.
+///
+/// Nobody else gets their ports for as long as this process lives: a program may just have been told to go there. And when it ends, however it does, all
+/// control connections hang up before the ports are free, if these were made before there was anything else: of what a process has
+/// open, the kernel takes the last number first. So who is connected there, and finds its daemon there still, has come to the daemon.
+#[derive(Debug)]
+pub struct Doors(Vec<TcpListener>);
+
+impl Doors {
+    /// Makes them.
+    pub fn new() -> io::Result<Self> {
+        let mut doors = vec![listen_on(Ipv4Addr::LOCALHOST.into())?];
+        match listen_on(Ipv6Addr::LOCALHOST.into()) {
+            Ok(door) => doors.push(door),
+            Err(error) => warn!("no IPv6 to other nodes: can't listen on ::1: {error}"),
+        }
+        Ok(Doors(doors))
+    }
+
+    /// Has all who come from now on hung up on.
+    pub fn shut(self, starter: &Starter) {
+        for door in self.0 {
+            let hang_up = move || {
+                let _ = door.set_nonblocking(false);
+                while let Ok((came, _)) = door.accept() {
+                    drop(came);
+                }
+            };
+            starter.order("door", hang_up, || {});
+        }
+    }
+}
+
 fn listen_on(address: IpAddr) -> io::Result<TcpListener> {
     let listener = TcpListener::bind((address, 0))?;
     listener.set_nonblocking(true)?;
+    // Until this process ends.
+    std::mem::forget(listener.try_clone()?);
     Ok(listener)
 }
 
@@ -528,6 +552,14 @@ impl Control {
         let addresses = self.listeners.iter();
         let mut addresses = addresses.filter_map(|listener| listener.local_addr().ok());
         addresses.find(|address| address.is_ipv4() == source.is_ipv4())
+    }
+
+    /// The listeners for anchors, which are not watched any more. Nothing else is left.
+    pub fn into_doors(self, agenda: &Agenda) -> Doors {
+        for listener in &self.listeners {
+            agenda.unwatch(listener);
+        }
+        Doors(self.listeners)
     }
 
     /// The listeners for anchors.

@@ -12,6 +12,7 @@ use super::messages::{await_message, send_with};
 use super::pauses::RETRY_MS;
 use crate::state::PROCESS;
 use crate::{clock, sys};
+use libc::c_int;
 use rdsock_shm::control::{Between, Caller, Message, Reached, Welcome, kind};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -157,12 +158,31 @@ pub fn end_of_wait() -> u64 {
     clock::nanoseconds() + GRACE + questions().answer.load(Relaxed)
 }
 
-/// Asks whether a `connect` may go to another node. `None` when there is no daemon, or it does not
+/// Which daemon has answered: the one of this attachment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answerer(u32);
+
+impl Answerer {
+    /// Is it there still? Then it has the port that it has told of: when it ends, it hangs up first.
+    pub fn is_there(self) -> bool {
+        let control = link().control.load(Acquire);
+        let gone = libc::POLLHUP | libc::POLLERR | libc::POLLNVAL;
+        let has_gone =
+            control < 0 || sys::poll_one(control, 0, 0) as c_int & c_int::from(gone) != 0;
+        // Else it was another one that was looked at, which has not greeted this process, or has since.
+        let is_it = link().control.load(Acquire) == control
+            && link().greeting.load(Acquire) == 0
+            && link().epoch.load(Acquire) == self.0;
+        !has_gone && is_it
+    }
+}
+
+/// Asks whether a `connect` may go to another node, and who has answered. `None` when there is no daemon, or it does not
 /// answer until `end`.
-pub fn reach(question: Between, end: u64) -> Option<Reached> {
+pub fn reach(question: Between, end: u64) -> Option<(Reached, Answerer)> {
     match ask(kind::REACH, question, end, false)? {
-        Answer::Reached(reached) => Some(reached),
-        Answer::Caller(_) => None,
+        (Answer::Reached(reached), answerer) => Some((reached, answerer)),
+        (Answer::Caller(_), _) => None,
     }
 }
 
@@ -170,13 +190,13 @@ pub fn reach(question: Between, end: u64) -> Option<Reached> {
 /// it has just shown that it runs.
 pub fn who_is(question: Between, end: u64) -> Option<Caller> {
     match ask(kind::WHOIS, question, end, true)? {
-        Answer::Caller(caller) => Some(caller),
-        Answer::Reached(_) => None,
+        (Answer::Caller(caller), _) => Some(caller),
+        (Answer::Reached(_), _) => None,
     }
 }
 
 /// A daemon that has not answered a question is not asked for a while, but by who `insists`.
-fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> {
+fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<(Answer, Answerer)> {
     if is_disabled() || !insists && questions().is_silent(clock::nanoseconds()) {
         return None;
     }
@@ -187,7 +207,11 @@ fn ask(what: u16, question: Between, end: u64, insists: bool) -> Option<Answer> 
     answer
 }
 
-fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Option<Answer> {
+fn ask_with_signals_blocked(
+    what: u16,
+    mut question: Between,
+    end: u64,
+) -> Option<(Answer, Answerer)> {
     ensure();
     let mut end = end;
     if link().greeting.load(Relaxed) != 0 {
@@ -199,13 +223,16 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
     }
     question.question = questions().asked.fetch_add(1, Relaxed) + 1;
     let number = question.question;
-    while !put(what, &question, end)? {
+    let asked = loop {
+        if let Some(asked) = put(what, &question, end)? {
+            break asked;
+        }
         if clock::nanoseconds() >= end {
             return None;
         }
         // All places are taken, by threads that wait for an answer.
         sys::poll_one(-1, 0, 1);
-    }
+    };
     let answer = await_message(end, |guard| {
         with_places(guard, |places| places.answer(number))
     });
@@ -215,11 +242,11 @@ fn ask_with_signals_blocked(what: u16, mut question: Between, end: u64) -> Optio
     if answer.is_none() {
         questions().silent_at.store(clock::nanoseconds(), Relaxed);
     }
-    answer
+    Some((answer?, asked))
 }
 
-/// Sends a question. False when there is no place for its answer now; `None` when there is no daemon.
-fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
+/// Sends a question; to whom, or `None` when there is no place for its answer now. `None` at all when there is no daemon.
+fn put(what: u16, question: &Between, end: u64) -> Option<Option<Answerer>> {
     let number = question.question;
     let guard = Guard::take()?;
     make_memory();
@@ -230,13 +257,13 @@ fn put(what: u16, question: &Between, end: u64) -> Option<bool> {
     }
     let now = clock::nanoseconds();
     if !with_places(&guard, |places| places.take(number, end, now)) {
-        return Some(false);
+        return Some(None);
     }
     if send_with(control, &Message::new(what, question), &[]) < 0 {
         with_places(&guard, |places| places.give_back(number));
         return None;
     }
-    Some(true)
+    Some(Some(Answerer(link().epoch.load(Acquire))))
 }
 
 /// Puts an answer where who asked looks for it. Nobody waits for one that comes late.
