@@ -25,8 +25,10 @@ use super::whole::{can_be_whole, is_whole};
 use super::{identity, u32_at, u64_at};
 use crate::accounts::{Charge, Paid};
 
-/// Bytes of the connection records that are read at once.
+/// Bytes of the connection records of which those in use are found at once.
 const BLOCK: usize = 4096;
+/// Blocks that are read at once.
+const BLOCKS: usize = 16;
 
 /// What the control thread touches of a tenant's memory: header and queue, and the routes. The records it reads through the file.
 const TOUCHED: [Range<usize>; 2] = [
@@ -237,41 +239,40 @@ pub struct Records(Arc<Paid>);
 
 impl Records {
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
-    /// place to go on from, `None` behind the last one. Holes of the file are skipped, and no more than 4096 bytes
-    /// are read.
+    /// place to go on from, `None` behind the last one. Those of one block are found, the next one in which there is anything.
+    ///
+    /// (Where holes are, the kernel would tell only who takes the file's lock, which the tenant can keep.)
     pub fn read(&self, from: u64) -> io::Result<(Vec<Numbered>, Option<u64>)> {
         const START: u64 = offset_of!(TenantMemory, conns) as u64;
         const RECORD: u64 = size_of::<ConnRecord>() as u64;
-        let Some(data) = next_data(&self.0, from.max(START))? else {
-            return Ok((Vec::new(), None));
-        };
+        const END: u64 = START + RECORD * CONN_RECORDS as u64;
         // Blocks start at record boundaries, so that no record is torn between two.
-        let at = data - (data - START) % RECORD;
-        let mut block = [0; BLOCK];
-        let len = nix::sys::uio::pread(&self.0, &mut block, at as i64)?;
-        let (records, _) = block
-            .get(..len)
-            .unwrap_or(&[])
-            .as_chunks::<{ RECORD as usize }>();
-        let first = ((at - START) / RECORD) as u32;
-        let found = (first..)
-            .zip(records)
-            .map(|(number, record)| (number, ConnView::parse(record)))
-            .filter(|(number, record)| (*number as usize) < CONN_RECORDS && record.in_use())
-            .collect();
-        let end = START + RECORD * CONN_RECORDS as u64;
-        let next = at + records.len() as u64 * RECORD;
-        Ok((found, (!records.is_empty() && next < end).then_some(next)))
-    }
-}
-
-/// Offset of the next byte at or behind `at` that is not in a hole.
-fn next_data(file: &Paid, at: u64) -> io::Result<Option<u64>> {
-    use nix::unistd::{Whence, lseek};
-    match lseek(file, at as i64, Whence::SeekData) {
-        Ok(offset) => Ok(Some(offset as u64)),
-        Err(nix::errno::Errno::ENXIO) => Ok(None),
-        Err(error) => Err(error.into()),
+        let mut at = from.max(START);
+        let mut room = vec![0; BLOCKS * BLOCK];
+        while at < END {
+            let most = room.len().min((END - at) as usize);
+            let len = nix::sys::uio::pread(&self.0, &mut room[..most], at as i64)?;
+            let mut blocks = room[..len].chunks(BLOCK);
+            let Some(empty) = blocks.position(|block| *block != [0; BLOCK][..block.len()]) else {
+                if len == 0 {
+                    break;
+                }
+                at += len as u64;
+                continue;
+            };
+            at += (empty * BLOCK) as u64;
+            let block = &room[empty * BLOCK..len.min((empty + 1) * BLOCK)];
+            let (records, _) = block.as_chunks::<{ RECORD as usize }>();
+            let first = ((at - START) / RECORD) as u32;
+            let found = (first..)
+                .zip(records)
+                .map(|(number, record)| (number, ConnView::parse(record)))
+                .filter(|(_, record)| record.in_use())
+                .collect();
+            let next = at + records.len() as u64 * RECORD;
+            return Ok((found, (!records.is_empty() && next < END).then_some(next)));
+        }
+        Ok((Vec::new(), None))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Other processes: whether they run, and what they have open. A stream's end is held by several, which may end without a word.
 
 use super::{
-    call, close, decimal, each_number, is_missing, list, open_folder, open_read, poll_one, pread,
-    stat_of,
+    call, close, decimal, each_number, effective_ids, is_missing, list, open_folder, open_read,
+    poll_one, pread, stat_at, stat_of,
 };
 use libc::c_int;
 use std::ffi::CStr;
@@ -63,11 +63,18 @@ fn is_listed_alive(pid: u32) -> bool {
     !matches!(text.get(end + 2), Some(b'Z' | b'X'))
 }
 
-/// False where a process is known not to have open what `fd` is a descriptor of. In doubt it has.
+/// False where a process is known not to have the socket open that `fd` is a descriptor of. In doubt it has. Only what waits for nobody is asked:
+/// whose process it is may be a lie, and what others have open may be files that do not answer. Another user can have the folders of
+/// his process locked.
 pub fn may_have_open(pid: u32, fd: c_int) -> bool {
-    let Some(wanted) = stat_of(fd) else {
+    let Some(wanted) = stat_of(fd).and_then(|stat| Link::of(&stat)) else {
         return true;
     };
+    // SAFETY: a C string.
+    let process = unsafe { stat_at(Path::of(pid, "").name().as_ptr()) };
+    if process.is_none_or(|process| process.st_uid != effective_ids()[0]) {
+        return true;
+    }
     let folder = open_folder(Path::of(pid, "/fd").name()) as c_int;
     if folder < 0 {
         return true;
@@ -84,8 +91,8 @@ pub fn may_have_open(pid: u32, fd: c_int) -> bool {
         each_number(&part, got as usize, |number| {
             let mut digits = [0; 10];
             let name = decimal(number as u32, &mut digits);
-            match stat_below(folder, name) {
-                Ok(stat) => found |= is_same(&stat, &wanted),
+            match Link::below(folder, name) {
+                Ok(link) => found |= link == wanted,
                 // It was closed since the list was made; or nobody may look.
                 Err(error) => found |= error != libc::ENOENT,
             }
@@ -95,21 +102,44 @@ pub fn may_have_open(pid: u32, fd: c_int) -> bool {
     found || !is_known
 }
 
-fn is_same(one: &libc::stat, other: &libc::stat) -> bool {
-    (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
-}
+/// The text of a link to what is open, as far as it tells one socket from another.
+#[derive(PartialEq, Eq)]
+struct Link([u8; 24]);
 
-/// What the kernel says of the file that an entry of a folder leads to, or an error number.
-fn stat_below(folder: c_int, name: &str) -> Result<libc::stat, c_int> {
-    let mut text = [0_u8; 16];
-    for (to, from) in text.iter_mut().take(15).zip(name.bytes()) {
-        *to = from;
+impl Link {
+    /// To this socket; `None` where it is none.
+    fn of(stat: &libc::stat) -> Option<Self> {
+        let inode = u32::try_from(stat.st_ino).ok()?;
+        if stat.st_mode & libc::S_IFMT != libc::S_IFSOCK {
+            return None;
+        }
+        let (mut text, mut digits) = ([0; 24], [0; 10]);
+        let parts = ["socket:[", decimal(inode, &mut digits), "]"];
+        let bytes = parts.iter().flat_map(|part| part.bytes());
+        for (to, from) in text.iter_mut().zip(bytes) {
+            *to = from;
+        }
+        Some(Link(text))
     }
-    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
-    match syscall!(SYS_newfstatat, folder, text.as_ptr(), stat.as_mut_ptr(), 0) {
-        // SAFETY: zeroed, and made of integers.
-        0 => Ok(unsafe { stat.assume_init() }),
-        error => Err(-error as c_int),
+
+    /// Of an entry of a folder, or an error number. That the file is asked for nothing is why it is the text that is looked at.
+    fn below(folder: c_int, name: &str) -> Result<Self, c_int> {
+        let mut path = [0_u8; 16];
+        for (to, from) in path.iter_mut().take(15).zip(name.bytes()) {
+            *to = from;
+        }
+        let mut text = [0; 24];
+        let room = text.len();
+        match syscall!(
+            SYS_readlinkat,
+            folder,
+            path.as_ptr(),
+            text.as_mut_ptr(),
+            room
+        ) {
+            error @ ..0 => Err(-error as c_int),
+            _ => Ok(Link(text)),
+        }
     }
 }
 
@@ -136,9 +166,25 @@ mod tests {
         assert!(!may_have_open(pid, kept.as_raw_fd()));
         assert!(is_alive(pid));
         assert!(may_have_open(pid, -1), "in doubt");
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(may_have_open(pid, file.as_raw_fd()), "in doubt");
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!is_alive(pid));
         assert!(may_have_open(pid, given.as_raw_fd()), "in doubt");
+    }
+
+    /// Its folders may be locked, for as long as it likes.
+    #[test]
+    fn a_process_of_another_user_is_asked_nothing() {
+        use std::os::unix::process::CommandExt;
+        let (kept, _other) = UnixStream::pair().unwrap();
+        let mut sleeper = Command::new("sleep");
+        let Ok(mut child) = sleeper.arg("60").uid(64_001).spawn() else {
+            return eprintln!("SKIPPED, NOTHING WAS CHECKED: needs root");
+        };
+        assert!(may_have_open(child.id(), kept.as_raw_fd()), "in doubt");
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,9 @@ use rdsock_shm::control::MACHINE_SOCKET;
 
 use super::patience::Patience;
 use crate::run::{Loads, OTHER_LIBC, has_loaded_libraries};
+
+/// Bytes of an environment that are read: more than the kernel gives a program that is started as usual.
+const ENVIRONMENT: u64 = 2 << 20;
 
 /// A network namespace, by the inode that stands for it.
 pub type Netns = u64;
@@ -351,9 +356,18 @@ fn has_tenant_memory(process: &Process) -> bool {
 
 /// Where the shim in a process looks for its daemon.
 fn daemon_of(process: &Process) -> Option<PathBuf> {
-    let environment = process.environ().ok()?;
-    let told = environment.get(OsStr::new("RDSOCK_SOCKET"));
-    Some(told.map_or(MACHINE_SOCKET.into(), PathBuf::from))
+    let file = process.open_relative("environ").ok()?;
+    let mut environment = Vec::new();
+    // A process may say that its environment is all of its memory.
+    file.take(ENVIRONMENT).read_to_end(&mut environment).ok()?;
+    Some(daemon_in(&environment))
+}
+
+/// Where an environment says that the daemon is.
+fn daemon_in(environment: &[u8]) -> PathBuf {
+    let mut variables = environment.split(|byte| *byte == 0);
+    let told = variables.find_map(|variable| variable.strip_prefix(b"RDSOCK_SOCKET="));
+    told.map_or(MACHINE_SOCKET.into(), |told| OsStr::from_bytes(told).into())
 }
 
 /// True when two paths are one, or lead to one file.
@@ -386,6 +400,21 @@ fn sockets(pid: i32) -> Option<Vec<(i32, u64)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_environment_says_where_the_daemon_is() {
+        let of = |text: &str| daemon_in(text.as_bytes());
+        assert_eq!(
+            of("A=1\0RDSOCK_SOCKET=/s\0RDSOCK_SOCKET=/t\0"),
+            Path::new("/s")
+        );
+        assert_eq!(
+            of("XRDSOCK_SOCKET=/s\0RDSOCK_SOCKETS=/s\0"),
+            Path::new(MACHINE_SOCKET)
+        );
+        // As much of it as is read.
+        assert_eq!(of("RDSOCK_SOCKET=/s"), Path::new("/s"));
+    }
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
