@@ -208,6 +208,22 @@ pub fn setsockopt<T>(fd: c_int, level: c_int, name: c_int, value: &T) -> isize {
     )
 }
 
+/// Does a filter of packets judge what comes on a socket?
+pub fn has_filter(fd: c_int) -> bool {
+    // Asked for no byte of it, the kernel says how many instructions there are; nothing of a filter that it can't show.
+    let mut count: libc::socklen_t = 0;
+    let nothing = std::ptr::null_mut::<u8>();
+    let result = syscall!(
+        SYS_getsockopt,
+        fd,
+        libc::SOL_SOCKET,
+        libc::SO_GET_FILTER,
+        nothing,
+        &raw mut count
+    );
+    result == -(libc::EACCES as isize) || result == 0 && count != 0
+}
+
 /// The kernel's number of a socket.
 pub fn cookie(fd: c_int) -> Option<u64> {
     getsockopt(fd, libc::SOL_SOCKET, libc::SO_COOKIE)

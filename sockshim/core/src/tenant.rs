@@ -26,7 +26,7 @@ pub use attach::{disable, ensure, greeting, is_known, moved, start, stay_attache
 pub use inherit::{
     after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,
 };
-pub use listeners::{listens, listens_for_kernel};
+pub use listeners::{is_for_kernel, listens, listens_for_kernel};
 pub use memory::{count, return_bell, take_bell};
 pub use messages::look;
 pub use requests::{closed, keep_on_kernel, stream_left};

@@ -203,6 +203,11 @@ fn accepted(listener: c_int, fd: c_int) -> Option<Use> {
     if matches!(conn::kind(listener), Kind::Conn(_)) || process::is_tcp(fd) {
         tenant::ensure();
         accepted = numbers::track(fd, born::PASSIVE).and_then(conn::by_index);
+        if let Some(held) = &accepted
+            && conn::of(listener).is_some_and(|listener| tenant::is_for_kernel(&listener))
+        {
+            tenant::keep_on_kernel(held.index, held.conn, Reason::Option);
+        }
     } else if conn::kind(fd) != Kind::Other {
         numbers::replace(fd, Kind::Other);
     }

@@ -26,6 +26,11 @@ pub fn listens_for_kernel(held: &Use) {
     }
 }
 
+/// Does the kernel alone let connections in there? It does to them what it does to the socket.
+pub fn is_for_kernel(held: &Use) -> bool {
+    held.conn.listens.load(Relaxed) == NOT_FOR_OTHERS
+}
+
 /// The program listens on a socket, or is about to accept from it: the daemon is told once, and
 /// again after it was started anew.
 pub fn listens(held: &Use) {

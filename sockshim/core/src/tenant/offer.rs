@@ -172,7 +172,7 @@ fn has_option_of_kernel(fd: c_int) -> bool {
     OPTIONS.into_iter().any(|name| {
         let value = sys::getsockopt::<c_int>(fd, libc::SOL_SOCKET, name).unwrap_or(0);
         need_of(libc::SOL_SOCKET, name, value) != Need::Nothing
-    })
+    }) || sys::has_filter(fd)
 }
 
 /// The anchor sends single bytes from now on, which must leave at once.
