@@ -16,8 +16,8 @@
 extern crate core as std;
 
 use rdsock_core::{
-    address, clock, conn, deadline, demote, end, epoll, fds, hidden, identity, io, known, limits,
-    nap, numbers, poll, rest, signals, stream, sys, tcp_info, tenant, wait,
+    address, brand, clock, conn, deadline, demote, end, epoll, fds, hidden, identity, io, known,
+    limits, lost, nap, numbers, poll, rest, signals, stream, sys, tcp_info, tenant, wait,
 };
 
 #[macro_use]

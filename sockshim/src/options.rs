@@ -3,7 +3,7 @@
 use crate::conn::{self, Kind, Use};
 use crate::end::{self, End};
 use crate::known::{self, Need, SIOCATMARK, SIOCOUTQNSD, TCP_INQ};
-use crate::{calls, demote, identity, io, nap, real, sys, tenant};
+use crate::{brand, calls, demote, identity, io, nap, real, sys, tenant};
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -139,8 +139,19 @@ fn own_option(level: c_int, name: c_int) -> Option<u32> {
     match (level, name) {
         (libc::IPPROTO_TCP, libc::TCP_NODELAY) => Some(1),
         (libc::IPPROTO_TCP, libc::TCP_CORK) => Some(2),
+        _ if brand::is_it(level, name) => Some(conn::SAYS_BRAND),
         _ => None,
     }
+}
+
+/// The connection that has a value of its own for this option, and the option's bit: a stream, and of the brand any.
+fn with_own_option(fd: c_int, level: c_int, name: c_int) -> Option<(Use, u32)> {
+    let bit = own_option(level, name)?;
+    let held = match bit {
+        conn::SAYS_BRAND => conn::of(fd),
+        _ => on_rings(fd),
+    }?;
+    Some((held, bit))
 }
 
 fn on_rings(fd: c_int) -> Option<Use> {
@@ -188,10 +199,7 @@ pub unsafe fn setsockopt(
             real::set_errno(libc::EOPNOTSUPP);
             return -1;
         }
-        if whole
-            && let Some(bit) = own_option(level, name)
-            && let Some(held) = on_rings(fd)
-        {
+        if whole && let Some((held, bit)) = with_own_option(fd, level, name) {
             note_option(&held, bit, number != 0);
             return 0;
         }
@@ -285,8 +293,7 @@ pub unsafe fn getsockopt(
         }
     }
     if result == 0
-        && let Some(bit) = own_option(level, name)
-        && let Some(held) = on_rings(fd)
+        && let Some((held, bit)) = with_own_option(fd, level, name)
     {
         // SAFETY: the kernel has stored an int there, and its length.
         unsafe {

@@ -6,7 +6,8 @@ use crate::identity::{self, is_foreign, is_ready};
 use crate::program::PROGRAM;
 use crate::tcp_info::TcpInfo;
 use crate::{
-    between, children, clock, demote, epoll, host, limits, numbers, real, stream, sys, tenant, wait,
+    between, brand, children, clock, demote, epoll, host, limits, lost, numbers, real, stream, sys,
+    tenant, wait,
 };
 use libc::{c_char, c_int};
 use rdsock_shm::reason::Reason;
@@ -165,7 +166,11 @@ fn adopt_inherited() {
                     if let Some(held) = conn::of(fd)
                         && held.conn.stream().is_none()
                     {
-                        between::inherited(&held, fd);
+                        if brand::is_on(fd) {
+                            lose(&held, fd);
+                        } else {
+                            between::inherited(&held, fd);
+                        }
                     }
                     if fd <= STDERR
                         && let Some(held) = conn::of(fd)
@@ -183,6 +188,16 @@ fn adopt_inherited() {
             _ => {}
         }
     }
+}
+
+/// The connection was a stream, and this program is not given it: to the kernel's socket alone it could say and hear what is wrong.
+fn lose(held: &conn::Use, fd: c_int) {
+    lost::put_reset(fd);
+    tenant::lost(held);
+    sys::warn(
+        "an inherited connection was reset: the daemon did not give this program what the program before had of it \
+         (it is stopped, at a limit, or refuses this program)",
+    );
 }
 
 fn is_same_socket(a: c_int, b: c_int) -> bool {
@@ -244,10 +259,10 @@ pub fn is_kept_over_exec(fd: c_int) -> bool {
     flags >= 0 && flags & libc::FD_CLOEXEC as isize == 0
 }
 
-/// True when any connection is on rings.
+/// True when any connection has been on rings.
 pub fn has_streams() -> bool {
     let mut any = false;
-    conn::each(|_, conn| any |= conn.stream().is_some_and(demote::is_on_rings));
+    conn::each(|_, conn| any |= conn.stream().is_some());
     any
 }
 
@@ -291,13 +306,23 @@ pub fn is_looked_at(fd: c_int) -> bool {
     fd > STDERR && fd < INHERITED as c_int
 }
 
-/// True when a program can ask the daemon for this stream, if it asks at all (`keep`).
+/// True when a program can ask the daemon for this stream, if it asks at all (`keep`), and has room for it.
 pub fn fits_new_program(held: &conn::Use, keep: bool) -> bool {
     keep && tenant::is_known(held.conn)
+        && held.conn.stream().is_none_or(demote::has_other_end)
+        && sys::limit_of(libc::RLIMIT_AS) == libc::RLIM_INFINITY
+}
+
+/// Both directions may be the kernel's, and nobody has said so yet.
+pub fn finish(held: &conn::Use, fd: c_int) {
+    if let Some(stream) = held.conn.stream() {
+        stream.at(held, fd).finished(Reason::PeerDemoted);
+    }
 }
 
 /// What becomes of a stream that another program image gets.
 fn keep_or_abandon(held: &conn::Use, fd: c_int, keep: bool) {
+    finish(held, fd);
     if fd <= STDERR || !fits_new_program(held, keep) {
         demote::abandon(held, fd, Reason::Exec);
     } else if let Some(stream) = held.conn.stream() {
@@ -327,19 +352,17 @@ fn run(loads_shim: bool, call: impl FnOnce() -> c_int) -> c_int {
     result
 }
 
-/// True when a program with this environment loads the shim, if it can, and uses it.
+/// True when a program with this environment loads the shim, if it can, and uses it with the daemon that this one has.
 ///
 /// # Safety
 /// `envp` is null or a null-terminated array of C strings.
 pub unsafe fn names_shim(envp: *const *const c_char) -> bool {
     // SAFETY: the caller vouches for the array, and it is looked at now.
-    let (list, disabled) = unsafe {
-        (
-            value_of(envp, c"LD_PRELOAD"),
-            value_of(envp, c"RDSOCK_DISABLE"),
-        )
-    };
-    if disabled.is_some_and(is_disabling) {
+    let value = |name: &CStr| unsafe { value_of(envp, name) };
+    let list = value(c"LD_PRELOAD");
+    if value(c"RDSOCK_DISABLE").is_some_and(is_disabling)
+        || !tenant::leads_to_daemon(value(c"RDSOCK_SOCKET"))
+    {
         return false;
     }
     let Some(list) = list else { return false };

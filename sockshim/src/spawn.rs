@@ -5,7 +5,9 @@ mod actions;
 
 use crate::conn::{self, CONNS, Kind, Use};
 use crate::identity::{is_foreign, is_ready};
-use crate::process::{fits_new_program, in_path, is_dynamic, is_kept_over_exec, names_shim};
+use crate::process::{
+    finish, fits_new_program, in_path, is_dynamic, is_kept_over_exec, names_shim,
+};
 use crate::program::PROGRAM;
 use crate::{demote, real, tenant};
 pub use actions::Actions;
@@ -51,6 +53,7 @@ struct Given([u64; CONNS / 64]);
 impl Given {
     /// A stream goes to the new program, if that can ask for it.
     fn give(&mut self, held: &Use, fd: c_int, keep: bool) {
+        finish(held, fd);
         if !fits_new_program(held, keep) {
             demote::abandon(held, fd, Reason::Exec);
             return;

@@ -30,6 +30,11 @@ impl Policy {
         allowed(&self.allow_programs, &self.deny_programs, is)
     }
 
+    /// May one program attach, and another one not?
+    pub fn judges_programs(&self) -> bool {
+        !(self.allow_programs.is_empty() && self.deny_programs.is_empty())
+    }
+
     /// May a connection with these two ports be accelerated?
     pub fn allows_ports(&self, local: u16, peer: u16) -> bool {
         let is = |port: &u16| *port == local || *port == peer;
@@ -100,6 +105,7 @@ mod tests {
         let policy = Policy::default();
         assert!(policy.allows_user(7) && policy.allows_ports(1, 2));
         assert!(policy.allows_program(&Program::default()));
+        assert!(!policy.judges_programs());
     }
 
     #[test]
@@ -110,6 +116,7 @@ mod tests {
         );
         assert!(policy.allows_user(0));
         assert!(!policy.allows_user(1000) && !policy.allows_user(1));
+        assert!(policy.judges_programs());
         assert!(policy.allows_program(&program("redis-server")));
         assert!(policy.allows_program(&program("started-by-another-name")));
         assert!(!policy.allows_program(&program("redis-cli")));

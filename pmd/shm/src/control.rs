@@ -138,8 +138,8 @@ pod! {
         /// Microseconds within which the daemon answers a REACH, whatever the other node does; 0 when
         /// it has no other nodes.
         answer_us: u32,
-        /// 0.
-        reserved: u32,
+        /// 1 where the daemon takes some programs and others not: what a process runs next may be refused. Else 0.
+        judges: u32,
     }
 }
 pod! {

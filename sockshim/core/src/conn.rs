@@ -27,6 +27,9 @@ pub const FULL_SCORE: u32 = 8;
 /// The bit in [`Conn::options`] of `TCP_INQ`, which the anchor has as well.
 pub const TELLS_UNREAD: u32 = 4;
 
+/// The bit in [`Conn::options`] of what the program has set where the [brand](crate::brand) is: the kernel is never told.
+pub const SAYS_BRAND: u32 = 8;
+
 /// Who opened the connection.
 pub mod born {
     /// By `accept`.
@@ -135,7 +138,7 @@ pub struct Conn {
     /// A [`State`], as it was last told.
     state: AtomicU32,
     /// The program's own TCP_NODELAY (bit 0) and TCP_CORK (bit 1): the anchor of a stream always
-    /// has the first and never the second, so that wake bytes leave at once.
+    /// has the first and never the second, so that wake bytes leave at once. And the bits above.
     pub options: AtomicU32,
     /// 1 while an offer of the daemon waits for the kernel calls to end. Under the tenant's lock.
     pub offered: AtomicU32,

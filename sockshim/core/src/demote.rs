@@ -1,6 +1,7 @@
 //! Leaving the rings, as this process does it: when a program's call asks for it, and what else hangs on it. The steps
 //! themselves are `rdsock_shm::end`.
 
+use crate::brand;
 use crate::conn::{self, Use};
 use crate::state::TOLD;
 use crate::stream::{self, Stream};
@@ -15,6 +16,11 @@ use std::sync::atomic::{AtomicU32, Ordering::*};
 /// True when either direction is, or may yet go, on a ring.
 pub fn is_on_rings(stream: &Stream) -> bool {
     stream.is_on_rings()
+}
+
+/// True once the other end has mapped the stream. It may never: then the daemon forgets the stream, and the kernel has all that was said.
+pub fn has_other_end(stream: &Stream) -> bool {
+    stream.out().consumer.ready.load(Acquire) != 0
 }
 
 /// The other end has left: gives it what it did not read, and ends this direction as well.
@@ -70,6 +76,7 @@ pub fn abandon(held: &Use, fd: c_int, reason: Reason) {
 
 /// Gives the anchor the program's own options back.
 pub fn restore_options(held: &Use, fd: c_int) {
+    brand::take_off(fd);
     let options = held.conn.options.load(Relaxed);
     let nodelay = (options & 1) as c_int;
     sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, &nodelay);

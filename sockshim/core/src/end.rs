@@ -5,7 +5,7 @@ use crate::conn::{self, Use};
 use crate::state::{PROCESS, TOLD};
 use crate::stream::{self, Stream};
 use crate::tcp_info::TcpInfo;
-use crate::{clock, demote, gather, limits, sys, tenant};
+use crate::{brand, clock, demote, gather, limits, sys, tenant};
 use libc::c_int;
 use rdsock_shm::end::{self, Anchor, Got, Limits, Patience, Process, Shut, Take, Until};
 use rdsock_shm::layout::Counter;
@@ -166,7 +166,10 @@ impl Anchor for Socket<'_> {
     }
 
     fn break_now(&self) {
-        if sys::disconnect(self.fd) != 0 {
+        if sys::disconnect(self.fd) == 0 {
+            // It may be connected anew.
+            brand::take_off(self.fd);
+        } else {
             // A sandbox, or an old kernel while somebody sleeps in it.
             self.break_at_close();
         }

@@ -18,6 +18,7 @@
 extern crate core as std;
 
 pub mod address;
+pub mod brand;
 pub mod clock;
 pub mod conn;
 pub mod deadline;
@@ -31,6 +32,7 @@ pub mod identity;
 pub mod io;
 pub mod known;
 pub mod limits;
+pub mod lost;
 pub mod names;
 pub mod nap;
 pub mod numbers;

@@ -239,6 +239,21 @@ pub fn bind(fd: c_int, name: &libc::sockaddr_storage, len: libc::socklen_t) -> i
     syscall!(SYS_bind, fd, name as *const libc::sockaddr_storage, len)
 }
 
+/// As `listen(2)`.
+pub fn listen(fd: c_int, backlog: c_int) -> isize {
+    syscall!(SYS_listen, fd, backlog)
+}
+
+/// As `connect(2)`.
+pub fn connect(fd: c_int, name: &libc::sockaddr_storage, len: libc::socklen_t) -> isize {
+    syscall!(SYS_connect, fd, name as *const libc::sockaddr_storage, len)
+}
+
+/// Puts a descriptor in the place of another one: `dup3(2)`, and it is kept over exec.
+pub fn copy_to(fd: c_int, place: c_int) -> isize {
+    syscall!(SYS_dup3, fd, place, 0)
+}
+
 /// `getsockname` or, with `peer`, `getpeername`.
 pub fn name_of(fd: c_int, peer: bool) -> Option<libc::sockaddr_storage> {
     let mut name = std::mem::MaybeUninit::<libc::sockaddr_storage>::zeroed();

@@ -22,9 +22,12 @@ mod routes;
 pub use crate::hidden::{close_hidden, hidden_copy, hide};
 pub use announce::{after_call, announce_now};
 pub use ask::{Answerer, end_of_wait, reach, who_is};
-pub use attach::{disable, ensure, greeting, is_known, moved, start, stay_attached, take_greeting};
+pub use attach::{
+    disable, ensure, greeting, is_known, leads_to_daemon, moved, start, stay_attached,
+    take_greeting,
+};
 pub use inherit::{
-    after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up,
+    after_fork_in_child, after_fork_in_parent, before_exec, before_fork, fork_failed, look_up, lost,
 };
 pub use listeners::{is_for_kernel, listens, listens_for_kernel};
 pub use memory::{count, return_bell, take_bell};

@@ -4,7 +4,7 @@
 use crate::address::{Address, family_of};
 use crate::between::{self, Origin};
 use crate::conn::{self, Kind, Use, born};
-use crate::{demote, handing_over, identity, numbers, process, real, sys, tenant, wait};
+use crate::{brand, demote, handing_over, identity, numbers, process, real, sys, tenant, wait};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
 use std::sync::atomic::Ordering::*;
@@ -78,6 +78,10 @@ pub unsafe fn connect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_
                 .conn
                 .born
                 .compare_exchange(born::NOT_YET, born::ACTIVE, AcqRel, Relaxed);
+            if held.conn.stream().is_some() {
+                // Another connection: what it had a stream for was broken.
+                brand::take_off(fd);
+            }
         }
         real::set_errno(error);
     }
@@ -99,6 +103,7 @@ fn disconnect(fd: c_int, address: *const sockaddr, len: socklen_t) -> c_int {
     numbers::replace(fd, Kind::Other);
     // SAFETY: arguments pass through.
     let result = unsafe { real::connect(fd, address, len) };
+    brand::take_off(fd);
     if let Some(index) = numbers::track(fd, born::NOT_YET)
         && let Some(conn) = conn::at(index)
     {

@@ -295,7 +295,7 @@ impl Attachment {
         let welcome = Welcome {
             tenant: 1,
             answer_us: 0,
-            reserved: 0,
+            judges: 0,
         };
         self.send(kind::WELCOME, &welcome, &[self.file().as_raw_fd()]);
     }

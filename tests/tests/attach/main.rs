@@ -3,6 +3,7 @@
 
 mod children;
 mod counterfeit;
+mod heirs;
 mod strangers;
 
 use std::io::{Read, Write};

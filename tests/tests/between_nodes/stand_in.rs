@@ -353,7 +353,7 @@ impl Attended {
                 let welcome = Welcome {
                     tenant: 1,
                     answer_us: 0,
-                    reserved: 0,
+                    judges: 0,
                 };
                 self.send_with(kind::WELCOME, &welcome, &[file.as_raw_fd()]);
             }

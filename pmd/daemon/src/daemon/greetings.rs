@@ -146,7 +146,7 @@ impl Daemon {
         let welcome = Welcome {
             tenant: id,
             answer_us: answer.unwrap_or_default().as_micros() as u32,
-            reserved: 0,
+            judges: self.config.policy.judges_programs().into(),
         };
         let mut welcome = Outgoing::from(Message::new(kind::WELCOME, &welcome));
         welcome.fds.push(file);

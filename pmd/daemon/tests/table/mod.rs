@@ -66,7 +66,7 @@ macro_rules! body {
 
 body!(HEAD = Head { magic version kind });
 body!(HELLO = Hello { memory_size bell_size });
-body!(WELCOME = Welcome { tenant answer_us reserved });
+body!(WELCOME = Welcome { tenant answer_us judges });
 body!(ATTACHED = Attached { address });
 body!(REFUSED = Refused { code expected });
 body!(PROMOTE = Promote {

@@ -415,12 +415,19 @@ pub(super) fn attached_user() -> u32 {
     (link().attached_as.load(Relaxed) >> 32) as u32
 }
 
+/// Would a program whose environment has this path ask the daemon that this one has?
+pub fn leads_to_daemon(path: Option<&std::ffi::CStr>) -> bool {
+    link().leads_there(path)
+}
+
 /// True when the daemon can be asked for this connection's stream by a program that this one turns
-/// into. To another user it gives none: what was said before stands in the rings.
+/// into. To another user it gives none: what was said before stands in the rings. Nor, where it takes some programs only, to one that it does
+/// not take.
 pub fn is_known(conn: &Conn) -> bool {
     let control = link().control.load(Relaxed);
     let [user, _] = sys::effective_ids();
-    conn.owner.load(Relaxed) == user
+    link().judges.load(Relaxed) == 0
+        && conn.owner.load(Relaxed) == user
         && conn.epoch.load(Relaxed) == link().epoch.load(Relaxed)
         && control >= 0
         && !has_hung_up(control)

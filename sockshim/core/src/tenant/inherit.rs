@@ -198,3 +198,12 @@ pub fn look_up(index: usize, fd: c_int) {
         .phase
         .compare_exchange(phase::ANNOUNCED, phase::KERNEL, AcqRel, Relaxed);
 }
+
+/// What was inherited is not given to this program, which has another socket in its place: a connection that was reset.
+pub fn lost(held: &conn::Use) {
+    let conn = held.conn;
+    conn.generation.fetch_add(1, Relaxed);
+    conn.cookie.store(0, Relaxed);
+    conn.phase.store(phase::NEVER, Release);
+    conn.tell(held.index, State::Reset, Reason::Refused);
+}

@@ -42,6 +42,8 @@ pub struct Link {
     pub(super) looked_for_listeners_at: AtomicU64,
     /// 1 while a program that has just started asks for the streams that it has inherited.
     pub(super) looking_up: AtomicU32,
+    /// 1 where the daemon takes some programs and others not.
+    pub(super) judges: AtomicU32,
     /// 1 when the program's user was told that the daemon has refused it.
     pub(super) told_refusal: AtomicU32,
     /// Why no connection of this process may be promoted, a [`Reason`]; 0 where they may.
@@ -66,6 +68,7 @@ impl Link {
             looked_at: AtomicU64::new(0),
             looked_for_listeners_at: AtomicU64::new(0),
             looking_up: AtomicU32::new(0),
+            judges: AtomicU32::new(0),
             told_refusal: AtomicU32::new(0),
             disabled: AtomicU32::new(0),
             path: Shared(UnsafeCell::new([0; PATH_ROOM])),
@@ -94,6 +97,18 @@ impl Link {
             Some(len @ 1..) => configured.get(..len).unwrap_or_default(),
             _ => MACHINE_SOCKET.as_bytes(),
         }
+    }
+
+    /// Would a program with this environment find its daemon there, too?
+    pub(super) fn leads_there(&self, path: Option<&CStr>) -> bool {
+        let path = path.map_or(&[][..], CStr::to_bytes);
+        let is_path = (1..PATH_ROOM).contains(&path.len());
+        self.path()
+            == if is_path {
+                path
+            } else {
+                MACHINE_SOCKET.as_bytes()
+            }
     }
 
     /// No connection may be promoted from now on.
@@ -219,7 +234,10 @@ mod tests {
         note(&too_long);
         note(c"");
         assert_eq!(link.path(), MACHINE_SOCKET.as_bytes());
+        assert!(link.leads_there(None) && link.leads_there(Some(c"")));
         note(c"/run/s");
         assert_eq!(link.path(), b"/run/s");
+        assert!(link.leads_there(Some(c"/run/s")));
+        assert!(!link.leads_there(None) && !link.leads_there(Some(c"/run/t")));
     }
 }

@@ -126,6 +126,7 @@ pub(super) fn read_messages(guard: &Guard) {
             kind::WELCOME => {
                 if let Some(welcome) = control::from_bytes(body) {
                     ask::welcomed(&welcome);
+                    link().judges.store(welcome.judges, Relaxed);
                 }
                 let [memory, board, _] = fds;
                 if board >= 0 && take_board(guard, board) {

@@ -7,6 +7,7 @@ use super::lock::Guard;
 use super::memory::count;
 use super::requests::{blank, put};
 use crate::address::Address;
+use crate::brand;
 use crate::conn::{self, Conn, born, phase};
 use crate::hidden::hide;
 use crate::known::{Need, TCP_INQ, need_of};
@@ -142,11 +143,16 @@ fn install(held: &conn::Use, promote: &Promote, fds: [c_int; 3]) -> Result<Strea
     } else if link().looking_up.load(Relaxed) != 0 {
         // Offered to who had it before, who has not followed, and may have it still: it does not know of a stream.
         Some(Reason::Shared)
-    } else if has_option_of_kernel(fd) {
+    } else if has_option_of_kernel(fd) || brand::is_on(fd) {
         Some(Reason::Option)
+    } else if !brand::put_on(fd) {
+        Some(Reason::Sandbox)
     } else {
         let flags = sys::fcntl(fd, libc::F_GETFL, 0);
         let is_ready = end.promote(flags & libc::O_NONBLOCK as isize != 0);
+        if !is_ready {
+            brand::take_off(fd);
+        }
         (!is_ready).then_some(Reason::NotQuiet)
     };
     if let Some(fault) = fault {
@@ -182,7 +188,8 @@ fn own_options(conn: &Conn, fd: c_int) {
     };
     let tells = if on(TCP_INQ) { conn::TELLS_UNREAD } else { 0 };
     let options = u32::from(on(libc::TCP_NODELAY)) | u32::from(on(libc::TCP_CORK)) << 1;
-    conn.options.store(options | tells, Relaxed);
+    let said = conn.options.load(Relaxed) & conn::SAYS_BRAND;
+    conn.options.store(options | tells | said, Relaxed);
     if options & 2 != 0 {
         sys::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CORK, &0_i32);
     }
