@@ -45,6 +45,57 @@ fn a_child_can_not_read_what_its_parent_is_told() {
     assert!(said.contains("child has 0"), "{said}");
 }
 
+/// A server with a stream, which forks a child that closes it, and says what of the bells that its peers ring is mapped.
+const BELLS: &str = r#"
+import os, socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    connection = socket.create_connection(listener.getsockname())
+    while connection.recv(1):
+        connection.sendall(b"a")
+    os._exit(0)
+connection = listener.accept()[0]
+def exchange():
+    connection.sendall(b"k")
+    assert connection.recv(1) == b"a"
+while "rdsock-stream" not in open("/proc/self/maps").read():
+    exchange()
+    time.sleep(0.01)
+def is_board(fd):
+    try:
+        return "rdsock-bells" in os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return False
+board, = [os.stat(f"/proc/self/fd/{fd}").st_ino for fd in os.listdir("/proc/self/fd") if is_board(fd)]
+def mapped():
+    return sum(line.split()[4] == str(board) for line in open("/proc/self/maps"))
+print("parent has", mapped(), flush=True)
+if os.fork() == 0:
+    print("child has", mapped(), flush=True)
+    exchange()
+    connection.close()
+    print("child still has", mapped(), flush=True)
+    os._exit(0)
+os.wait()
+for _ in range(100):
+    exchange()
+print("over", flush=True)
+"#;
+
+#[test]
+fn a_child_can_not_clear_its_parents_bells() {
+    let (folder, daemon) = (Folder::new(), Daemon::start(""));
+    let mut parent = Program::new("python3", folder.path())
+        .arg("-c")
+        .arg(BELLS)
+        .preloaded(&daemon.socket())
+        .start();
+    let said = parent.wait_for_output("over", LIMIT);
+    assert!(said.contains("parent has 1"), "{said}");
+    assert!(said.contains("child has 0"), "{said}");
+    assert!(said.contains("child still has 0"), "{said}");
+}
+
 /// A server that gives up root and runs another program with its connection, in a child of its own or itself.
 const SERVER: &str = r#"
 import os, socket, sys, time

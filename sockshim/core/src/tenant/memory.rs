@@ -71,12 +71,13 @@ impl Memory {
         self.bells_in_use.fetch_and(!(1 << number), AcqRel);
     }
 
-    /// In a child, which has none yet: the parent's memory, and the descriptor of its bells, which is of no use any more.
-    fn forget_in_child(&self) -> (*mut TenantMemory, c_int) {
-        self.board.store(std::ptr::null_mut(), Relaxed);
+    /// In a child, which has none yet: the parent's memory, its bells, and the descriptor of these, which are of no use any more.
+    fn forget_in_child(&self) -> (*mut TenantMemory, *mut BellBoard, c_int) {
         self.bells_in_use.store(0, Relaxed);
+        let null = std::ptr::null_mut();
         (
-            self.at.swap(std::ptr::null_mut(), Relaxed),
+            self.at.swap(null, Relaxed),
+            self.board.swap(null.cast(), Relaxed),
             self.board_fd.swap(-1, Relaxed),
         )
     }
@@ -104,17 +105,25 @@ pub(super) fn moved(old: c_int, new: c_int) {
     let _ = own().board_fd.compare_exchange(old, new, AcqRel, Relaxed);
 }
 
-/// After fork, in the child. The mappings are the parent's. The bells stay, since streams of the parent's may ring them. In the
-/// place of its memory comes what nobody sees: a handler that interrupted a count has forked, perhaps, and the count goes on.
+/// After fork, in the child. The mappings are the parent's, and the child may be somebody else soon: what it did to the parent's bells would
+/// have that sleep on. The parent's peers ring them by mappings of their own, and the child's instances have no bell. In their
+/// place comes what nobody sees: a handler that interrupted a count, or a sleep on a bell, has forked, perhaps, and that goes on.
 pub(super) fn after_fork_in_child() {
-    let (memory, board) = own().forget_in_child();
+    let (memory, board, fd) = own().forget_in_child();
     conn::show_in(None);
-    if board >= 0 {
-        close_hidden(board);
+    if fd >= 0 {
+        close_hidden(fd);
     }
-    if !memory.is_null() {
-        // SAFETY: the parent's memory, of this size, and all that is written there now is of no use.
-        unsafe { sys::map_over(memory.cast(), -1, size_of::<TenantMemory>()) };
+    let of_parent = [
+        (memory.cast(), size_of::<TenantMemory>()),
+        (board.cast(), size_of::<BellBoard>()),
+    ];
+    for (at, len) in of_parent {
+        let at: *mut u8 = at;
+        if !at.is_null() {
+            // SAFETY: the parent's memory, of this size, and all that is written there now is of no use.
+            unsafe { sys::map_over(at, -1, len) };
+        }
     }
 }
 
