@@ -31,7 +31,7 @@ impl<S: Anchor + Process> End<'_, S> {
         };
         match took {
             Took::Some => done != 0,
-            Took::Again | Took::Left => true,
+            Took::Again | Took::Overtaken | Took::Left => true,
             Took::Nothing | Took::Few(_) => false,
             Took::End => {
                 // Of this direction alone: who has gone is known by the other one.

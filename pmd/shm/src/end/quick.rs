@@ -4,7 +4,7 @@
 use super::shut::{DEAF, GONE};
 use super::state::bit::{IN, OUT};
 use super::{Peer, Shared};
-use crate::layout::{mark, phase, want};
+use crate::layout::{NOT_SWITCHED, anchor, mark, phase, want};
 use crate::sync::Ordering::*;
 use libc::{POLLPRI, POLLRDHUP};
 
@@ -110,8 +110,14 @@ impl Shared {
         if !self.is_switching() {
             return self.is_receivable();
         }
-        self.incoming().producer.switch_at.load(Acquire) == self.rx().tail.load(Relaxed)
-            || self.has_ended()
+        // As the step goes (`take_switching`): an end in the ring counts behind what is still on the anchor.
+        let at = self.incoming().producer.switch_at.load(Acquire);
+        let marks = self.marks();
+        at <= self.rx().tail.load(Relaxed)
+            || at == NOT_SWITCHED && marks & mark::END != 0
+            || marks & mark::RESET != 0
+            || self.rx().shut.load(Relaxed) != 0
+            || self.rx().anchor.load(Relaxed) & anchor::EOF != 0
     }
 
     /// What the other end has marked. A break counts unless
@@ -148,7 +154,7 @@ impl Shared {
     /// No more bytes will come on the ring.
     #[inline]
     pub fn has_ended(&self) -> bool {
-        self.incoming().producer.mark.load(Acquire) != 0
+        self.marks() != 0
             || self.rx().shut.load(Relaxed) != 0
             || self.rx().anchor.load(Relaxed) != 0
     }
@@ -157,7 +163,8 @@ impl Shared {
     #[inline]
     pub fn is_sendable(&self, enough: u64) -> bool {
         self.space() >= enough
-            || self.out().bytes.want.load(Relaxed) & (GONE | want::LEAVE) != 0
+            || self.peer() != Peer::Reads
+            || self.marks() & mark::RESET != 0
             || self.tx().shut.load(Relaxed) != 0
             || self.rx().anchor.load(Relaxed) != 0
             || self.tx().phase.load(Relaxed) != phase::RING
@@ -179,11 +186,18 @@ impl Shared {
             Peer::Abandoned
         } else if wants & DEAF != 0 {
             Peer::Closed
-        } else if wants & want::LEAVE != 0 {
+        } else if wants & want::LEAVE != 0 || self.has_ended_ring() {
+            // Who marks the end of its ring says LEAVE before that.
             Peer::Leaves
         } else {
             Peer::Reads
         }
+    }
+
+    /// The other end has marked that the rest comes on the anchor.
+    #[inline]
+    pub(super) fn has_ended_ring(&self) -> bool {
+        self.incoming().producer.mark.load(Acquire) & mark::END != 0
     }
 
     /// This end has left, and its own direction may not have ended yet.

@@ -20,6 +20,10 @@ pub struct How {
     pub whole: bool,
 }
 
+/// Times that a receive looks again for what the other end says, without a byte in between. It has a few reasons to, each once; and
+/// whose words contradict each other could have it do so for ever.
+const MOST_LOOKS: u32 = 64;
+
 /// What became of a step of receiving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
@@ -45,8 +49,10 @@ pub(super) enum Took {
     Nothing,
     /// Fewer bytes than the call waits for are there, up to this position.
     Few(u64),
-    /// Something changed: look again.
+    /// Something changed, by what the other end says: look again.
     Again,
+    /// A handler of this thread has received meanwhile: look again.
+    Overtaken,
     /// End of file.
     End,
     /// The other end has left the rings.
@@ -78,6 +84,7 @@ impl<S: Anchor + Process> End<'_, S> {
     /// `answer` is true on return when the producer may wait for space and was not told yet.
     #[inline]
     fn receive_all(&self, to: &Buffers, how: How, done: &mut usize, answer: &mut bool) -> Received {
+        let mut looks = 0;
         loop {
             if *answer {
                 *answer = false;
@@ -103,7 +110,19 @@ impl<S: Anchor + Process> End<'_, S> {
                 Took::Some | Took::Nothing if *done != 0 && !how.whole => Received::Bytes,
                 Took::Some if how.peek => Received::Bytes,
                 Took::Some if self.shared.is_reset() => Received::Bytes,
-                Took::Some | Took::Again => continue,
+                Took::Again if looks == MOST_LOOKS => {
+                    self.reset(Reason::Violation);
+                    continue;
+                }
+                Took::Again => {
+                    looks += 1;
+                    continue;
+                }
+                Took::Some => {
+                    looks = 0;
+                    continue;
+                }
+                Took::Overtaken => continue,
                 Took::Nothing => Received::Nothing,
                 Took::Few(position) => Received::Few(position),
                 Took::Left => {
@@ -229,7 +248,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             });
         }
         if !receiver.consume(available, len) {
-            return Took::Again;
+            return Took::Overtaken;
         }
         if receiver.publish() && wake::asked(&end.incoming().space) != 0 {
             *answer = true;
@@ -415,6 +434,11 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
                 end.reset(Reason::Violation);
                 return Took::Again;
             }
+            // What is in the ring lies behind that.
+            Ahead::Anchor(bytes) if self.receiver.available_from(position + bytes).is_err() => {
+                end.reset(Reason::Violation);
+                return Took::Again;
+            }
             Ahead::Unswitched if ended => {
                 self.incoming_ended();
                 return Took::Left;
@@ -433,7 +457,7 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
                 Got::Nothing => Took::Nothing,
                 Got::Error(error) => self.anchor_error(before, error),
                 Got::Bytes(_) if to.total == *done => Took::Some,
-                Got::Bytes(_) => Took::Again,
+                Got::Bytes(_) => self.take_uncounted(position, to, how, done),
             };
         }
         let start = *done;
@@ -464,6 +488,33 @@ impl<S: Anchor + Process> Receiving<'_, '_, S> {
             Some(Got::Error(error)) => self.anchor_error(before, error),
             _ => Took::Nothing,
         }
+    }
+
+    /// A byte is there that did not count as unread: it has just come, or urgent data comes next. The kernel counts nothing behind that,
+    /// and passes over it.
+    #[cold]
+    #[inline(never)]
+    fn take_uncounted(&self, position: u64, to: &Buffers, how: How, done: &mut usize) -> Took {
+        let end = self.end;
+        // A byte that came before the other end has switched is the program's.
+        let is_next = end.socket.unread() == Some(0);
+        if !is_next || Receiver::switch_at(end.incoming()).is_some() {
+            return Took::Again;
+        }
+        if S::IN_PLACE {
+            // What it is not given has a position, too.
+            end.reset(Reason::Urgent);
+            return Took::Again;
+        }
+        let start = *done;
+        self.take_anchor(to, start, 1, how, done);
+        if *done == start {
+            return Took::Nothing;
+        }
+        if !how.peek {
+            end.rx().tail.store(position + 2, Relaxed);
+        }
+        Took::Some
     }
 
     /// Copies what the anchor has behind the ring's end, where so many `unread` bytes and the tokens lie before it.

@@ -241,12 +241,23 @@ impl<'a, S: Anchor + Process> Sending<'_, 'a, S> {
         end.tx().phase.load(Relaxed) == phase::RING
     }
 
-    /// The ring is full: looks whether the other end has left or closed, who then takes nothing more.
+    /// The ring is full: looks whether the other end has left or closed, or its anchor has ended, so that it takes nothing more.
     pub fn follow_wants(&self) {
-        let wants = self.end.out().bytes.want.load(Acquire);
+        let (shared, rx) = (self.end.shared, self.end.rx());
+        // An end that the program has made itself says nothing of the other one. The anchor's comes after the mark, so it is looked at first.
+        let has_gone = rx.anchor.load(Acquire) != 0 && rx.shut.load(Relaxed) == 0;
+        let said = if shared.has_ended_ring() {
+            // Who marks that says LEAVE before.
+            want::LEAVE
+        } else if has_gone {
+            want::CLOSED
+        } else {
+            0
+        };
+        let wants = self.end.out().bytes.want.load(Acquire) | said;
         if wants & (want::DEMOTED | want::CLOSED | want::LEAVE) != 0 {
             self.after_answer(wants);
-        } else if wants & want::SHUT != 0 {
+        } else if wants & want::SHUT != 0 || shared.marks() & mark::RESET != 0 {
             self.give_up_ring();
         }
     }

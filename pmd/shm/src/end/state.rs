@@ -320,9 +320,15 @@ impl State {
             }
             Incoming::Anchor { switched, then } => {
                 ready |= kernel.bits & (IN | POLLRDHUP);
-                // The end stands in the ring, behind what is unread on the anchor.
-                if matches!(then, Then::End | Then::Anchor { ended: true }) {
-                    ready |= IN | POLLRDHUP;
+                // The end stands in the ring, behind what is unread on the anchor; before the other end has switched there is none.
+                if let Some((before, _)) = switched
+                    && matches!(then, Then::End | Then::Anchor { ended: true })
+                {
+                    ready |= if before == 0 {
+                        IN | POLLRDHUP
+                    } else {
+                        POLLRDHUP
+                    };
                 }
                 match switched {
                     Some((0, bytes)) if bytes != 0 => ready |= IN,

@@ -2,6 +2,7 @@
 //! against a model that is nothing but the bytes.
 #![cfg(not(loom))]
 
+mod contradictions;
 mod holders;
 mod hostile;
 mod in_place;

@@ -32,11 +32,28 @@ struct Pipe {
     room: Cell<Option<usize>>,
     sent: Cell<u64>,
     ended: Cell<bool>,
+    /// It has ended with this error, which who looks takes.
+    error: Cell<Option<i32>>,
+    /// Urgent data comes next, which a receive passes over, and behind which nothing counts as unread.
+    urgent: Cell<bool>,
+    /// Nobody can say how much is there.
+    uncounted: Cell<bool>,
 }
 
 impl Pipe {
     fn room(&self) -> usize {
         self.room.get().unwrap_or(ROOM)
+    }
+
+    fn look(&self) -> Got {
+        match self.bytes.borrow().len() {
+            0 => match self.error.take() {
+                Some(error) => Got::Error(error),
+                None if self.ended.get() => Got::End,
+                None => Got::Nothing,
+            },
+            _ => Got::Bytes(1),
+        }
     }
 
     fn send(&self, bytes: &[u8]) -> usize {
@@ -88,6 +105,8 @@ pub struct Side<'a> {
     noted: Cell<(u32, [u32; 6])>,
     /// How often it has woken who naps, at either end.
     naps_ended: Cell<u32>,
+    /// Calls on the anchor that may still be made, where that was said.
+    calls_left: Cell<Option<u32>>,
 }
 
 /// A value made of zeroes.
@@ -162,6 +181,7 @@ impl Wire {
             gone: RefCell::default(),
             changes: Cell::new(0),
             naps_ended: Cell::new(0),
+            calls_left: Cell::new(None),
             noted: Cell::default(),
         })
     }
@@ -201,17 +221,17 @@ impl Anchor for &Side<'_> {
     }
 
     fn peek(&self) -> Got {
-        match self.incoming().bytes.borrow().len() {
-            0 if self.incoming().ended.get() => Got::End,
-            0 => Got::Nothing,
-            _ => Got::Bytes(1),
-        }
+        self.note_call();
+        self.incoming().look()
     }
 
     unsafe fn take(&self, to: *mut u8, len: usize, how: Take) -> Got {
         let seen = self.peek();
         if seen != Got::Bytes(1) {
             return seen;
+        }
+        if matches!(how, Take::Into | Take::Discard) {
+            self.incoming().urgent.set(false);
         }
         let mut queue = self.incoming().bytes.borrow_mut();
         let len = len.min(queue.len());
@@ -243,6 +263,13 @@ impl Anchor for &Side<'_> {
     }
 
     fn unread(&self) -> Option<u64> {
+        self.note_call();
+        if self.incoming().uncounted.get() {
+            return None;
+        }
+        if self.incoming().urgent.get() {
+            return Some(0);
+        }
         Some(self.incoming().bytes.borrow().len() as u64)
     }
 
@@ -477,6 +504,58 @@ impl Side<'_> {
     /// Bytes that came to this end's anchor past everybody.
     pub fn slip(&self, bytes: &[u8]) {
         self.incoming().send(bytes);
+    }
+
+    /// Urgent data comes next on this end's anchor, before what is there.
+    pub fn slip_urgent(&self) {
+        let pipe = self.incoming();
+        if !pipe.urgent.replace(true) {
+            pipe.sent.set(pipe.sent.get() + 1);
+        }
+    }
+
+    /// What is on this end's anchor can't be counted any more.
+    pub fn lose_count(&self) {
+        self.incoming().uncounted.set(true);
+    }
+
+    /// This end's anchor ends, past everybody: with an error, or without.
+    pub fn slip_end(&self, error: Option<i32>) {
+        self.incoming().error.set(error);
+        self.incoming().ended.set(true);
+    }
+
+    /// What the kernel says of this end's anchor: bits of `poll`.
+    pub fn bits(&self) -> i16 {
+        let pipe = self.incoming();
+        let (there, room) = (!pipe.bytes.borrow().is_empty(), !self.is_full());
+        let (ended, broken) = (pipe.ended.get(), pipe.error.get().is_some());
+        let bits = [
+            (there || ended, libc::POLLIN | libc::POLLRDNORM),
+            (room || ended, libc::POLLOUT | libc::POLLWRNORM),
+            (ended, libc::POLLRDHUP),
+            (broken, libc::POLLERR | libc::POLLHUP),
+        ];
+        bits.iter()
+            .filter(|(is, _)| *is)
+            .fold(0, |all, (_, bit)| all | bit)
+    }
+
+    /// True when a look at the anchor finds its end.
+    pub fn has_heard_end(&self) -> bool {
+        self.on_anchor() == 0 && self.incoming().ended.get()
+    }
+
+    /// No more calls than these on the anchor from now on.
+    pub fn count_calls(&self, most: u32) {
+        self.calls_left.set(Some(most));
+    }
+
+    fn note_call(&self) {
+        if let Some(left) = self.calls_left.get() {
+            assert_ne!(left, 0, "a step has no end");
+            self.calls_left.set(Some(left - 1));
+        }
     }
 
     /// How often this end has woken a thread that naps, at either end.
