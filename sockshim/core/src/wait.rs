@@ -38,6 +38,9 @@ pub fn start(configured: Option<u64>, cores: usize) {
     SPIN_US.store(budget, Relaxed);
 }
 
+/// Budgets that a spin takes in which poll cores had their turns: one takes a moment for each.
+const GIVEN: u64 = 20;
+
 /// Spins until `ready` or until the budget is used. `score` learns from the result.
 #[inline]
 pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
@@ -53,7 +56,7 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
     if start < QUIET_UNTIL.load(Relaxed) {
         return false;
     }
-    let (budget, quiet) = (
+    let (mut budget, quiet) = (
         clock::ticks_of(us),
         clock::ticks_of(limits::YIELD_AFTER_US.get()),
     );
@@ -63,10 +66,14 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
             score.store((points + 1).min(conn::FULL_SCORE), Relaxed);
             return true;
         }
-        if give_core() {
-            continue;
+        let has_given = give_core();
+        if has_given {
+            // The time is looked at behind each: who had the core may never make anything ready.
+            budget = clock::ticks_of(GIVEN * us);
+            turns |= 15;
+        } else {
+            std::hint::spin_loop();
         }
-        std::hint::spin_loop();
         turns = turns.wrapping_add(1);
         if turns.is_multiple_of(16) {
             let passed = clock::ticks().wrapping_sub(start);
@@ -74,7 +81,8 @@ pub fn spin(score: &AtomicU32, mut ready: impl FnMut() -> bool) -> bool {
                 score.store(points.saturating_sub(1), Relaxed);
                 return false;
             }
-            if passed > quiet && turns.is_multiple_of(32) && yield_has_lost_core() {
+            let yields = !has_given && turns.is_multiple_of(32);
+            if yields && passed > quiet && yield_has_lost_core() {
                 return ready();
             }
         }
@@ -165,16 +173,17 @@ const OWED_PER_RING: u64 = 8;
 /// Bytes were put into a stream's ring: where a poll core takes them from there, and shares this core,
 /// it gets its turn as soon as this process waits.
 #[inline]
-pub fn owe(stream: &Shared) {
+pub fn owe(conn: &Conn, stream: &Shared) {
     let core = stream.out().bytes.core.load(Relaxed);
     if core != 0 {
-        owe_to(core);
+        owe_to(conn, core);
     }
 }
 
+/// Only the other end of a stream to another node is a poll core; a program could say what keeps this one from its sleep.
 #[cold]
-fn owe_to(core: u32) {
-    if core == sys::core() {
+fn owe_to(conn: &Conn, core: u32) {
+    if conn.names.are_told() && core == sys::core() {
         OWED.store(core, Relaxed);
     }
 }
@@ -189,7 +198,7 @@ pub fn owe_for_space(conn: &Conn, stream: &Shared) {
     let tail = stream.rx().tail.load(Relaxed);
     if tail.wrapping_sub(conn.owed_at.load(Relaxed)) >= stream.ring_size() / OWED_PER_RING {
         conn.owed_at.store(tail, Relaxed);
-        owe(stream);
+        owe(conn, stream);
     }
 }
 
@@ -218,7 +227,7 @@ pub fn missed(conn: &Conn, stream: &Shared) -> bool {
     let misses = conn.misses.load(Relaxed).wrapping_add(1);
     conn.misses.store(misses, Relaxed);
     if limits::MISSES.divides(misses) {
-        owe_to(core);
+        owe_to(conn, core);
     }
     // One that asks once will do something else now, and then wait.
     misses > 1 && give_core()
@@ -252,7 +261,19 @@ pub struct Waits {
     limit: Option<u64>,
     /// The longest sleep, once it was asked for.
     slice: Option<u64>,
+    /// What it has moved.
+    done: usize,
+    /// How often it went round since it has moved that,
+    rounds: u32,
+    /// and when that was looked at, in nanoseconds.
+    looked_at: u64,
 }
+
+/// Rounds of a call that has found nothing, after which it looks at the time: milliseconds that they are to take at least.
+const ROUNDS: u32 = 16;
+
+/// Nanoseconds of a sleep that nothing but a signal ends.
+const MOMENT_NS: u64 = 1_000_000;
 
 /// What a call waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,6 +293,28 @@ impl Waits {
     /// The call goes on in the kernel, or ends: handlers run now.
     pub fn end(&mut self) {
         self.held = None;
+    }
+
+    /// The call has found nothing, and goes round, with so many bytes moved. True when it does so faster than it could be told of
+    /// anything: then it is to [rest](for_a_moment). What says that something is ready, and what moves it, are words of the other
+    /// end's, and may contradict each other.
+    pub fn go_in_vain(&mut self, done: usize) -> bool {
+        if done != self.done {
+            self.done = done;
+            self.rounds = 0;
+        }
+        self.rounds += 1;
+        if self.rounds < ROUNDS {
+            return false;
+        }
+        self.rounds = 0;
+        let before = std::mem::replace(&mut self.looked_at, clock::nanoseconds());
+        self.looked_at - before < u64::from(ROUNDS) * MOMENT_NS
+    }
+
+    /// True in the first round since the call began, or has moved something.
+    pub fn are_new(&self) -> bool {
+        self.rounds == 1
     }
 
     /// Begins a sleep: with signals held back where the kernel's own receive will not do. `partial`: the call has moved a part.
@@ -444,6 +487,22 @@ impl Sleep<'_> {
     }
 }
 
+/// Sleeps for a moment, whatever is ready, where it can't be slept for that.
+#[cold]
+pub fn for_a_moment(
+    end: &End<'_>,
+    held: &Use,
+    waits: &mut Waits,
+    what: For,
+    partial: bool,
+) -> Result<(), isize> {
+    tenant::stay_attached();
+    let fd = end.socket.wait_fd();
+    waits.begin(held, fd, what, partial);
+    waits.hold(held, fd, what, partial);
+    finish(end, held, waits.sleep(-1, 0, Some(MOMENT_NS)))
+}
+
 /// Sleeps until there are bytes behind `position`, for a call that wants many and takes none.
 pub fn for_more(end: &End<'_>, held: &Use, waits: &mut Waits, position: u64) -> Result<(), isize> {
     let sleep = Sleep {
@@ -495,10 +554,7 @@ pub fn for_space(end: &End<'_>, held: &Use, waits: &mut Waits, partial: bool) ->
     end.settle_switch();
     if stream.is_switching() && sys::poll_one(end.socket.wait_fd(), POLLIN, 0) > 0 {
         // Unread bytes are still on the anchor, so it cannot be slept on.
-        tenant::stay_attached();
-        waits.begin(held, end.socket.wait_fd(), For::Space, partial);
-        waits.hold(held, end.socket.wait_fd(), For::Space, partial);
-        return finish(end, held, waits.sleep(-1, 0, Some(1_000_000)));
+        return for_a_moment(end, held, waits, For::Space, partial);
     }
     let sleep = Sleep {
         held,
@@ -611,4 +667,36 @@ fn finish(end: &End<'_>, held: &Use, result: isize) -> Result<(), isize> {
 /// Spins for bytes on behalf of a connection.
 pub fn spin_for_bytes(conn: &Conn, stream: &Shared) -> bool {
     !stream.is_switching() && spin(&conn.spin_score, || stream.is_receivable())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_call_that_goes_round_in_vain_rests() {
+        let mut waits = Waits::new();
+        let rests = (0..1000).filter(|_| waits.go_in_vain(7)).count();
+        assert!(rests >= 1000 / ROUNDS as usize - 2, "{rests} rests");
+        let rests = (0..1000).filter(|done| waits.go_in_vain(8 + done)).count();
+        assert_eq!(rests, 0, "with a byte each time");
+        let slow = (0..5 * ROUNDS).filter(|_| {
+            std::thread::sleep(Duration::from_millis(2));
+            waits.go_in_vain(2000)
+        });
+        // The first time it looks at may have begun before.
+        assert!(slow.count() <= 1, "where it sleeps by itself");
+    }
+
+    #[test]
+    fn a_spin_ends_however_often_the_core_is_given_away() {
+        let (score, began) = (AtomicU32::new(conn::FULL_SCORE), Instant::now());
+        let is_ready = spin(&score, || {
+            OWED.store(sys::core(), Relaxed);
+            assert!(began.elapsed() < Duration::from_secs(20), "it has no end");
+            false
+        });
+        assert!(!is_ready);
+    }
 }

@@ -170,7 +170,7 @@ fn read_in<'a>(
         }
         if full
             && stream.tx().phase.load(Relaxed) == phase::RING
-            && let Err(error) = wait_for_space(&end, held, &mut waits, 0, done != 0)
+            && let Err(error) = wait_for_space(&end, held, &mut waits, 0, done)
         {
             return Outcome::Done(if done == 0 { error } else { done as isize });
         }

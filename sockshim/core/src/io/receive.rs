@@ -3,6 +3,7 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
+use crate::wait::For;
 use crate::{clock, limits, wait};
 use rdsock_shm::end::{Anchor, How, Received};
 
@@ -67,10 +68,14 @@ fn go_on<'a>(
         Received::End => return Some(Outcome::Done(0)),
         Received::Error(error) => return Some(Outcome::Done(-(error as isize))),
         Received::Nothing if is_nonblocking(stream, flags) => {
-            if !look_in_vain(end, held) {
+            let is_in_vain = going.waits.go_in_vain(done) || !going.waits.are_new();
+            if is_in_vain || !look_in_vain(end, held) {
                 return Some(Outcome::Done(AGAIN));
             }
             Ok(false)
+        }
+        Received::Nothing | Received::Few(_) if going.waits.go_in_vain(done) => {
+            wait::for_a_moment(end, held, &mut going.waits, For::Bytes, done != 0).map(|()| true)
         }
         // It has slept, the anchor has woken it, and there is nothing: somebody slipped past, or it was another's token.
         Received::Nothing | Received::Few(_) if going.has_slept => {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::conn::Use;
 use crate::end::End;
+use crate::wait::For;
 use crate::{clock, limits, rest, wait};
 use rdsock_shm::end::{Anchor, Sent};
 use rdsock_shm::layout::{mark, phase, want};
@@ -22,7 +23,7 @@ pub fn send<'a>(
     loop {
         let sent = end.send(from, &mut done);
         if done != 0 {
-            wait::owe(stream);
+            wait::owe(held.conn, stream);
             held.conn.one_way.store(0, Relaxed);
         }
         if let Sent::All = sent {
@@ -86,7 +87,7 @@ fn go_on<'a>(
             going.has_slept = false;
             return None;
         }
-        Sent::Full => match wait_for_space(end, held, &mut going.waits, flags, done != 0) {
+        Sent::Full => match wait_for_space(end, held, &mut going.waits, flags, done) {
             Ok(slept) => {
                 going.has_slept = slept;
                 return None;
@@ -98,22 +99,31 @@ fn go_on<'a>(
 }
 
 /// The ring is full: waits for space, unless the peer has gone. True when it has slept. `Err`: to be reported, unless some
-/// bytes were sent (`partial`).
+/// bytes were sent (`done`).
 pub(super) fn wait_for_space(
     end: &End<'_>,
     held: &Use,
     waits: &mut wait::Waits,
     flags: c_int,
-    partial: bool,
+    done: usize,
 ) -> Result<bool, isize> {
     let stream = end.shared;
+    let is_nonblocking = is_nonblocking(stream, flags);
+    let is_in_vain = waits.go_in_vain(done);
+    if is_nonblocking && !waits.are_new() {
+        // There was to be space, and is none: it is the other end that says so.
+        return Err(AGAIN);
+    }
+    if is_in_vain {
+        return wait::for_a_moment(end, held, waits, For::Space, done != 0).map(|()| true);
+    }
     if peer_has_gone(end) {
         return Ok(false);
     }
-    if flags & libc::MSG_DONTWAIT != 0 || stream.page().nonblock.load(Relaxed) != 0 {
+    if is_nonblocking {
         // Said before the last look, so that space which comes now is an edge.
         held.conn.note_refused();
-        wait::owe(stream);
+        wait::owe(held.conn, stream);
         wait::give_core();
         return if stream.is_sendable(stream.ring_size() / 3) {
             Ok(false)
@@ -123,13 +133,13 @@ pub(super) fn wait_for_space(
     }
     let has_space = || {
         // A poll core makes room in turns.
-        wait::owe(stream);
+        wait::owe(held.conn, stream);
         stream.is_sendable(1)
     };
     if wait::spin(&held.conn.spin_score, has_space) {
         return Ok(false);
     }
-    wait::for_space(end, held, waits, partial).map(|()| true)
+    wait::for_space(end, held, waits, done != 0).map(|()| true)
 }
 
 /// Sends on the anchor what a call has left, since the stream was left in its middle: all of it, or as much as goes where the
