@@ -56,7 +56,7 @@ coded! {
         /// A limit of the daemon's configuration.
         Limit = 5, "a limit for this user is reached (streams or bytes)";
         /// The stream's memory could not be made or mapped.
-        NoMemory = 6, "the stream's memory could not be made or mapped: a limit of address space (ulimit -v) may leave no room";
+        NoMemory = 6, "the stream's memory could not be made or mapped: a limit of address space (ulimit -v) or of mappings (vm.max_map_count) may leave no room";
         /// The two ends are in different network namespaces.
         OtherNamespace = 7, "the other end is in another network namespace";
         /// The daemon could not verify that the tenant holds this socket.

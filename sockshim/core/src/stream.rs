@@ -8,6 +8,7 @@ use rdsock_shm::end::Shared;
 use rdsock_shm::layout::{Bell, BellBoard, DATA_OFFSET, MAX_RING, MIN_RING, StreamHeader};
 use rdsock_shm::ring::RingMemory;
 use std::mem::offset_of;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 pub use crate::identity::{has_barriers, pid};
 
@@ -35,6 +36,7 @@ impl Offer {
 pub struct Stream {
     shared: Shared,
     mapped: usize,
+    _counted: Counted,
     /// The daemon's number.
     pub id: u64,
 }
@@ -60,6 +62,36 @@ fn map_bells(fd: c_int) -> Option<*const Bell> {
 
 /// The bytes of an end page's mapping.
 const END_PAGE: usize = 4096;
+
+/// Streams that this process has mapped.
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+/// Mappings of each: the stream, the end page, and the peer's bells.
+const MAPPINGS: u64 = 3;
+
+/// One that is counted as mapped.
+#[derive(Debug)]
+struct Counted;
+
+impl Counted {
+    /// Counts one in. `None` where so many would leave the program too few of the mappings that it may have: whoever connects makes
+    /// some, and a program without any can't allocate.
+    fn new() -> Option<Self> {
+        let before = MAPPED.fetch_add(1, Relaxed);
+        let counted = Counted;
+        leaves_mappings(before + 1, sys::most_mappings()).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Half of the mappings are the program's own.
+fn leaves_mappings(streams: u64, most: u64) -> bool {
+    MAPPINGS * streams <= most / 2
+}
 
 impl Stream {
     /// Maps what the daemon has sent. The last of `fds` is -1 where this end does not get the peer's bells. `None` when it does
@@ -95,6 +127,7 @@ impl Stream {
         if !sys::leaves_room(mapped) {
             return None;
         }
+        let counted = Counted::new()?;
         let header = sys::map(memory, mapped)?;
         let Some(end_page) = sys::map(page, END_PAGE) else {
             // SAFETY: just mapped, unused.
@@ -129,7 +162,12 @@ impl Stream {
                 end,
             )
         };
-        Some(Stream { shared, mapped, id })
+        Some(Stream {
+            shared,
+            mapped,
+            _counted: counted,
+            id,
+        })
     }
 
     /// Unmaps everything.
@@ -145,5 +183,22 @@ impl Stream {
                 sys::unmap(board.cast_mut().cast(), size_of::<BellBoard>());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_mappings_are_the_programs() {
+        assert!(leaves_mappings(10_921, 65_530));
+        assert!(!leaves_mappings(10_922, 65_530));
+        assert!(!leaves_mappings(1, 5));
+        let streams = MAPPED.load(Relaxed);
+        let counted = Counted::new().unwrap();
+        assert_eq!(MAPPED.load(Relaxed), streams + 1);
+        drop(counted);
+        assert_eq!(MAPPED.load(Relaxed), streams);
     }
 }

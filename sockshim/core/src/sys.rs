@@ -53,7 +53,7 @@ pub use futex::{futex_wait, futex_wake, is_unfiltered};
 pub use host::{Host, host, live_beside};
 pub use peek::peek_behind;
 pub use processes::{is_alive, may_have_open};
-pub use room::{leaves_room, limit_of};
+pub use room::{leaves_room, limit_of, most_mappings};
 pub use thread_name::thread_name;
 
 /// The thread pointer: distinct for each thread of a process.

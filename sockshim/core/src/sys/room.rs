@@ -2,6 +2,8 @@
 
 use super::{call, close, open_read, pread};
 use libc::c_int;
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The soft limit of a resource.
 pub fn limit_of(resource: libc::__rlimit_resource_t) -> u64 {
@@ -46,9 +48,45 @@ pub fn leaves_room(len: usize) -> bool {
     len as u64 <= limit.saturating_sub(used) / 4
 }
 
+/// Mappings that a process may have, where the system does not say.
+const USUAL_MAPPINGS: u64 = 65_530;
+
+/// Mappings that a process may have (`vm.max_map_count`), as it was when first asked for.
+pub fn most_mappings() -> u64 {
+    static MOST: AtomicU64 = AtomicU64::new(0);
+    let known = MOST.load(Relaxed);
+    if known != 0 {
+        return known;
+    }
+    let most = number_in(c"/proc/sys/vm/max_map_count").unwrap_or(USUAL_MAPPINGS);
+    MOST.store(most, Relaxed);
+    most
+}
+
+/// The number that a file of one line holds.
+fn number_in(path: &CStr) -> Option<u64> {
+    let fd = open_read(path.as_ptr()) as c_int;
+    if fd < 0 {
+        return None;
+    }
+    let mut text = [0_u8; 32];
+    // SAFETY: the buffer is valid for its length.
+    let read = unsafe { pread(fd, text.as_mut_ptr(), text.len(), None) };
+    close(fd);
+    let text = std::str::from_utf8(text.get(..read.max(0) as usize)?).ok()?;
+    text.trim().parse().ok().filter(|number| *number != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_may_have_some_mappings() {
+        assert!(most_mappings() >= 1024);
+        assert_eq!(number_in(c"/proc/self/no-such-file"), None);
+        assert_eq!(number_in(c"/proc/self/comm"), None);
+    }
 
     #[test]
     fn the_address_space_stands_behind_any_name() {
