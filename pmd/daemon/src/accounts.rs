@@ -9,9 +9,7 @@
 //! packet switches", 1998, with factor 1.) Users who are not [`Known`] may be one attacker's (`/etc/subuid`): of shared things, all of
 //! them together leave a sixteenth to those who are.
 
-use std::any::Any;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -290,58 +288,6 @@ impl Charge {
             let kept = if other == thing { amount } else { 0 };
             self.less(other, sum.saturating_sub(kept));
         }
-    }
-}
-
-/// What is held for as long as a descriptor.
-pub type Beside = Arc<dyn Any + Send + Sync>;
-
-/// A descriptor, and what it costs: whoever has it last, a message that nobody reads say, keeps both.
-#[derive(Debug)]
-pub struct Paid {
-    file: OwnedFd,
-    // These go behind the descriptor.
-    _charge: Option<Arc<Charge>>,
-    _beside: Option<Beside>,
-}
-
-impl Paid {
-    /// A descriptor on a user's account, maybe one of several of a charge.
-    pub fn new(file: OwnedFd, charge: Arc<Charge>) -> Self {
-        Paid {
-            file,
-            _charge: Some(charge),
-            _beside: None,
-        }
-    }
-
-    /// The same, and something that has to be there for as long, paid for elsewhere.
-    pub fn with(file: OwnedFd, charge: Arc<Charge>, beside: Beside) -> Self {
-        Paid {
-            _beside: Some(beside),
-            ..Paid::new(file, charge)
-        }
-    }
-
-    /// A descriptor of the daemon's own, or one that is paid for elsewhere.
-    pub fn free(file: OwnedFd) -> Self {
-        Paid {
-            file,
-            _charge: None,
-            _beside: None,
-        }
-    }
-}
-
-impl AsFd for Paid {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
-impl AsRawFd for Paid {
-    fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
     }
 }
 

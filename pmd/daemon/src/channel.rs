@@ -18,12 +18,13 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     ControlMessage, MsgFlags, Shutdown, UnixAddr, sendmsg, setsockopt, shutdown, sockopt,
 };
 use rdsock_shm::control::{Message, kind, parse};
 
-use crate::accounts::{Charge, Over, Paid, Thing};
+use crate::accounts::{Charge, Over, Thing};
 use crate::diag::is_seqpacket;
 use crate::found::Found;
 use crate::memory::{BadBoard, Bells};
@@ -31,21 +32,26 @@ use crate::porters::{self, Owner, Porters};
 use crate::process::Peer;
 use crate::sentry::Awaited;
 
-/// A descriptor that a stranger has made.
-pub type Foreign = porters::Foreign<Found>;
+/// A descriptor that a stranger has as well, or something else of that kind.
+pub type Foreign<T = OwnedFd> = porters::Foreign<Found, T>;
+/// Who closes it.
+pub type Closer = porters::Closer<Found>;
 
 /// What comes there.
 impl Awaited for Arc<Foreign> {
     fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor stays open while `self` lives, which the borrow does not outlive.
-        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+        self.as_fd()
     }
 }
 
 /// Longest datagram that is a message; a longer one is cut off by the kernel and is none.
 const LONGEST: usize = 256;
-/// Most descriptors that the kernel passes in one message, so that none is ever left behind.
-const MAX_FDS: usize = 253;
+/// Descriptors for which there is room: one is the most that a message brings that makes sense, and two show that it makes none. Further ones
+/// the kernel lets go of itself, in the time of who receives, and nobody has them here.
+const MAX_FDS: usize = 2;
+/// Descriptors that it takes to look at what a message brings: a socket, and who has made it ([`Peer`]).
+pub const LUGGAGE_DESCRIPTORS: u64 = 3;
+const _: () = assert!(MAX_FDS as u64 <= LUGGAGE_DESCRIPTORS);
 
 /// A datagram from the other side.
 #[derive(Debug)]
@@ -76,6 +82,8 @@ pub enum Luggage {
     Channel(Foreign, Peer),
     /// Likewise, of a process that has ended since. It is closed already.
     Left,
+    /// There was something, and no room for it on its user's account, or no descriptor free. The kernel has let go of it.
+    NoRoom,
     /// What makes no sense there. It is closed already.
     Other,
 }
@@ -86,7 +94,7 @@ pub struct Outgoing {
     /// Its bytes.
     pub bytes: Vec<u8>,
     /// The descriptors beside it.
-    pub fds: Vec<Arc<Paid>>,
+    pub fds: Vec<Arc<Foreign>>,
 }
 
 /// What a receive found.
@@ -215,7 +223,8 @@ impl Channel {
 
     /// Has something come? Waits for nobody, whoever else has the socket.
     pub fn has_message(&self) -> bool {
-        self.socket.is_readable()
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
     }
 
     /// Queues a datagram. Fails when the other side does not read what it has asked for. Consequence: it is cut off.
@@ -266,7 +275,7 @@ pub fn receive(socket: &Foreign) -> io::Result<Receive> {
     match take(socket, MsgFlags::MSG_PEEK, 0)? {
         // Nobody else reads, so what is there is what was looked at.
         Taken::Whole(..) => {}
-        Taken::CutOff => return Ok(Receive::Descriptors),
+        Taken::CutOff(..) => return Ok(Receive::Descriptors),
         Taken::Nothing => return Ok(Receive::Nothing),
         Taken::Closed => return Ok(Receive::Closed),
     }
@@ -276,22 +285,19 @@ pub fn receive(socket: &Foreign) -> io::Result<Receive> {
             sender,
             luggage: Luggage::None,
         })),
-        Taken::CutOff | Taken::Nothing => Ok(Receive::Nothing),
+        Taken::CutOff(..) | Taken::Nothing => Ok(Receive::Nothing),
         Taken::Closed => Ok(Receive::Closed),
     }
 }
 
-/// Nothing comes in any more, and what has come is thrown away. False where descriptors lie there: who closes the socket closes them,
-/// and waits for as long as who has sent them likes. May be much work, as to receive is; for a socket that nobody else has.
-pub fn empty(socket: &Foreign) -> bool {
+/// Nothing comes in any more. Has nothing come? Else who closes the socket lets go of that, and wakes whoever waits to send for each message;
+/// for descriptors among it he waits for as long as who has sent them likes. For a socket that nobody else has.
+pub fn is_left_empty(socket: &Foreign) -> bool {
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-    loop {
-        match receive(socket) {
-            Ok(Receive::Message(_)) => {}
-            Ok(Receive::Nothing | Receive::Closed) => return true,
-            Ok(Receive::Descriptors) | Err(_) => return false,
-        }
-    }
+    matches!(
+        take(socket, MsgFlags::MSG_PEEK, 0),
+        Ok(Taken::Nothing | Taken::Closed)
+    )
 }
 
 /// On whose behalf is sent: what is received and looked at for the same connection need not be waited for.
@@ -324,7 +330,7 @@ fn dismiss_with(porters: &Porters<Found>, socket: Arc<Foreign>, unsent: VecDeque
         // The kernel drops descriptors that there is no room for.
         while matches!(
             take(&socket, MsgFlags::empty(), 0),
-            Ok(Taken::Whole(..) | Taken::CutOff)
+            Ok(Taken::Whole(..) | Taken::CutOff(..))
         ) {}
         drop(unsent);
         None
@@ -334,14 +340,14 @@ fn dismiss_with(porters: &Porters<Found>, socket: Arc<Foreign>, unsent: VecDeque
 enum Taken {
     /// A datagram, its sender, and its descriptors.
     Whole(Vec<u8>, i32, Vec<OwnedFd>),
-    /// There are more descriptors than there was room for; these are closed.
-    CutOff,
+    /// The same, where there were more than there was room for, or descriptors free.
+    CutOff(Vec<u8>, i32, Vec<OwnedFd>),
     Nothing,
     Closed,
 }
 
 /// Room for the control messages of a datagram: its sender, and [`MAX_FDS`] descriptors.
-type Control = [u64; 144];
+type Control = [u64; 7];
 const _: () = assert!(size_of::<Control>() >= 32 + 16 + 4 * MAX_FDS);
 
 /// A pidfd of the sender. The kernel adds it to each message where whoever has the socket, too, has asked for that (`SO_PASSPIDFD`).
@@ -381,15 +387,12 @@ fn take(socket: &Foreign, flags: MsgFlags, fds: usize) -> io::Result<Taken> {
         }
     };
     let (sender, fds) = unpack_control(&message);
-    if message.msg_flags & libc::MSG_CTRUNC != 0 {
-        return Ok(Taken::CutOff);
-    }
+    let is_cut_off = message.msg_flags & libc::MSG_CTRUNC != 0;
+    let bytes = bytes.get(..len).unwrap_or(&[]).to_vec();
     Ok(match (len, sender) {
+        _ if is_cut_off => Taken::CutOff(bytes, sender.unwrap_or(0), fds),
         (0, None) => Taken::Closed,
-        _ => {
-            let bytes = bytes.get(..len).unwrap_or(&[]).to_vec();
-            Taken::Whole(bytes, sender.unwrap_or(0), fds)
-        }
+        _ => Taken::Whole(bytes, sender.unwrap_or(0), fds),
     })
 }
 
@@ -425,18 +428,26 @@ fn unpack_control(message: &libc::msghdr) -> (Option<i32>, Vec<OwnedFd>) {
     (sender, fds)
 }
 
-/// Takes in a datagram, and looks at the descriptors that it brings. May wait: for a porter.
-pub fn unpack(porters: &Porters<Found>, socket: &Foreign) -> io::Result<Receive> {
-    let (bytes, sender, fds) = match take(socket, MsgFlags::empty(), MAX_FDS)? {
-        Taken::Whole(bytes, sender, fds) => (bytes, sender, fds),
-        Taken::CutOff => (Vec::new(), 0, Vec::new()),
+/// Takes in a datagram, and looks at the descriptors that it brings: with `room` on an account for these, which is in use until they are
+/// closed; else the kernel lets go of them. May wait: for a porter.
+pub fn unpack(socket: &Foreign, room: Option<Arc<Charge>>) -> io::Result<Receive> {
+    let most = room.as_ref().map_or(0, |_| MAX_FDS);
+    let (bytes, sender, fds, whole) = match take(socket, MsgFlags::empty(), most)? {
+        Taken::Whole(bytes, sender, fds) => (bytes, sender, fds, true),
+        Taken::CutOff(bytes, sender, fds) => (bytes, sender, fds, false),
         Taken::Nothing => return Ok(Receive::Nothing),
         Taken::Closed => return Ok(Receive::Closed),
     };
+    let brought = |fd| {
+        let foreign = socket.closer().foreign(fd);
+        room.iter().cloned().fold(foreign, Foreign::paid_by)
+    };
     let luggage = match parse(&bytes) {
+        _ if !whole && fds.len() < MAX_FDS => Luggage::NoRoom,
+        _ if !whole => Luggage::Other,
         _ if fds.is_empty() => Luggage::None,
-        Ok((kind::HELLO, _)) => Luggage::Bells(bells(fds)),
-        Ok((kind::ADOPT, [])) => channel(porters, socket.owner(), fds).unwrap_or(Luggage::Other),
+        Ok((kind::HELLO, _)) => Luggage::Bells(bells(fds, brought)),
+        Ok((kind::ADOPT, [])) => channel(fds, brought).unwrap_or(Luggage::Other),
         _ => Luggage::Other,
     };
     Ok(Receive::Message(Received {
@@ -446,12 +457,12 @@ pub fn unpack(porters: &Porters<Found>, socket: &Foreign) -> io::Result<Receive>
     }))
 }
 
-fn bells(fds: Vec<OwnedFd>) -> Result<Bells, BadBoard> {
+fn bells(fds: Vec<OwnedFd>, brought: impl Fn(OwnedFd) -> Foreign) -> Result<Bells, BadBoard> {
     let [bells] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| BadBoard::Number)?;
-    Bells::check(bells)
+    Bells::check(brought(bells))
 }
 
-fn channel(porters: &Porters<Found>, owner: Owner, fds: Vec<OwnedFd>) -> Option<Luggage> {
+fn channel(fds: Vec<OwnedFd>, brought: impl Fn(OwnedFd) -> Foreign) -> Option<Luggage> {
     let [socket] = <[OwnedFd; 1]>::try_from(fds).ok()?;
     if !is_seqpacket(socket.as_fd()) {
         return None;
@@ -460,11 +471,22 @@ fn channel(porters: &Porters<Found>, owner: Owner, fds: Vec<OwnedFd>) -> Option<
     fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
     setsockopt(&socket, sockopt::PassCred, &true).ok()?;
     match Peer::of(&socket) {
-        Ok(peer) => Some(Luggage::Channel(porters.foreign(owner, socket), peer)),
+        Ok(peer) => Some(Luggage::Channel(brought(socket), peer)),
         // So say kernels that give no pidfd of a process that has been waited for.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => {
             Some(Luggage::Left)
         }
         Err(_) => None,
     }
+}
+
+/// What lets go of what a test has made.
+#[cfg(test)]
+pub(crate) fn closer_of_test() -> Closer {
+    let starter = crate::starter::Starter::new().unwrap();
+    let porters = Porters::new(starter, crate::shares::Known::default()).unwrap();
+    porters.closer(Owner {
+        uid: 0,
+        connection: 1,
+    })
 }

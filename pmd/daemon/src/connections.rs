@@ -2,12 +2,12 @@
 //! say and are told is the daemon's.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
 use crate::book::TenantId;
-use crate::channel::Channel;
+use crate::channel::{Channel, Foreign};
 use crate::memory::TenantMap;
 use crate::process::Peer;
 use crate::queries::Answering;
@@ -28,7 +28,7 @@ pub enum Standing {
     /// It has said so, and is looked at.
     LookedAt {
         /// Its bell board.
-        bells: Arc<Paid>,
+        bells: Arc<Foreign>,
         /// As in [`Tenant`].
         may_be_rung: bool,
     },
@@ -44,9 +44,9 @@ pub enum Standing {
 #[derive(Debug)]
 pub struct Belongings {
     /// Its memory.
-    pub map: TenantMap,
+    pub map: Foreign<TenantMap>,
     /// Its bell board.
-    pub bells: Arc<Paid>,
+    pub bells: Arc<Foreign>,
     /// As in [`Tenant`].
     pub may_be_rung: bool,
 }
@@ -83,6 +83,8 @@ pub struct Connection {
     pub retries: bool,
     /// What it has on its user's account.
     pub charge: Charge,
+    /// What the last message has brought beside it is on that account, too, until it is closed or something else.
+    pub luggage: Weak<Charge>,
     standing: Standing,
 }
 
@@ -98,6 +100,7 @@ impl Connection {
             wants_write: false,
             retries: false,
             charge,
+            luggage: Weak::new(),
             standing: Standing::Caller { answered: false },
         }
     }
@@ -149,7 +152,7 @@ impl Connection {
     }
 
     /// It says that it has mapped its memory: it is looked at, with that. `None` where it was sent none, or has said so before.
-    pub fn begin_looking(&mut self) -> Option<TenantMap> {
+    pub fn begin_looking(&mut self) -> Option<Foreign<TenantMap>> {
         match std::mem::replace(&mut self.standing, Standing::Deciding) {
             Standing::Sent(belongings, _) => {
                 let Belongings {
@@ -168,7 +171,10 @@ impl Connection {
     }
 
     /// It was looked at, with this memory: what it has until something is decided. The memory where nobody waits for that.
-    pub fn end_looking(&mut self, map: TenantMap) -> Result<Belongings, TenantMap> {
+    pub fn end_looking(
+        &mut self,
+        map: Foreign<TenantMap>,
+    ) -> Result<Belongings, Foreign<TenantMap>> {
         match std::mem::replace(&mut self.standing, Standing::Deciding) {
             Standing::LookedAt { bells, may_be_rung } => Ok(Belongings {
                 map,
@@ -224,9 +230,9 @@ impl Connection {
 #[derive(Debug)]
 pub struct Tenant {
     /// Its memory.
-    pub map: TenantMap,
+    pub map: Foreign<TenantMap>,
     /// Its bell board, to be handed to its peers.
-    pub bells: Arc<Paid>,
+    pub bells: Arc<Foreign>,
     /// Poll cores may ring them: see [`Bells`](crate::memory::Bells).
     pub may_be_rung: bool,
     /// Who it was when it attached.
@@ -389,11 +395,12 @@ mod tests {
             uid: 0,
             connection: 1,
         };
-        let channel = Channel::new(porters.foreign(owner, own), pay());
-        let bells = Bells::make().unwrap();
+        let closer = porters.closer(owner);
+        let channel = Channel::new(closer.foreign(own), pay());
+        let bells = Bells::make(&closer).unwrap();
         let belongings = Belongings {
             map: TenantMap::make(&bells, pay(), pay()).unwrap(),
-            bells: Arc::new(Paid::new(bells.board, Arc::new(pay()))),
+            bells: Arc::new(bells.board),
             may_be_rung: true,
         };
         (Connection::new(channel, peer, false, pay()), belongings)

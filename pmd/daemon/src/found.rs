@@ -44,7 +44,7 @@ pub enum Found {
         /// What it runs.
         program: Program,
         /// Its memory and its bells, or why there is none.
-        made: io::Result<(TenantMap, Bells)>,
+        made: io::Result<(Foreign<TenantMap>, Bells)>,
     },
     /// A look at a caller that says it has mapped its memory.
     Attached {
@@ -53,7 +53,7 @@ pub enum Found {
         /// Who it is.
         passport: Result<Passport, Changed>,
         /// The memory. Nobody makes the daemon wait for it, unless this says so.
-        map: (TenantMap, io::Result<()>),
+        map: (Foreign<TenantMap>, io::Result<()>),
     },
     /// The network namespace that a tenant is in.
     Namespace {

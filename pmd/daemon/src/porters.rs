@@ -16,17 +16,18 @@
 //! control thread. Who makes the kernel work for long, maybe with interrupts off (it wakes a million that wait for a socket), has
 //! half a core for that at most: a porter rests behind such a load.
 
+mod foreign;
 mod line;
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{
     SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction,
@@ -36,8 +37,8 @@ use nix::time::ClockId;
 use nix::unistd::gettid;
 use tracing::debug;
 
+pub use self::foreign::{Beside, Closer, Foreign};
 use self::line::{Crew, Line};
-use crate::accounts::Charge;
 use crate::own::processor_time;
 use crate::shares::{Known, Turns};
 use crate::starter::Starter;
@@ -79,6 +80,11 @@ const REST: Duration = Duration::from_millis(20);
 const LONG: Duration = Duration::from_millis(2);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 pub const SIGNAL: Signal = Signal::SIGURG;
+
+thread_local! {
+    /// The user for whom this thread carries a load, if it is a porter.
+    static CARRIES_FOR: Cell<Option<u32>> = const { Cell::new(None) };
+}
 
 /// Something to do that may have to wait, and what it finds.
 pub type Load<D> = Box<dyn FnOnce(&Carrier) -> Option<D> + Send>;
@@ -546,14 +552,20 @@ impl<D: Send + 'static> Porters<D> {
         yard.users.get(&uid).map_or(0, |corner| corner.loads)
     }
 
-    /// A descriptor that a stranger has made: closed by a porter.
-    pub fn foreign(&self, owner: Owner, fd: OwnedFd) -> Foreign<D> {
-        Foreign {
-            fd: Some(fd),
-            owner,
-            charge: None,
-            porters: self.clone(),
+    /// Who lets go of what strangers have, on behalf of somebody.
+    pub fn closer(&self, owner: Owner) -> Closer<D> {
+        Closer::new(owner, self.clone())
+    }
+
+    /// Lets go of something: here, if this is a porter that carries for that user already.
+    fn let_go(&self, owner: Owner, thing: impl Send + 'static) {
+        if CARRIES_FOR.get() == Some(owner.uid) {
+            return drop(thing);
         }
+        self.give(owner, move || {
+            drop(thing);
+            None
+        });
     }
 }
 
@@ -618,7 +630,9 @@ impl<D: Send + 'static> Shared<D> {
             };
             self.find_porter(yard);
             nudge.start();
+            CARRIES_FOR.set(Some(owner.uid));
             let mut found = load(&Carrier::new());
+            CARRIES_FOR.set(None);
             let before = std::mem::replace(&mut used, processor_time());
             if self.has_rest(owner) {
                 let rest = crew.rest(used.saturating_sub(before));
@@ -730,67 +744,6 @@ impl Nudge {
     fn stop(&mut self) {
         self.started = false;
         self.set(Expiration::OneShot(Duration::ZERO.into()));
-    }
-}
-
-/// A descriptor that a stranger has made. Whoever drops it does not close it: a porter does, since closing may wait.
-#[derive(Debug)]
-pub struct Foreign<D: Send + 'static> {
-    fd: Option<OwnedFd>,
-    owner: Owner,
-    charge: Option<Arc<Charge>>,
-    porters: Porters<D>,
-}
-
-impl<D: Send + 'static> Foreign<D> {
-    /// On whose behalf it is closed.
-    pub fn owner(&self) -> Owner {
-        self.owner
-    }
-
-    /// Can it be read? Asks without waiting.
-    pub fn is_readable(&self) -> bool {
-        let Some(fd) = &self.fd else {
-            return false;
-        };
-        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
-    }
-
-    /// It is closed on behalf of somebody else.
-    pub fn give_to(&mut self, owner: Owner) {
-        self.owner = owner;
-    }
-
-    /// It counts on this account until it is closed.
-    pub fn charge_to(&mut self, charge: impl Into<Arc<Charge>>) {
-        self.charge = Some(charge.into());
-    }
-
-    /// Somebody else closes it, and pays for it.
-    pub fn hand_over(mut self) -> Option<OwnedFd> {
-        self.charge = None;
-        self.fd.take()
-    }
-}
-
-impl<D: Send + 'static> AsRawFd for Foreign<D> {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_ref().map_or(-1, AsRawFd::as_raw_fd)
-    }
-}
-
-impl<D: Send + 'static> Drop for Foreign<D> {
-    fn drop(&mut self) {
-        let (fd, charge) = (self.fd.take(), self.charge.take());
-        if fd.is_none() && charge.is_none() {
-            return;
-        }
-        self.porters.give(self.owner, move || {
-            drop(fd);
-            drop(charge);
-            None
-        });
     }
 }
 

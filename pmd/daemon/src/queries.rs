@@ -7,8 +7,9 @@ use std::sync::Arc;
 use rdsock_shm::control::{Query, bytes_of, head, kind};
 use serde::Serialize;
 
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
 use crate::book::TenantId;
+use crate::channel::Foreign;
 use crate::channel::Outgoing;
 use crate::memory::{DirectionView, Numbered, Records};
 
@@ -68,7 +69,7 @@ pub enum Wanted {
     /// Connection records from this place on.
     Records(Records, u64),
     /// Both directions of these streams.
-    Directions(Vec<(u64, Arc<Paid>)>),
+    Directions(Vec<(u64, Arc<Foreign>)>),
 }
 
 impl Wanted {
@@ -79,7 +80,7 @@ impl Wanted {
                 before.records = records.read(from).unwrap_or_default();
             }
             Wanted::Directions(streams) => {
-                let read = |(id, file): (u64, Arc<Paid>)| {
+                let read = |(id, file): (u64, Arc<Foreign>)| {
                     Some((id, DirectionView::read_both(&*file).ok()?))
                 };
                 before.directions = Some(streams.into_iter().filter_map(read).collect());

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,9 @@ use rdsock_shm::control::{Message, Promote, kind};
 use rdsock_shm::layout::DATA_OFFSET;
 use tracing::warn;
 
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
 use crate::book::{Book, Conn, Stream};
-use crate::channel::Outgoing;
+use crate::channel::{Closer, Foreign, Outgoing};
 use crate::fabric::octets;
 use crate::memory::{HugePages, StreamFds, make_stream};
 use crate::rights::Rights;
@@ -28,8 +29,8 @@ const STOCK: usize = 8;
 /// A stream's memory and what is needed to hand it out again.
 #[derive(Debug)]
 pub struct Memory {
-    stream: Arc<Paid>,
-    ends: [Option<Arc<Paid>>; 2],
+    stream: Arc<Foreign>,
+    ends: [Option<Arc<Foreign>>; 2],
     /// The bell boards of the tenants that announced the two ends, for those who may ring them.
     bells: [Option<Bells>; 2],
     ring_size: u64,
@@ -45,7 +46,7 @@ pub struct Memory {
 #[derive(Clone, Debug)]
 pub struct Bells {
     /// The board.
-    pub board: Arc<Paid>,
+    pub board: Arc<Foreign>,
     /// The tenant's user.
     pub uid: u32,
 }
@@ -84,15 +85,15 @@ impl Elsewhere {
 }
 
 impl Memory {
-    /// From the descriptors of a new stream, and what it costs its payer.
+    /// From the descriptors of a new stream, what it costs its payer, and who lets go of it on that one's behalf.
     pub fn new(
         fds: StreamFds,
         bells: [Option<Bells>; 2],
         ring_size: u64,
-        charge: Arc<Charge>,
+        (charge, closer): (Arc<Charge>, &Closer),
         elsewhere: Option<Elsewhere>,
     ) -> Self {
-        let paid = |file| Arc::new(Paid::new(file, charge.clone()));
+        let paid = |file: OwnedFd| Arc::new(closer.foreign(file).paid_by(charge.clone()));
         Memory {
             stream: paid(fds.stream),
             ends: fds.ends.map(|end| end.map(&paid)),
@@ -111,7 +112,7 @@ impl Memory {
     }
 
     /// Where both directions are, as the ends have left them: to be read by whoever may wait.
-    pub fn file(&self) -> Arc<Paid> {
+    pub fn file(&self) -> Arc<Foreign> {
         self.stream.clone()
     }
 }

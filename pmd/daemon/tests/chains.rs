@@ -19,7 +19,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 use nix::unistd::{ForkResult, fork};
-use rdsock_shm::control::{Message, Query, Request, kind, question};
+use rdsock_shm::control::{Hello, Message, Query, Request, kind, question};
 use tenant::actor::{ATTACKER, Actor, Part, is_root, listen, say};
 use tenant::measure::{Bystander, Honest};
 use tenant::nodes::{Bound, Client, Nodes, Server, listens};
@@ -52,6 +52,7 @@ fn play(part: &Part) {
         "leaving" => be_leaving(part),
         "watching" => be_watching(part),
         "keeping" => be_keeping(part),
+        "bringing" => be_bringing(part),
         other => panic!("no such part: {other}"),
     }
 }
@@ -106,6 +107,10 @@ scene!(
         attack(test, "keeping");
     }
 );
+
+scene!(a_bell_board_that_is_watched_very_often, |test| {
+    attack(test, "bringing");
+});
 
 /// On a busy machine nobody may be there to go on in place of who walks a chain: so another time is to show it.
 fn attack(test: &str, part: &str) {
@@ -422,6 +427,37 @@ fn wait_often_for(file: &OwnedFd) -> (Vec<OwnedFd>, Vec<Epoll>) {
         instances.push(instance);
     }
     (all, instances)
+}
+
+/// Has very many wait for the end of a bell board, and brings it along again and again, so that the daemon is the last to have it.
+fn be_bringing(part: &Part) {
+    raise_descriptors();
+    let caller = Tenant::at(&part.socket).unwrap();
+    let path = format!("/proc/self/fd/{}", caller.memory.bells.as_raw_fd());
+    let name = std::ffi::CString::new(path.clone()).unwrap();
+    // SAFETY: the calls read a name that ends.
+    let events = unsafe {
+        let events = libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK);
+        assert!(libc::inotify_add_watch(events, name.as_ptr(), libc::IN_CLOSE_WRITE) >= 0);
+        OwnedFd::from_raw_fd(events)
+    };
+    let _waits = wait_often_for(&events);
+    say("ready");
+    listen();
+    let hello = Hello {
+        memory_size: 1,
+        bell_size: 1,
+    };
+    loop {
+        // Each that is opened anew tells of its end.
+        let board = std::fs::File::options().read(true).write(true).open(&path);
+        let caller = Tenant::at(&part.socket).unwrap();
+        let message = Message::new(kind::HELLO, &hello);
+        caller.send(message.as_bytes(), &[board.unwrap().as_raw_fd()]);
+        while caller.try_send(b"rubbish", &[]).is_ok() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// Hands a socket over, keeps it, and has very many wait for it; then sends there without end.

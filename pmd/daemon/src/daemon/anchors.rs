@@ -101,7 +101,7 @@ impl Daemon {
             debug!(%from, "a connection to the anchors' port that nobody asked for");
             return Some(socket);
         };
-        let socket = self.porters.foreign(sender(owner), socket);
+        let socket = self.porters.closer(sender(owner)).foreign(socket);
         fabric.arrive(from, to, socket, cookie);
         for ticket in fabric.promised_to(from) {
             self.turn.arrivals += 1;

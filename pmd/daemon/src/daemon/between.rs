@@ -12,6 +12,7 @@ use rdsock_shm::control::{Between, Message, Reached, kind};
 use rdsock_shm::reason::Reason;
 use tracing::{debug, info, warn};
 
+use super::streams::gives_back;
 use super::{Daemon, End};
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::Due;
@@ -586,8 +587,9 @@ impl Daemon {
                 let bytes = fds.bytes;
                 let ring_size = stream.memory.ring_size();
                 // The poll core alone rings the tenant's bells.
-                let charge = carried.charge.clone();
-                let memory = Memory::new(fds, [None, None], ring_size, charge, Some(elsewhere));
+                let closer = self.porters.closer(gives_back(ends[0].uid));
+                let pays = (carried.charge.clone(), &closer);
+                let memory = Memory::new(fds, [None, None], ring_size, pays, Some(elsewhere));
                 self.journal.counters.streams_opened += 1;
                 self.streams.open(ticket, ends, bytes, memory);
             }

@@ -1,7 +1,7 @@
 //! Control connections: who calls, what is received and sent, how it ends.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,8 @@ use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{
-    Channel, Flush, Foreign, Outgoing, Receive, Sent, dismiss, empty, receive, sender, unpack,
+    Channel, Flush, Foreign, LUGGAGE_DESCRIPTORS, Outgoing, Receive, Sent, dismiss, is_left_empty,
+    receive, sender, unpack,
 };
 use crate::connections::{Connection, Inbox, Standing};
 use crate::found::Found;
@@ -105,12 +106,6 @@ fn left_by(uid: u32) -> Owner {
     }
 }
 
-/// To watch a socket of a stranger's.
-pub(super) fn borrowed(socket: &Foreign) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor stays open while `socket` lives, which the borrow does not outlive.
-    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
-}
-
 impl Daemon {
     pub(super) fn on_handshake_due(&mut self, id: u64) -> Result<(), End> {
         // What it said while the daemon had no time for it counts.
@@ -178,7 +173,7 @@ impl Daemon {
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                     let peer = getsockopt(&socket, sockopt::PeerCredentials).ok();
                     let uid = peer.map_or(NOBODY, |peer| peer.uid());
-                    let mut socket = self.porters.foreign(left_by(uid), socket);
+                    let mut socket = self.porters.closer(left_by(uid)).foreign(socket);
                     socket.charge_to(advance);
                     match peer {
                         Some(peer) if IN_PLACE_OF_USERS.contains(&uid) => {
@@ -206,7 +201,7 @@ impl Daemon {
 
     /// Somebody calls.
     fn hear(&mut self, uid: u32, socket: Foreign) {
-        match Peer::of(&borrowed(&socket)) {
+        match Peer::of(&&socket) {
             Ok(peer) => self.welcome(socket, peer, false),
             Err(error) => {
                 debug!("a caller is gone already: {error}");
@@ -259,9 +254,9 @@ impl Daemon {
                 connection: self.connections.next_id(),
             };
             self.porters.give(owner, move || {
-                for socket in sockets {
-                    if empty(&socket) {
-                        drop(socket.hand_over());
+                for mut socket in sockets {
+                    if is_left_empty(&socket) {
+                        socket.give_to(owner);
                     }
                 }
                 None
@@ -335,7 +330,7 @@ impl Daemon {
         if connection.adopted {
             return self.rewatch(id);
         }
-        let socket = borrowed(connection.channel.socket());
+        let socket = connection.channel.socket();
         self.agenda
             .watch(socket, Token::Connection(id))
             .map_err(|error| End::Failed(error.into()))
@@ -415,14 +410,28 @@ impl Daemon {
         };
         connection.inbox = Inbox::Unpacked;
         let socket = connection.channel.socket().clone();
+        let room = self.room_for_luggage(id);
         self.stop_watching(id);
-        let porters = self.porters.clone();
         self.porters.give(socket.owner(), move || {
             Some(Found::Message {
                 connection: id,
-                received: unpack(&porters, &socket),
+                received: unpack(&socket, room),
             })
         });
+    }
+
+    /// Room for what a message brings beside it, on the account of the connection's user until that is closed, or paid for otherwise. One
+    /// message of a connection after the other: whoever may speak there, a child that is another user say, makes the daemon hold no more.
+    fn room_for_luggage(&mut self, id: u64) -> Option<Arc<Charge>> {
+        let connection = self.connections.get_mut(id)?;
+        if connection.luggage.strong_count() != 0 {
+            return None;
+        }
+        let wanted = [(Thing::Descriptors, LUGGAGE_DESCRIPTORS)];
+        let charge = self.accounts.charge(connection.peer.uid, &wanted).ok()?;
+        let charge = Arc::new(charge);
+        connection.luggage = Arc::downgrade(&charge);
+        Some(charge)
     }
 
     /// A porter has taken in a message.
@@ -477,7 +486,7 @@ impl Daemon {
                 self.handed_over.watch(uid, id, socket, flags)?;
                 return Ok(());
             }
-            let socket = borrowed(connection.channel.socket());
+            let socket = connection.channel.socket();
             let watched = match before {
                 true => self.agenda.rewatch(socket, flags, token),
                 false => self.agenda.watch_for(socket, flags, token),
@@ -494,7 +503,7 @@ impl Daemon {
             && !connection.adopted
             && std::mem::replace(&mut connection.watched, false)
         {
-            self.agenda.unwatch(borrowed(connection.channel.socket()));
+            self.agenda.unwatch(connection.channel.socket());
         }
     }
 
@@ -625,9 +634,8 @@ impl Daemon {
         match connection.adopted {
             // Its socket is paid for as long as it is there.
             true => self.handed_over.leave(uid, id),
-            false => self.agenda.unwatch(borrowed(connection.channel.socket())),
+            false => self.agenda.unwatch(connection.channel.socket()),
         }
-        let owner = connection.channel.socket().owner();
         let standing = connection.end();
         connection.channel.dismiss(&self.porters);
         let alive = !matches!(end, End::Exited) && connection.peer.is_alive();
@@ -640,17 +648,9 @@ impl Daemon {
         ) {
             self.in_vain.note(uid, self.last_use);
         }
-        match standing {
-            Standing::Tenant(tenant) => {
-                streams = self.tenant_gone(id, *tenant, alive);
-                debug!(id, uid, pid, alive, "detached");
-            }
-            Standing::Sent(belongings, _) => self.unmap(owner, belongings.map),
-            Standing::Entering(entering) => self.unmap(owner, entering.1.map),
-            Standing::Caller { .. }
-            | Standing::Making
-            | Standing::LookedAt { .. }
-            | Standing::Deciding => {}
+        if let Standing::Tenant(tenant) = standing {
+            streams = self.tenant_gone(id, *tenant, alive);
+            debug!(id, uid, pid, alive, "detached");
         }
         let (peer, mut charge) = (connection.peer, connection.charge);
         charge.keep_only(Thing::Descriptors, PEER_DESCRIPTORS);

@@ -13,10 +13,10 @@ use tracing::debug;
 
 use super::tenants::{SWEEP, malformed};
 use super::{Daemon, End};
-use crate::accounts::{Paid, Thing};
+use crate::accounts::Thing;
 use crate::agenda::Due;
 use crate::book::{Conn, TenantId};
-use crate::channel::Outgoing;
+use crate::channel::{Foreign, Outgoing};
 use crate::connections::{Belongings, Connection, Inbox, Standing, Tenant};
 use crate::found::Found;
 use crate::memory::{BadBoard, Bells, TenantMap};
@@ -71,10 +71,11 @@ impl Daemon {
         connection.begin_making();
         let owner = connection.channel.socket().owner();
         let peer = connection.peer.clone();
+        let closer = self.porters.closer(owner);
         self.porters.give(owner, move || {
             let program = peer.program();
             let make = || {
-                let bells = bells.map_or_else(Bells::make, Ok)?;
+                let bells = bells.map_or_else(|| Bells::make(&closer), Ok)?;
                 let map = TenantMap::make(&bells, of_memory, of_pages)?;
                 Ok((map, bells))
             };
@@ -92,7 +93,7 @@ impl Daemon {
         &mut self,
         owner: Owner,
         program: &Program,
-        made: io::Result<(TenantMap, Bells)>,
+        made: io::Result<(Foreign<TenantMap>, Bells)>,
     ) {
         let id = owner.connection;
         let connection = self.connections.get(id);
@@ -101,11 +102,7 @@ impl Daemon {
         match made {
             Ok((map, bells)) if is_awaited => {
                 self.serve(id, |daemon| {
-                    let allowed = daemon.may_attach(owner.uid, program);
-                    if allowed.is_err() {
-                        daemon.unmap(owner, map);
-                        return allowed;
-                    }
+                    daemon.may_attach(owner.uid, program)?;
                     daemon.greet(owner, map, bells)
                 });
             }
@@ -115,23 +112,16 @@ impl Daemon {
                 Err(NO_MEMORY)
             }),
             // Whoever it was for has gone.
-            Ok((map, _)) => self.unmap(owner, map),
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
     }
 
-    fn greet(&mut self, owner: Owner, map: TenantMap, bells: Bells) -> Result<(), End> {
+    fn greet(&mut self, owner: Owner, map: Foreign<TenantMap>, bells: Bells) -> Result<(), End> {
         let id = owner.connection;
         let of_bells = [(Thing::Descriptors, BELLS_DESCRIPTORS)];
-        let of_bells = match self.accounts.charge(owner.uid, &of_bells) {
-            Ok(charge) => Arc::new(charge),
-            Err(over) => {
-                self.unmap(owner, map);
-                return Err(over.into());
-            }
-        };
+        let of_bells = self.accounts.charge(owner.uid, &of_bells)?;
         let kept = map.kept().clone();
-        let board = Arc::new(Paid::with(bells.board, of_bells, kept));
+        let board = Arc::new(bells.board.paid_by(of_bells).with(kept));
         let file = map.file().clone();
         let belongings = Belongings {
             map,
@@ -183,17 +173,13 @@ impl Daemon {
         &mut self,
         owner: Owner,
         passport: Result<Passport, Changed>,
-        (map, kept): (TenantMap, io::Result<()>),
+        (map, kept): (Foreign<TenantMap>, io::Result<()>),
     ) {
         let id = owner.connection;
-        let belongings = match self.connections.get_mut(id) {
-            Some(connection) => connection.end_looking(map),
-            None => Err(map),
-        };
-        let belongings = match belongings {
-            Ok(belongings) => belongings,
+        let connection = self.connections.get_mut(id);
+        let Some(Ok(belongings)) = connection.map(|connection| connection.end_looking(map)) else {
             // It has gone.
-            Err(map) => return self.unmap(owner, map),
+            return;
         };
         self.serve(id, |daemon| {
             daemon.read_again(id)?;
@@ -208,7 +194,6 @@ impl Daemon {
                     changed.into()
                 }
             };
-            daemon.unmap(owner, belongings.map);
             Err(refused)
         });
     }
@@ -224,13 +209,12 @@ impl Daemon {
         let pid = peer.pid;
         let netns = passport.netns;
         let is_new = netns.is_some_and(|inode| !self.rights.namespaces.is_open(inode));
-        let Some(connection) = self.connections.get_mut(owner.connection) else {
-            self.unmap(owner, belongings.map);
-            return Ok(());
-        };
         if !is_new {
             return self.become_tenant(owner, passport, belongings, netns);
         }
+        let Some(connection) = self.connections.get_mut(owner.connection) else {
+            return Ok(());
+        };
         connection.begin_entering(passport, belongings);
         connection.inbox = Inbox::Receiving;
         self.have_namespace_opened(owner, pid, None, None);
@@ -301,15 +285,10 @@ impl Daemon {
         let id = owner.connection;
         let (pid, uid) = (passport.peer.pid, passport.peer.uid);
         // It may run another program than when it said HELLO.
-        let allowed = match self.connections.get(id) {
-            Some(_) => self.may_attach(uid, &passport.program),
-            // It has gone.
-            None => Err(End::HungUp),
-        };
-        if allowed.is_err() {
-            self.unmap(owner, map);
-            return allowed;
+        if self.connections.get(id).is_none() {
+            return Err(End::HungUp);
         }
+        self.may_attach(uid, &passport.program)?;
         self.detach_earlier_programs(id, pid);
         let netns = netns.and_then(|netns| self.enter_netns(id, netns));
         debug!(
@@ -343,14 +322,6 @@ impl Daemon {
         self.journal.counters.attached += 1;
         // Whatever it put in before the daemon slept on its queue.
         self.drain(id)
-    }
-
-    /// Has a tenant's memory unmapped, which may have to wait for all who map it.
-    pub(super) fn unmap(&self, owner: Owner, map: TenantMap) {
-        self.porters.give(owner, move || {
-            drop(map);
-            None
-        });
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,7 +15,6 @@ use rdsock_shm::control::{Between, Caller, Message, Request, kind};
 use tracing::debug;
 
 use super::between::NewStream;
-use super::callers::borrowed;
 use super::{Daemon, End};
 use crate::accounts::{Charge, Thing};
 use crate::agenda::{Due, Token};
@@ -332,7 +331,7 @@ impl Daemon {
             uid,
             connection: ticket | CALLS,
         };
-        let mut socket = self.porters.foreign(owner, socket);
+        let mut socket = self.porters.closer(owner).foreign(socket);
         let fabric = self.fabric.as_ref();
         if let Some(carried) = fabric.and_then(|fabric| fabric.carried.get(&ticket)) {
             socket.charge_to(carried.charge.clone());
@@ -357,7 +356,7 @@ impl Daemon {
         let watched = match called {
             Ok(()) | Err(Errno::EINPROGRESS) => {
                 let token = Token::Call(ticket);
-                self.agenda.watch_for(borrowed(&socket), flags, token)
+                self.agenda.watch_for(socket.as_fd(), flags, token)
             }
             Err(error) => Err(error),
         };
@@ -407,8 +406,8 @@ impl Daemon {
         let Step::Dialled(socket) = &call.step else {
             return;
         };
-        self.agenda.unwatch(borrowed(socket));
-        let error = match getsockopt(&borrowed(socket), sockopt::SocketError) {
+        self.agenda.unwatch(socket);
+        let error = match getsockopt(&socket, sockopt::SocketError) {
             Ok(0) => None,
             Ok(error) => Some(Errno::from_raw(error)),
             Err(error) => Some(error),
@@ -487,10 +486,10 @@ impl Daemon {
         };
         let id = call.id;
         match &call.step {
-            Step::Dialled(socket) if can_be_written(borrowed(socket)) => {
+            Step::Dialled(socket) if can_be_written(socket.as_fd()) => {
                 return self.on_call(ticket);
             }
-            Step::Dialled(socket) => self.agenda.unwatch(borrowed(socket)),
+            Step::Dialled(socket) => self.agenda.unwatch(socket),
             // The kernel is asked: that is not the program's fault.
             Step::Made(_) if Instant::now() < call.end => return,
             Step::Dialling | Step::Made(_) => {}

@@ -33,6 +33,14 @@ const RESTOCK: Duration = Duration::from_millis(3);
 /// Descriptors of a stream: its memory and two end pages.
 const STREAM_DESCRIPTORS: u64 = 3;
 
+/// Who gives back what this user pays for.
+pub(super) fn gives_back(payer: u32) -> Owner {
+    Owner {
+        uid: payer,
+        connection: NO_CONNECTION,
+    }
+}
+
 impl Daemon {
     /// Makes the stream of two ends that were found to hold the same connection.
     pub(super) fn make(&mut self, a: Announced, b: Announced) -> Result<(), Reason> {
@@ -84,7 +92,8 @@ impl Daemon {
         self.journal.counters.streams_huge += u64::from(fds.huge);
         debug!(stream = id, route = ?ends[0].route, "opened");
         let bytes = fds.bytes;
-        let memory = Memory::new(fds, bells, ring_size, Arc::new(charge), None);
+        let closer = self.porters.closer(gives_back(uid));
+        let memory = Memory::new(fds, bells, ring_size, (Arc::new(charge), &closer), None);
         self.streams.open(id, ends, bytes, memory);
         Ok(())
     }
@@ -295,11 +304,7 @@ impl Daemon {
     /// Has a porter give a stream's memory back, since whoever is the last to hold it has to take it apart. Until then
     /// it is on its payer's account.
     pub(super) fn give_back(&mut self, stream: book::Stream<Memory>) {
-        let owner = Owner {
-            uid: stream.payer(),
-            connection: NO_CONNECTION,
-        };
-        self.porters.give(owner, move || {
+        self.porters.give(gives_back(stream.payer()), move || {
             drop(stream);
             None
         });

@@ -32,6 +32,15 @@ const UNREAD: usize = 1024;
 /// With so many looks at its sockets under way, a tenant's further requests wait.
 const LOOKS: usize = 16;
 
+/// Why there is no room for what a message brings.
+const HAS_NO_ROOM: &str = "its user has its share of descriptors (max_descriptors_per_user), or what it sent before is not closed yet";
+/// It passes: the tenant asks again.
+const NO_ROOM: End = End::Refused {
+    code: refusal::LIMIT,
+    expected: 0,
+    cause: HAS_NO_ROOM,
+};
+
 pub(super) fn malformed(cause: &'static str) -> End {
     End::Refused {
         code: refusal::MALFORMED,
@@ -158,6 +167,14 @@ impl Daemon {
                     let cause = "it passed on a socket that another process made";
                     self.journal.refusal(cause, maker.uid, sender);
                 }
+                Ok(())
+            }
+            (kind::HELLO, false, Luggage::NoRoom) if !greeted => Err(NO_ROOM),
+            // Nor is it the parent's fault that there is no place for a child: it calls itself.
+            (kind::ADOPT, _, Luggage::NoRoom) if (attached || greeted) && bytes.is_empty() => {
+                self.journal.counters.refused += 1;
+                let (uid, pid) = (connection.peer.uid, connection.peer.pid);
+                self.journal.refusal(HAS_NO_ROOM, uid, pid);
                 Ok(())
             }
             // A child that has ended by the time that its request is read is not its parent's fault.
@@ -401,7 +418,6 @@ impl Daemon {
         // Behind the last that it is told.
         self.porters.give(sender(owner), move || {
             map.count_message();
-            drop(map);
             None
         });
         if let Some(netns) = tenant.netns {

@@ -719,9 +719,6 @@ impl Control {
         let Some(carried) = self.carried.get_mut(&ticket) else {
             return;
         };
-        let Some(socket) = socket.hand_over() else {
-            return self.abandon(ticket);
-        };
         let inode = nix::sys::stat::fstat(&socket).map(|stat| stat.st_ino);
         let cookie = crate::diag::cookie_of(socket.as_fd());
         let (Ok(inode), Some(cookie)) = (inode, cookie) else {
@@ -735,7 +732,7 @@ impl Control {
         self.attached.insert(names, ticket);
         // Latency is what this is for. It can't fail on a TCP socket.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpNoDelay, &true);
-        self.poller.attach(&carried.stream, socket);
+        self.poller.attach(&carried.stream, socket.hand_over());
     }
 
     /// No program has come for a stream.

@@ -152,6 +152,7 @@ mod tests {
     use super::super::whole::can_be_whole;
     use super::collapse::are_not_collapsed;
     use super::*;
+    use crate::channel::closer_of_test;
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::AsFd;
@@ -207,15 +208,17 @@ mod tests {
         if is_skipped() {
             return;
         }
-        let earlier = Bells::make().unwrap();
-        let brought = Bells::check(earlier.board.try_clone().unwrap()).unwrap();
-        for bells in [Bells::make().unwrap(), brought] {
+        let closer = closer_of_test();
+        let earlier = Bells::make(&closer).unwrap();
+        let board = earlier.board.try_clone().unwrap();
+        let brought = Bells::check(closer.foreign(board)).unwrap();
+        for bells in [Bells::make(&closer).unwrap(), brought] {
             assert!(bells.may_be_rung);
             let map = TenantMap::make(&bells, Charge::of_nothing(), Charge::of_nothing()).unwrap();
             let kept = map.kept().clone();
             // Streams ring them when the tenant has gone, too.
             drop(map);
-            are_not_collapsed(&File::from(bells.board));
+            are_not_collapsed(&File::from(bells.board.try_clone().unwrap()));
             drop(kept);
         }
     }

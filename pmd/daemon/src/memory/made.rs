@@ -17,7 +17,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -28,7 +28,8 @@ use rdsock_shm::sync::{AtomicU32, Ordering};
 use super::kept::Kept;
 use super::stream::memfd;
 use super::whole::make_whole;
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
+use crate::channel::{Closer, Foreign};
 
 const PAGE: usize = 4096;
 
@@ -36,7 +37,7 @@ const PAGE: usize = 4096;
 #[derive(Debug)]
 pub(super) struct Made {
     map: MmapRaw,
-    file: Arc<Paid>,
+    file: Arc<Foreign>,
     /// Nobody makes holes in it.
     whole: bool,
     /// Of its pages, and of the file beside it.
@@ -61,8 +62,17 @@ impl Made {
         parts: &[Range<usize>],
         beside: Option<BorrowedFd<'_>>,
         charges: Charges,
+        closer: &Closer,
     ) -> io::Result<Self> {
-        Self::with(name, start, len, parts, beside, charges, make_whole)
+        Self::with(
+            name,
+            start,
+            len,
+            parts,
+            beside,
+            (charges, closer),
+            make_whole,
+        )
     }
 
     fn with(
@@ -71,7 +81,7 @@ impl Made {
         len: usize,
         parts: &[Range<usize>],
         beside: Option<BorrowedFd<'_>>,
-        charges: Charges,
+        (charges, closer): (Charges, &Closer),
         make_whole: fn(&File) -> bool,
     ) -> io::Result<Self> {
         use std::os::unix::fs::FileExt;
@@ -91,7 +101,7 @@ impl Made {
         Ok(Made {
             kept: Arc::new(kept),
             map,
-            file: Arc::new(Paid::new(file.into(), Arc::new(charges.memory))),
+            file: Arc::new(closer.foreign(OwnedFd::from(file)).paid_by(charges.memory)),
             whole,
         })
     }
@@ -120,7 +130,7 @@ impl Made {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> &Arc<Paid> {
+    pub(super) fn file(&self) -> &Arc<Foreign> {
         &self.file
     }
 }
@@ -144,6 +154,7 @@ mod tests {
     use super::super::stream::HUGE_PAGE;
     use super::super::whole::can_be_whole;
     use super::*;
+    use crate::channel::closer_of_test;
     use nix::fcntl::{FallocateFlags, fallocate};
     use std::io::Write;
     use std::os::fd::AsRawFd;
@@ -162,6 +173,7 @@ mod tests {
             memory: Charge::of_nothing(),
             pages: Charge::of_nothing(),
         };
+        let charges = (charges, &closer_of_test());
         Made::with(c"test", b"start", len, parts, None, charges, whole).unwrap()
     }
 

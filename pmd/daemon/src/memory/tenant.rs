@@ -1,11 +1,9 @@
 //! A tenant's memory, as the daemon makes and reads it, and its bell board.
 
-use std::fs::File;
 use std::io;
 use std::mem::offset_of;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -23,7 +21,8 @@ use super::made::{Charges, Made};
 use super::stream::make_board;
 use super::whole::{can_be_whole, is_whole};
 use super::{identity, u32_at, u64_at};
-use crate::accounts::{Charge, Paid};
+use crate::accounts::Charge;
+use crate::channel::{Closer, Foreign};
 
 /// Bytes of the connection records of which those in use are found at once.
 const BLOCK: usize = 4096;
@@ -87,7 +86,7 @@ fn check_memfd(fd: BorrowedFd<'_>, expected: u64) -> Result<(), BadBoard> {
 #[derive(Debug)]
 pub struct Bells {
     /// The board.
-    pub board: OwnedFd,
+    pub board: Foreign,
     /// Nobody can stall a poll core that rings them: no holes are made in the board, or only by a program of the daemon's own
     /// user, since it is not root.
     pub may_be_rung: bool,
@@ -97,26 +96,25 @@ pub struct Bells {
 
 impl Bells {
     /// For a tenant that has none yet.
-    pub fn make() -> io::Result<Self> {
+    pub fn make(closer: &Closer) -> io::Result<Self> {
         Ok(Bells {
-            board: make_board()?,
+            board: closer.foreign(make_board()?),
             may_be_rung: true,
             is_new: true,
         })
     }
 
     /// Checks those that a tenant has, from a daemon before this one, or made by itself.
-    pub fn check(fd: OwnedFd) -> Result<Self, BadBoard> {
-        check_memfd(fd.as_fd(), size_of::<BellBoard>() as u64)?;
-        let file = File::from(fd);
+    pub fn check(board: Foreign) -> Result<Self, BadBoard> {
+        check_memfd(board.as_fd(), size_of::<BellBoard>() as u64)?;
         let mut start = [0; 16];
-        file.read_exact_at(&mut start, 0)?;
+        nix::sys::uio::pread(&board, &mut start, 0).map_err(io::Error::from)?;
         if start[..] != identity(BELL_MAGIC, size_of::<BellBoard>())[..] {
             return Err(BadBoard::Identity);
         }
         Ok(Bells {
-            may_be_rung: is_whole(&file) || !can_be_whole(),
-            board: file.into(),
+            may_be_rung: is_whole(&board) || !can_be_whole(),
+            board,
             is_new: false,
         })
     }
@@ -132,16 +130,19 @@ pub struct TenantMap {
 
 impl TenantMap {
     /// Makes it, and keeps the pages of the bells, too, where these may be rung by a poll core and have no holes. Waits for all who change the
-    /// daemon's own mappings, and for whoever has a page of the bells: for a porter. Each charge is for a descriptor.
-    pub fn make(bells: &Bells, memory: Charge, pages: Charge) -> io::Result<Self> {
+    /// daemon's own mappings, and for whoever has a page of the bells: for a porter, and so does whoever lets go of it. Each charge is for a
+    /// descriptor.
+    pub fn make(bells: &Bells, memory: Charge, pages: Charge) -> io::Result<Foreign<Self>> {
         const SIZE: usize = size_of::<TenantMemory>();
         let start = identity(TENANT_MAGIC, SIZE);
         let board = is_whole(&bells.board).then(|| bells.board.as_fd());
         let charges = Charges { memory, pages };
-        Ok(TenantMap {
-            map: Made::new(c"rdsock-tenant", &start, SIZE, &TOUCHED, board, charges)?,
+        let closer = bells.board.closer();
+        let (name, parts) = (c"rdsock-tenant", &TOUCHED);
+        Ok(closer.foreign(TenantMap {
+            map: Made::new(name, &start, SIZE, parts, board, charges, closer)?,
             taker: Taker::new(),
-        })
+        }))
     }
 
     /// Who has it has mapped it: from now on it may be touched. For a porter. Fails where the tenant has seen to it that the daemon
@@ -156,7 +157,7 @@ impl TenantMap {
     }
 
     /// The memory's file.
-    pub fn file(&self) -> &Arc<Paid> {
+    pub fn file(&self) -> &Arc<Foreign> {
         self.map.file()
     }
 
@@ -235,7 +236,7 @@ impl TenantMap {
 
 /// The connection records of a tenant, which has them in its hands: a read may wait.
 #[derive(Debug)]
-pub struct Records(Arc<Paid>);
+pub struct Records(Arc<Foreign>);
 
 impl Records {
     /// Some of the connection records in use, as (record number, record), from the place `from` on, 0 at first; and the
@@ -322,11 +323,14 @@ impl ConnView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::closer_of_test;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn only_records_in_use_are_found() {
         let map = TenantMap::make(
-            &Bells::make().unwrap(),
+            &Bells::make(&closer_of_test()).unwrap(),
             Charge::of_nothing(),
             Charge::of_nothing(),
         )

@@ -1,4 +1,5 @@
 use super::*;
+use crate::accounts::Charge;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::channel;
@@ -148,13 +149,90 @@ fn a_close_that_lingers_is_interrupted() {
         l_linger: 60,
     };
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
-    drop(porters.foreign(owner(7, 1), socket.into()));
+    drop(
+        porters
+            .closer(owner(7, 1))
+            .foreign(std::os::fd::OwnedFd::from(socket)),
+    );
     let start = Instant::now();
     while porters.load() != (0, 0) {
         assert!(start.elapsed() < Duration::from_secs(30), "it lingers");
         thread::sleep(Duration::from_millis(1));
     }
     drop(peer);
+}
+
+/// Notes on which thread it is let go of.
+struct Noted(Arc<Mutex<Vec<thread::ThreadId>>>);
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        self.0.lock().unwrap().push(thread::current().id());
+    }
+}
+
+#[test]
+fn what_strangers_have_is_let_go_of_by_a_porter_of_its_owners() {
+    let porters: Porters<bool> = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
+    let notes = Arc::new(Mutex::new(Vec::new()));
+    let thing = || porters.closer(owner(7, 1)).foreign(Noted(notes.clone()));
+    let next = || {
+        let start = Instant::now();
+        loop {
+            if let Some(by) = notes.lock().unwrap().pop() {
+                return by;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "it stays");
+            thread::yield_now();
+        }
+    };
+    drop(thing());
+    assert_ne!(next(), thread::current().id());
+    // Who carries for that user lets go of it at once, and nobody who carries for another one does.
+    for (uid, is_owners) in [(7, true), (8, false)] {
+        let (thing, notes) = (thing(), notes.clone());
+        porters.give(owner(uid, 2), move || {
+            drop(thing);
+            let this = thread::current().id();
+            Some(notes.lock().unwrap().first() == Some(&this))
+        });
+        assert_eq!(fetch(&porters), is_owners);
+        next();
+    }
+    // Nor does the caller, where it carries a look itself.
+    let thing = thing();
+    porters.give_quick(owner(7, 3), move || {
+        drop(thing);
+        None
+    });
+    let (_, load) = look(&porters);
+    assert_eq!(carry(load, processor_time()).0, None);
+    porters.carried(Pace::InTime);
+    assert_ne!(next(), thread::current().id());
+}
+
+#[test]
+fn what_strangers_have_is_on_an_account_until_it_is_let_go_of() {
+    let porters: Porters<()> = Porters::new(Starter::new().unwrap(), Known::default()).unwrap();
+    let charge = Arc::new(Charge::of_nothing());
+    let (end, ended) = channel::<()>();
+    porters.give(owner(7, 1), move || {
+        let _ = ended.recv();
+        None
+    });
+    let thing = porters.closer(owner(7, 1)).foreign(());
+    drop(thing.paid_by(charge.clone()));
+    assert_eq!(Arc::strong_count(&charge), 2);
+    // To be handed over is another matter.
+    let thing = porters.closer(owner(7, 1)).foreign(3);
+    assert_eq!(thing.paid_by(charge.clone()).hand_over(), 3);
+    assert_eq!(Arc::strong_count(&charge), 2);
+    drop(end);
+    let start = Instant::now();
+    while Arc::strong_count(&charge) != 1 {
+        assert!(start.elapsed() < Duration::from_secs(20), "it stays");
+        thread::yield_now();
+    }
 }
 
 #[test]
