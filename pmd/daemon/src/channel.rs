@@ -290,6 +290,41 @@ pub fn receive(socket: &Foreign) -> io::Result<Receive> {
     }
 }
 
+/// `SO_PASSRIGHTS` of the kernel: whether others can send descriptors to a socket. They are told EPERM where they can't.
+const PASS_RIGHTS: i32 = 83;
+
+/// Do descriptors come in there from now on? As before where the kernel can't keep them away.
+pub fn take_files(socket: &impl AsFd, whether: bool) {
+    let whether = libc::c_int::from(whether);
+    // SAFETY: the call reads one integer.
+    unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            PASS_RIGHTS,
+            (&raw const whether).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
+}
+
+/// Have no descriptors come in there, since the kernel keeps them away?
+pub fn has_no_files(socket: &Foreign) -> bool {
+    let mut whether: libc::c_int = 1;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the call writes one integer, and how long it is.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            PASS_RIGHTS,
+            (&raw mut whether).cast(),
+            &raw mut len,
+        )
+    };
+    got == 0 && whether == 0
+}
+
 /// Nothing comes in any more. Has nothing come? Else who closes the socket lets go of that, and wakes whoever waits to send for each message;
 /// for descriptors among it he waits for as long as who has sent them likes. For a socket that nobody else has.
 pub fn is_left_empty(socket: &Foreign) -> bool {

@@ -17,6 +17,7 @@ use rdsock_files::{ONLY_BY_NAME, Obstacle, SocketFile, UserSockets};
 use rdsock_shm::control::{MACHINE_SOCKET, OF_USERS};
 use tracing::{debug, warn};
 
+use crate::channel::take_files;
 use crate::remains::Holder;
 
 /// A process that was killed mostly has ended by then.
@@ -180,6 +181,8 @@ fn listen_for(
 fn start_listening(socket: &OwnedFd) -> io::Result<()> {
     // What is accepted inherits this: each message then carries its sender's process.
     setsockopt(socket, sockopt::PassCred, &true)?;
+    // This, too: who calls sends no descriptors before that is on an account. Linux before 6.16 knows no such thing.
+    take_files(socket, false);
     Ok(listen(socket, Backlog::MAXALLOWABLE)?)
 }
 

@@ -63,8 +63,10 @@ pub const READERS: u32 = NOBODY - 2;
 /// Looks whether anybody holds a stream, the streams of one user after the other. Whose socket makes that work makes others wait until
 /// they are given theirs back.
 pub const KEEPERS: u32 = NOBODY - 3;
+/// Callers who are turned away, and have left messages: those of one user after the other.
+pub const LEAVERS: u32 = NOBODY - 4;
 /// All of these.
-pub const IN_PLACE_OF_USERS: [u32; 4] = [NOBODY, STRANGERS, READERS, KEEPERS];
+pub const IN_PLACE_OF_USERS: [u32; 5] = [NOBODY, STRANGERS, READERS, KEEPERS, LEAVERS];
 /// Threads of a crew that stay when there is nothing to carry.
 const KEPT: usize = 2;
 /// The nice value of those that carry for the crowd. What others do on the machine may so hold them up ten times as long: nobody whom the

@@ -712,3 +712,36 @@ fn a_limit_on_the_size_of_files_keeps_connections_on_the_kernel() {
     assert_eq!(tenant.refused().code, refusal::LIMIT);
     assert_eq!(daemon.stat()["streams_now"], 0);
 }
+
+/// Can the kernel keep descriptors away from a socket (`SO_PASSRIGHTS`, Linux 6.16)?
+fn can_take_no_files() -> bool {
+    let (socket, _) = tenant::control_pair();
+    let no: libc::c_int = 0;
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the call reads one integer.
+    let set = unsafe {
+        let (fd, no) = (socket.as_raw_fd(), (&raw const no).cast());
+        libc::setsockopt(fd, libc::SOL_SOCKET, 83, no, len)
+    };
+    set == 0
+}
+
+#[test]
+fn nobody_sends_files_before_he_is_on_an_account() {
+    if !can_take_no_files() {
+        return eprintln!("SKIPPED, NOTHING WAS CHECKED: needs Linux 6.16");
+    }
+    const SHARE: usize = 40;
+    let daemon = Daemon::start(&format!("max_descriptors_per_user = {SHARE}\n"));
+    // They say nothing, and each costs its user three.
+    let callers: Vec<_> = (0..SHARE / 3)
+        .map(|_| Tenant::stranger(&daemon).unwrap())
+        .collect();
+    for _ in 0..30 {
+        let beyond = Tenant::stranger(&daemon).unwrap();
+        assert!(beyond.try_send(b"rubbish", &[0]).is_err());
+    }
+    for caller in &callers {
+        assert!(caller.try_send(b"rubbish", &[0]).is_ok());
+    }
+}

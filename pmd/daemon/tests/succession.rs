@@ -152,25 +152,33 @@ fn a_killed_daemon_that_can_not_end_is_succeeded() {
 /// Callers who have a file with them whose last close waits.
 const CALLERS: usize = 4;
 
-/// The part of these callers: one calls when it is told so, and then the others. The daemon is stopped meanwhile.
+/// The part of these callers: one calls when it is told so, and then the others. The daemon is stopped when they send; it has taken the first
+/// call. Of the others the kernel may take no files.
 fn be_callers(part: &Part) {
     let path = PathBuf::from(listen().unwrap());
     let mut with_files: Vec<OwnedFd> = (0..CALLERS).map(|_| with_file(&path)).collect();
     let mut writer = File::options().read(true).write(true).open(path).unwrap();
     writer.write_all(&[7; 4096]).unwrap();
     say("opened");
-    let call = |with_file: OwnedFd| {
-        let caller = Tenant::at_this(&part.socket).unwrap();
-        caller.send(b"rubbish", &[with_file.as_raw_fd()]);
-        // The daemon, which has not heard of it yet, is the last to close it.
-        drop(with_file);
+    let send = |caller: Tenant, with_file: OwnedFd| {
+        match caller.try_send_now(b"rubbish", &[with_file.as_raw_fd()]) {
+            // The daemon, which has not heard of it yet, is the last to close it.
+            Ok(_) => drop(with_file),
+            Err(_) => std::mem::forget(with_file),
+        }
         std::mem::forget(caller);
     };
+    let call = || Tenant::at_this(&part.socket).unwrap();
     listen();
-    call(with_files.pop().unwrap());
+    let caller = call();
+    say("calls");
+    listen();
+    send(caller, with_files.pop().unwrap());
     say("called");
     listen();
-    with_files.into_iter().for_each(call);
+    for with_file in with_files {
+        send(call(), with_file);
+    }
     say("called");
     let _ = listen();
 }
@@ -197,8 +205,11 @@ fn files_of_callers_that_nobody_has_heard_do_not_hold_up_the_successor() {
     callers.say(system.path().to_str().unwrap());
     callers.hear("opened");
     system.silence();
-    daemon.signal(Signal::SIGSTOP);
     callers.say("one");
+    callers.hear("calls");
+    std::thread::sleep(Duration::from_millis(200));
+    daemon.signal(Signal::SIGSTOP);
+    callers.say("send");
     callers.hear("called");
     daemon.signal(Signal::SIGCONT);
     wait_for_held_thread(&daemon);

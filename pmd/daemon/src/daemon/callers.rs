@@ -15,12 +15,12 @@ use super::Daemon;
 use crate::accounts::{Charge, Over, Thing};
 use crate::agenda::{Due, Token};
 use crate::channel::{
-    Channel, Flush, Foreign, LUGGAGE_DESCRIPTORS, Outgoing, Receive, Sent, dismiss, is_left_empty,
-    receive, sender, unpack,
+    Channel, Flush, Foreign, LUGGAGE_DESCRIPTORS, Outgoing, Receive, Sent, dismiss, has_no_files,
+    is_left_empty, receive, sender, take_files, unpack,
 };
 use crate::connections::{Connection, Inbox, Standing};
 use crate::found::Found;
-use crate::porters::{IN_PLACE_OF_USERS, NOBODY, Owner};
+use crate::porters::{IN_PLACE_OF_USERS, LEAVERS, NOBODY, Owner};
 use crate::process::Peer;
 
 /// Time for a new connection to say who it is.
@@ -43,6 +43,8 @@ const UNHEARD: usize = 16;
 /// With so many loads waiting, a user whose limits are reached is not told so: the porters that it has do not come to
 /// that.
 const LOADS: usize = 64;
+/// Nor where so many descriptors are on the account of all who have no room: the sockets of callers who are told so among them.
+const TOLD: u64 = 256;
 /// In place of a connection: all that a user's callers have left in sockets that are turned away is closed by one porter at a time.
 const LEFT_THERE: u64 = 1 << 61;
 /// With so many looks at a tenant's sockets under way, its further messages wait.
@@ -171,21 +173,7 @@ impl Daemon {
                 Ok(fd) => {
                     // SAFETY: accept4 has just made this fd, and nothing else owns it.
                     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-                    let peer = getsockopt(&socket, sockopt::PeerCredentials).ok();
-                    let uid = peer.map_or(NOBODY, |peer| peer.uid());
-                    let mut socket = self.porters.closer(left_by(uid)).foreign(socket);
-                    socket.charge_to(advance);
-                    match peer {
-                        Some(peer) if IN_PLACE_OF_USERS.contains(&uid) => {
-                            self.refuse_number(uid, peer.pid());
-                            unheard.push(self.left(NOBODY, socket));
-                        }
-                        Some(peer) if self.in_vain.are_too_many(uid, now) => {
-                            self.refuse_unheard(uid, peer.pid());
-                            unheard.push(self.left(uid, socket));
-                        }
-                        _ => self.hear(uid, socket),
-                    }
+                    unheard.extend(self.on_caller(socket, advance, now));
                 }
                 Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)) => {
                     let what = "callers have to wait: more descriptors are needed (LimitNOFILE=)";
@@ -199,19 +187,29 @@ impl Daemon {
         self.close_unheard(unheard);
     }
 
-    /// Somebody calls.
-    fn hear(&mut self, uid: u32, socket: Foreign) {
-        match Peer::of(&&socket) {
-            Ok(peer) => self.welcome(socket, peer, false),
-            Err(error) => {
-                debug!("a caller is gone already: {error}");
-                drop(self.left(uid, socket));
+    /// Somebody has called. The socket is given back if he is not heard.
+    fn on_caller(&mut self, socket: OwnedFd, advance: Charge, now: Instant) -> Option<Foreign> {
+        let peer = getsockopt(&socket, sockopt::PeerCredentials).ok();
+        let (uid, pid) = peer.map_or((NOBODY, 0), |peer| (peer.uid(), peer.pid()));
+        let closer = self.porters.closer(left_by(uid));
+        let socket = closer.foreign(socket).paid_by(advance);
+        if IN_PLACE_OF_USERS.contains(&uid) {
+            self.refuse_number(uid, pid);
+            return Some(self.left(NOBODY, socket));
+        }
+        if self.in_vain.are_too_many(uid, now) {
+            self.refuse_unheard(uid, pid);
+        } else {
+            match Peer::of(&socket) {
+                Ok(peer) => return self.welcome(socket, peer, false),
+                Err(error) => debug!("a caller is gone already: {error}"),
             }
         }
+        Some(self.left(uid, socket))
     }
 
-    /// The socket of a caller who is turned away, or gone. Who has left descriptors there decides how long it takes to close them:
-    /// that user's porters do. It is on that user's account, or where that has no room, on the one of all who have none.
+    /// The socket of a caller who is turned away, or gone: it is on that user's account until it is closed, or where that has no room,
+    /// on the one of all who have none.
     fn left(&mut self, uid: u32, mut socket: Foreign) -> Foreign {
         socket.give_to(left_by(uid));
         let of_one = [(Thing::Descriptors, 1)];
@@ -235,18 +233,8 @@ impl Daemon {
         self.journal.refusal(cause, uid, pid);
     }
 
-    /// Closes the socket of a caller whose user has its share, and does not say so. What was handed over may be somebody else's as well,
-    /// and is not looked into.
-    fn leave(&mut self, uid: u32, socket: Foreign, adopted: bool) {
-        let socket = self.left(uid, socket);
-        match adopted {
-            true => drop(socket),
-            false => self.close_unheard(vec![socket]),
-        }
-    }
-
-    /// A porter closes who was not heard, all of a turn at once, but for those with something in them that may have to be waited
-    /// for.
+    /// A porter closes who was not heard, all of a turn at once. Who has left messages decides how long that takes, and who has left
+    /// descriptors, whether it ever ends: others close these.
     fn close_unheard(&self, sockets: Vec<Foreign>) {
         if !sockets.is_empty() {
             let owner = Owner {
@@ -257,6 +245,12 @@ impl Daemon {
                 for mut socket in sockets {
                     if is_left_empty(&socket) {
                         socket.give_to(owner);
+                    } else if has_no_files(&socket) {
+                        // The user's own porters may all be held up.
+                        socket.give_to(Owner {
+                            uid: LEAVERS,
+                            connection: socket.owner().uid.into(),
+                        });
                     }
                 }
                 None
@@ -284,8 +278,15 @@ impl Daemon {
         }
     }
 
-    /// Takes a new control connection, made by `peer`, accepted or handed over by an ADOPT.
-    pub(super) fn welcome(&mut self, mut socket: Foreign, peer: Peer, adopted: bool) {
+    /// Takes a new control connection, made by `peer`, accepted or handed over by an ADOPT. The socket is given back where its user has its
+    /// share, and is not told so.
+    #[must_use]
+    pub(super) fn welcome(
+        &mut self,
+        mut socket: Foreign,
+        peer: Peer,
+        adopted: bool,
+    ) -> Option<Foreign> {
         self.last_use = Instant::now();
         let (uid, pid) = (peer.uid, peer.pid);
         let charge = |accounts: &mut crate::accounts::Accounts| -> Result<_, Over> {
@@ -304,12 +305,20 @@ impl Daemon {
                 self.in_vain.note(uid, self.last_use);
                 self.journal.counters.refused += 1;
                 self.log_over(over, uid, pid);
-                if self.porters.waiting_of(uid) > LOADS {
-                    return self.leave(uid, socket, adopted);
+                let socket = self.left(uid, socket);
+                let is_crowded = self.porters.waiting_of(uid) > LOADS
+                    || self.accounts.of(NOBODY, Thing::Descriptors) > TOLD;
+                if is_crowded {
+                    return Some(socket);
                 }
-                return dismiss(&self.porters, Arc::new(socket), refused(over));
+                dismiss(&self.porters, Arc::new(socket), refused(over));
+                return None;
             }
         };
+        if !adopted {
+            // All that he sends is on an account from now on.
+            take_files(&socket, true);
+        }
         socket.charge_to(of_socket);
         socket.give_to(Owner {
             uid,
@@ -321,6 +330,7 @@ impl Daemon {
         debug!(id, uid, pid, "connected");
         self.agenda.after(HANDSHAKE, Due::Handshake(id));
         self.serve(id, |daemon| daemon.register(id));
+        None
     }
 
     fn register(&mut self, id: u64) -> Result<(), End> {

@@ -161,7 +161,8 @@ impl Daemon {
             (kind::ADOPT, _, Luggage::Channel(socket, maker)) if attached || greeted => {
                 // A socket that another process made would give its rights away.
                 if maker.pid == sender {
-                    self.welcome(socket, maker, true);
+                    // It is closed where there is no place.
+                    drop(self.welcome(socket, maker, true));
                 } else {
                     self.journal.counters.stray += 1;
                     let cause = "it passed on a socket that another process made";

@@ -38,6 +38,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -57,6 +58,9 @@ use rdsock_shm::layout::{
 use rdsock_shm::queue::Putter;
 use rdsock_shm::sync::{AtomicU32, AtomicU64, Ordering};
 use serde_json::Value;
+
+/// How long it is waited for that the daemon takes a call.
+const TAKEN: Duration = Duration::from_secs(2);
 
 /// The socket of a user, beside the one for everybody.
 pub fn own_socket(path: &std::path::Path, user: u32) -> PathBuf {
@@ -405,7 +409,21 @@ impl Tenant {
         let _ = self.try_send(bytes, fds);
     }
 
+    /// Where nothing that brings descriptors can be sent before the daemon has taken the call, waits for that, for a little while.
     pub fn try_send(&self, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize> {
+        let end = Instant::now() + TAKEN;
+        loop {
+            match self.try_send_now(bytes, fds) {
+                Err(Errno::EPERM) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                sent => return sent,
+            }
+        }
+    }
+
+    /// The same, at once.
+    pub fn try_send_now(&self, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize> {
         let rights = [ControlMessage::ScmRights(fds)];
         let control = if fds.is_empty() { &[][..] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL;

@@ -11,7 +11,7 @@ use rdsock_shm::control::{Lookup, Message, Request, kind, request as what};
 
 use super::actor::{OTHER, Part, VICTIM, listen, say};
 use super::victim::{claim, say_connected};
-use super::{Answer, Tenant, request};
+use super::{Answer, Tenant, hello_message, request};
 
 /// A user who has nothing of root but the capability to change the user.
 pub const CAPABLE: u32 = OTHER;
@@ -49,9 +49,9 @@ pub fn be_owner(part: &Part) {
         tenant
     } else if unread {
         words.remove(0);
-        // Likewise HELLO.
-        let mut tenant = Tenant::at(&part.socket).unwrap();
-        tenant.hello();
+        // Likewise HELLO, which is sent before the call is taken.
+        let tenant = Tenant::at(&part.socket).unwrap();
+        tenant.send(hello_message().as_bytes(), &[]);
         tenant
     } else {
         Tenant::attach_at(&part.socket)

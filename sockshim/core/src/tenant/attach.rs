@@ -24,6 +24,8 @@ use std::sync::atomic::Ordering::*;
 const LOOK_MS: u64 = 1000;
 /// and microseconds while its greeting is awaited.
 const GREETING_US: u64 = 20;
+/// Milliseconds for the daemon to take a call.
+const TAKEN_MS: u32 = 10;
 
 /// Notes the daemon's address, from the environment.
 pub fn start(path: Option<&std::ffi::CStr>, disabled: bool) {
@@ -253,7 +255,7 @@ pub(super) fn attach(guard: &Guard) {
     link().greeting.store(1, Relaxed);
     link().late.store(0, Relaxed);
     link().attached_as.store(ids(), Relaxed);
-    let sent = send_with(fd, &Message::new(kind::HELLO, &hello), board.as_slice());
+    let sent = say_hello(fd, &Message::new(kind::HELLO, &hello), board.as_slice());
     link().control.store(fd, Release);
     if sent < 0 {
         // A daemon that takes nobody says so before it hangs up.
@@ -267,6 +269,22 @@ pub(super) fn attach(guard: &Guard) {
     link().looked_at.store(clock::ticks(), Relaxed);
     clock::calibrate();
     tell_all(guard);
+}
+
+/// Sends HELLO. Where the program brings its board along, the kernel says EPERM until the daemon has taken the call (`SO_PASSRIGHTS`): that
+/// is waited for a little while; later, the program calls again.
+fn say_hello(fd: c_int, hello: &Message, board: &[c_int]) -> isize {
+    for _ in 0..TAKEN_MS {
+        let sent = send_with(fd, hello, board);
+        // A daemon that takes nobody says so.
+        if sent != -(libc::EPERM as isize)
+            || board.is_empty()
+            || sys::poll_one(fd, libc::POLLIN, 1) > 0
+        {
+            return sent;
+        }
+    }
+    send_with(fd, hello, board)
 }
 
 /// A control connection through the one of the process that forked this one: works after chroot
