@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -23,11 +24,13 @@ use netlink_packet_sock_diag::constants::{
 use netlink_packet_sock_diag::inet::{
     ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags,
 };
+use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
     socket,
 };
+use nix::sys::stat::Mode;
 
 use crate::porters::Carrier;
 
@@ -76,8 +79,9 @@ pub struct Diag {
     spare: Mutex<Vec<OwnedFd>>,
     /// So many of them stay.
     most: usize,
-    /// The namespace; `None` for the daemon's, in which all threads are.
-    elsewhere: Option<File>,
+    /// Where the namespace is; `None` for the daemon's, in which all threads are. By a descriptor for its place alone (`O_PATH`): anybody may
+    /// wait for a namespace to be opened or closed (`inotify`), and whoever does that wakes all who wait.
+    elsewhere: Option<OwnedFd>,
     netns_cookie: u64,
 }
 
@@ -94,12 +98,12 @@ impl Diag {
         Self::with(None, SPARE)
     }
 
-    /// For another one. May wait: for a porter.
-    pub fn of(namespace: File) -> io::Result<Self> {
+    /// For another one, by its place. May wait: for a porter.
+    pub fn of(namespace: OwnedFd) -> io::Result<Self> {
         Self::with(Some(namespace), SPARE_ELSEWHERE)
     }
 
-    fn with(elsewhere: Option<File>, most: usize) -> io::Result<Self> {
+    fn with(elsewhere: Option<OwnedFd>, most: usize) -> io::Result<Self> {
         let mut diag = Diag {
             spare: Mutex::default(),
             most,
@@ -124,7 +128,8 @@ impl Diag {
         let made = thread::scope(|scope| {
             let there = thread::Builder::new().name("netns".into());
             let there = there.spawn_scoped(scope, || {
-                setns(namespace, CloneFlags::CLONE_NEWNET)?;
+                let place = format!("/proc/self/fd/{}", namespace.as_raw_fd());
+                setns(File::open(place)?, CloneFlags::CLONE_NEWNET)?;
                 new_socket()
             })?;
             io::Result::Ok(there.join())
@@ -261,6 +266,12 @@ impl Found {
 
 /// A connection that is being made, and has no socket yet.
 const TCP_NEW_SYN_RECV: u8 = 12;
+
+/// Where a file is, which is not opened.
+pub fn place_of(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
 
 /// Messages with questions so far, of all threads.
 static ASKED: AtomicU64 = AtomicU64::new(0);
@@ -594,7 +605,10 @@ mod tests {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).ok()?;
             // A socket of there, which any thread has.
             let listener = TcpListener::bind("0.0.0.0:0").unwrap();
-            Some((listener, File::open("/proc/thread-self/ns/net").unwrap()))
+            Some((
+                listener,
+                place_of(Path::new("/proc/thread-self/ns/net")).unwrap(),
+            ))
         });
         let Some((listener, namespace)) = there.join().unwrap() else {
             use std::io::Write;

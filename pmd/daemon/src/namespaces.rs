@@ -1,12 +1,12 @@
 //! Network namespaces of tenants: netlink sockets for each, kept while a tenant lives there.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use crate::diag::Diag;
+use nix::sys::stat::fstat;
+
+use crate::diag::{Diag, place_of};
 use crate::process::netns_inode;
 use crate::rights::Home;
 
@@ -136,8 +136,8 @@ pub struct Opened {
 /// Makes a netlink socket in the network namespace that a process is in, unless that is the `known` one, by a thread that moves there.
 /// Waits for that: for a porter.
 pub fn open(pid: i32, known: Option<u64>) -> io::Result<Opened> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    let inode = namespace.metadata()?.ino();
+    let namespace = place_of(format!("/proc/{pid}/ns/net").as_ref())?;
+    let inode = fstat(&namespace)?.st_ino;
     if known == Some(inode) {
         return Ok(Opened { inode, diag: None });
     }
