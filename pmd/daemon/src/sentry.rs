@@ -162,7 +162,9 @@ impl<T: Awaited> Shared<T> {
 
     fn carry_out(&self, watched: &mut HashMap<u64, T>) {
         let mut used = processor_time();
-        for order in std::mem::take(&mut *self.lock()) {
+        // The guard would live as long as the loop.
+        let orders = std::mem::take(&mut *self.lock());
+        for order in orders {
             let before = std::mem::replace(&mut used, processor_time());
             self.rest(used.saturating_sub(before));
             match order {
