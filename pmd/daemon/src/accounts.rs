@@ -324,8 +324,6 @@ pub struct Accounts {
 
 /// This part of what is shared is for users who are known.
 const PART_OF_KNOWN: u64 = 16;
-/// This part of what a user may have can be passed on to it by others.
-const PART_PASSED_ON: u64 = 4;
 /// So many accounts are remembered in any case.
 const REMEMBERED: usize = 4096;
 
@@ -366,29 +364,18 @@ impl Accounts {
         Ok(charge)
     }
 
-    /// Something is to be on another user's account from now on, who did not ask for it. False where that one would have more than a
-    /// part of what it may: then it stays where it is.
-    pub fn pass_on(&mut self, charge: &Charge, uid: u32) -> bool {
-        let of_user = self.limits.user;
-        let account = self.payer(uid).account;
-        let amounts = || (0..).zip(Thing::ALL).zip(charge.amounts);
-        let has_room = amounts().all(|((at, thing), amount): ((usize, Thing), u64)| {
-            let most = of_user.get(at).copied().unwrap_or(0) / PART_PASSED_ON;
-            amount == 0 || account.has.get(thing) + amount <= most
-        });
-        let wanted: Vec<_> = amounts()
-            .map(|((_, thing), amount)| (thing, amount))
-            .filter(|(_, amount)| *amount != 0)
-            .collect();
-        if !has_room {
-            return false;
+    /// Something is on this user's account from now on, whatever the limits are.
+    pub fn pass_on(&mut self, charge: &Charge, uid: u32) {
+        let next = self.payer(uid);
+        let mut payer = charge.lock();
+        for (thing, amount) in Thing::ALL.into_iter().zip(charge.amounts) {
+            next.account.has.take(thing, amount, u64::MAX);
+            if let Some(crowd) = &next.crowd {
+                crowd.take(thing, amount, u64::MAX);
+            }
+            payer.give_back(thing, amount);
         }
-        let Ok(next) = self.charge(uid, &wanted) else {
-            return false;
-        };
-        // What was on the other account goes with the charge that is dropped here.
-        std::mem::swap(&mut *charge.lock(), &mut *next.lock());
-        true
+        *payer = next;
     }
 
     fn payer(&mut self, uid: u32) -> Payer {

@@ -499,11 +499,11 @@ impl<M> Book<M> {
         self.cookies.get(&cookie).copied()
     }
 
-    /// A stream is on the account of the other end's user from now on.
-    pub fn pass_to_other(&mut self, id: u64) {
-        if let Some(stream) = self.streams.get_mut(&id) {
-            stream.pays = 1 - stream.pays;
-        }
+    /// A stream is on the account of the other end's user from now on. That user.
+    pub fn pass_to_other(&mut self, id: u64) -> Option<u32> {
+        let stream = self.streams.get_mut(&id)?;
+        stream.pays = 1 - stream.pays;
+        Some(stream.payer())
     }
 
     /// A stream.

@@ -251,8 +251,8 @@ impl Daemon {
                 self.check_stream(stream);
             } else if !kept && is_abandoned {
                 self.close_stream(stream);
-            } else if !kept && self.pass_to_other(stream) {
-                debug!(stream, "passed on to the other end's user");
+            } else if !kept {
+                self.pass_to_other(stream);
             } else if self.streams.look_after(stream) {
                 let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
                 self.agenda.after(wait, Due::Stream(stream, times + 1));
@@ -273,18 +273,14 @@ impl Daemon {
         }
     }
 
-    /// The end whose user pays for a stream has gone, its socket too, and the other one has not: that one's user pays from now on. Who
-    /// connects can't be made to pay for as long as somebody else likes. False where that user has much already.
-    fn pass_to_other(&mut self, id: u64) -> bool {
-        let Some(stream) = self.streams.get(id) else {
-            return false;
-        };
-        let [_, other] = stream.by_payer();
-        let is_passed = self.accounts.pass_on(&stream.memory.charge, other.uid);
-        if is_passed {
-            self.streams.pass_to_other(id);
+    /// The end whose user pays for a stream has gone, its socket too, and the other one has not: that one's user pays from now on, beyond all limits. Who
+    /// connects can't be made to pay for as long as somebody else likes.
+    fn pass_to_other(&mut self, id: u64) {
+        if let Some(uid) = self.streams.pass_to_other(id)
+            && let Some(stream) = self.streams.get(id)
+        {
+            self.accounts.pass_on(&stream.memory.charge, uid);
         }
-        is_passed
     }
 
     /// A stream is over, and a message to one of its ends may wait with its descriptors: unless it is the payer who does not read, the other one pays for
