@@ -180,6 +180,7 @@ impl Daemon {
             told.tell(socket.owner().uid, Found::Event(id, flags));
         };
         let handed_over = Sentries::new(known.clone(), starter.clone(), tell);
+        let handed_over = handed_over.map_err(system("sentry"))?;
         let watched = agenda.watch(&signals, Token::Signals);
         watched.map_err(system("epoll"))?;
         for (number, listener) in (0..).zip(endpoint.listeners()) {

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::geteuid;
 use tracing::debug;
 
 use crate::own::processor_time;
@@ -205,18 +206,34 @@ impl<T> std::fmt::Debug for Sentries<T> {
 }
 
 impl<T: Awaited> Sentries<T> {
-    /// `tell` is told of each connection for which something has come to pass.
+    /// `tell` is told of each connection for which something has come to pass. The sentries of this user and of those who are not known are
+    /// there from the start on: what the daemon holds says what is left of others.
     pub fn new(
         known: Known,
         starter: Starter,
         tell: impl Fn(u64, &T, EpollFlags) + Send + Sync + 'static,
-    ) -> Self {
-        Sentries {
+    ) -> io::Result<Self> {
+        let mut sentries = Sentries {
             known,
             starter,
             tell: Arc::new(tell),
             sentries: HashMap::new(),
+        };
+        for who in [None, sentries.who(geteuid().as_raw())] {
+            sentries.of(who)?;
         }
+        Ok(sentries)
+    }
+
+    /// That of a user, which is started if there is none.
+    fn of(&mut self, who: Option<u32>) -> io::Result<&Sentry<T>> {
+        Ok(match self.sentries.entry(who) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let sentry = Sentry::start_with(&self.starter, self.tell.clone(), true)?;
+                entry.insert(sentry)
+            }
+        })
     }
 
     fn who(&self, uid: u32) -> Option<u32> {
@@ -231,14 +248,7 @@ impl<T: Awaited> Sentries<T> {
         awaited: T,
         flags: EpollFlags,
     ) -> io::Result<()> {
-        let who = self.who(uid);
-        let sentry = match self.sentries.entry(who) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let sentry = Sentry::start_with(&self.starter, self.tell.clone(), true)?;
-                entry.insert(sentry)
-            }
-        };
+        let sentry = self.of(self.who(uid))?;
         sentry.watch(connection, awaited, flags);
         Ok(())
     }
@@ -319,7 +329,8 @@ mod tests {
         let starter = Starter::new().unwrap();
         let mut sentries = Sentries::new(known, starter, move |connection, _: &Slow, _| {
             tell.send(connection).unwrap();
-        });
+        })
+        .unwrap();
         let gate = Arc::new(Mutex::new(()));
         let closed = gate.lock().unwrap();
         let mut writers = Vec::new();
