@@ -10,8 +10,8 @@
 //! them together leave a sixteenth to those who are.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::shares::Known;
 
@@ -194,26 +194,12 @@ struct Account {
     refused: Sums,
 }
 
-/// Whose account something is on.
-#[derive(Debug)]
-struct Payer {
-    account: Arc<Account>,
-    /// Of all users who are not known, where this is one of these.
-    crowd: Option<Arc<Sums>>,
-}
-
-impl Payer {
-    fn give_back(&self, thing: Thing, amount: u64) {
-        for sums in [&self.account.has].into_iter().chain(self.crowd.as_deref()) {
-            sums.give(thing, amount);
-        }
-    }
-}
-
 /// A part of a user's account, until it is dropped.
 #[derive(Debug)]
 pub struct Charge {
-    payer: Mutex<Payer>,
+    account: Arc<Account>,
+    /// Of all users who are not known, where this is one of these.
+    crowd: Option<Arc<Sums>>,
     all: Arc<Sums>,
     limits: Arc<Limits>,
     amounts: Amounts,
@@ -225,35 +211,32 @@ impl Charge {
         let at = thing as usize;
         let most = |limits: &Amounts| limits.get(at).copied().unwrap_or(0);
         let (of_user, of_all) = (most(&self.limits.user), most(&self.limits.all));
-        let payer = self.payer.get_mut();
-        let Payer { account, crowd } = payer.unwrap_or_else(PoisonError::into_inner);
         let over = |limit, of_all| {
-            account.refused.take(thing, 1, u64::MAX);
+            self.account.refused.take(thing, 1, u64::MAX);
             Err(Over {
                 thing,
                 limit,
                 of_all,
             })
         };
-        if !account.has.take(thing, amount, of_user) {
+        if !self.account.has.take(thing, amount, of_user) {
             return over(of_user, false);
         }
         if !self.all.take(thing, amount, of_all) {
-            account.has.give(thing, amount);
+            self.account.has.give(thing, amount);
             return over(of_all, true);
         }
         let left = of_all.saturating_sub(self.all.get(thing));
         let shared = self.limits.shared.get(at).is_some_and(|shared| *shared);
         let of_crowd = of_all - of_all / PART_OF_KNOWN;
-        let is_crowded = crowd
-            .as_ref()
-            .is_some_and(|crowd| crowd.get(thing) + amount > of_crowd);
-        if shared && (is_crowded || account.has.get(thing) > left) {
-            account.has.give(thing, amount);
+        let crowd = self.crowd.as_ref();
+        let is_crowded = crowd.is_some_and(|crowd| crowd.get(thing) + amount > of_crowd);
+        if shared && (is_crowded || self.account.has.get(thing) > left) {
+            self.account.has.give(thing, amount);
             self.all.give(thing, amount);
             return over(of_all / 2, false);
         }
-        if let Some(crowd) = crowd {
+        if let Some(crowd) = &self.crowd {
             crowd.take(thing, amount, u64::MAX);
         }
         if let Some(sum) = self.amounts.get_mut(at) {
@@ -272,12 +255,10 @@ impl Charge {
     }
 
     fn give_back(&self, thing: Thing, amount: u64) {
-        self.lock().give_back(thing, amount);
-        self.all.give(thing, amount);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Payer> {
-        self.payer.lock().unwrap_or_else(PoisonError::into_inner)
+        let crowd = self.crowd.as_deref();
+        for sums in [&self.account.has, &*self.all].into_iter().chain(crowd) {
+            sums.give(thing, amount);
+        }
     }
 }
 
@@ -352,33 +333,6 @@ impl Accounts {
 
     /// Takes all of `wanted` for a user, or nothing.
     pub fn charge(&mut self, uid: u32, wanted: &[(Thing, u64)]) -> Result<Charge, Over> {
-        let mut charge = Charge {
-            payer: Mutex::new(self.payer(uid)),
-            all: self.all.clone(),
-            limits: self.limits.clone(),
-            amounts: [0; Thing::ALL.len()],
-        };
-        for (thing, amount) in wanted {
-            charge.more(*thing, *amount)?;
-        }
-        Ok(charge)
-    }
-
-    /// Something is on this user's account from now on, whatever the limits are.
-    pub fn pass_on(&mut self, charge: &Charge, uid: u32) {
-        let next = self.payer(uid);
-        let mut payer = charge.lock();
-        for (thing, amount) in Thing::ALL.into_iter().zip(charge.amounts) {
-            next.account.has.take(thing, amount, u64::MAX);
-            if let Some(crowd) = &next.crowd {
-                crowd.take(thing, amount, u64::MAX);
-            }
-            payer.give_back(thing, amount);
-        }
-        *payer = next;
-    }
-
-    fn payer(&mut self, uid: u32) -> Payer {
         if self.users.len() >= self.most {
             self.users
                 .retain(|_, account| Arc::strong_count(account) > 1);
@@ -391,10 +345,17 @@ impl Accounts {
                 refused: Sums::default(),
             })
         });
-        Payer {
+        let mut charge = Charge {
             account: account.clone(),
             crowd: (!self.known.has(uid)).then(|| self.crowd.clone()),
+            all: self.all.clone(),
+            limits: self.limits.clone(),
+            amounts: [0; Thing::ALL.len()],
+        };
+        for (thing, amount) in wanted {
+            charge.more(*thing, *amount)?;
         }
+        Ok(charge)
     }
 
     /// What a user has of something.

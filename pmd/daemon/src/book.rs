@@ -167,9 +167,9 @@ pub struct End {
 pub struct Stream<M> {
     /// The two ends; end 0 called `connect`.
     pub ends: [End; 2],
-    /// The end on whose user's account it is: the one that called `connect`, since the other one has no say in who connects to it; the
-    /// other one when that one has gone.
-    pays: usize,
+    /// The user on whose account it is: that of the end that called `connect`, since the other
+    /// end has no say in who connects to it.
+    pub payer: u32,
     /// Bytes of its memory.
     pub bytes: u64,
     /// Its memory.
@@ -180,27 +180,6 @@ impl<M> Stream<M> {
     /// True when no tenant is known to hold either end.
     pub fn is_abandoned(&self) -> bool {
         self.ends.iter().all(|end| end.holders.is_empty())
-    }
-
-    /// The end whose user pays, and the other one.
-    pub fn by_payer(&self) -> [&End; 2] {
-        let [first, second] = &self.ends;
-        match self.pays {
-            0 => [first, second],
-            _ => [second, first],
-        }
-    }
-
-    /// The user on whose account it is.
-    pub fn payer(&self) -> u32 {
-        let [payer, _] = self.by_payer();
-        payer.uid
-    }
-
-    /// True when no tenant is known to hold the end whose user pays, and one of another user's holds the other end.
-    pub fn is_left_by_payer(&self) -> bool {
-        let [payer, other] = self.by_payer();
-        payer.holders.is_empty() && !other.holders.is_empty() && payer.uid != other.uid
     }
 }
 
@@ -338,6 +317,7 @@ impl<M> Book<M> {
 
     /// Enters a stream for two ends, the first being the one that called `connect`.
     pub fn open(&mut self, id: u64, ends: [Announced; 2], bytes: u64, memory: M) {
+        let payer = ends[0].uid;
         for (index, end) in ends.iter().enumerate() {
             let seat = Seat::Holding {
                 stream: id,
@@ -363,7 +343,7 @@ impl<M> Book<M> {
         });
         let stream = Stream {
             ends,
-            pays: 0,
+            payer,
             bytes,
             memory,
         };
@@ -497,13 +477,6 @@ impl<M> Book<M> {
     /// The stream and end of the socket with this cookie.
     pub fn by_cookie(&self, cookie: u64) -> Option<(u64, usize)> {
         self.cookies.get(&cookie).copied()
-    }
-
-    /// A stream is on the account of the other end's user from now on. That user.
-    pub fn pass_to_other(&mut self, id: u64) -> Option<u32> {
-        let stream = self.streams.get_mut(&id)?;
-        stream.pays = 1 - stream.pays;
-        Some(stream.payer())
     }
 
     /// A stream.

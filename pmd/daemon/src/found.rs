@@ -137,16 +137,14 @@ pub enum Found {
     },
 }
 
-/// Does somebody hold a stream, or the payer's end of it?
+/// Does somebody hold a stream?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// The stream.
     pub stream: u64,
     /// For the so-manieth time.
     pub times: u32,
-    /// Both ends' sockets were asked for; else the payer's.
-    pub both: bool,
-    /// Somebody has one of these sockets.
+    /// Somebody has one of its sockets.
     pub kept: bool,
 }
 

@@ -13,8 +13,7 @@
 //! A close that lingers is ended by a signal: while there are loads to carry, a timer interrupts a porter again and again.
 //! What no signal interrupts holds up its owner's loads until it ends. A user has [`SHARE`] porters at most, of [`MOST`]; all users
 //! who are not known have [`OF_CROWD`] together ([`line`]), which weigh less than others: what so many compute would take the processors from the
-//! control thread. Who makes the kernel work for long, maybe with interrupts off (it wakes a million that wait for a socket), has
-//! half a core for that at most: a porter rests behind such a load.
+//! control thread.
 
 mod foreign;
 mod line;
@@ -78,8 +77,6 @@ const NUDGE: Duration = Duration::from_millis(1);
 const NUDGE_AGAIN: Duration = Duration::from_millis(8);
 /// The timer is stopped when there was nothing to carry for this time: to set it for each load costs as much as some loads.
 const REST: Duration = Duration::from_millis(20);
-/// A load that takes more processor time than this is a long one.
-const LONG: Duration = Duration::from_millis(2);
 /// The signal that interrupts. Nothing else in the daemon uses it.
 pub const SIGNAL: Signal = Signal::SIGURG;
 
@@ -605,7 +602,6 @@ impl<D: Send + 'static> Shared<D> {
         give_way(self.is_shared && crew == Crew::OfCrowd);
         let work = self.work.get(crew);
         let mut nudge = Nudge::new();
-        let mut used = processor_time();
         let mut yard = self.lock();
         yard.crews.get_mut(crew).coming -= 1;
         loop {
@@ -633,17 +629,8 @@ impl<D: Send + 'static> Shared<D> {
             self.find_porter(yard);
             nudge.start();
             CARRIES_FOR.set(Some(owner.uid));
-            let mut found = load(&Carrier::new());
+            let found = load(&Carrier::new());
             CARRIES_FOR.set(None);
-            let before = std::mem::replace(&mut used, processor_time());
-            if self.has_rest(owner) {
-                let rest = crew.rest(used.saturating_sub(before));
-                if !rest.is_zero() {
-                    self.tell(owner, found.take());
-                    nudge.stop();
-                    thread::sleep(rest);
-                }
-            }
             yard = self.lock();
             yard.line.put_down(owner.uid);
             yard.carried(owner);
@@ -653,18 +640,6 @@ impl<D: Send + 'static> Shared<D> {
                 let _ = self.found.write(1);
                 yard = self.lock();
             }
-        }
-    }
-
-    /// Does a porter rest behind what takes long for this one? What is nobody's in particular all wait for.
-    fn has_rest(&self, owner: Owner) -> bool {
-        self.is_shared && !IN_PLACE_OF_USERS.contains(&owner.uid)
-    }
-
-    fn tell(&self, owner: Owner, found: Option<D>) {
-        if found.is_some() {
-            self.lock().found(owner, found);
-            let _ = self.found.write(1);
         }
     }
 }

@@ -31,6 +31,8 @@ const PAUSE: Duration = Duration::from_millis(2);
 const LONG: Duration = Duration::from_millis(2);
 /// A sentry of a user rests so many times as long as what took longer.
 const REST: u32 = 15;
+/// and no longer than this: others of its user's, or of the crowd, wait as well.
+const MOST_REST: Duration = Duration::from_millis(100);
 /// In place of a connection: there are orders.
 const ORDERS: u64 = 0;
 
@@ -157,7 +159,7 @@ impl<T: Awaited> Shared<T> {
     /// Behind an order that took so long.
     fn rest(&self, used: Duration) {
         if self.rests && used > LONG {
-            thread::sleep(REST * used);
+            thread::sleep(MOST_REST.min(REST * used));
         }
     }
 

@@ -105,12 +105,6 @@ impl Memory {
         }
     }
 
-    /// Does a message that was not sent yet, or not read, hold something of it?
-    pub fn is_in_messages(&self) -> bool {
-        let files = [&self.stream].into_iter().chain(self.ends.iter().flatten());
-        files.map(Arc::strong_count).any(|count| count > 1)
-    }
-
     /// Where both directions are, as the ends have left them: to be read by whoever may wait.
     pub fn file(&self) -> Arc<Foreign> {
         self.stream.clone()

@@ -418,7 +418,7 @@ impl Daemon {
             "peer": peer.to_string(),
             "node": elsewhere.map(|elsewhere| elsewhere.node),
             "pids": pids,
-            "uid": stream.payer(),
+            "uid": stream.payer,
             "bytes": stream.bytes,
             "huge": stream.memory.huge,
             "directions": directions,

@@ -18,8 +18,6 @@ use crate::porters::{KEEPERS, Owner};
 use crate::rights::{Ask, Rights};
 use crate::streams::{Bells, Memory};
 
-/// Time until a stream whose payer's end has gone is the other end's user's: an honest one has closed its own end by then.
-const PAYER_LOOK: Duration = Duration::from_secs(1);
 /// Looks at an abandoned stream whose socket somebody still holds: soon at first, then seldom.
 const FIRST_LOOK: Duration = Duration::from_millis(50);
 const LAST_LOOK: Duration = Duration::from_secs(30);
@@ -160,10 +158,14 @@ impl Daemon {
     }
 
     /// A holder of a stream is gone. Gives it back when it was the last, unless a process that the daemon does not know (a child
-    /// that has not attached, a program between exec and attach) still holds one of its sockets. Where the other end is held, and this one's user pays, it is
-    /// that one's soon.
+    /// that has not attached, a program between exec and attach) still holds one of its sockets.
     pub(super) fn check_stream(&mut self, id: u64) {
         self.have_kept_looked_at(&[id], 0);
+    }
+
+    fn is_abandoned(&self, id: u64) -> bool {
+        let stream = self.streams.get(id);
+        stream.is_some_and(|stream| stream.is_abandoned())
     }
 
     /// It is due to look once more whether somebody holds a stream, which is asked for the so-manieth time.
@@ -172,29 +174,17 @@ impl Daemon {
         self.have_kept_looked_at(&[id], times);
     }
 
-    /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned; or the payer's, where that one has
-    /// left, though not at once.
+    /// Has looked at whether somebody holds one of the sockets of each of these streams, if they are abandoned.
     fn have_kept_looked_at(&mut self, streams: &[u64], times: u32) {
         let mut questions: BTreeMap<u32, Vec<_>> = BTreeMap::new();
         for id in streams.iter().copied() {
-            let Some(stream) = self.streams.get(id) else {
-                continue;
-            };
-            let (both, payer) = (stream.is_abandoned(), stream.payer());
-            let is_left = stream.is_left_by_payer();
-            if is_left && times == 0 {
-                if self.streams.look_after(id) {
-                    self.agenda.after(PAYER_LOOK, Due::Stream(id, 1));
-                }
-                continue;
-            }
             // One look at a time: who takes and gives up an end without end has no more of them.
-            if !(both || is_left) || !self.streams.begin_look(id) {
+            if !self.is_abandoned(id) || !self.streams.begin_look(id) {
                 continue;
             }
             if let Some(stream) = self.streams.get(id) {
-                let question = (id, both, self.sockets_of(stream, both));
-                questions.entry(payer).or_default().push(question);
+                let question = (id, self.sockets_of(stream));
+                questions.entry(stream.payer).or_default().push(question);
             }
         }
         for (payer, questions) in questions {
@@ -203,14 +193,13 @@ impl Daemon {
                 connection: payer.into(),
             };
             self.porters.ask_quick(owner, move |carrier| {
-                let looked_at = questions.into_iter().map(|(stream, both, sockets)| {
+                let looked_at = questions.into_iter().map(|(stream, sockets)| {
                     let mut sockets = sockets.into_iter();
                     let kept =
                         sockets.any(|(ask, cookie, inode)| ask.is_there(carrier, cookie, inode));
                     Kept {
                         stream,
                         times,
-                        both,
                         kept,
                     }
                 });
@@ -219,17 +208,13 @@ impl Daemon {
         }
     }
 
-    /// Where to ask for the sockets of both of a stream's ends, or the payer's, with their cookies and inodes. Of one to another node, one end's is
-    /// the daemon's.
-    fn sockets_of(&self, stream: &book::Stream<Memory>, both: bool) -> Vec<(Ask, u64, u64)> {
+    /// Where to ask for the sockets of a stream's ends, with their cookies and inodes. Of one to another node, one end's is the daemon's.
+    fn sockets_of(&self, stream: &book::Stream<Memory>) -> Vec<(Ask, u64, u64)> {
+        let elsewhere = stream.memory.elsewhere.as_ref();
+        let ends = (0..).zip(&stream.ends);
+        let ends = ends.filter(|(at, _)| elsewhere.is_none_or(|elsewhere| elsewhere.end == *at));
         let ask = |end: &book::End| Some((self.rights.ask_for(end.route)?, end.cookie, end.inode));
-        let [payer, other] = stream.by_payer();
-        let ends = match &stream.memory.elsewhere {
-            Some(elsewhere) => vec![stream.ends.get(elsewhere.end)],
-            None if both => vec![Some(payer), Some(other)],
-            None => vec![Some(payer)],
-        };
-        ends.into_iter().flatten().filter_map(ask).collect()
+        ends.filter_map(|(_, end)| ask(end)).collect()
     }
 
     /// It was looked at whether somebody holds these streams: one that is kept is looked at again, less and less often.
@@ -237,22 +222,17 @@ impl Daemon {
         for Kept {
             stream,
             times,
-            both,
             kept,
         } in looked_at.iter().copied()
         {
             let is_outdated = self.streams.end_look(stream);
-            let now = self.streams.get(stream);
-            let now = now.map(|now| (now.is_abandoned(), now.is_left_by_payer()));
-            let Some((is_abandoned, true) | (is_abandoned @ true, _)) = now else {
+            if !self.is_abandoned(stream) {
                 continue;
-            };
-            if is_outdated || is_abandoned && !both {
+            }
+            if is_outdated {
                 self.check_stream(stream);
-            } else if !kept && is_abandoned {
-                self.close_stream(stream);
             } else if !kept {
-                self.pass_to_other(stream);
+                self.close_stream(stream);
             } else if self.streams.look_after(stream) {
                 let wait = LAST_LOOK.min(FIRST_LOOK * 2u32.saturating_pow(times.min(16)));
                 self.agenda.after(wait, Due::Stream(stream, times + 1));
@@ -268,39 +248,14 @@ impl Daemon {
         if let Some(stream) = self.streams.close(id) {
             self.journal.counters.streams_closed += 1;
             debug!(stream = id, "closed");
-            self.leave_to_reader(&stream);
             self.give_back(stream);
-        }
-    }
-
-    /// The end whose user pays for a stream has gone, its socket too, and the other one has not: that one's user pays from now on, beyond all limits. Who
-    /// connects can't be made to pay for as long as somebody else likes.
-    fn pass_to_other(&mut self, id: u64) {
-        if let Some(uid) = self.streams.pass_to_other(id)
-            && let Some(stream) = self.streams.get(id)
-        {
-            self.accounts.pass_on(&stream.memory.charge, uid);
-        }
-    }
-
-    /// A stream is over, and a message to one of its ends may wait with its descriptors: unless it is the payer who does not read, the other one pays for
-    /// that.
-    fn leave_to_reader(&mut self, stream: &book::Stream<Memory>) {
-        let [payer, other] = stream.by_payer();
-        if payer.uid == other.uid || !stream.memory.is_in_messages() {
-            return;
-        }
-        let connections = self.connections.of_process(payer.pid).iter();
-        let mut connections = connections.filter_map(|id| self.connections.get(*id));
-        if !connections.any(|payer| payer.channel.queued() != 0) {
-            self.accounts.pass_on(&stream.memory.charge, other.uid);
         }
     }
 
     /// Has a porter give a stream's memory back, since whoever is the last to hold it has to take it apart. Until then
     /// it is on its payer's account.
     pub(super) fn give_back(&mut self, stream: book::Stream<Memory>) {
-        self.porters.give(gives_back(stream.payer()), move || {
+        self.porters.give(gives_back(stream.payer), move || {
             drop(stream);
             None
         });

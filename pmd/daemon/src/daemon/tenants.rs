@@ -433,7 +433,7 @@ impl Daemon {
         }
         streams.retain(|id| {
             let stream = self.streams.get(*id);
-            stream.is_some_and(|stream| stream.is_abandoned() || stream.is_left_by_payer())
+            stream.is_some_and(|stream| stream.is_abandoned())
         });
         streams
     }

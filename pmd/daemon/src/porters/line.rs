@@ -1,9 +1,8 @@
 //! Users of whom a porter may take up a load, in turn.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
-use super::{LONG, MOST, OF_CROWD, SHARE};
+use super::{MOST, OF_CROWD};
 use crate::shares::Known;
 
 /// For whom a porter carries.
@@ -24,19 +23,6 @@ impl Crew {
         match self {
             Crew::OfKnown => MOST,
             Crew::OfCrowd => OF_CROWD,
-        }
-    }
-
-    /// How long a porter rests that has used so much processor time for a load: all that carry for this user, or for the crowd, then use half
-    /// a core together for long ones.
-    pub fn rest(self, used: Duration) -> Duration {
-        let together = match self {
-            Crew::OfKnown => SHARE,
-            Crew::OfCrowd => OF_CROWD,
-        };
-        match used > LONG {
-            true => used * (2 * together as u32 - 1),
-            false => Duration::ZERO,
         }
     }
 }
@@ -102,14 +88,6 @@ impl Line {
 mod tests {
     use super::Crew::{OfCrowd, OfKnown};
     use super::*;
-
-    #[test]
-    fn who_carries_what_is_long_rests() {
-        assert_eq!(OfKnown.rest(LONG), Duration::ZERO);
-        let long = 2 * LONG;
-        assert_eq!(OfKnown.rest(long) + long, 16 * long);
-        assert!(OfCrowd.rest(long) > OfKnown.rest(long));
-    }
 
     #[test]
     fn the_crowd_has_so_many_porters_at_most() {

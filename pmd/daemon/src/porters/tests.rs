@@ -359,31 +359,3 @@ fn who_carries_for_the_crowd_weighs_less() {
     // Where nobody is known, all are the crowd.
     assert_eq!(nice(&IN_PLACE_OF_USERS, 8), own);
 }
-
-/// Whose loads are long has a part of a core for them; others notice nothing.
-#[test]
-fn who_computes_much_is_carried_for_now_and_then() {
-    let known = IN_PLACE_OF_USERS.into_iter().chain([7, 8]).collect();
-    let porters = Porters::new(Starter::new().unwrap(), known).unwrap();
-    let compute = || {
-        let start = processor_time();
-        while processor_time() - start < 4 * LONG {}
-        Some(7)
-    };
-    for load in 0..4 * SHARE as u64 {
-        porters.give(owner(7, load), compute);
-    }
-    let start = Instant::now();
-    for load in 0..SHARE as u64 {
-        porters.give(owner(8, load), || Some(8));
-    }
-    let mut found = [0; 2];
-    while found != [4 * SHARE, SHARE] {
-        let which = fetch(&porters) as usize - 7;
-        found[which] += 1;
-        // What was found is told before a porter rests.
-        assert!(found[0] <= SHARE || start.elapsed() > Crew::OfKnown.rest(4 * LONG));
-        assert!(found[0] <= SHARE || found[1] == SHARE);
-    }
-    assert!(start.elapsed() > 3 * Crew::OfKnown.rest(4 * LONG));
-}
