@@ -33,7 +33,10 @@ pub(super) fn snapshot(held: &Use, stream: &Stream, edges: bool) -> Snapshot {
     }
     let head = if edges { arrived(held, stream) } else { 0 };
     let shut = stream.rx().shut.load(Acquire);
-    let is_told = marks & mark::FIN != 0 || shut != 0;
+    // Before the ring is read, the end of the anchor is an edge of it, of which this instance is told (`is_edge`): what a call finds out later
+    // is none.
+    let is_kernels = stream.rx().phase.load(Acquire) != phase::RING;
+    let is_told = marks & mark::FIN != 0 || shut != 0 || is_kernels;
     // Where the kernel sends, it tells of an error itself.
     let is_judged = stream.tx().phase.load(Acquire) == phase::RING;
     let end = if is_told { 0 } else { anchor::EOF } | if is_judged { anchor::BROKEN } else { 0 };
