@@ -122,7 +122,8 @@ impl Shared {
 
     /// What the other end has marked. A break counts unless
     /// - both directions had ended before: TCP has no connection then that could be reset, and nobody is told;
-    /// - the other end has closed, and the rest comes on the anchor: then the kernel tells of it, behind that;
+    /// - the other end has closed, and the rest comes on the anchor, or that is where this end receives: then the kernel tells of it,
+    ///   behind that;
     /// - this end has shut both directions, also on the anchor: then the kernel tells of it, once.
     pub fn marks(&self) -> u32 {
         let marks = self.incoming().producer.mark.load(Acquire);
@@ -131,7 +132,8 @@ impl Shared {
         }
         let is_over = marks & mark::FIN != 0 && self.tx().shut.load(Relaxed) != 0;
         let has_closed = self.out().bytes.want.load(Relaxed) & want::CLOSED != 0;
-        let is_kernels = marks & mark::END != 0 && has_closed;
+        let is_behind = self.rx().phase.load(Relaxed) == phase::DEMOTED;
+        let is_kernels = marks & mark::END != 0 && (has_closed || is_behind);
         let has_shut = self.incoming().bytes.want.load(Relaxed) & want::SHUT != 0
             && self.tx().phase.load(Relaxed) == phase::DEMOTED;
         if is_over || is_kernels || has_shut {
@@ -207,7 +209,9 @@ impl Shared {
 
     /// True when the other end has asked to leave, so that a caller who only looks must follow.
     pub fn peer_has_left(&self) -> bool {
-        self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE) != 0
+        // Who marks the end of its ring has said LEAVE before that.
+        let has_left = self.out().bytes.want.load(Relaxed) & (want::DEMOTED | want::LEAVE) != 0;
+        (has_left || self.has_ended_ring())
             && match self.tx().phase.load(Relaxed) {
                 phase::RING => true,
                 // Else the thread that is inside a kernel send does what is left.

@@ -186,8 +186,12 @@ impl<S: Anchor + Process> End<'_, S> {
                     return self.socket.unread();
                 };
                 let head = self.incoming().producer.head.load(Acquire);
+                let ahead = at.saturating_sub(position);
+                let before = self.socket.unread()?.min(ahead);
+                // Behind bytes that have not come, it can't be had.
+                let has_come = before == ahead;
                 let in_ring = head.saturating_sub(at).min(self.shared.ring_size());
-                let before = self.socket.unread()?.min(at.saturating_sub(position));
+                let in_ring = if has_come { in_ring } else { 0 };
                 Some(before + in_ring + half.unread_behind(before)?)
             }
             // What the anchor may have are tokens.

@@ -270,6 +270,39 @@ fn nobody_waits_for_room_in_a_ring_that_was_left() {
     }
 }
 
+/// The kernel tells of what comes behind the end of a ring, so a break in the mark must not hide its end, and this end follows.
+#[test]
+fn a_break_behind_the_end_of_a_ring_is_the_kernels() {
+    stream(true, |attacker, victim| {
+        let marks = mark::END | mark::RESET;
+        attacker
+            .shared
+            .out()
+            .producer
+            .mark
+            .store(mark::END, Relaxed);
+        assert_eq!(victim.receive(1, How::default()), Gave::Nothing);
+        assert_eq!(victim.receives_by(), phase::DEMOTED);
+        attacker.shared.out().producer.mark.store(marks, Relaxed);
+        assert_eq!(victim.shared.marks() & mark::RESET, 0);
+        victim.poll();
+        assert_eq!(victim.sends_by(), phase::DEMOTED);
+        assert!(!victim.shared.is_on_rings() && !victim.shared.is_reset());
+    });
+}
+
+/// What can be received counts, as far as it can be.
+#[test]
+fn bytes_behind_others_that_never_come_are_not_unread() {
+    with_unswitched(|attacker, victim| {
+        let producer = &attacker.shared.out().producer;
+        producer.head.store(100, Relaxed);
+        producer.switch_at.store(10, Relaxed);
+        victim.side.slip(b"four");
+        assert_eq!(victim.end().unread(), Some(4));
+    });
+}
+
 /// An end that nothing announces is the other end's process's.
 #[test]
 fn nobody_waits_for_room_behind_the_end_of_the_anchor() {
