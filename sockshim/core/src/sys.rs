@@ -663,7 +663,7 @@ pub fn splice(from: c_int, to: c_int, len: usize, flags: u32) -> isize {
     syscall!(SYS_splice, from, 0, to, 0, len, flags)
 }
 
-/// Opens a path read-only, for looking at a program before exec.
+/// Opens a path read-only, for looking at a program before exec, or at what the system says. Where a FIFO lies in its place, nobody waits.
 pub fn open_read(path: *const libc::c_char) -> isize {
     open_at(libc::AT_FDCWD, path)
 }
@@ -674,7 +674,7 @@ pub fn open_at(folder: c_int, path: *const libc::c_char) -> isize {
         SYS_openat,
         folder,
         path,
-        libc::O_RDONLY | libc::O_CLOEXEC,
+        libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK,
         0
     )
 }

@@ -7,7 +7,7 @@ use crate::conn::{self, Kind, Use, born};
 use crate::{brand, demote, handing_over, identity, numbers, process, real, sys, tenant, wait};
 use libc::{c_int, sockaddr, socklen_t};
 use rdsock_shm::reason::Reason;
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicBool, Ordering::*};
 
 /// # Safety
 /// As `socket(2)`.
@@ -131,6 +131,12 @@ pub unsafe fn accept4(
     unsafe { accept_by(fd, address, len, || real::accept4(fd, address, len, flags)) }
 }
 
+/// Connections that one call drops which does not wait.
+const MOST_DROPPED: u32 = 64;
+
+/// The program's user was told that one was dropped.
+static TOLD_DROPPED: AtomicBool = AtomicBool::new(false);
+
 /// # Safety
 /// `address` and `len` are what the program gave.
 unsafe fn accept_by(
@@ -153,6 +159,7 @@ unsafe fn accept_by(
         // SAFETY: the program's own length.
         unsafe { *len }
     };
+    let mut dropped = 0;
     loop {
         let fd = in_kernel();
         let held = accepted(listener, fd);
@@ -180,17 +187,26 @@ unsafe fn accept_by(
             Origin::Unknown => {
                 // As if it had never come.
                 drop(held);
-                sys::warn(
-                    "a connection from another node was dropped: it had ended before it was accepted, \
-                     or the daemon does not say whose it is",
-                );
+                if !TOLD_DROPPED.swap(true, Relaxed) {
+                    sys::warn(
+                        "a connection from another node was dropped: it had ended before it was accepted, \
+                         or the daemon does not say whose it is",
+                    );
+                }
                 // SAFETY: the program does not know this descriptor.
                 unsafe { super::close(fd) };
                 if !address.is_null() {
                     // SAFETY: the kernel has written the length there.
                     unsafe { *len = room };
                 }
-                continue;
+                dropped += 1;
+                let waits = sys::fcntl(listener, libc::F_GETFL, 0) & libc::O_NONBLOCK as isize == 0;
+                if dropped < MOST_DROPPED || waits {
+                    continue;
+                }
+                // They may come without an end, and whoever does not wait has others to serve.
+                real::set_errno(libc::ECONNABORTED);
+                return -1;
             }
             _ => {}
         }

@@ -364,6 +364,50 @@ echo(s)
     }
 }
 
+/// Any user of this host can make such connections without end, and an event loop has others to serve.
+#[test]
+fn a_call_that_does_not_wait_drops_so_many_and_ends() {
+    let ground = Ground::new(Manners {
+        caller: None,
+        knows_callers: true,
+        ..Manners::default()
+    });
+    let there = ground.folder.at("there");
+    let mut server = ground.start(&format!(
+        r#"
+listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+listener.setblocking(False)
+print("port", listener.getsockname()[1], flush=True)
+while not os.path.exists("{}"):
+    time.sleep(0.01)
+try:
+    listener.accept()
+    assert False, "accepted"
+except ConnectionAbortedError:
+    pass
+while True:
+    try:
+        s, peer = listener.accept()
+        break
+    except ConnectionAbortedError:
+        pass
+assert peer[0] == "127.0.0.1", peer
+s.setblocking(True)
+echo(s)
+"#,
+        there.display()
+    ));
+    let port = port_of(&mut server);
+    let dropped: Vec<_> = (0..100).map(|_| call(port)).collect();
+    let last = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    std::fs::write(&there, "").unwrap();
+    echo_back(last);
+    let output = server.finish(LIMIT);
+    assert_says_both(&output);
+    assert_eq!(output.matches("was dropped").count(), 1, "{output}");
+    drop(dropped);
+}
+
 /// It reaches nobody to ask, and may be the one to whom the daemon's connections come.
 #[test]
 fn a_worker_without_a_daemon_takes_nobody_on_another_node_for_one_of_this_host() {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use memmap2::MmapOptions;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, fchmod};
 use rdsock_shm::layout::{
     BELL_MAGIC, BellBoard, DATA_OFFSET, Direction, END_MAGIC, EndPage, NOT_SWITCHED, Producer,
     STREAM_MAGIC, StreamHeader, VERSION, stream_bytes,
@@ -147,6 +148,9 @@ pub(super) fn memfd(name: &std::ffi::CStr, bytes: u64) -> io::Result<File> {
 fn memfd_with(name: &std::ffi::CStr, flags: MFdFlags, bytes: u64) -> io::Result<File> {
     let flags = flags | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(name, flags)?);
+    // Who is given the descriptor uses it. Who may not open the file anew can't have it watched (inotify), so that whoever reads or closes it
+    // wakes as many as he likes.
+    fchmod(&file, Mode::empty())?;
     file.set_len(bytes)?;
     Ok(file)
 }
@@ -276,6 +280,7 @@ impl DirectionView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn a_stream_starts_with_both_directions_on_the_anchor() {
@@ -287,8 +292,10 @@ mod tests {
             DirectionView::read_both(&fds.stream).unwrap(),
             [untouched; 2]
         );
-        // Sealed: nobody can make the other end fault.
         let stream = File::from(fds.stream);
+        // Nobody else can open it, and so nobody can watch it.
+        assert_eq!(stream.metadata().unwrap().mode() & 0o777, 0);
+        // Sealed: nobody can make the other end fault.
         assert!(stream.set_len(0).is_err() && stream.set_len(1 << 30).is_err());
         let directions = producer_at(1) + offset_of!(Producer, switch_at);
         stream
