@@ -733,15 +733,18 @@ fn nobody_sends_files_before_he_is_on_an_account() {
     }
     const SHARE: usize = 40;
     let daemon = Daemon::start(&format!("max_descriptors_per_user = {SHARE}\n"));
-    // They say nothing, and each costs its user three.
-    let callers: Vec<_> = (0..SHARE / 3)
+    // They say nothing, and each costs its user three: there is room for so many, or for one less, while whoever asked whether the daemon
+    // is there is on that account.
+    let callers: Vec<_> = (0..SHARE)
         .map(|_| Tenant::stranger(&daemon).unwrap())
         .collect();
     for _ in 0..30 {
         let beyond = Tenant::stranger(&daemon).unwrap();
         assert!(beyond.try_send(b"rubbish", &[0]).is_err());
     }
-    for caller in &callers {
-        assert!(caller.try_send(b"rubbish", &[0]).is_ok());
-    }
+    let heard = callers
+        .iter()
+        .filter(|caller| caller.try_send(b"rubbish", &[0]).is_ok());
+    let heard = heard.count();
+    assert!((SHARE / 3 - 1..=SHARE / 3).contains(&heard), "{heard}");
 }
