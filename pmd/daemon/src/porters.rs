@@ -136,7 +136,7 @@ struct Shared<D> {
     /// Written to when something was found. Nobody reads it.
     found: EventFd,
     starter: Starter,
-    /// Several users have the daemon work, of whom some are known: they are kept from being in each other's way.
+    /// Some users are known: porters of the others weigh less.
     is_shared: bool,
 }
 
